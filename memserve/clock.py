@@ -1,0 +1,48 @@
+"""Clock: the one module that reads the machine's time. Everyone else is given `now_ns`.
+
+Times are integer nanoseconds throughout memserve: integer sums are exact, so a run of n decode steps settled at once
+ends at the very nanosecond at which n single steps would have ended. Reports convert to seconds at their edge.
+"""
+
+import time
+
+NS_PER_S = 1_000_000_000
+
+
+def to_ns(seconds: float) -> int:
+    """Seconds to integer nanoseconds, rounded to the nearest."""
+    return round(seconds * NS_PER_S)
+
+
+def to_s(nanoseconds: int) -> float:
+    """Integer nanoseconds to seconds."""
+    return nanoseconds / NS_PER_S
+
+
+def monotonic_ns() -> int:
+    """Monotonic machine time in nanoseconds; only differences mean anything."""
+    return time.perf_counter_ns()
+
+
+def wall_time_s() -> float:
+    """Seconds since the Unix epoch, for provenance records."""
+    return time.time()
+
+
+class Stopwatch:
+    """Measures one step's duration, leaving out what runs while it is paused (an emulated block copy, say)."""
+
+    def __init__(self) -> None:
+        self._elapsed_ns = 0
+        self._started_ns = monotonic_ns()
+
+    def pause(self) -> None:
+        self._elapsed_ns += monotonic_ns() - self._started_ns
+
+    def resume(self) -> None:
+        self._started_ns = monotonic_ns()
+
+    def stop_ns(self) -> int:
+        """Nanoseconds measured since construction, pauses left out."""
+        self.pause()
+        return self._elapsed_ns

@@ -1,0 +1,239 @@
+"""Request: one prompt on its way to its answer, and ScheduledBatch: what one step computes. Knows no tensor.
+
+    # intervals of a request's KV, in tokens; every index below is one of these borders
+    # [0, num_cached) reused | [num_cached, num_computed) computed here | [num_computed, num_tokens) to do
+    # [0, num_prompt) prompt | [num_prompt, num_tokens) generated
+
+Phases: WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; any -> FINISHED by abort.
+"""
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one answer are chosen. The defaults are greedy.
+
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of tokens whose probability reaches it, in (0, 1].
+    seed: the random number of a token is a function of (seed, position) alone; None takes the engine's seed and the
+        request's id.
+    max_tokens: most tokens to generate, at least 1.
+    stop: strings that end the answer; the text ends before the first of them.
+    stop_token_ids: tokens that end the answer, beside the model's end-of-sequence tokens.
+    ignore_eos: do not end at the model's end-of-sequence tokens.
+    logprobs: return the log-probability of each token and of this many most likely ones; None returns none.
+
+    Raises ValueError naming the value and what is allowed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        _require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0")
+        _require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
+        _require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]")
+        _require_int("max_tokens", self.max_tokens, 1, "an integer >= 1")
+        if self.seed is not None:
+            _require_int("seed", self.seed, 0, "an integer >= 0 or None")
+        if self.logprobs is not None:
+            _require_int("logprobs", self.logprobs, 0, f"an integer in [0, {MAX_LOGPROBS}] or None", MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
+        for token in self.stop_token_ids:
+            _require_int("stop_token_ids", token, 0, "integers >= 0")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r}: expected true or false")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def can_stop_early(self) -> bool:
+        """Whether the answer may end before max_tokens, so that its length is not known in advance."""
+        return bool(self.stop or self.stop_token_ids or not self.ignore_eos)
+
+
+def _require_number(name: str, value: object, low: float, high: float, allowed: str) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        raise ValueError(f"{name}={value!r}: expected {allowed}")
+
+
+def _require_int(name: str, value: object, low: int, allowed: str, high: int | None = None) -> None:
+    ok = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not ok or value < low or (high is not None and value > high):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r}: expected {allowed}")
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended. STOP and LENGTH are answers; the others are named failures."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+
+    @property
+    def succeeded(self) -> bool:
+        return self in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+class IntBuffer:
+    """An append-only int32 array that grows by doubling; `view` is always C-contiguous."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._data = np.array(values, dtype=np.int32).reshape(-1)
+        self._size = self._data.size
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def view(self) -> np.ndarray:
+        """int32 [len]: valid until the next append."""
+        return self._data[: self._size]
+
+    def extend(self, values: np.ndarray) -> None:
+        end = self._size + len(values)
+        if end > self._data.size:
+            grown = np.empty(max(end, 2 * self._data.size, 16), dtype=np.int32)
+            grown[: self._size] = self.view
+            self._data = grown
+        self._data[self._size : end] = values
+        self._size = end
+
+    def append(self, value: int) -> None:
+        if self._size == self._data.size:
+            self.extend(np.array([value], dtype=np.int32))
+        else:
+            self._data[self._size] = value
+            self._size += 1
+
+    def truncate(self, size: int) -> None:
+        """Forget everything from `size` on."""
+        assert 0 <= size <= self._size
+        self._size = size
+
+
+@dataclass(eq=False)
+class Request:
+    """One request as an instance sees it. The local scheduler owns `block_table` and the borders.
+
+    prompt: int32 [num_prompt] token ids.  block_table: int32 [num_blocks] block numbers, append-only while it runs.
+    """
+
+    request_id: str
+    prompt: np.ndarray
+    params: SamplingParams
+    attempt: int = 0
+    session_id: str = ""
+    arrival_ns: int = 0
+    phase: Phase = Phase.WAITING
+    num_cached: int = 0
+    num_computed: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    tokens: IntBuffer = field(init=False)
+    block_table: IntBuffer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = IntBuffer(self.prompt)
+        self.block_table = IntBuffer(np.empty(0, dtype=np.int32))
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_to_compute(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def output_token_ids(self) -> np.ndarray:
+        """int32 [num_generated], a view."""
+        return self.tokens.view[self.num_prompt :]
+
+    @property
+    def holder(self) -> tuple[str, str, int]:
+        """The name under which this attempt holds blocks in its pool."""
+        return ("request", self.request_id, self.attempt)
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """What one step computes: for request i, the tokens [num_computed, num_computed + num_new[i]).
+
+    Blocks for those tokens are in the requests' block tables already. A request whose chunk reaches its last token
+    (`samples`) gets a new token. `num_steps` > 1 (decode only, every num_new is 1) repeats the step that many times,
+    each sampled token becoming the next input; the blocks cover all of them.
+    """
+
+    requests: list[Request]
+    num_new: list[int]
+    num_steps: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in the batch, all its steps together."""
+        return sum(self.num_new) * self.num_steps
+
+    @property
+    def samples(self) -> list[bool]:
+        """For each request, whether its chunk reaches its last token, so that a token is sampled."""
+        return [r.num_computed + n == r.num_tokens for r, n in zip(self.requests, self.num_new, strict=True)]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities (natural logarithm, of the model's unscaled softmax) at one generated token."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a runner returns for a ScheduledBatch.
+
+    token_ids: int32 [num_requests, num_steps], -1 in the rows of requests that sampled nothing.
+    logprobs: for each request a TokenLogprobs or None; None when no request asked for any.
+    """
+
+    token_ids: np.ndarray
+    logprobs: list[TokenLogprobs | None] | None = None

@@ -1,0 +1,66 @@
+"""Timeline: when what happened to one request. The only primitive that metrics are computed from (metrics/formulas.py).
+
+    arrival -> dispatched -> queued -> first_scheduled -> prefill_end = first token leaves -> tokens ... -> finished
+    client     scheduler     instance  instance           instance                                          client
+
+All times are integer nanoseconds on the cluster's clock. Token times are kept as arrays, one entry a token.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memserve.messages import RequestStats
+from memserve.request import FinishReason, TokenLogprobs
+
+
+@dataclass
+class RequestTimeline:
+    """One request from the client's side. Built by the global scheduler's reader of messages, read by metrics."""
+
+    request_id: str
+    session_id: str
+    arrival_ns: int
+    num_prompt: int
+    dispatched_ns: int | None = None
+    finished_ns: int | None = None
+    attempt: int = 0
+    instance: str = ""
+    reason: FinishReason | None = None
+    detail: str = ""
+    stats: RequestStats | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _token_ids: list[np.ndarray] = field(default_factory=list)
+    _token_times_ns: list[np.ndarray] = field(default_factory=list)
+
+    def add_tokens(self, token_ids: np.ndarray, times_ns: np.ndarray) -> None:
+        """Appends int32 [n] ids and int64 [n] times."""
+        self._token_ids.append(token_ids)
+        self._token_times_ns.append(times_ns)
+
+    def cut_tokens(self, num_tokens: int) -> None:
+        """Keeps the first `num_tokens` (a stop string ended the answer inside what was already sent)."""
+        self._token_ids = [self.token_ids[:num_tokens]]
+        self._token_times_ns = [self.token_times_ns[:num_tokens]]
+
+    @property
+    def num_output(self) -> int:
+        return sum(len(chunk) for chunk in self._token_ids)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 [num_output]."""
+        return _joined(self._token_ids, np.int32)
+
+    @property
+    def token_times_ns(self) -> np.ndarray:
+        """int64 [num_output]."""
+        return _joined(self._token_times_ns, np.int64)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.reason is not None and self.reason.succeeded
+
+
+def _joined(chunks: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(chunks) if chunks else np.empty(0, dtype=dtype)
