@@ -1,0 +1,215 @@
+"""ModelConfig: the shape of a decoder this package can run, read from a Hugging Face config. Knows no tensor and no file.
+
+Llama, Mistral (no sliding window), Qwen2 and Qwen3 are one decoder with four switches (`qkv_bias`, `o_bias`, `mlp_bias`,
+`qk_norm`). Whatever else a config asks for is refused by name, here and nowhere later: a model that loads, runs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROPE_KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length they were trained for.
+
+    kind "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the high ones and blends
+    between them (the three last fields, lengths in tokens, mean nothing for "linear").
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope kind {self.kind!r}: expected one of {', '.join(ROPE_KINDS)}")
+        if not self.factor >= 1.0:
+            raise ValueError(f"rope factor={self.factor!r}: expected a number >= 1")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope low_freq_factor={self.low_freq_factor!r}, high_freq_factor={self.high_freq_factor!r}: "
+                "expected 0 < low < high"
+            )
+        if self.original_max_position < 1:
+            raise ValueError(f"rope original_max_position={self.original_max_position!r}: expected an integer >= 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the decoder is built from. Sizes in elements, positions in tokens; raises ValueError on a bad one.
+
+    rope_scaling: None for plain RoPE.  eos_token_ids: any of them ends an answer; may be empty.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "max_position"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected an integer >= 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads}: expected a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: expected an even number (RoPE rotates pairs)")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r}: expected a finite number > 0")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
+        """From the dict of a config.json (old rope keys or `rope_parameters`) and, if any, a generation_config.json.
+
+        The end-of-sequence tokens are generation_config's where it names some. Raises ValueError naming the key that
+        is missing, or the value that cannot be run and what can.
+        """
+        model_type = config.get("model_type")
+        if model_type not in _FAMILIES:
+            raise ValueError(f"model_type={model_type!r}: expected one of {', '.join(_FAMILIES)}")
+        family = _FAMILIES[model_type]
+        merged = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k == "sliding_window"}}
+        _refuse_what_cannot_run(merged)
+        num_heads = _required(merged, "num_attention_heads")
+        hidden_size = _required(merged, "hidden_size")
+        theta, scaling = _rope(merged)
+        ids = (generation_config or {}).get("eos_token_id")
+        return cls(
+            model_type=model_type,
+            vocab_size=_required(merged, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_required(merged, "intermediate_size"),
+            num_layers=_required(merged, "num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=merged.get("num_key_value_heads", num_heads),
+            head_dim=merged.get("head_dim", hidden_size // num_heads),
+            max_position=_required(merged, "max_position_embeddings"),
+            rms_norm_eps=merged["rms_norm_eps"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=bool(merged["tie_word_embeddings"]),
+            qkv_bias=family.always_qkv_bias or bool(merged.get("attention_bias", False)),
+            o_bias=not family.always_qkv_bias and bool(merged.get("attention_bias", False)),
+            mlp_bias=bool(merged.get("mlp_bias", False)),
+            qk_norm=family.qk_norm,
+            eos_token_ids=_token_ids(merged.get("eos_token_id") if ids is None else ids),
+            bos_token_id=merged.get("bos_token_id"),
+        )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a model_type fixes, and the values it takes where a config.json leaves a key out."""
+
+    defaults: Mapping[str, Any]
+    always_qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+_COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_FAMILIES = {
+    "llama": _Family(_COMMON),
+    "mistral": _Family({**_COMMON, "num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True}),
+    "qwen2": _Family({**_COMMON, "num_key_value_heads": 32, "use_sliding_window": False}, always_qkv_bias=True),
+    "qwen3": _Family(
+        {**_COMMON, "num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False}, qk_norm=True
+    ),
+}
+
+_LLAMA3_FIELDS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position",
+}
+
+
+def _required(config: Mapping[str, Any], key: str) -> int:
+    if key not in config:
+        raise ValueError(f"the model's config has no {key!r}")
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key}={value!r}: expected an integer >= 1")
+    return value
+
+
+def _refuse_what_cannot_run(config: Mapping[str, Any]) -> None:
+    if config["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={config['hidden_act']!r}: expected 'silu'")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if config.get(key):
+            raise ValueError(f"{key}={config[key]!r}: mixture-of-experts models cannot be run, expected a dense model")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"quantization_config with quant_method={method!r}: expected an unquantised checkpoint or a GGUF file"
+        )
+    wrong = [name for name in config.get("architectures", ()) if not name.endswith("ForCausalLM")]
+    if wrong:
+        raise ValueError(f"architectures={wrong!r}: expected a ...ForCausalLM")
+    if config.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={config['partial_rotary_factor']!r}: expected 1.0")
+    _refuse_sliding_window(config)
+
+
+def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
+    """A window no shorter than the model's context changes nothing and is accepted."""
+    layer_types = set(config.get("layer_types", ())) - {"full_attention"}
+    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    if window is not None and window < _required(config, "max_position_embeddings"):
+        raise ValueError(f"sliding_window={window!r}: expected null, or at least max_position_embeddings")
+    if layer_types and window is None:
+        raise ValueError(f"layer_types with {sorted(layer_types)!r}: expected 'full_attention' only")
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
+    spec: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in spec.values()):
+        raise ValueError(f"rope_parameters for {sorted(spec)!r}: expected one set for every layer")
+    theta = spec.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = spec.get("rope_type", spec.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope_type={kind!r}: expected one of {', '.join(ROPE_KINDS)}")
+    if spec.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={spec['partial_rotary_factor']!r}: expected 1.0")
+    if kind == "default":
+        return theta, None
+    names = {"factor": "factor"} if kind == "linear" else _LLAMA3_FIELDS
+    missing = [key for key in names if key not in spec]
+    if missing:
+        raise ValueError(f"rope_type={kind!r} without {', '.join(missing)}")
+    return theta, RopeScaling(kind, **{field: spec[key] for key, field in names.items()})
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = [value] if isinstance(value, int) else list(value)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id={value!r}: expected an integer >= 0, or a list of them")
+    return tuple(dict.fromkeys(ids))
