@@ -59,7 +59,11 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 
 
 class RequestStats(msgspec.Struct, frozen=True):
-    """What an instance counted for one attempt. Token counts; times in nanoseconds on the cluster's clock."""
+    """What an instance counted for one attempt. Token counts; times in nanoseconds on the cluster's clock.
+
+    num_cached_local: prompt tokens found in the instance's own index at first admission. num_computed: tokens
+    prefilled, those computed again after a preemption included.
+    """
 
     instance: str
     queued_ns: int
@@ -80,8 +84,6 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     reason: FinishReason
     detail: str
     stats: RequestStats | None
-    num_output: int
-    stop_string: str | None = None
 
 
 Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished

@@ -93,6 +93,12 @@ class Phase(enum.Enum):
     FINISHED = "finished"
 
 
+class Role(enum.StrEnum):
+    """What an instance does. COLOCATED prefills and decodes."""
+
+    COLOCATED = "colocated"
+
+
 class FinishReason(enum.StrEnum):
     """Why a request ended. STOP and LENGTH are answers; the others are named failures."""
 
@@ -156,9 +162,14 @@ class Request:
     attempt: int = 0
     session_id: str = ""
     arrival_ns: int = 0
+    seed: int = 0  # of its random numbers: params.seed, or drawn by the instance from its own seed and the id
     phase: Phase = Phase.WAITING
     num_cached: int = 0
     num_computed: int = 0
+    num_published: int = 0  # tokens whose blocks this attempt has entered into the index, or found there
+    prefill_end: int = 0  # tokens it had when it was admitted: what is computed below this is prefill
+    num_prefilled: int = 0  # prefill tokens computed, recomputed ones included
+    max_num_tokens: int = 0  # prompt and answer together, as far as params and context allow
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
     tokens: IntBuffer = field(init=False)

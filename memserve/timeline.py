@@ -38,11 +38,6 @@ class RequestTimeline:
         self._token_ids.append(token_ids)
         self._token_times_ns.append(times_ns)
 
-    def cut_tokens(self, num_tokens: int) -> None:
-        """Keeps the first `num_tokens` (a stop string ended the answer inside what was already sent)."""
-        self._token_ids = [self.token_ids[:num_tokens]]
-        self._token_times_ns = [self.token_times_ns[:num_tokens]]
-
     @property
     def num_output(self) -> int:
         return sum(len(chunk) for chunk in self._token_ids)

@@ -1,0 +1,37 @@
+"""The KV cache: MemPool, its allocator, layouts and token-prefix index. Usable alone, in an engine of your own."""
+
+from memserve.kvcache.address import Medium
+from memserve.kvcache.allocator import INDEX, Allocator, Holder
+from memserve.kvcache.block_pool import BlockPool, PoolStats
+from memserve.kvcache.errors import BrokenInvariant, NotHeld, OutOfBlocks, StaleAddress
+from memserve.kvcache.eviction import LRU, Eviction
+from memserve.kvcache.index import Index, Match, NullIndex
+from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
+from memserve.kvcache.mempool import AddressMatch, MemPool
+from memserve.kvcache.radix import RadixIndex, RadixNode
+
+__all__ = [
+    "INDEX",
+    "LRU",
+    "AddressMatch",
+    "AggregatedLayout",
+    "Allocator",
+    "BlockPool",
+    "BrokenInvariant",
+    "CacheGeometry",
+    "DiscreteLayout",
+    "Eviction",
+    "Holder",
+    "Index",
+    "Layout",
+    "Match",
+    "Medium",
+    "MemPool",
+    "NotHeld",
+    "NullIndex",
+    "OutOfBlocks",
+    "PoolStats",
+    "RadixIndex",
+    "RadixNode",
+    "StaleAddress",
+]

@@ -1,0 +1,99 @@
+"""Index: token prefix -> blocks, the paper's local index (section 4.2). Knows block numbers and tokens, no tensors.
+
+Whole blocks only. Input is a C-contiguous int32 array; keys are the tokens' bytes, never a Python hash. An index holds
+its blocks under one name, ("index",), through the pool; it reads the allocator's reference counts to know what it may
+evict: a block that nobody else holds.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_NO_BLOCKS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest cached prefix: `blocks` int32 [num_tokens / block_size]. Holds nothing; retain before the next call."""
+
+    blocks: np.ndarray
+    num_tokens: int
+
+
+class Index(ABC):
+    """What a pool asks of an index."""
+
+    @abstractmethod
+    def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        """The longest cached prefix of tokens[:limit] (int32 [n]), and marks it used."""
+
+    @abstractmethod
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
+        """Tokens that `match` would find, marking nothing used."""
+
+    @abstractmethod
+    def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Maps a prefix of whole blocks to `blocks` and returns the canonical blocks, int32 [n].
+
+        Where the prefix was cached already the old blocks stay and are the canonical ones; the rest are the caller's,
+        and the caller retains those for the index.
+        """
+
+    @abstractmethod
+    def delete(self, tokens: np.ndarray) -> np.ndarray:
+        """Forgets the prompt `tokens`, what continues it, and the part of its prefix that serves no other prompt.
+
+        Returns those blocks, int32 [n]; a block that a request still holds leaves the index like the others. Does
+        nothing for a prompt that was never inserted.
+        """
+
+    @abstractmethod
+    def evict(self, num_blocks: int) -> np.ndarray:
+        """Removes up to `num_blocks` blocks that nobody else holds, in eviction order; returns them, int32 [n]."""
+
+    @abstractmethod
+    def clear(self) -> np.ndarray:
+        """Forgets everything; returns the blocks, int32 [n]."""
+
+    @abstractmethod
+    def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every maximal cached path: (tokens int32 [n * block_size], blocks int32 [n])."""
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """Blocks in the index."""
+
+
+class NullIndex(Index):
+    """Caching off: remembers nothing. The baseline of every caching ablation."""
+
+    def __init__(self, block_size: int, refcounts: np.ndarray) -> None:
+        del block_size, refcounts
+
+    def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        return Match(_NO_BLOCKS, 0)
+
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
+        return 0
+
+    def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        return blocks
+
+    def delete(self, tokens: np.ndarray) -> np.ndarray:
+        return _NO_BLOCKS
+
+    def evict(self, num_blocks: int) -> np.ndarray:
+        return _NO_BLOCKS
+
+    def clear(self) -> np.ndarray:
+        return _NO_BLOCKS
+
+    def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return iter(())
+
+    @property
+    def num_blocks(self) -> int:
+        return 0

@@ -1,0 +1,137 @@
+"""MemPool: the paper's Table 1, in its order and words. Addresses at the edge, block numbers (block_pool.py) inside.
+
+Whoever calls it names a holder, and a block lives as long as somebody holds it. Every address that comes in is checked:
+another instance's, another medium's or a freed block's raises StaleAddress and changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memserve.kvcache import address
+from memserve.kvcache.address import Medium
+from memserve.kvcache.allocator import Holder
+from memserve.kvcache.arena import Arena
+from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
+from memserve.kvcache.errors import StaleAddress
+from memserve.kvcache.layout import CacheGeometry, Layout
+
+Tokens = np.ndarray | Sequence[int]
+
+
+@dataclass(frozen=True)
+class AddressMatch:
+    """The longest cached prefix: `addrs` int64 [num_tokens / block_size]. Holds nothing."""
+
+    addrs: np.ndarray
+    num_tokens: int
+
+
+class MemPool:
+    """One instance's share of the elastic memory pool: `num_blocks` blocks of KV in HBM, and the index over them.
+
+    geometry, layout: shape of a block and how it lies in memory.  device: where the arena lives.
+    incarnation: this instance's number in the cluster, in every address it hands out.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        layout: Layout,
+        num_blocks: int,
+        index: IndexFactory,
+        *,
+        device: torch.device | str = "cpu",
+        incarnation: int = 0,
+    ) -> None:
+        if not 0 <= incarnation <= address.MAX_INCARNATION:
+            raise ValueError(f"incarnation={incarnation}: expected 0 to {address.MAX_INCARNATION}")
+        self.geometry = geometry
+        self.layout = layout
+        self.incarnation = incarnation
+        self.blocks = BlockPool(num_blocks, geometry.block_size, index)
+        self.arena = Arena(layout, geometry, num_blocks, torch.device(device))
+
+    @property
+    def block_size(self) -> int:
+        return self.geometry.block_size
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """The cache as [L, 2, N, B, K, D], a strided view of the arena."""
+        return self.arena.kv
+
+    def alloc_mem(self, num_blocks: int, medium: Medium = Medium.HBM, *, holder: Holder) -> np.ndarray:
+        """Addresses, int64 [num_blocks], of new blocks held by `holder`. Evicts cached blocks as needed.
+
+        Raises OutOfBlocks with nothing allocated; ValueError for a negative number or an unknown medium.
+        """
+        Medium(medium)
+        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int | np.integer):
+            raise ValueError(f"num_blocks={num_blocks!r}: expected an integer >= 0")
+        return self.addresses(self.blocks.alloc(int(num_blocks), holder))
+
+    def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
+        """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld."""
+        self.blocks.release(self.resolve(addrs), holder)
+
+    def insert(self, tokens: Tokens, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
+        """Maps a token prefix of whole blocks to its KV; returns the canonical addresses, int64 [n].
+
+        This is what turns active KV into historical KV (section 4.2). The index becomes one more holder. `holder`
+        keeps what it holds and also takes the canonical blocks it did not have, so that it can rely on them.
+        """
+        blocks = self.resolve(addrs)
+        canonical = self.blocks.publish(as_tokens(tokens), blocks)
+        held = self.blocks.allocator.held_by(holder)
+        self.blocks.retain(canonical[~np.isin(canonical, held)], holder)
+        return self.addresses(canonical)
+
+    def match(self, tokens: Tokens, limit: int | None = None) -> AddressMatch:
+        """The longest cached prefix of tokens[:limit], in whole blocks. Holds nothing: `retain` before the next call."""
+        found = self.blocks.match(as_tokens(tokens), limit)
+        return AddressMatch(self.addresses(found.blocks), found.num_tokens)
+
+    def retain(self, addrs: np.ndarray, *, holder: Holder) -> None:
+        """Makes `holder` one more holder of blocks in use. Raises StaleAddress or NotHeld."""
+        self.blocks.retain(self.resolve(addrs), holder)
+
+    def delete(self, tokens: Tokens) -> int:
+        """Drops a prompt's cached data; returns how many blocks left the index."""
+        return self.blocks.delete(as_tokens(tokens))
+
+    def addresses(self, blocks: np.ndarray) -> np.ndarray:
+        """The present addresses, int64 [n], of block numbers (int32 [n])."""
+        return address.encode(self.incarnation, Medium.HBM, self.blocks.allocator.generations[blocks], blocks)
+
+    def resolve(self, addrs: np.ndarray) -> np.ndarray:
+        """Block numbers, int32 [n], of addresses (int64 [n]). Raises StaleAddress, naming the first bad one."""
+        addrs = np.asarray(addrs)
+        if addrs.dtype != np.int64 or addrs.ndim != 1:
+            raise ValueError(f"addresses of dtype {addrs.dtype}, shape {addrs.shape}: expected int64 [n]")
+        blocks = address.block_of(addrs)
+        known = blocks < self.blocks.num_blocks
+        present = self.addresses(np.where(known, blocks, 0))
+        good = known & (present == addrs)
+        if not good.all():
+            raise StaleAddress(f"{address.describe(int(addrs[~good][0]))}: freed since, or not of this pool")
+        return blocks
+
+    def stats(self) -> PoolStats:
+        return self.blocks.stats()
+
+    def check(self) -> None:
+        """Raises BrokenInvariant unless allocator, ledger and index agree."""
+        self.blocks.check()
+
+
+def as_tokens(tokens: Tokens) -> np.ndarray:
+    """C-contiguous int32 [n] from an array or a list of token ids. Raises ValueError for anything else."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"tokens of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+        raise ValueError(f"token ids from {array.min()} to {array.max()}: expected int32 >= 0")
+    return np.ascontiguousarray(array, dtype=np.int32)

@@ -1,0 +1,176 @@
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from memserve.kvcache import (
+    AggregatedLayout,
+    CacheGeometry,
+    DiscreteLayout,
+    MemPool,
+    NotHeld,
+    NullIndex,
+    OutOfBlocks,
+    RadixIndex,
+    StaleAddress,
+)
+from memserve.kvcache import address
+from memserve.kvcache.address import Medium
+
+A, B = ("request", "a", 0), ("request", "b", 0)
+GEOMETRY = CacheGeometry(num_layers=2, block_size=4, num_kv_heads=1, head_dim=2, dtype=torch.float32)
+
+
+def make_pool(num_blocks=8, index=RadixIndex, incarnation=3, layout=None):
+    return MemPool(GEOMETRY, layout or DiscreteLayout(), num_blocks, functools.partial(index), incarnation=incarnation)
+
+
+def test_an_address_says_instance_medium_generation_and_block():
+    pool = make_pool()
+    pool.free_mem(pool.alloc_mem(2, holder=A), holder=A)
+    addrs = pool.alloc_mem(2, holder=A)
+    assert addrs.dtype == np.int64 and (addrs > 0).all()
+    assert address.incarnation_of(addrs).tolist() == [3, 3]
+    assert address.medium_of(addrs).tolist() == [Medium.HBM] * 2
+    assert address.generation_of(addrs).tolist() == [1, 1]
+    assert address.block_of(addrs).tolist() == [0, 1]
+    assert address.describe(int(addrs[1])) == "instance 3, medium 0, block 1, generation 1"
+
+
+def test_the_largest_fields_do_not_run_into_each_other():
+    blocks = np.array([address.MAX_BLOCKS - 1], dtype=np.int32)
+    generations = np.array([address.GENERATION_MASK], dtype=np.int32)
+    addrs = address.encode(address.MAX_INCARNATION, Medium.HBM, generations, blocks)
+    assert addrs[0] > 0 and address.block_of(addrs)[0] == blocks[0]
+    assert address.incarnation_of(addrs)[0] == address.MAX_INCARNATION
+    assert address.generation_of(addrs)[0] == address.GENERATION_MASK and address.medium_of(addrs)[0] == 0
+
+
+def test_a_freed_address_is_stale_in_every_call():
+    pool = make_pool()
+    addrs = pool.alloc_mem(1, holder=A)
+    pool.free_mem(addrs, holder=A)
+    for use in (
+        lambda: pool.free_mem(addrs, holder=A),
+        lambda: pool.retain(addrs, holder=B),
+        lambda: pool.insert(np.arange(4, dtype=np.int32), addrs, holder=A),
+    ):
+        with pytest.raises(StaleAddress, match="instance 3, medium 0, block 0, generation 0"):
+            use()
+    pool.check()
+
+
+def test_another_instances_address_is_refused():
+    mine, other = make_pool(incarnation=1), make_pool(incarnation=2)
+    theirs = other.alloc_mem(1, holder=A)
+    mine.alloc_mem(1, holder=A)
+    with pytest.raises(StaleAddress, match="instance 2"):
+        mine.free_mem(theirs, holder=A)
+
+
+def test_insert_match_delete_in_the_papers_words():
+    pool = make_pool()
+    tokens = list(range(10, 18))
+    addrs = pool.alloc_mem(2, holder=A)
+    assert pool.insert(tokens, addrs, holder=A).tolist() == addrs.tolist()
+    pool.free_mem(addrs, holder=A)
+    found = pool.match([*tokens, 1, 2, 3])
+    assert found.num_tokens == 8 and found.addrs.tolist() == addrs.tolist()
+    assert pool.match(tokens, limit=7).num_tokens == 4
+    assert pool.delete(tokens) == 2 and pool.match(tokens).num_tokens == 0
+    assert pool.stats().num_free == 8
+    pool.check()
+
+
+def test_a_second_insert_of_the_same_prefix_returns_the_first_ones_blocks():
+    pool = make_pool()
+    tokens = np.arange(8, dtype=np.int32)
+    first, second = pool.alloc_mem(2, holder=A), pool.alloc_mem(2, holder=B)
+    pool.insert(tokens, first, holder=A)
+    assert pool.insert(tokens, second, holder=B).tolist() == first.tolist()
+    pool.blocks.release_all(A)
+    assert pool.match(tokens).addrs.tolist() == first.tolist()
+    pool.blocks.release_all(B)
+    assert pool.stats().num_evictable == 2 and pool.stats().num_free == 6
+    pool.check()
+
+
+def test_alloc_evicts_the_least_recently_used_and_never_what_is_held():
+    pool = make_pool(num_blocks=4)
+    old, new = np.arange(4, dtype=np.int32), np.arange(4, 8, dtype=np.int32)
+    for tokens in (old, new):
+        pool.insert(tokens, pool.alloc_mem(1, holder=A), holder=A)
+        pool.blocks.release_all(A)
+    pool.match(old)
+    pool.alloc_mem(3, holder=B)
+    assert pool.match(new).num_tokens == 0 and pool.match(old).num_tokens == 4
+    pool.retain(pool.match(old).addrs, holder=A)
+    with pytest.raises(OutOfBlocks, match="1 blocks asked for"):
+        pool.alloc_mem(1, holder=B)
+    assert pool.match(old).num_tokens == 4
+    pool.check()
+
+
+def test_a_held_tail_above_a_let_go_prefix_is_out_of_blocks_and_not_a_wrong_eviction():
+    pool = make_pool(num_blocks=2)
+    tokens = np.arange(8, dtype=np.int32)
+    addrs = pool.alloc_mem(2, holder=A)
+    pool.insert(tokens, addrs, holder=A)
+    pool.free_mem(addrs[:1], holder=A)
+    with pytest.raises(OutOfBlocks, match="lie above blocks that are in use"):
+        pool.alloc_mem(1, holder=B)
+    assert pool.match(tokens).num_tokens == 8
+    pool.check()
+
+
+def test_the_null_index_caches_nothing():
+    pool = make_pool(index=NullIndex)
+    addrs = pool.alloc_mem(2, holder=A)
+    pool.insert(list(range(8)), addrs, holder=A)
+    assert pool.match(list(range(8))).num_tokens == 0
+    pool.free_mem(addrs, holder=A)
+    assert pool.stats().num_free == 8
+
+
+@pytest.mark.parametrize("tokens", [[1.5, 2, 3, 4], [[1, 2], [3, 4]], ["a"], [-1, 2, 3, 4], [2**40]])
+def test_tokens_that_are_not_token_ids_are_refused(tokens):
+    pool = make_pool()
+    with pytest.raises(ValueError, match="expected int"):
+        pool.match(tokens)
+
+
+@pytest.mark.parametrize("addrs", [np.zeros(1, dtype=np.int32), np.zeros((1, 1), dtype=np.int64), np.zeros(1)])
+def test_addresses_of_another_shape_or_dtype_are_refused(addrs):
+    with pytest.raises(ValueError, match="expected int64"):
+        make_pool().free_mem(addrs, holder=A)
+
+
+@pytest.mark.parametrize("num_blocks", [-1, 1.5, True, "2"])
+def test_a_block_count_that_is_none_is_refused(num_blocks):
+    pool = make_pool()
+    with pytest.raises(ValueError, match="num_blocks="):
+        pool.alloc_mem(num_blocks, holder=A)
+    assert pool.stats().num_free == 8
+
+
+def test_a_foreign_holder_cannot_free():
+    pool = make_pool()
+    addrs = pool.alloc_mem(2, holder=A)
+    with pytest.raises(NotHeld):
+        pool.free_mem(addrs, holder=B)
+    assert pool.stats().num_free == 6
+
+
+def test_both_layouts_give_the_same_view_with_their_own_regions():
+    for layout, regions in ((DiscreteLayout(), 4), (AggregatedLayout(), 1)):
+        pool = make_pool(layout=layout)
+        assert pool.kv.shape == (2, 2, 8, 4, 1, 2) and layout.regions_per_block(GEOMETRY) == regions
+        pool.kv[1, 0, 5] = 7
+        assert pool.arena.tensor.sum() == 7 * 8
+    assert make_pool(layout=AggregatedLayout()).arena.tensor[5].is_contiguous()
+
+
+def test_a_geometry_with_a_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="block_size=0"):
+        CacheGeometry(1, 0, 1, 1, torch.float32)
