@@ -1,0 +1,28 @@
+"""FixedCostModel: a step costs a fixed time plus a time per token. Knows no machine; for repeatable virtual time."""
+
+from memserve.clock import to_ns
+from memserve.request import ScheduledBatch
+
+
+class FixedCostModel:
+    """step_s + prefill_token_s * prefill tokens + decode_token_s * decode tokens, for each step of a batch.
+
+    A request that computes one token and samples from it counts as a decode token. Seconds; none may be negative.
+    """
+
+    def __init__(self, step_s: float, prefill_token_s: float, decode_token_s: float) -> None:
+        for name, value in (("step_s", step_s), ("prefill_token_s", prefill_token_s), ("decode_token_s", decode_token_s)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"cost_model.{name}={value}: expected a finite number of seconds >= 0")
+        if step_s == prefill_token_s == decode_token_s == 0:
+            raise ValueError("cost_model: every cost is 0, so that virtual time would stand still; expected one above 0")
+        self._step_ns = to_ns(step_s)
+        self._prefill_token_ns = to_ns(prefill_token_s)
+        self._decode_token_ns = to_ns(decode_token_s)
+
+    def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
+        """Nanoseconds of each of the batch's `num_steps` steps; at least 1 each."""
+        num_decode = sum(n == 1 and samples for n, samples in zip(batch.num_new, batch.samples, strict=True))
+        num_prefill = sum(batch.num_new) - num_decode
+        step = self._step_ns + num_prefill * self._prefill_token_ns + num_decode * self._decode_token_ns
+        return [max(step, 1)] * batch.num_steps

@@ -1,0 +1,239 @@
+"""LocalScheduler: picks this step's tokens. Knows blocks by number only; never sees a tensor.
+
+A request's life here (states of request.Phase):
+
+    add -> WAITING in `waiting` -> admitted: cached prefix retained, blocks for its tokens allocated -> RUNNING in
+    `running` -> chunks until num_computed catches up with num_tokens, then a token a step -> finish -> FINISHED
+    RUNNING -> preempted when a decode step finds no block -> WAITING, ahead of the queue; any -> abort -> FINISHED
+
+There is no prefill phase or decode phase: each step, every running request gets as many of its tokens computed as the
+token budget allows. Blocks enter the index only in `commit`, after the forward that wrote them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.errors import OutOfBlocks
+from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
+from memserve.sched.admission import usable_prefix
+from memserve.sched.preemption import Preemption
+from memserve.sched.queue_policy import QueuePolicy
+
+
+@dataclass
+class SchedulerCounts:
+    """Tokens and events since the scheduler was made. `computed`: tokens prefilled, recomputed ones included."""
+
+    computed: int = 0
+    cached: int = 0
+    generated: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class LocalScheduler:
+    """Continuous batching with chunked prefill over one instance's pool.
+
+    token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
+    max_running: most requests admitted at once.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        queue: QueuePolicy,
+        preemption: Preemption,
+        *,
+        token_budget: int,
+        chunk_size: int | None,
+        max_running: int,
+    ) -> None:
+        self.pool = pool
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.counts = SchedulerCounts()
+        self._queue = queue
+        self._preemption = preemption
+        self._token_budget = token_budget
+        self._chunk_size = chunk_size or token_budget
+        self._max_running = max_running
+        self._preempted: list[Request] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting) + len(self._preempted) + len(self.running)
+
+    def add(self, request: Request) -> None:
+        request.phase = Phase.WAITING
+        self.waiting.append(request)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """This step's batch, blocks included, or None when there is nothing to do."""
+        batch = ScheduledBatch([], [])
+        budget = self._token_budget
+        for request in self._in_turn():
+            if budget == 0:
+                break
+            if request.phase is Phase.RUNNING and self._grow(request):
+                budget -= self._take(batch, request, budget)
+        while budget > 0 and len(self.running) < self._max_running and (head := self._next_waiting()) is not None:
+            if not self._admit(head):
+                break
+            budget -= self._take(batch, head, budget)
+        self._drop_preempted(batch)
+        return batch if batch.requests else None
+
+    def commit(self, batch: ScheduledBatch, output: StepOutput) -> None:
+        """Enters what the forward computed: borders move, new tokens are appended, full prompt blocks are indexed."""
+        self.counts.steps += batch.num_steps
+        for request, num_new, samples, row in zip(
+            batch.requests, batch.num_new, batch.samples, output.token_ids, strict=True
+        ):
+            is_prefill = request.num_computed < request.prefill_end
+            request.num_computed += num_new + batch.num_steps - 1
+            if is_prefill:
+                self.counts.computed += num_new
+                request.num_prefilled += num_new
+                self._publish(request)
+            if samples:
+                request.tokens.extend(row)
+                self.counts.generated += len(row)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request wherever it is; its computed full blocks enter the index and its holds are given up."""
+        if request.phase is Phase.RUNNING:
+            self._publish(request)
+            self.running.remove(request)
+        else:
+            (self._preempted if request in self._preempted else self.waiting).remove(request)
+        self.pool.release_all(request.holder)
+        request.phase = Phase.FINISHED
+        request.finish_reason = reason
+
+    def max_macro_steps(self, batch: ScheduledBatch) -> int:
+        """How often `batch` can be repeated before anybody ends, needs a block that is not there, or could join.
+
+        1 unless every request decodes and its length is known beforehand.
+        """
+        decoding = all(r.num_to_compute == 1 and not r.params.can_stop_early for r in batch.requests)
+        if not decoding or len(batch.requests) < len(self.running):
+            return 1
+        most = min(r.max_num_tokens - r.num_tokens for r in batch.requests)
+        computed = np.array([r.num_computed for r in batch.requests])
+        held = sum(len(r.block_table) for r in batch.requests)
+        low, high = 1, max(most, 1)
+        while low < high:  # the largest number of steps whose blocks can be had
+            middle = (low + high + 1) // 2
+            needed = int(np.sum(-(-(computed + middle) // self.pool.block_size))) - held
+            low, high = (middle, high) if needed <= self.pool.num_available else (low, middle - 1)
+        return low
+
+    def extend(self, batch: ScheduledBatch) -> None:
+        """Allocates the blocks of a batch's repeated steps (`max_macro_steps` promised them)."""
+        for request in batch.requests:
+            self._cover(request, request.num_computed + batch.num_steps)
+
+    def check(self) -> None:
+        """Raises unless tables, holders and borders agree. For tests and fuzzing."""
+        self.pool.check()
+        for request in self.running:
+            assert request.num_computed <= request.num_tokens
+            assert len(request.block_table) >= self.pool.blocks_for(request.num_computed)
+            held = self.pool.allocator.held_by(request.holder)
+            assert np.isin(request.block_table.view, held).all(), f"{request.request_id} uses a block it does not hold"
+        names = {r.holder for r in self.running}
+        for _, blocks in self.pool.index.iter_prefixes():
+            in_use = self.pool.allocator.refcounts[blocks] > 1
+            assert not (in_use[1:] & ~in_use[:-1]).any(), "a cached block in use hangs below one that may be evicted"
+        strangers = [h for h in self.pool.allocator.holders() if h[0] == "request" and h not in names]
+        assert not strangers, f"blocks held by requests that do not run: {strangers}"
+
+    def _in_turn(self) -> list[Request]:
+        """Running requests, those that decode before those that prefill, each in order of admission."""
+        return sorted(self.running, key=lambda r: r.num_to_compute > 1)
+
+    def _take(self, batch: ScheduledBatch, request: Request, budget: int) -> int:
+        """Puts the request's next tokens into the batch; returns how many."""
+        num_new = min(request.num_to_compute, self._chunk_size, budget)
+        batch.requests.append(request)
+        batch.num_new.append(num_new)
+        return num_new
+
+    def _grow(self, request: Request) -> bool:
+        """Makes room for the request's tokens, preempting the youngest until there is; False if that was itself."""
+        while True:
+            try:
+                self._cover(request, request.num_tokens)
+                return True
+            except OutOfBlocks:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is request:
+                    return False
+
+    def _cover(self, request: Request, num_tokens: int) -> None:
+        missing = self.pool.blocks_for(num_tokens) - len(request.block_table)
+        if missing > 0:
+            request.block_table.extend(self.pool.alloc(missing, request.holder))
+
+    def _preempt(self, victim: Request) -> None:
+        self.running.remove(victim)
+        self._preemption.preempt(victim, self.pool)
+        victim.phase = Phase.WAITING
+        victim.num_preemptions += 1
+        self.counts.preemptions += 1
+        self._preempted.insert(0, victim)
+
+    def _drop_preempted(self, batch: ScheduledBatch) -> None:
+        """Takes out requests that were preempted after they had been put into the batch."""
+        kept = [(r, n) for r, n in zip(batch.requests, batch.num_new, strict=True) if r.phase is Phase.RUNNING]
+        batch.requests[:] = [r for r, _ in kept]
+        batch.num_new[:] = [n for _, n in kept]
+
+    def _next_waiting(self) -> Request | None:
+        if self._preempted:
+            return self._preempted[0]
+        return min(self.waiting, key=lambda r: self._queue.key(r, self._num_cached), default=None)
+
+    def _num_cached(self, request: Request) -> int:
+        return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
+
+    def _admit(self, request: Request) -> bool:
+        """Retains the cached prefix and allocates the rest; False, with nothing held, when the pool lacks blocks."""
+        found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
+        self.pool.retain(found.blocks, request.holder)
+        request.block_table.extend(found.blocks)
+        try:
+            self._cover(request, request.num_tokens)
+        except OutOfBlocks:
+            request.block_table.truncate(0)
+            self.pool.release_all(request.holder)
+            return False
+        (self._preempted if request in self._preempted else self.waiting).remove(request)
+        self.running.append(request)
+        request.phase = Phase.RUNNING
+        request.num_computed = request.num_published = found.num_tokens
+        request.prefill_end = request.num_tokens
+        if not request.num_preemptions:
+            request.num_cached = found.num_tokens
+            self.counts.cached += found.num_tokens
+        return True
+
+    def _publish(self, request: Request) -> None:
+        """Indexes the request's computed full blocks and retains those that somebody else computed first.
+
+        It keeps its own copies of those too: block tables are append-only.
+        """
+        num_full = request.num_computed // self.pool.block_size
+        num_tokens = num_full * self.pool.block_size
+        if num_tokens == request.num_published:
+            return
+        blocks = request.block_table.view[:num_full]
+        canonical = self.pool.publish(request.tokens.view[:num_tokens], blocks)
+        theirs = canonical[canonical != blocks]
+        if len(theirs):
+            held = self.pool.allocator.held_by(request.holder)
+            self.pool.retain(theirs[~np.isin(theirs, held)], request.holder)
+        request.num_published = num_tokens
