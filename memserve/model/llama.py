@@ -1,0 +1,114 @@
+"""Llama: the decoder of Llama 2/3, Mistral, SmolLM2, Qwen2 and Qwen3, top to bottom. Knows no request and no sampling.
+
+A packed batch of tokens goes through `embed`, every `DecoderLayer` in turn, and `logits` of the rows that are sampled.
+How KV is stored and read is the business of the `Attention` that is passed in.
+
+Shape legend: T tokens, E hidden size, H query heads, K kv heads, D head dim, V vocabulary, S sampled rows.
+"""
+
+import torch
+from torch.nn import functional
+
+from memserve.model.attention.base import Attention
+from memserve.model.layers import Linear, RMSNorm, swiglu
+from memserve.model.loader import Loader
+from memserve.model.model_config import ModelConfig
+from memserve.model.rope import RotaryEmbedding, rotate
+from memserve.model.weights import WeightSource
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class SelfAttention:
+    """Grouped-query attention. The rows of `qkv` are all query heads, then all key heads, then all value heads."""
+
+    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+        c = config
+        self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        rows = {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim}
+        rows["v_proj"] = rows["k_proj"]
+        self.qkv = load.linear(prefix, rows, c.hidden_size, c.qkv_bias)
+        self.o = load.linear(prefix, {"o_proj": c.hidden_size}, c.num_heads * c.head_dim, c.o_bias)
+        self.qk_norm = RMSNorm(self._qk_norm_weight(load, prefix), c.rms_norm_eps) if c.qk_norm else None
+
+    def _qk_norm_weight(self, load: Loader, prefix: str) -> torch.Tensor:
+        """[H + K, D]: the norm's weight for each query and key head."""
+        q_D = load.tensor(f"{prefix}.q_norm.weight", (self.head_dim,))
+        k_D = load.tensor(f"{prefix}.k_norm.weight", (self.head_dim,))
+        return torch.cat((q_D.expand(self.num_heads, -1), k_D.expand(self.num_kv_heads, -1)))
+
+    def __call__(
+        self, x_TE: torch.Tensor, rotation: Rotation, kv_2NBKD: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        qkv_THD = self.qkv(x_TE).view(len(x_TE), -1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        qk_THD = qkv_THD[:, :num_rotated]
+        if self.qk_norm is not None:
+            qk_THD = self.qk_norm(qk_THD)
+        qk_THD = rotate(qk_THD, *rotation)
+        k_TKD, v_TKD = qk_THD[:, self.num_heads :], qkv_THD[:, num_rotated:]
+        attention.write(kv_2NBKD, torch.stack((k_TKD, v_TKD), 1))
+        return self.o(attention.attend(qk_THD[:, : self.num_heads], kv_2NBKD).flatten(1))
+
+
+class MLP:
+    """SwiGLU. The rows of `gate_up` are the gate's, then the up projection's."""
+
+    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+        rows = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up = load.linear(prefix, rows, config.hidden_size, config.mlp_bias)
+        self.down = load.linear(prefix, {"down_proj": config.hidden_size}, config.intermediate_size, config.mlp_bias)
+
+    def __call__(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x_TE)))
+
+
+class DecoderLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+        self.attention_norm = load.norm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.attention = SelfAttention(config, load, f"{prefix}.self_attn")
+        self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, load, f"{prefix}.mlp")
+
+    def __call__(
+        self, x_TE: torch.Tensor, rotation: Rotation, kv_2NBKD: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """One layer of [T, E]; writes and reads `kv_2NBKD`, this layer's cache."""
+        x_TE = x_TE + self.attention(self.attention_norm(x_TE), rotation, kv_2NBKD, attention)
+        return x_TE + self.mlp(self.mlp_norm(x_TE))
+
+
+class Llama:
+    """The whole decoder. One object serves any number of runners: it holds weights and nothing that changes."""
+
+    def __init__(self, config: ModelConfig, load: Loader) -> None:
+        self.config, self.dtype, self.device = config, load.dtype, load.device
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding_VE = load.tensor("model.embed_tokens.weight", shape)
+        self.rotary = RotaryEmbedding(config, load.dtype, load.device)
+        self.layers = [DecoderLayer(config, load, f"model.layers.{i}") for i in range(config.num_layers)]
+        self.norm = load.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_embeddings
+        self.head = Linear(self.embedding_VE if tied else load.tensor("lm_head.weight", shape))
+
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, E]."""
+        return functional.embedding(token_ids_T, self.embedding_VE)
+
+    def logits(self, x_SE: torch.Tensor) -> torch.Tensor:
+        """[S, E], rows that left the last layer -> [S, V]."""
+        return self.head(self.norm(x_SE))
+
+
+def load_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device) -> Llama:
+    """Builds the decoder with the weights of `source`, converted to `dtype` on `device`, one tensor at a time.
+
+    Raises ValueError naming a tensor that is missing, has another shape than the config says, or has no place in the
+    decoder.
+    """
+    load = Loader(source, dtype, device)
+    model = Llama(config, load)
+    load.check_all_used()
+    return model

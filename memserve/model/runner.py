@@ -1,0 +1,139 @@
+"""ModelRunner: turns a ScheduledBatch into tokens. Knows no scheduler, index or role; it never changes a request.
+
+The life of a step: build the ForwardBatch -> embed -> every layer writes and reads its KV -> logits of the rows that
+sample -> Sampler. Whoever scheduled the batch appends the tokens and advances `num_computed` afterwards.
+
+Shape legend: R requests, E hidden size, S sampled rows, V vocabulary; kv[L, 2, N, B, K, D] as in kvcache/layout.py.
+"""
+
+import hashlib
+from collections.abc import Generator
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from memserve.kvcache.layout import CacheGeometry, DiscreteLayout
+from memserve.model.attention import Attention, attention_backend
+from memserve.model.batch import ForwardBatch, build_forward_batch
+from memserve.model.llama import Llama
+from memserve.model.model_config import ModelConfig
+from memserve.model.sampler import Sampler, SamplingRow
+from memserve.request import Request, SamplingParams, ScheduledBatch, StepOutput, TokenLogprobs
+
+Logprobs = list[TokenLogprobs | None] | None
+Result = TypeVar("Result")
+
+
+def geometry(config: ModelConfig, block_size: int, dtype: torch.dtype) -> CacheGeometry:
+    """What a pool needs to know of the model whose KV it holds, for blocks of `block_size` tokens of `dtype`."""
+    return CacheGeometry(config.num_layers, block_size, config.num_kv_heads, config.head_dim, dtype)
+
+
+def sampling_seed(params: SamplingParams, engine_seed: int, request_id: str) -> int:
+    """The request's own seed, or one drawn from the engine's seed and the request's id: 63 bits, equal everywhere."""
+    if params.seed is not None:
+        return params.seed
+    digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class ModelRunner:
+    """One instance's compute: a model, which runners may share, over one cache, which they do not.
+
+    kv: the pool's view [L, 2, N, B, K, D] in either layout, of the model's dtype and on its device.
+    attention: the backend's word, see memserve/model/attention.  seed: of requests that bring none of their own.
+
+    Raises ValueError if the cache does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        kv: torch.Tensor,
+        block_size: int,
+        attention: str = "sdpa",
+        sampler: Sampler | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_cache(model, kv, block_size)
+        self.model = model
+        self.block_size = block_size
+        self._kv_layers = kv.unbind(0)
+        self._attention: type[Attention] = attention_backend(attention)
+        self._sampler = sampler if sampler is not None else Sampler()
+        self._seed = seed
+
+    def forward(self, batch: ScheduledBatch) -> StepOutput:
+        """Computes the whole batch, all of its `num_steps`."""
+        return _drain(self.forward_by_layer(batch))
+
+    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
+        """The same as a generator: yields l once all the KV that the batch puts into layer l is written.
+
+        In a batch of several steps that is during its last one.
+        """
+        token_ids = np.full((len(batch.requests), batch.num_steps), -1, dtype=np.int32)
+        sampling = np.flatnonzero(batch.samples)
+        logprobs: Logprobs = None
+        step = build_forward_batch(batch, self.block_size, self.model.device)
+        for i in range(batch.num_steps):
+            layers = self._layers(step)
+            x_TE = (yield from layers) if i + 1 == batch.num_steps else _drain(layers)
+            if len(sampling):
+                token_ids[sampling, i], logprobs = self._sample(x_TE, step, [batch.requests[r] for r in sampling])
+            if i + 1 < batch.num_steps:
+                step = step.next_step(torch.from_numpy(token_ids[:, i]).to(self.model.device, torch.int64))
+        return StepOutput(token_ids, _one_a_request(logprobs, sampling, len(batch.requests)))
+
+    def _layers(self, step: ForwardBatch) -> Generator[int, None, torch.Tensor]:
+        """Yields each layer's number as it is done; returns the hidden states [T, E] after the last."""
+        with torch.inference_mode():  # never held across a yield: it would leak into the caller
+            attention = self._attention(step)
+            rotation = self.model.rotary.rotation(step.positions_T)
+            x_TE = self.model.embed(step.token_ids)
+        for i, (layer, kv_2NBKD) in enumerate(zip(self.model.layers, self._kv_layers, strict=True)):
+            with torch.inference_mode():
+                x_TE = layer(x_TE, rotation, kv_2NBKD, attention)
+            yield i
+        return x_TE
+
+    @torch.inference_mode()
+    def _sample(self, x_TE: torch.Tensor, step: ForwardBatch, requests: list[Request]) -> tuple[np.ndarray, Logprobs]:
+        """int32 [S] tokens of the sampled rows, and their logprobs if any of `requests`, which own those rows, asks."""
+        logits_SV = self.model.logits(x_TE[step.sample_rows_S])
+        positions = step.positions[step.sample_rows] + 1
+        rows = [
+            SamplingRow(r.params, sampling_seed(r.params, self._seed, r.request_id), int(p))
+            for r, p in zip(requests, positions, strict=True)
+        ]
+        return self._sampler.sample(logits_SV, rows)
+
+
+def _drain(layers: Generator[int, None, Result]) -> Result:
+    """Runs a generator to its end and returns what it returns."""
+    while True:
+        try:
+            next(layers)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def _one_a_request(logprobs: Logprobs, sampling: np.ndarray, num_requests: int) -> Logprobs:
+    """The logprobs of the rows that sampled, with None in the place of every other request."""
+    if logprobs is None:
+        return None
+    by_row = dict(zip(sampling.tolist(), logprobs, strict=True))
+    return [by_row.get(i) for i in range(num_requests)]
+
+
+def _check_cache(model: Llama, kv: torch.Tensor, block_size: int) -> None:
+    expected = geometry(model.config, block_size, model.dtype)
+    num_blocks = kv.shape[2] if kv.dim() == 6 else 0
+    shape = DiscreteLayout().shape(expected, num_blocks)
+    if tuple(kv.shape) != shape or kv.dtype != model.dtype or kv.device.type != model.device.type:
+        raise ValueError(
+            f"kv: {kv.dtype} {tuple(kv.shape)} on {kv.device}, but the model needs {model.dtype} "
+            f"{shape} on {model.device} (blocks of {block_size} tokens)"
+        )

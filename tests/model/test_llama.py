@@ -1,0 +1,140 @@
+"""Llama and its loader against transformers, on seeded random models of odd sizes and on a small trained one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from mini_engine import DictWeights, MiniEngine, logits_of, model_of
+
+from memserve.model.llama import load_model
+from memserve.model.model_config import ModelConfig
+
+STORIES = Path(__file__).resolve().parents[2].parent / "shared" / "models" / "stories260K"
+COMMON = {"vocab_size": 199, "num_hidden_layers": 3, "max_position_embeddings": 512, "initializer_range": 0.1}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def sizes(hidden: int, mlp: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return dict(zip(names, (hidden, mlp, heads, kv_heads, head_dim), strict=True))
+
+
+CONFIGS = {
+    "llama_gqa3_untied": transformers.LlamaConfig(**COMMON, **sizes(96, 130, 6, 2, 64)),
+    "llama_biases_tied": transformers.LlamaConfig(
+        **COMMON, **sizes(90, 101, 3, 3, 80), attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama3_rope": transformers.LlamaConfig(**COMMON, **sizes(64, 96, 4, 1, 64), rope_parameters=LLAMA3_ROPE),
+    "llama_linear_rope": transformers.LlamaConfig(
+        **COMMON, **sizes(64, 96, 4, 4, 16), rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}
+    ),
+    "qwen2": transformers.Qwen2Config(
+        **COMMON, **{k: v for k, v in sizes(240, 144, 3, 1, 80).items() if k != "head_dim"}
+    ),
+    "qwen3": transformers.Qwen3Config(**COMMON, **sizes(104, 160, 6, 2, 128)),
+    "mistral": transformers.MistralConfig(**COMMON, **sizes(72, 88, 6, 2, 80), sliding_window=None),
+}
+
+
+def hf_model(name: str) -> torch.nn.Module:
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    for parameter in model.parameters():  # biases and norms start at 0 and 1: give them something to say
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def prompts(seed: int, lengths: tuple[int, ...], vocab_size: int = 199) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab_size, n).tolist() for n in lengths]
+
+
+def hf_greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
+    output = model.generate(
+        torch.tensor([prompt]), max_new_tokens=max_tokens, min_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
+    hf, batch = hf_model(name), prompts(1, (1, 37, 70, 16))
+    hf.generation_config.eos_token_id = None
+    ours = model_of(hf)
+    with torch.inference_mode():
+        expected = hf(torch.tensor([batch[2]])).logits[0]
+    torch.testing.assert_close(logits_of(ours, batch[2]), expected, atol=1e-4, rtol=1e-4)
+    assert MiniEngine(ours).generate(batch, 24) == [hf_greedy(hf, p, 24) for p in batch]
+
+
+@pytest.mark.parametrize("name", ["llama3_rope", "qwen3"])
+def test_float64_with_the_reference_backend_equals_transformers_in_float64(name: str) -> None:
+    hf, (prompt,) = hf_model(name), prompts(2, (150,))
+    ours = model_of(hf, torch.float64)
+    with torch.inference_mode():
+        expected = hf.double()(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(logits_of(ours, prompt, "reference"), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_close_to_float32(dtype: torch.dtype) -> None:
+    hf, (prompt,) = hf_model("qwen3"), prompts(3, (40,))
+    exact, rounded = logits_of(model_of(hf), prompt), logits_of(model_of(hf, dtype), prompt)
+    assert rounded.dtype == dtype
+    assert (rounded.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_a_small_trained_model_tells_the_same_story_as_transformers() -> None:
+    assert STORIES.is_dir(), f"{STORIES} is missing: it lies beside the checkout"
+    hf = transformers.AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    hf.generation_config.eos_token_id = None
+    batch = prompts(4, (1, 20, 65), hf.config.vocab_size)
+    assert MiniEngine(model_of(hf)).generate(batch, 64) == [hf_greedy(hf, p, 64) for p in batch]
+
+
+def small() -> tuple[ModelConfig, DictWeights]:
+    hf = hf_model("llama_gqa3_untied")
+    return ModelConfig.from_hf(hf.config.to_dict()), DictWeights(dict(hf.state_dict()))
+
+
+def load(config: ModelConfig, source: DictWeights) -> None:
+    load_model(config, source, torch.float32, torch.device("cpu"))
+
+
+def test_a_missing_tensor_is_named() -> None:
+    config, source = small()
+    del source.tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(config, source)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes() -> None:
+    config, source = small()
+    source.tensors["model.norm.weight"] = torch.zeros(97)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: shape \(97,\).*\(96,\)"):
+        load(config, source)
+
+
+def test_a_tensor_without_a_place_is_refused_not_dropped() -> None:
+    config, source = small()
+    source.tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(384)
+    with pytest.raises(ValueError, match=r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        load(config, source)
+
+
+def test_loading_copies_so_that_the_source_may_go_away() -> None:
+    config, source = small()
+    model = load_model(config, source, torch.float32, torch.device("cpu"))
+    before = model.layers[0].mlp.down.weight.clone()
+    source.tensors["model.layers.0.mlp.down_proj.weight"].zero_()
+    assert torch.equal(model.layers[0].mlp.down.weight, before)
