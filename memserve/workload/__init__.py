@@ -1,0 +1,24 @@
+"""Workloads: which requests a run submits, and when. Sessions, the client that plays them, and where they come from."""
+
+from memserve.workload.arrivals import Arrivals, ClosedLoop, Gamma, Poisson
+from memserve.workload.chat import ChatWorkload
+from memserve.workload.conversations import BadConversation
+from memserve.workload.player import PlayerCounts, SessionPlayer
+from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+from memserve.workload.synthetic import SyntheticWorkload
+
+__all__ = [
+    "Arrivals",
+    "BadConversation",
+    "ChatTokenizer",
+    "ChatWorkload",
+    "ClosedLoop",
+    "Gamma",
+    "PlayerCounts",
+    "Poisson",
+    "Session",
+    "SessionPlayer",
+    "SyntheticWorkload",
+    "Turn",
+    "Workload",
+]

@@ -1,0 +1,76 @@
+"""Arrivals: when sessions start. One class an arrival process; knows nothing of what the sessions hold.
+
+`rate` is in sessions a second over the whole cluster. Gaps are drawn as they are: neither clipped nor rescaled, so the
+expected rate is the asked one. The clock of a run starts at 0; the first session comes after the first gap.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from memserve.clock import NS_PER_S
+from memserve.workload.checks import require_count, require_number
+
+
+class Arrivals(ABC):
+    """An arrival process. `concurrency` is set by closed-loop ones alone."""
+
+    concurrency: int | None = None
+
+    def check_rate(self, rate: float | None) -> None:
+        """Raises ValueError when this process cannot run at `rate`."""
+        if rate is None:
+            raise ValueError(f"rate=None with arrivals={type(self).__name__}: expected sessions a second, > 0")
+        require_number("rate", rate, "a finite number of sessions a second, > 0", minimum=0.0, exclusive=True)
+
+    @abstractmethod
+    def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
+        """int64 [num_sessions], ascending: when each session arrives, in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Poisson(Arrivals):
+    """Independent, exponentially distributed gaps (the paper's arrivals, section 8)."""
+
+    def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
+        assert rate is not None
+        return _cumulative_ns(rng.exponential(1.0 / rate, num_sessions))
+
+
+@dataclass(frozen=True)
+class Gamma(Arrivals):
+    """Gamma distributed gaps. cv: their coefficient of variation; 1 is Poisson, above it bursts, below it regular."""
+
+    cv: float = 2.0
+
+    def __post_init__(self) -> None:
+        require_number("arrivals.cv", self.cv, "a finite number > 0", minimum=0.0, exclusive=True)
+
+    def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
+        assert rate is not None
+        shape = self.cv**-2
+        return _cumulative_ns(rng.gamma(shape, 1.0 / (rate * shape), num_sessions))
+
+
+@dataclass(frozen=True)
+class ClosedLoop(Arrivals):
+    """`concurrency` sessions at a time: the next one starts when one ends. There is no rate."""
+
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        require_count("arrivals.concurrency", self.concurrency, 1)
+
+    def check_rate(self, rate: float | None) -> None:
+        if rate is not None:
+            raise ValueError(f"rate={rate!r} with arrivals=ClosedLoop: a closed loop has no rate; expected rate=null")
+
+    def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
+        return np.zeros(num_sessions, dtype=np.int64)
+
+
+def _cumulative_ns(gaps_s: np.ndarray) -> np.ndarray:
+    """float64 [n] gaps in seconds -> int64 [n] times in nanoseconds."""
+    times_ns: np.ndarray = np.rint(np.cumsum(gaps_s) * NS_PER_S).astype(np.int64)
+    return times_ns

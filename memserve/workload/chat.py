@@ -1,0 +1,129 @@
+"""ChatWorkload: multi-turn conversations, from our own packaged set or a file. The model's own answers become history.
+
+What a file says for the assistant is not sent; it can only set how long each answer may be (as the paper does with
+ShareGPT: section 8.1 replaces its responses by generated ones).
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from memserve.clock import to_ns
+from memserve.request import SamplingParams
+from memserve.workload.arrivals import Arrivals, Poisson
+from memserve.workload.checks import require_choice, require_count, require_instance, require_number
+from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
+from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+
+PACKAGED_CONVERSATIONS = Path(__file__).parent / "data" / "conversations.jsonl"
+
+_logger = logging.getLogger(__name__)
+_DEFAULT_ARRIVALS = Poisson()
+
+
+class ChatWorkload(Workload):
+    """Chat sessions. Every constructor argument is a config option under `workload`.
+
+    path: a ShareGPT or OpenAI-messages file (JSON lines or array); None is the packaged set.
+    num_sessions: the first so many conversations; None is all. More than the file holds is an error.
+    rate: sessions a second over the whole cluster; None in closed loop.
+    think_time_s: from the end of an answer to the next turn.
+    max_output_tokens: most tokens of an answer.
+    max_turns: the first so many turns of each conversation; None is all.
+    output_length: "free" lets the model end its answer; "from_file" gives each answer the token count of the file's
+        own as its limit (at most max_output_tokens), which with ignore_eos it reaches exactly.
+    tool_role: the role under which tool results reach the chat template; "user" works with every template.
+    skip_invalid: leave out conversations that cannot be played, say how many, and go on, instead of raising.
+    temperature, top_k, top_p, ignore_eos: see SamplingParams.
+
+    Raises ValueError naming option, value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        num_sessions: int | None = None,
+        rate: float | None = 1.0,
+        arrivals: Arrivals = _DEFAULT_ARRIVALS,
+        think_time_s: float = 0.0,
+        max_output_tokens: int = 128,
+        max_turns: int | None = None,
+        output_length: str = "free",
+        tool_role: str = "user",
+        skip_invalid: bool = False,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        ignore_eos: bool = False,
+    ) -> None:
+        self._path = PACKAGED_CONVERSATIONS if path is None else Path(path)
+        self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
+        require_instance("arrivals", arrivals, Arrivals)  # type: ignore[type-abstract]
+        arrivals.check_rate(rate)
+        self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
+        think_time_s = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
+        self._think_time_ns = to_ns(think_time_s)
+        self._max_turns = None if max_turns is None else require_count("max_turns", max_turns, 1)
+        self._from_file = require_choice("output_length", output_length, ("free", "from_file")) == "from_file"
+        self._tool_role = require_choice("tool_role", tool_role, ("user", "tool"))
+        self._skip_invalid = require_instance("skip_invalid", skip_invalid, bool)
+        self._params = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            ignore_eos=ignore_eos,
+            max_tokens=require_count("max_output_tokens", max_output_tokens, 1),
+        )
+
+    def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
+        """See Workload. Raises BadConversation with file and line, ValueError when the file holds too few."""
+        conversations = list(self._conversations())
+        rng = np.random.default_rng(require_count("seed", seed, 0))
+        arrivals_ns = self._arrivals.times_ns(len(conversations), self._rate, rng)
+        return [self._session(c, int(t), tokenizer) for c, t in zip(conversations, arrivals_ns, strict=True)]
+
+    def _conversations(self) -> Iterator[Conversation]:
+        """The conversations to play. Reads the file only as far as it must."""
+        num_good, errors = 0, list[BadConversation]()
+        for conversation in iter_conversations(self._path):
+            if num_good == self._num_sessions:
+                break
+            if isinstance(conversation, Conversation):
+                num_good += 1
+                yield conversation
+            elif self._skip_invalid:
+                errors.append(conversation)
+            else:
+                raise conversation
+        if errors:
+            _logger.warning("%d conversations skipped, %d kept; the first: %s", len(errors), num_good, errors[0])
+        if num_good < (self._num_sessions or 1):
+            wanted = f"num_sessions={self._num_sessions}" if self._num_sessions else "at least one session"
+            raise ValueError(f"{wanted}, but {self._path} holds {num_good} conversations ({len(errors)} skipped)")
+
+    def _session(self, conversation: Conversation, arrival_ns: int, tokenizer: ChatTokenizer) -> Session:
+        turns = []
+        for number, turn in enumerate(conversation.turns[: self._max_turns]):
+            messages = _to_template(turn.messages, self._tool_role)
+            tokens = tokenizer.next_turn(messages) if number else tokenizer.chat_prompt(messages)
+            params = self._params_for(turn.answer, tokenizer, f"{conversation.where}, turn {number + 1}")
+            turns.append(Turn(tokens, params, self._think_time_ns if number else 0))
+        return Session(conversation.conversation_id, arrival_ns, tuple(turns), tokenizer.turn_suffix)
+
+    def _params_for(self, answer: str | None, tokenizer: ChatTokenizer, where: str) -> SamplingParams:
+        if not self._from_file:
+            return self._params
+        if answer is None:
+            raise BadConversation(f"{where}: no answer to take the length from; expected output_length=free")
+        length = max(1, len(tokenizer.encode(answer)))
+        return msgspec.structs.replace(self._params, max_tokens=min(length, self._params.max_tokens))
+
+
+def _to_template(messages: tuple[ChatMessage, ...], tool_role: str) -> list[dict[str, str]]:
+    """The messages as a chat template takes them. Tool results that become the user's are joined into one message."""
+    if tool_role == "user" and messages[0].role == "tool":
+        return [{"role": "user", "content": "\n\n".join(message.content for message in messages)}]
+    return [{"role": message.role, "content": message.content} for message in messages]
