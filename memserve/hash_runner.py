@@ -36,9 +36,7 @@ class HashRunner:
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Writes the batch's KV and returns its next tokens, int32 [num_requests, num_steps], -1 where none."""
         token_ids = np.full((len(batch.requests), batch.num_steps), -1, dtype=np.int32)
-        for row, request, num_new, samples in zip(
-            token_ids, batch.requests, batch.num_new, batch.samples, strict=True
-        ):
+        for row, request, num_new, samples in zip(token_ids, batch.requests, batch.num_new, batch.samples, strict=True):
             start = request.num_computed
             new = request.tokens.view[start : start + num_new]
             for step in range(batch.num_steps):

@@ -158,7 +158,9 @@ class Allocator:
                 raise BrokenInvariant(f"{holder} holds a block twice, or nothing: {held.view.tolist()}")
             counts[held.view] += 1
         if (counts != self.refcounts).any():
-            raise BrokenInvariant(f"reference counts differ from the ledger at {np.flatnonzero(counts != self.refcounts)}")
+            raise BrokenInvariant(
+                f"reference counts differ from the ledger at {np.flatnonzero(counts != self.refcounts)}"
+            )
         free = self._stack[: self._num_free]
         if len(np.unique(free)) != len(free) or self.refcounts[free].any():
             raise BrokenInvariant("the free stack repeats a block or holds one in use")

@@ -16,7 +16,7 @@ _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 @dataclass(frozen=True)
 class Match:
-    """The longest cached prefix: `blocks` int32 [num_tokens / block_size]. Holds nothing; retain before the next call."""
+    """Longest cached prefix: `blocks` int32 [num_tokens / block_size]. Holds nothing: retain before the next call."""
 
     blocks: np.ndarray
     num_tokens: int

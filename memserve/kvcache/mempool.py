@@ -90,7 +90,7 @@ class MemPool:
         return self.addresses(canonical)
 
     def match(self, tokens: Tokens, limit: int | None = None) -> AddressMatch:
-        """The longest cached prefix of tokens[:limit], in whole blocks. Holds nothing: `retain` before the next call."""
+        """Longest cached prefix of tokens[:limit], in whole blocks. Holds nothing: `retain` before the next call."""
         found = self.blocks.match(as_tokens(tokens), limit)
         return AddressMatch(self.addresses(found.blocks), found.num_tokens)
 

@@ -1,4 +1,4 @@
-"""GlobalScheduler: names an instance for each request and streams the answer back (section 6). Sans-IO; names no tensor.
+"""GlobalScheduler: names an instance for each request and streams the answer back (section 6). Sans-IO.
 
     Submit -> policy -> Dispatch to an instance -> Tokens, ordered by index, repeats dropped -> client
     Cancel -> Abort to that instance; Finished from it ends the request -> client

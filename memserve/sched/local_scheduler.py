@@ -117,7 +117,7 @@ class LocalScheduler:
 
         1 unless every request decodes and its length is known beforehand.
         """
-        decoding = all(r.num_to_compute == 1 and not r.params.can_stop_early for r in batch.requests)
+        decoding = all(r.num_computed >= r.prefill_end and not r.params.can_stop_early for r in batch.requests)
         if not decoding or len(batch.requests) < len(self.running):
             return 1
         most = min(r.max_num_tokens - r.num_tokens for r in batch.requests)

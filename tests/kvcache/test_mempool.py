@@ -14,8 +14,8 @@ from memserve.kvcache import (
     OutOfBlocks,
     RadixIndex,
     StaleAddress,
+    address,
 )
-from memserve.kvcache import address
 from memserve.kvcache.address import Medium
 
 A, B = ("request", "a", 0), ("request", "b", 0)

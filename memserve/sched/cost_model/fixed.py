@@ -11,11 +11,12 @@ class FixedCostModel:
     """
 
     def __init__(self, step_s: float, prefill_token_s: float, decode_token_s: float) -> None:
-        for name, value in (("step_s", step_s), ("prefill_token_s", prefill_token_s), ("decode_token_s", decode_token_s)):
+        costs = {"step_s": step_s, "prefill_token_s": prefill_token_s, "decode_token_s": decode_token_s}
+        for name, value in costs.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"cost_model.{name}={value}: expected a finite number of seconds >= 0")
-        if step_s == prefill_token_s == decode_token_s == 0:
-            raise ValueError("cost_model: every cost is 0, so that virtual time would stand still; expected one above 0")
+        if not any(costs.values()):
+            raise ValueError(f"cost_model={costs}: time would stand still, expected a cost above 0")
         self._step_ns = to_ns(step_s)
         self._prefill_token_ns = to_ns(prefill_token_s)
         self._decode_token_ns = to_ns(decode_token_s)

@@ -1,0 +1,154 @@
+"""Build: from a RunConfig to the objects that run it. Knows every part's constructor and no loop."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from memserve.cluster.step_time import Measured, Modelled, StepTime
+from memserve.config.checks import ConfigError
+from memserve.config.schema import RunConfig
+from memserve.hash_runner import HashRunner, hash_geometry
+from memserve.instance import Instance, Runner
+from memserve.kvcache.block_pool import BlockPool, IndexFactory
+from memserve.kvcache.index import NullIndex
+from memserve.kvcache.layout import CacheGeometry
+from memserve.kvcache.mempool import MemPool
+from memserve.model.byte_tokenizer import ByteTokenizer
+from memserve.model.llama import Llama, load_model
+from memserve.model.model_config import ModelConfig
+from memserve.model.model_path import OpenedModel, open_model, open_random_model
+from memserve.model.no_tokenizer import NoTokenizer
+from memserve.model.runner import ModelRunner, geometry
+from memserve.model.tokenizer import Tokenizer
+from memserve.request import Role
+from memserve.sched.admission import Limits
+from memserve.sched.local_scheduler import LocalScheduler
+from memserve.sched.modes import Mode
+from memserve.trace_runner import TraceRunner
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the instances of one process share. `model` is None when nothing is computed (tokens=hash, workload)."""
+
+    tokenizer: Tokenizer
+    model: Llama | None
+    vocab_size: int
+    max_context: int
+
+
+def build_engine(cfg: RunConfig) -> Engine:
+    """Loads the model, or what stands in for it. Weights are loaded once, however many instances there are."""
+    if cfg.model.num_threads is not None:
+        torch.set_num_threads(cfg.model.num_threads)
+    if cfg.tokens != "model":
+        tokenizer = ByteTokenizer()
+        return Engine(tokenizer, None, tokenizer.vocab_size, cfg.model.max_context or np.iinfo(np.int32).max)
+    opened = _open(cfg)
+    config = opened.config
+    max_context = cfg.model.max_context or config.max_position
+    if max_context > config.max_position:
+        raise ConfigError(f"model.max_context={max_context}: the model's context has {config.max_position} tokens")
+    model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device))
+    if cfg.model.compile:
+        model.compile()
+    return Engine(
+        opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids), model, config.vocab_size, max_context
+    )
+
+
+def _open(cfg: RunConfig) -> OpenedModel:
+    if cfg.model.path is not None:
+        return open_model(cfg.model.path, cfg.seed)
+    shape = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg.model.random)))
+    return open_random_model(ModelConfig.from_hf(shape), cfg.seed)
+
+
+def _device(word: str) -> torch.device:
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model.device={word}: expected cpu, or a device of this machine ({error})") from error
+    return device
+
+
+def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incarnation: int) -> Instance:
+    """One instance with its own pool, scheduler and runner."""
+    block_size, num_blocks = cfg.kvcache.block_size, cfg.kvcache.num_hbm_blocks
+    if cfg.tokens == "workload":
+        pool = BlockPool(num_blocks, block_size, index_factory(cfg))
+        runner: Runner = TraceRunner(engine.vocab_size)
+    else:
+        mempool = MemPool(
+            _geometry(cfg, engine),
+            instantiate(cfg.layout),
+            num_blocks,
+            index_factory(cfg),
+            device=cfg.model.device if engine.model else "cpu",
+            incarnation=incarnation,
+        )
+        pool, runner = mempool.blocks, _runner(cfg, engine, mempool)
+    scheduler = LocalScheduler(
+        pool,
+        instantiate(cfg.queue),
+        instantiate(cfg.preemption),
+        token_budget=cfg.sched.token_budget,
+        chunk_size=cfg.sched.chunk_size,
+        max_running=cfg.sched.max_running,
+    )
+    return Instance(
+        label,
+        role,
+        scheduler,
+        runner,
+        Limits(engine.max_context, engine.vocab_size, num_blocks, block_size),
+        eos_token_ids=eos_token_ids(engine),
+        tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
+        seed=cfg.seed,
+    )
+
+
+def _geometry(cfg: RunConfig, engine: Engine) -> CacheGeometry:
+    if engine.model is None:
+        return hash_geometry(cfg.kvcache.block_size)
+    return geometry(engine.model.config, cfg.kvcache.block_size, engine.model.dtype)
+
+
+def _runner(cfg: RunConfig, engine: Engine, pool: MemPool) -> Runner:
+    if engine.model is None:
+        return HashRunner(pool.kv, engine.vocab_size)
+    return ModelRunner(engine.model, pool.kv, pool.block_size, attention=cfg.model.attention)
+
+
+def eos_token_ids(engine: Engine) -> Collection[int]:
+    """Tokens that end an answer: the model's, else the tokenizer's."""
+    return engine.tokenizer.eos_token_ids if engine.model is None else engine.model.config.eos_token_ids
+
+
+def index_factory(cfg: RunConfig) -> IndexFactory:
+    """Makes an instance's index; the eviction order goes to the kinds of index that evict."""
+    target = instantiate(cfg.index, _partial_=True)
+    if target.func is NullIndex:
+        return cast(IndexFactory, target)
+    return cast(IndexFactory, partial(target, eviction=instantiate(cfg.eviction)))
+
+
+def build_step_time(cfg: RunConfig) -> StepTime:
+    return Measured() if cfg.step_time == "measured" else Modelled(instantiate(cfg.cost_model))
+
+
+def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
+    """(label, role) of each instance. Raises ConfigError if the mode needs other roles."""
+    mode: Mode = instantiate(cfg.mode)
+    roles = [Role(role) for role in cfg.cluster.roles]
+    if frozenset(roles) != mode.roles:
+        needed = ", ".join(sorted(mode.roles))
+        raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
+    return [(f"{role}-{i}", role) for i, role in enumerate(roles)]

@@ -1,0 +1,160 @@
+"""EmulatedCluster: several instances in one process and one virtual time. Knows when; never what is computed.
+
+Every instance has its own timeline. A step begins when its instance is free and has something to do, and its results
+leave at its virtual end, however long this process took to compute them:
+
+    client --Submit--> global scheduler --Dispatch--> inbox
+    begin: schedule (+ forward, when its duration is to be measured) -> [virtual duration] -> end: commit -> messages
+
+Events at the same nanosecond: clients first, then ends of steps, then begins, then in order of creation. Messages take
+no virtual time of their own. A macro-step (a batch repeated `num_steps` times) is computed only at its end, and a
+message that reaches the instance meanwhile cuts it at the next boundary between two of its steps.
+"""
+
+import heapq
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from memserve.clock import Stopwatch
+from memserve.cluster.step_time import StepTime
+from memserve.instance import Instance
+from memserve.messages import Finished, Message, Tokens
+from memserve.request import ScheduledBatch, StepOutput
+from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
+from memserve.workload.player import SessionPlayer
+
+_END, _BEGIN = 1, 2
+
+
+@dataclass
+class _Step:
+    """A step under way. ends_ns: int64 [num_steps]. `output` is there already when the step was measured."""
+
+    batch: ScheduledBatch
+    start_ns: int
+    ends_ns: np.ndarray
+    output: StepOutput | None
+
+
+@dataclass
+class Node:
+    """An instance and its timeline. `busy_ns`: virtual time spent in steps."""
+
+    instance: Instance
+    busy_ns: int = 0
+    step: _Step | None = None
+    begin_is_due: bool = False
+    epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
+    commit_ns: int = 0  # measured cost of the last commit, charged to the next step
+
+
+@dataclass
+class EmulatedCluster:
+    """Runs `nodes` under `scheduler` for one `client` until every request has ended."""
+
+    nodes: list[Node]
+    scheduler: GlobalScheduler
+    client: SessionPlayer
+    step_time: StepTime
+    macro_steps: bool
+    now_ns: int = 0
+    _events: list[tuple[int, int, int, Node, int]] = field(default_factory=list)
+    _num_events: int = 0
+
+    def __post_init__(self) -> None:
+        self._by_label = {node.instance.label: node for node in self.nodes}
+
+    def advance(self) -> bool:
+        """Handles the next event in virtual time; False when nothing is left to do.
+
+        Raises RuntimeError if requests are unfinished and nothing will ever happen to them.
+        """
+        client_ns = self.client.next_time_ns()
+        event_ns = self._events[0][0] if self._events else None
+        if client_ns is not None and (event_ns is None or client_ns <= event_ns):
+            self.now_ns = max(self.now_ns, client_ns)
+            for submit in self.client.poll(self.now_ns):
+                self._to_scheduler(submit)
+        elif event_ns is not None:
+            self.now_ns, kind, _, node, epoch = heapq.heappop(self._events)
+            if kind == _BEGIN:
+                self._begin(node)
+            elif epoch == node.epoch:
+                self._end(node)
+        elif self.scheduler.num_unfinished:
+            raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
+        else:
+            return False
+        return True
+
+    def _begin(self, node: Node) -> None:
+        node.begin_is_due = False
+        watch = Stopwatch()
+        batch = node.instance.schedule(self.now_ns)
+        self._send(node)
+        if batch is None:
+            return
+        output = None
+        if self.step_time.is_measured:
+            output = node.instance.forward(batch)
+            durations = [watch.stop_ns() + node.commit_ns]
+        else:
+            if self.macro_steps:
+                batch = replace(batch, num_steps=node.instance.scheduler.max_macro_steps(batch))
+            durations = self.step_time.durations_ns(batch)
+        ends_ns = self.now_ns + np.cumsum(durations, dtype=np.int64)
+        node.step = _Step(batch, self.now_ns, ends_ns, output)
+        self._push(int(ends_ns[-1]), _END, node)
+
+    def _end(self, node: Node) -> None:
+        step, node.step = node.step, None
+        assert step is not None
+        node.busy_ns += self.now_ns - step.start_ns
+        if step.output is None:
+            node.instance.scheduler.extend(step.batch)
+            step.output = node.instance.forward(step.batch)
+        watch = Stopwatch()
+        node.instance.commit(step.batch, step.output, step.ends_ns)
+        node.commit_ns = watch.stop_ns()
+        self._send(node)
+        self._wake(node)
+
+    def _wake(self, node: Node) -> None:
+        """Lets an idle instance begin a step at this very time."""
+        if node.step is None and not node.begin_is_due:
+            node.begin_is_due = True
+            self._push(self.now_ns, _BEGIN, node)
+
+    def _deliver(self, node: Node, message: Message) -> None:
+        node.instance.receive(message)
+        if node.step is None:
+            self._wake(node)
+        elif node.step.batch.num_steps > 1:
+            self._cut(node, node.step)
+
+    def _cut(self, node: Node, step: _Step) -> None:
+        """Ends a macro-step at the first boundary that is not before now."""
+        num_steps = int(np.searchsorted(step.ends_ns, self.now_ns)) + 1
+        if num_steps < step.batch.num_steps:
+            step.batch = replace(step.batch, num_steps=num_steps)
+            step.ends_ns = step.ends_ns[:num_steps]
+            node.epoch += 1
+            self._push(int(step.ends_ns[-1]), _END, node)
+
+    def _send(self, node: Node) -> None:
+        for message in node.instance.drain_outbox():
+            self._to_scheduler(message)
+
+    def _to_scheduler(self, message: Message) -> None:
+        self.scheduler.receive(message, self.now_ns)
+        for destination, out in self.scheduler.drain_outbox():
+            if destination == CLIENT:
+                assert isinstance(out, Tokens | Finished)
+                self.client.receive(out, self.now_ns)
+            else:
+                self._deliver(self._by_label[destination], out)
+
+    def _push(self, time_ns: int, kind: int, node: Node) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (time_ns, kind, self._num_events, node, node.epoch))

@@ -1,0 +1,99 @@
+"""Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from memserve.config.schema import RunConfig
+from memserve.request import Role
+
+CHOICES = {
+    "exec": ("emulated", "simulated"),
+    "step_time": ("measured", "model"),
+    "tokens": ("model", "hash", "workload"),
+    "transport": ("in_process",),
+    "granularity": ("none",),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_BLOCK_SIZE = 1024
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run as asked."""
+
+
+def check_config(cfg: RunConfig) -> None:
+    """Raises ConfigError for a value out of range or a contradiction between two of them."""
+    for name, allowed in CHOICES.items():
+        _require(getattr(cfg, name) in allowed, name, getattr(cfg, name), f"one of {', '.join(allowed)}")
+    _require(cfg.repeats >= 1, "repeats", cfg.repeats, "an integer >= 1")
+    _require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
+    _require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
+             f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
+    _require(cfg.kvcache.num_hbm_blocks >= 1, "kvcache.num_hbm_blocks", cfg.kvcache.num_hbm_blocks, "an integer >= 1")
+    for name in ("token_budget", "chunk_size", "max_running"):
+        value = getattr(cfg.sched, name)
+        _require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
+    _check_model(cfg)
+    _check_execution(cfg)
+    _check_roles(cfg)
+
+
+def _check_model(cfg: RunConfig) -> None:
+    model = cfg.model
+    _require(model.dtype in DTYPES, "model.dtype", model.dtype, f"one of {', '.join(DTYPES)}")
+    for name in ("max_context", "num_threads"):
+        value = getattr(model, name)
+        least = 2 if name == "max_context" else 1
+        _require(value is None or value >= least, f"model.{name}", value, f"null or an integer >= {least}")
+    if cfg.tokens == "model" and (model.path is None) == (model.random is None):
+        raise ConfigError(
+            f"model.path={model.path!r} and model.random={'given' if model.random else None}: expected exactly one"
+        )
+
+
+def _check_execution(cfg: RunConfig) -> None:
+    real = cfg.tokens == "model"
+    if real != (cfg.exec == "emulated"):
+        allowed = "tokens=model" if cfg.exec == "emulated" else "tokens=hash or tokens=workload"
+        raise ConfigError(f"tokens={cfg.tokens} contradicts exec={cfg.exec}: expected {allowed}")
+    if cfg.exec == "simulated" and cfg.step_time != "model":
+        raise ConfigError("step_time=measured contradicts exec=simulated: expected step_time=model")
+    if cfg.macro_steps and cfg.exec == "emulated":
+        raise ConfigError("macro_steps=true contradicts exec=emulated: a real model computes every step")
+
+
+def _check_roles(cfg: RunConfig) -> None:
+    known = [role.value for role in Role]
+    _require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
+    for role in cfg.cluster.roles:
+        _require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
+
+
+def check_target(name: str, node: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless node's `_target_` can be imported and takes the node's other keys."""
+    if "_target_" not in node:
+        raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
+    path = str(node["_target_"])
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name}._target_={path}: cannot be imported ({error})") from error
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    unknown = [key for key in node if not str(key).startswith("_") and key not in parameters]
+    if unknown:
+        raise ConfigError(
+            f"{name}.{unknown[0]}={node[unknown[0]]!r}: {path} takes {', '.join(parameters) or 'nothing'}"
+        )
+    for key, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_target(f"{name}.{key}", value)
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r}: expected {allowed}")

@@ -1,0 +1,76 @@
+"""The configuration's schema: plain dataclasses. Knows types; cross-field rules are in checks.py.
+
+Nodes typed `Any` are objects to build: a `_target_` and the arguments of that class, checked against its signature.
+Not frozen: hydra-core 1.3 refuses every override of a frozen schema; `load_config` sets the result read-only instead.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfigNode:
+    """Which model runs and how. `path` and `random` exclude each other."""
+
+    path: str | None = None
+    random: dict[str, Any] | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    attention: str = "sdpa"
+    compile: bool = False
+    max_context: int | None = None
+    num_threads: int | None = None
+
+
+@dataclass
+class KVCacheConfig:
+    """Sizes of an instance's pool. block_size in tokens."""
+
+    block_size: int = 16
+    num_hbm_blocks: int = 2048
+
+
+@dataclass
+class SchedConfig:
+    """Limits of the local scheduler, in tokens and requests."""
+
+    token_budget: int = 2048
+    chunk_size: int | None = None
+    max_running: int = 256
+
+
+@dataclass
+class ClusterConfig:
+    """One role an instance."""
+
+    roles: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunConfig:
+    """One run of a cluster on a workload."""
+
+    exec: str = MISSING
+    step_time: str = MISSING
+    tokens: str = MISSING
+    macro_steps: bool = MISSING
+    transport: str = MISSING
+    granularity: str = MISSING
+    seed: int = 0
+    repeats: int = 1
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    mode: Any = MISSING
+    policy: Any = MISSING
+    index: Any = MISSING
+    eviction: Any = MISSING
+    queue: Any = MISSING
+    preemption: Any = MISSING
+    layout: Any = MISSING
+    cost_model: Any = MISSING
+    model: ModelConfigNode = field(default_factory=ModelConfigNode)
+    kvcache: KVCacheConfig = field(default_factory=KVCacheConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    workload: Any = MISSING
+    tracking: Any = MISSING

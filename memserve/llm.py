@@ -1,0 +1,218 @@
+"""LLM: one instance as a Python object, for notebooks and scripts. Runs in real time; no cluster, no global scheduler.
+
+    llm = LLM("path/to/model")
+    for output in llm.generate(["Once upon a time", "The capital of France is"], SamplingParams(max_tokens=32)):
+        print(output.text)
+
+Prompts are strings, chats (lists of {"role", "content"} messages) or token ids, one or a list of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from memserve.clock import monotonic_ns
+from memserve.cluster.build import build_engine, build_instance
+from memserve.compose import load_config
+from memserve.instance import Instance
+from memserve.messages import Abort, Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
+from memserve.model.detokenizer import Detokenizer, StopChecker
+from memserve.model.tokenizer import Tokenizer
+from memserve.request import Role, SamplingParams, TokenLogprobs
+
+OPTIONS = {
+    **{name: name for name in ("index", "eviction", "queue", "preemption", "layout", "seed")},
+    **{name: f"model.{name}" for name in ("dtype", "device", "attention", "compile", "max_context", "num_threads")},
+    **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
+    "block_size": "kvcache.block_size",
+    "num_blocks": "kvcache.num_hbm_blocks",
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One answer. num_cached: prompt tokens taken from the cache. finish_reason: stop or length.
+
+    `text` ends before a stop string; `token_ids` are all that were generated.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    num_cached: int
+    finish_reason: str
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer to prompt number `index`. `output` is the whole answer, on its last piece only."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+    output: Output | None = None
+
+
+class LLM:
+    """A model, its pool and its scheduler.
+
+    path: a Hugging Face directory, a .gguf file, or package:NAME for one shipped in an installed Python package.
+    options: the configuration's words (see OPTIONS and configs/), such as index="none", block_size=32, num_blocks=512,
+        dtype="bfloat16", compile=True.
+
+    Raises ValueError for an unknown option or a value out of range, naming what is allowed.
+    """
+
+    def __init__(self, path: str, **options: Any) -> None:
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise ValueError(f"LLM option {unknown[0]!r}: expected one of {', '.join(sorted(OPTIONS))}")
+        words = [f"{OPTIONS[name]}={_word(value)}" for name, value in options.items()]
+        cfg = load_config([f"model.path={_word(str(path))}", *words])
+        engine = build_engine(cfg)
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0)
+        self._num_requests = 0
+
+    def generate(
+        self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None = None, *, stream: bool = False
+    ) -> Any:
+        """Answers to `prompts`, in their order: list[Output], or with stream=True an iterator of Delta as they come.
+
+        params: for all prompts, or one for each; greedy and 128 tokens by default. Raises ValueError naming the first
+        prompt that cannot be served, before any is.
+        """
+        token_ids = [self._token_ids(prompt) for prompt in _as_list(prompts)]
+        each = _one_each(params, len(token_ids))
+        for i, (ids, p) in enumerate(zip(token_ids, each, strict=True)):
+            try:
+                self.instance.check_request(ids, p)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from error
+        deltas = self._stream(token_ids, each)
+        if stream:
+            return deltas
+        outputs = {delta.index: delta.output for delta in deltas if delta.output is not None}
+        return [outputs[i] for i in range(len(token_ids))]
+
+    def _stream(self, prompts: list[np.ndarray], params: list[SamplingParams]) -> Iterator[Delta]:
+        """Serves the prompts; what is unfinished when the caller stops listening is aborted."""
+        answers: dict[str, _Answer] = {}
+        for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
+            name = f"llm/{self._num_requests}"
+            self._num_requests += 1
+            answers[name] = _Answer(i, ids, p, self.tokenizer)
+            self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
+        try:
+            while answers:
+                for message in self._step():
+                    delta = answers[message.request_id].take(message)
+                    if isinstance(message, Finished):
+                        del answers[message.request_id]
+                    yield delta
+        finally:
+            for name in answers:
+                self.instance.receive(Abort(name, 0))
+            if answers:
+                self.instance.schedule(monotonic_ns())
+                self.instance.drain_outbox()
+
+    def _step(self) -> list[Tokens | Finished]:
+        batch = self.instance.schedule(monotonic_ns())
+        if batch is not None:
+            output = self.instance.forward(batch)
+            self.instance.commit(batch, output, np.array([monotonic_ns()]))
+        return [m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished)]
+
+    def _token_ids(self, prompt: Any) -> np.ndarray:
+        """int32 [n] from a string, a chat or token ids."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.chat_prompt(prompt)
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(f"prompt {prompt!r}: expected a string, chat messages or a list of token ids")
+        return ids.astype(np.int32)
+
+
+@dataclass
+class _Answer:
+    """An answer while it grows."""
+
+    index: int
+    prompt: np.ndarray
+    params: SamplingParams
+    tokenizer: Tokenizer
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        self._detokenizer = Detokenizer(self.tokenizer)
+        self._stops = StopChecker(self.params.stop)
+
+    def take(self, message: Tokens | Finished) -> Delta:
+        """The piece that a message adds."""
+        if isinstance(message, Finished):
+            return self._end(message)
+        new = unpack_tokens(message.token_ids).tolist()
+        self.token_ids += new
+        self.logprobs += message.logprobs or []
+        return Delta(self.index, new, self._add("".join(self._detokenizer.push(t) for t in new)))
+
+    def _add(self, text: str) -> str:
+        certain = self._stops.push(text)
+        self.text += certain
+        return certain
+
+    def _end(self, message: Finished) -> Delta:
+        assert message.stats is not None, f"{message.reason}: {message.detail}"
+        last = self._add(self._detokenizer.flush())
+        rest = self._stops.flush()
+        self.text += rest
+        output = Output(
+            prompt_token_ids=self.prompt.tolist(),
+            token_ids=self.token_ids,
+            text=self.text,
+            num_cached=message.stats.num_cached_local,
+            finish_reason=str(message.reason),
+            logprobs=None if self.params.logprobs is None else self.logprobs,
+        )
+        return Delta(self.index, [], last + rest, output)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt or many, as many."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and isinstance(many[0], Mapping | int | np.integer):
+        return [many]
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 1:
+        return [prompts]
+    return many
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    each = list(params)
+    if len(each) != count:
+        raise ValueError(f"{len(each)} sampling params for {count} prompts: expected one, or one for each")
+    return each
+
+
+def _word(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return str(value)

@@ -1,0 +1,30 @@
+"""One experiment: a cluster on a workload, and an output directory that says what was run and what came out.
+
+python scripts/run.py                                            # the default: one instance, the chat workload
+python scripts/run.py index=none workload.rate=2                 # one word an ablation
+python scripts/run.py exec=simulated cluster=colocated_4 policy=least_load
+python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: one run after the other
+"""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from memserve.cluster.local import LocalCluster
+from memserve.compose import config_dir, resolve
+from memserve.config.checks import ConfigError
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")
+def main(composed: DictConfig) -> None:
+    try:
+        cluster = LocalCluster(resolve(composed))
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    cluster.run(HydraConfig.get().runtime.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+from mini_cluster import collect, dispatch, hash_answer, hash_instance, serve
+
+from memserve.messages import Abort
+from memserve.request import SamplingParams
+from memserve.sched.queue_policy import LongestPrefixFirst
+
+ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)
+
+
+def sizes(instance):
+    """(requests, tokens) of the next step, computed and committed."""
+    batch = instance.schedule(0)
+    instance.commit(batch, instance.forward(batch), np.array([0]))
+    return [(r.request_id, n) for r, n in zip(batch.requests, batch.num_new, strict=True)]
+
+
+def test_a_step_never_exceeds_the_token_budget_and_decodes_go_first():
+    instance = hash_instance(token_budget=10, block_size=4)
+    dispatch(instance, "a", np.arange(8), ANSWER)
+    dispatch(instance, "b", np.arange(100, 120), ANSWER)
+    assert sizes(instance) == [("a", 8), ("b", 2)]
+    assert sizes(instance) == [("a", 1), ("b", 9)]
+    assert sizes(instance) == [("a", 1), ("b", 9)]
+    assert sizes(instance) == [("a", 1), ("b", 1)]
+
+
+def test_chunks_bound_what_one_request_computes_in_a_step():
+    instance = hash_instance(token_budget=100, chunk_size=6)
+    dispatch(instance, "a", np.arange(14), ANSWER)
+    dispatch(instance, "b", np.arange(50, 57), ANSWER)
+    assert [sizes(instance) for _ in range(3)] == [
+        [("a", 6), ("b", 6)],
+        [("b", 1), ("a", 6)],
+        [("b", 1), ("a", 2)],
+    ]
+
+
+def test_no_more_run_at_once_than_max_running():
+    instance = hash_instance(max_running=2)
+    for name in "abc":
+        dispatch(instance, name, np.arange(5), ANSWER)
+    assert len(instance.schedule(0).requests) == 2
+
+
+def test_blocks_enter_the_index_only_when_computed():
+    instance = hash_instance(block_size=4, chunk_size=8)
+    dispatch(instance, "a", np.arange(16), ANSWER)
+    batch = instance.schedule(0)
+    assert instance.pool.index.num_blocks == 0
+    instance.commit(batch, instance.forward(batch), np.array([0]))
+    assert instance.pool.index.num_blocks == 2
+
+
+def test_two_requests_with_one_prompt_in_one_step_share_nothing_yet_and_answer_alike():
+    instance = hash_instance(block_size=4)
+    answers = serve(instance, {"a": np.arange(13), "b": np.arange(13)}, 5)
+    assert answers["a"] == answers["b"] == hash_answer(np.arange(13), 5)
+    assert instance.scheduler.counts.cached == 0
+
+
+def test_longest_prefix_first_admits_what_is_cached_before_what_came_earlier():
+    instance = hash_instance(block_size=4, queue=LongestPrefixFirst(), max_running=1)
+    serve(instance, {"warm": np.arange(20)}, 1)
+    dispatch(instance, "cold", np.arange(500, 520), ANSWER, now_ns=1)
+    dispatch(instance, "warm-again", np.arange(20), ANSWER, now_ns=2)
+    assert sizes(instance)[0][0] == "warm-again"
+
+
+def test_the_youngest_is_preempted_and_comes_back_before_the_queue():
+    instance = hash_instance(block_size=2, num_blocks=8, max_running=2)
+    for i, name in enumerate("abc"):
+        dispatch(instance, name, np.arange(10 * i, 10 * i + 6), SamplingParams(max_tokens=6, ignore_eos=True), i)
+    order = []
+    while instance.num_unfinished or instance.has_inbox:
+        order += [name for name, n in sizes(instance) if n > 1]
+        instance.check()
+    assert order[:3] == ["a", "b", "b"] and order[-1] == "c"
+    assert instance.scheduler.counts.preemptions >= 1
+
+
+@pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding", "before it came", "after its end"])
+def test_an_abort_frees_everything_and_disturbs_nobody(when):
+    instance = hash_instance(block_size=4, chunk_size=8, max_running=1 if when == "waiting" else 8)
+    prompts = {"other": np.arange(100, 121), "gone": np.arange(30)}
+    steps = {"waiting": 1, "prefilling": 2, "decoding": 5, "before it came": 0, "after its end": 8}[when]
+    if when == "before it came":
+        instance.receive(Abort("gone", 0))
+    for name, prompt in prompts.items():
+        dispatch(instance, name, prompt, SamplingParams(max_tokens=5, ignore_eos=True))
+    for _ in range(steps):
+        sizes(instance)
+    if when != "before it came":
+        instance.receive(Abort("gone", 0))
+    _, finished = collect(instance)
+    assert finished["other"].reason == "length"
+    assert finished["gone"].reason == ("length" if when in ("before it came", "after its end") else "aborted")
+    stats = instance.pool.stats()
+    assert stats.num_free + stats.num_evictable == stats.num_blocks
+
+
+def test_what_an_aborted_request_computed_stays_cached_and_correct():
+    instance = hash_instance(block_size=4, chunk_size=8)
+    dispatch(instance, "gone", np.arange(30), ANSWER)
+    sizes(instance), sizes(instance)
+    instance.receive(Abort("gone", 0))
+    collect(instance)
+    assert serve(instance, {"b": np.arange(30)}, 4)["b"] == hash_answer(np.arange(30), 4)
+    assert instance.scheduler.counts.cached == 16
+
+
+REFUSALS = [
+    ([], {}, "empty prompt"),
+    (range(60), {}, "context of 60 tokens"),
+    ([5, 1000], {}, "token 1000: expected 0 to 999"),
+    (range(40), {"max_tokens": 20}, "need 15 blocks of 4 tokens: the pool has 12"),
+    ([1], {"stop": ("x",)}, "need a tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), REFUSALS)
+def test_a_request_that_can_never_be_served_is_refused_by_name_and_alone(prompt, params, message):
+    instance = hash_instance(block_size=4, num_blocks=12, max_context=60)
+    dispatch(instance, "good", np.arange(9), ANSWER)
+    dispatch(instance, "bad", np.array(list(prompt)), SamplingParams(ignore_eos=True, **{"max_tokens": 4, **params}))
+    answers, finished = collect(instance)
+    assert finished["bad"].reason == "refused" and message in finished["bad"].detail
+    assert answers == {"good": hash_answer(np.arange(9), 4)}
+
+
+def test_the_context_ends_an_answer_that_would_pass_it():
+    instance = hash_instance(max_context=20)
+    assert serve(instance, {"a": np.arange(15)}, 100)["a"] == hash_answer(np.arange(15), 5)
+
+
+def test_stop_tokens_and_eos_end_an_answer_and_ignore_eos_does_not():
+    answer = hash_answer(np.arange(9), 6)
+    for params, length in [
+        (SamplingParams(max_tokens=6, stop_token_ids=(answer[3],), ignore_eos=True), 4),
+        (SamplingParams(max_tokens=6), 2),
+        (SamplingParams(max_tokens=6, ignore_eos=True), 6),
+    ]:
+        instance = hash_instance()
+        instance._eos_token_ids = frozenset({answer[1]})
+        dispatch(instance, "a", np.arange(9), params)
+        answers, finished = collect(instance)
+        assert answers["a"] == answer[:length]
+        assert finished["a"].reason == ("length" if length == 6 else "stop")

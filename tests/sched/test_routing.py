@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+
+from memserve.messages import Cancel, Finished, Submit, Tokens, pack_times, pack_tokens
+from memserve.request import FinishReason, SamplingParams
+from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
+from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, RoundRobin, RouteRequest, SessionAffinity
+
+
+def snapshot(requests, tokens=None, num_routed=0):
+    labels = [f"colocated-{i}" for i in range(len(requests))]
+    return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed)
+
+
+def route(session="s", name="r"):
+    return RouteRequest(name, session, np.arange(3, dtype=np.int32))
+
+
+def test_least_load_takes_the_fewest_requests_then_tokens_then_a_seeded_tie():
+    rng = np.random.default_rng(0)
+    assert LeastLoad().choose(route(), snapshot([2, 1, 3]), rng) == 1
+    assert LeastLoad().choose(route(), snapshot([1, 1, 3], [50, 40, 1]), rng) == 1
+    chosen = {LeastLoad().choose(route(), snapshot([1, 1, 1]), rng) for _ in range(50)}
+    assert chosen == {0, 1, 2}
+
+
+def test_round_robin_takes_turns():
+    turns = [RoundRobin().choose(route(), snapshot([0, 0, 0], num_routed=i), None) for i in range(6)]
+    assert turns == [0, 1, 2, 0, 1, 2]
+
+
+def test_random_is_seeded_and_uniform():
+    draws = [[Random().choose(route(), snapshot([0] * 4), rng) for _ in range(400)]
+             for rng in (np.random.default_rng(7), np.random.default_rng(7))]  # fmt: skip
+    assert draws[0] == draws[1] and min(np.bincount(draws[0])) > 70
+
+
+def test_session_affinity_keeps_sessions_spreads_them_and_moves_few_when_an_instance_joins():
+    policy, sessions = SessionAffinity(), [f"session-{i}" for i in range(1000)]
+    four = [policy.choose(route(s), snapshot([0] * 4), None) for s in sessions]
+    assert four == [policy.choose(route(s), snapshot([9, 0, 0, 0]), None) for s in sessions]
+    assert np.bincount(four).min() > 200
+    five = [policy.choose(route(s), snapshot([0] * 5), None) for s in sessions]
+    moved = [b for a, b in zip(four, five, strict=True) if a != b]
+    assert set(moved) == {4} and len(moved) < 300
+
+
+def submit(name, session="s"):
+    return Submit(name, session, pack_tokens(np.arange(5)), SamplingParams(), 0)
+
+
+def make(policy=None, labels=("i-0", "i-1")):
+    return GlobalScheduler(labels, policy or RoundRobin(), np.random.default_rng(0))
+
+
+def test_tokens_and_the_end_pass_to_the_client_and_the_load_goes_back():
+    scheduler = make()
+    scheduler.receive(submit("a"), 5)
+    [(label, message)] = scheduler.drain_outbox()
+    assert label == "i-0" and message.attempt == 0 and scheduler.snapshot().num_requests.tolist() == [1, 0]
+    token = Tokens("a", 0, 0, pack_tokens(np.array([7])), pack_times(np.array([9])))
+    end = Finished("a", 0, FinishReason.LENGTH, "", None)
+    scheduler.receive(token, 9)
+    scheduler.receive(end, 9)
+    assert scheduler.drain_outbox() == [(CLIENT, token), (CLIENT, end)]
+    timeline = scheduler.timelines["a"]
+    assert timeline.token_ids.tolist() == [7] and timeline.token_times_ns.tolist() == [9]
+    assert (timeline.dispatched_ns, timeline.finished_ns, timeline.instance) == (5, 9, "i-0")
+    assert scheduler.snapshot().num_tokens.tolist() == [0, 0] and scheduler.num_unfinished == 0
+
+
+def test_messages_of_an_ended_or_older_attempt_are_dropped():
+    scheduler = make()
+    scheduler.receive(submit("a"), 0)
+    scheduler.drain_outbox()
+    scheduler.receive(Finished("a", 3, FinishReason.LENGTH, "", None), 1)
+    assert scheduler.drain_outbox() == [] and scheduler.num_unfinished == 1
+    scheduler.receive(Finished("a", 0, FinishReason.LENGTH, "", None), 2)
+    scheduler.receive(Finished("a", 0, FinishReason.LENGTH, "", None), 3)
+    assert len(scheduler.drain_outbox()) == 1 and scheduler.timelines["a"].finished_ns == 2
+
+
+def test_a_cancel_goes_to_the_instance_that_serves_and_nowhere_once_it_has_ended():
+    scheduler = make()
+    scheduler.receive(submit("a"), 0)
+    scheduler.receive(submit("b"), 0)
+    scheduler.drain_outbox()
+    scheduler.receive(Cancel("b"), 1)
+    [(label, abort)] = scheduler.drain_outbox()
+    assert label == "i-1" and abort.request_id == "b"
+    scheduler.receive(Cancel("unknown"), 1)
+    assert scheduler.drain_outbox() == []
+
+
+def test_a_request_id_cannot_be_used_twice():
+    scheduler = make()
+    scheduler.receive(submit("a"), 0)
+    with pytest.raises(ValueError, match="'a' was submitted before"):
+        scheduler.receive(submit("a"), 0)
+
+
+def test_a_policy_that_names_no_instance_is_refused():
+    class Wild(Policy):
+        def choose(self, request, cluster, rng):
+            return 9
+
+    with pytest.raises(ValueError, match="Wild chose row 9: expected 0 to 1"):
+        make(Wild()).receive(submit("a"), 0)

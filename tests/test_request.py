@@ -1,0 +1,69 @@
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from memserve.messages import Dispatch, Message, Tokens, pack_times, pack_tokens, unpack_times, unpack_tokens
+from memserve.request import IntBuffer, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("max_tokens", 0),
+        ("max_tokens", 2.0),
+        ("seed", -1),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("stop", ("",)),
+        ("stop", (3,)),
+        ("stop", ("x",) * 17),
+        ("stop_token_ids", (-1,)),
+        ("ignore_eos", 1),
+    ],
+)
+def test_a_sampling_value_out_of_range_is_named_with_what_is_allowed(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*expected"):
+        SamplingParams(**{name: value})
+
+
+def test_unknown_sampling_options_raise():
+    with pytest.raises(TypeError, match="beam"):
+        SamplingParams(beam=3)
+
+
+def test_a_single_stop_string_and_lists_are_taken():
+    params = SamplingParams(stop="\n", stop_token_ids=[1, 2])
+    assert params.stop == ("\n",) and params.stop_token_ids == (1, 2)
+
+
+def test_messages_survive_the_wire():
+    tokens = np.array([1, 2, 2**31 - 1], dtype=np.int32)
+    dispatch = Dispatch("r", 0, "s", pack_tokens(tokens), SamplingParams(stop=("a",), seed=3), 5)
+    times = Tokens("r", 0, 4, pack_tokens(tokens), pack_times(np.array([1, 2, 2**60])))
+    for message in (dispatch, times):
+        again = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=Message)
+        assert again == message
+    assert unpack_tokens(dispatch.tokens).tolist() == tokens.tolist()
+    assert unpack_times(times.times_ns).tolist() == [1, 2, 2**60]
+
+
+def test_an_int_buffer_grows_and_forgets():
+    buffer = IntBuffer(np.array([1, 2]))
+    for i in range(100):
+        buffer.append(i)
+    buffer.extend(np.arange(50))
+    assert len(buffer) == 152 and buffer.view[2:102].tolist() == list(range(100))
+    buffer.truncate(2)
+    buffer.append(9)
+    assert buffer.view.tolist() == [1, 2, 9] and buffer.view.flags.c_contiguous
