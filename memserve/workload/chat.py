@@ -111,15 +111,16 @@ class ChatWorkload(Workload):
             tokens = tokenizer.next_turn(messages) if number else tokenizer.chat_prompt(messages)
             params = self._params_for(turn.answer, tokenizer, f"{conversation.where}, turn {number + 1}")
             turns.append(Turn(tokens, params, self._think_time_ns if number else 0))
-        return Session(conversation.conversation_id, arrival_ns, tuple(turns), tokenizer.turn_suffix)
+        suffix, eos_token_ids = tokenizer.turn_suffix, tokenizer.eos_token_ids
+        return Session(conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids)
 
     def _params_for(self, answer: str | None, tokenizer: ChatTokenizer, where: str) -> SamplingParams:
         if not self._from_file:
             return self._params
         if answer is None:
             raise BadConversation(f"{where}: no answer to take the length from; expected output_length=free")
-        length = max(1, len(tokenizer.encode(answer)))
-        return msgspec.structs.replace(self._params, max_tokens=min(length, self._params.max_tokens))
+        num_tokens = len(tokenizer.encode(answer)) - len(tokenizer.encode(""))  # without a begin-of-sequence token
+        return msgspec.structs.replace(self._params, max_tokens=min(max(num_tokens, 1), self._params.max_tokens))
 
 
 def _to_template(messages: tuple[ChatMessage, ...], tool_role: str) -> list[dict[str, str]]:

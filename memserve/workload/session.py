@@ -7,7 +7,7 @@ KV the earlier turns left in a cache:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,9 @@ class ChatTokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> Collection[int]: ...
 
     @property
     def turn_suffix(self) -> np.ndarray:
@@ -54,7 +57,8 @@ class Turn:
 class Session:
     """The turns of one conversation, in order. The answers between them are the model's own.
 
-    arrival_ns: when its first turn is submitted, in open loop.  suffix: int32 [n], the tokens that close an answer.
+    arrival_ns: when its first turn is submitted, in open loop.
+    suffix: int32 [n], the tokens that close an answer.  eos_token_ids: those that an answer can end with by itself.
     Raises ValueError when there is no turn.
     """
 
@@ -62,6 +66,7 @@ class Session:
     arrival_ns: int
     turns: tuple[Turn, ...]
     suffix: np.ndarray
+    eos_token_ids: Collection[int] = ()
 
     def __post_init__(self) -> None:
         if not self.turns:
@@ -72,16 +77,15 @@ class Session:
 
         prompt, output: int32 [num_prompt], [num_output]. Returns int32 [n], beginning with both.
         """
-        rest = self.suffix[num_overlapping(output, self.suffix) :]
-        return np.concatenate([prompt, output, rest, self.turns[turn].tokens]).astype(np.int32, copy=False)
+        parts = (prompt, output, self._rest_of_suffix(output), self.turns[turn].tokens)
+        return np.concatenate(parts).astype(np.int32, copy=False)
 
-
-def num_overlapping(output: np.ndarray, suffix: np.ndarray) -> int:
-    """How many of the suffix's first tokens the output already ends with: an end-of-turn token it generated, mostly."""
-    for n in range(min(len(output), len(suffix)), 0, -1):
-        if np.array_equal(output[-n:], suffix[:n]):
-            return n
-    return 0
+    def _rest_of_suffix(self, output: np.ndarray) -> np.ndarray:
+        """The suffix after the end-of-sequence token that the answer generated itself, if it did; else all of it."""
+        if len(output) == 0 or output[-1] not in self.eos_token_ids:
+            return self.suffix
+        found = np.flatnonzero(self.suffix == output[-1])
+        return self.suffix[found[0] + 1 :] if len(found) else self.suffix
 
 
 class Workload(ABC):

@@ -18,7 +18,7 @@ def make_session(
     turns = tuple(
         Turn(np.full(num_new, 100 + k, dtype=np.int32), params, think_time_ns if k else 0) for k in range(num_turns)
     )
-    return Session(name, arrival_ns, turns, SUFFIX)
+    return Session(name, arrival_ns, turns, SUFFIX, eos_token_ids=(900,))
 
 
 def tokens(request_id: str, index: int, *token_ids: int) -> Tokens:
