@@ -1,4 +1,4 @@
-"""GGUFWeights: a llama.cpp file as a Hugging Face checkpoint. Knows tensors and their metadata; tokenizers are elsewhere.
+"""GGUFWeights: a llama.cpp file as a Hugging Face checkpoint. Knows tensors and metadata, no tokenizer.
 
 The file is mapped; a tensor is dequantised when it is asked for, through the `gguf` library. llama.cpp stores the rows
 of a Llama's query and key projections interleaved for its own rotation: they are put back in Hugging Face order here.

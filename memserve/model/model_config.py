@@ -1,7 +1,8 @@
-"""ModelConfig: the shape of a decoder this package can run, read from a Hugging Face config. Knows no tensor and no file.
+"""ModelConfig: the shape of a decoder this package can run, read from its config. Knows no tensor and no file.
 
-Llama, Mistral (no sliding window), Qwen2 and Qwen3 are one decoder with four switches (`qkv_bias`, `o_bias`, `mlp_bias`,
-`qk_norm`). Whatever else a config asks for is refused by name, here and nowhere later: a model that loads, runs.
+Llama, Mistral (no sliding window), Qwen2 and Qwen3 are one decoder with four switches (`qkv_bias`, `o_bias`,
+`mlp_bias`, `qk_norm`). Whatever else a config asks for is refused by name, here and nowhere later: a model that loads,
+runs.
 """
 
 from collections.abc import Mapping

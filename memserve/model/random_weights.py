@@ -13,9 +13,9 @@ EMBEDDING_STD = 0.1
 class RandomWeights:
     """Seeded weights of the shapes that `config` asks for; a WeightSource.
 
-    A tensor is a function of (seed, its name, its shape) alone, so the order of reading does not matter. Linear layers are
-    drawn with a standard deviation of features_in ** -0.5 and embeddings with EMBEDDING_STD: activations stay near 1
-    and the logits spread enough that the best token seldom ties with the second. Norms are drawn around 1 and biases
+    A tensor is a function of (seed, its name, its shape) alone, so the order of reading does not matter. Linear layers
+    are drawn with a standard deviation of features_in ** -0.5 and embeddings with EMBEDDING_STD: activations stay near
+    1 and the logits spread enough that the best token seldom ties with the second. Norms are drawn around 1 and biases
     around 0, so that a model that ignores one gives other tokens.
 
     seed: integer >= 0.  dtype: of every tensor.  Raises ValueError on a negative seed.

@@ -1,4 +1,4 @@
-"""A GGUF file written from a Hugging Face checkpoint reads back as that checkpoint, and bad files are refused by name."""
+"""A GGUF file written from a Hugging Face checkpoint reads back as it, and bad files are refused by name."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The decoder's tensor list equals transformers', random weights are a function of (seed, name), safetensors are checked."""
+"""Tensor names equal transformers', random weights are a function of (seed, name), safetensors files are checked."""
 
 import json
 from pathlib import Path

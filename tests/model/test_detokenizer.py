@@ -1,0 +1,98 @@
+"""Streamed text joins to the whole text, never breaks a character, and ends before the first stop string."""
+
+import itertools
+import random
+
+import pytest
+from small_sentencepiece import PIECES, SPECIAL_AND_BYTES, sentencepiece_tokenizer
+from small_tokenizers import SAMPLES, byte_level_tokenizer
+
+from memserve.model.byte_tokenizer import ByteTokenizer
+from memserve.model.detokenizer import Detokenizer, StopChecker
+from memserve.model.tokenizer import HFTokenizer, Tokenizer
+
+TOKENIZERS = {
+    "bytes": ByteTokenizer,
+    "byte-level": lambda: HFTokenizer(byte_level_tokenizer()),
+    "sentencepiece": lambda: HFTokenizer(sentencepiece_tokenizer()),
+}
+
+
+@pytest.fixture(params=TOKENIZERS, scope="module")
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return TOKENIZERS[request.param]()
+
+
+def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
+
+
+def test_pieces_join_to_the_whole_text_and_hold_whole_characters(tokenizer: Tokenizer) -> None:
+    for text in SAMPLES:
+        ids = tokenizer.encode(text).tolist()
+        pieces = stream(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_pieces_of_random_tokens_join_to_the_whole_text(tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    first = len(SPECIAL_AND_BYTES) if tokenizer.vocab_size == len(PIECES) else 0
+    for _ in range(30):
+        ids = rng.choices(range(first, tokenizer.vocab_size), k=40)
+        assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_comes_with_its_last_byte() -> None:
+    assert stream(ByteTokenizer(), list("aé🙂".encode())) == ["a", "", "é", "", "", "", "🙂", ""]
+
+
+def test_an_unfinished_character_comes_at_the_end() -> None:
+    assert stream(ByteTokenizer(), list("a🙂".encode())[:-1]) == ["a", "", "", "", "\ufffd"]
+
+
+def checked(stop: list[str], pieces: list[str]) -> tuple[str, bool]:
+    checker = StopChecker(stop)
+    text = "".join(checker.push(piece) for piece in pieces) + checker.flush()
+    return text, checker.stopped
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("stop", "text", "expected"),
+    [
+        (["END"], "the ENEND of it", "the EN"),
+        (["END"], "the EN", None),
+        (["b", "abc"], "xxabcx", "xxa"),
+        (["\n\n", "\nUser:"], "one\nUse\n\nUser:", "one\nUse"),
+        (["aab"], "aaaab", "aa"),
+        ([], "all of it", None),
+        (["x"], "x", ""),
+    ],
+)
+def test_text_ends_before_the_first_stop_string_however_it_is_cut(
+    stop: list[str], text: str, expected: str | None, size: int
+) -> None:
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    assert checked(stop, pieces) == (text if expected is None else expected, expected is not None)
+
+
+def test_text_equals_a_search_of_the_whole_for_random_cuts_and_stops() -> None:
+    rng = random.Random(2)
+    for _ in range(500):
+        text = "".join(rng.choices("ab", k=20))
+        stop = ["".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(rng.randint(1, 3))]
+        cuts = [0, *sorted(rng.choices(range(21), k=4)), 20]
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        first = min(((text.find(s) + len(s), text.find(s)) for s in stop if s in text), default=None)
+        assert checked(stop, pieces) == (text[: first[1]] if first else text, first is not None)
+
+
+def test_text_that_cannot_begin_a_stop_string_is_not_held_back() -> None:
+    checker = StopChecker(["stop"])
+    assert checker.push("abc st") == "abc "
+    assert checker.push("ay") == "stay"
+    assert checker.push("stop") == ""
+    assert checker.push("more") == ""
+    assert checker.stopped
