@@ -1,0 +1,115 @@
+"""Formulas: every metric of a request, from its timeline's named timestamps. Knows nothing else. Results in seconds.
+
+    # arrival -> queued -> first_scheduled -> prefill_end = first token -> second token -> ... -> last token -> finished
+    # |----------------------- TTFT -----------------------|---- ITL ----|---- ITL ------- ... --|
+    # |                                                    |--- TPOT: the mean of the ITLs ------|
+    # |--------------------------------------------- JCT ---------------------------------------------------|
+    # |- dispatch -|---- queue ---|------- prefill --------|--------------------- decode -------------------|
+
+A metric that a request does not have (no token, no second token, not finished) is None, never 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memserve.clock import NS_PER_S, to_s
+from memserve.timeline import RequestTimeline
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Where a request's time went, in seconds; None where it never came so far. They add up to its JCT.
+
+    dispatch: arrival until it reached the instance.  queue: until its first step began.  prefill: until the first
+    token.  decode: until the end; time lost to preemption is in it.
+    """
+
+    dispatch: float | None
+    queue: float | None
+    prefill: float | None
+    decode: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class RequestMetrics:
+    """What one request's timeline amounts to, in seconds.
+
+    ttft: time to first token, the first token at the client minus the arrival.
+    second_token: the second token minus the arrival; what a hand-off after prefill delays (section 5.1).
+    tpot: time per output token, (last token - first token) / (n - 1); an answer of one token has none.
+    itl: inter-token latencies, float64 [n - 1], every gap between neighbouring tokens; empty for n < 2.
+    jct: job completion time, the end of the answer minus the arrival.
+    """
+
+    ttft: float | None
+    second_token: float | None
+    tpot: float | None
+    itl: np.ndarray
+    jct: float | None
+    phases: Phases
+
+
+def measure(timeline: RequestTimeline) -> RequestMetrics:
+    """The metrics of one request."""
+    times_ns = timeline.token_times_ns
+    n = len(times_ns)
+    return RequestMetrics(
+        ttft=to_s(int(times_ns[0]) - timeline.arrival_ns) if n > 0 else None,
+        second_token=to_s(int(times_ns[1]) - timeline.arrival_ns) if n > 1 else None,
+        tpot=to_s(int(times_ns[-1] - times_ns[0])) / (n - 1) if n > 1 else None,
+        itl=np.diff(times_ns) / NS_PER_S,
+        jct=_between_s(timeline.arrival_ns, timeline.finished_ns),
+        phases=_phases(timeline),
+    )
+
+
+def _phases(timeline: RequestTimeline) -> Phases:
+    stats = timeline.stats
+    if stats is None:
+        return Phases(None, None, None, None)
+    return Phases(
+        dispatch=_between_s(timeline.arrival_ns, stats.queued_ns),
+        queue=_between_s(stats.queued_ns, stats.first_scheduled_ns),
+        prefill=_between_s(stats.first_scheduled_ns, stats.prefill_end_ns),
+        decode=_between_s(stats.prefill_end_ns, timeline.finished_ns),
+    )
+
+
+def goodput(
+    num_requests: int, succeeded: Sequence[RequestMetrics], ttft_bound_s: float, tpot_bound_s: float
+) -> float | None:
+    """The share of all requests that succeeded within both bounds. An answer of one token meets any TPOT bound.
+
+    None when there are no requests.
+    """
+    good = sum(
+        metrics.ttft is not None
+        and metrics.ttft <= ttft_bound_s
+        and (metrics.tpot is None or metrics.tpot <= tpot_bound_s)
+        for metrics in succeeded
+    )
+    return ratio(good, num_requests)
+
+
+def makespan_s(timelines: Sequence[RequestTimeline]) -> float | None:
+    """From the first arrival to the last end of a request; None when none has ended."""
+    ends_ns = [timeline.finished_ns for timeline in timelines if timeline.finished_ns is not None]
+    if not ends_ns:
+        return None
+    return to_s(max(ends_ns) - min(timeline.arrival_ns for timeline in timelines))
+
+
+def ratio(part: float, whole: float | None) -> float | None:
+    """part / whole, or None where there is nothing to take a share of."""
+    return part / whole if whole else None
+
+
+def skew(values: Sequence[float]) -> float | None:
+    """Largest over mean: 1 is even, the number of values is all on one. None when there is nothing to share."""
+    return ratio(max(values, default=0.0), float(np.mean(values)) if values else None)
+
+
+def _between_s(start_ns: int | None, end_ns: int | None) -> float | None:
+    return None if start_ns is None or end_ns is None else to_s(end_ns - start_ns)

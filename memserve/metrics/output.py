@@ -1,0 +1,121 @@
+"""Output: the directory a run leaves behind: config.yaml, requests.jsonl, env.json and report.json. Knows no metric.
+
+Each file appears whole or not at all, and report.json last: where there is a report, the rest is there too.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memserve.clock import wall_time_s
+from memserve.metrics.records import record_lines
+from memserve.metrics.report import Report
+from memserve.timeline import RequestTimeline
+
+PACKAGES = ("memserve", "torch", "transformers", "triton", "numpy", "hydra-core", "msgspec")
+
+
+def write_output(
+    directory: Path | str,
+    *,
+    config_yaml: str,
+    report: Report,
+    timelines: Iterable[RequestTimeline],
+    environment: Mapping[str, Any],
+) -> Path:
+    """Writes the four files into `directory`, made if need be. Returns it.
+
+    config_yaml: the resolved configuration as text.  environment: see `environment`.
+    Raises OSError if it cannot write there; nothing half-written is left under the final names.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.json").unlink(missing_ok=True)  # of an earlier run into the same place
+    _write(directory / "config.yaml", [config_yaml])
+    _write(directory / "requests.jsonl", record_lines(timelines))
+    _write(directory / "env.json", [_json(environment)])
+    _write(directory / "report.json", [_json(report)])
+    return directory
+
+
+def environment(seeds: Mapping[str, int], command_line: Sequence[str]) -> dict[str, Any]:
+    """What a result depends on beside its configuration: code, versions, machine, threads, seeds, words."""
+    return {
+        "written_at_unix_s": wall_time_s(),
+        "command_line": list(command_line),
+        "working_directory": str(Path.cwd()),
+        "seeds": dict(seeds),
+        "git": git_state(Path(__file__)),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "logical_cpus": os.cpu_count(), "usable_cpus": _usable_cpus()},
+        "threads": {"torch": torch.get_num_threads(), "torch_interop": torch.get_num_interop_threads()},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def git_state(file: Path) -> dict[str, Any] | None:
+    """{"revision", "modified"} of the repository that tracks `file`; None if none does, or there is no git.
+
+    An installed copy lies inside a virtual environment, and that often inside someone's repository, which is not ours.
+    """
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    revision = _git(file.parent, "rev-parse", "HEAD")
+    if revision is None:
+        return None
+    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no")
+    return {"revision": revision.strip(), "modified": bool(changes)}
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """What git prints, or None if it fails or is not installed."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    """The processor's name, as far as the operating system tells."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _usable_cpus() -> int | None:
+    """CPUs this process may run on; some systems only know how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
+    """Writes beside `path`, then puts the whole file in its place."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""Records: requests.jsonl, one line a request, from which every figure of the report can be computed again."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+
+from memserve.clock import NS_PER_S, to_s
+from memserve.messages import RequestStats
+from memserve.metrics.formulas import measure
+from memserve.timeline import RequestTimeline
+
+
+def request_record(timeline: RequestTimeline) -> dict[str, Any]:
+    """One request as JSON values. Event times in seconds on the cluster's clock, null where it never came so far."""
+    stats, metrics = timeline.stats, measure(timeline)
+    token_times_s = (timeline.token_times_ns / NS_PER_S).tolist()
+    record = {
+        "request_id": timeline.request_id,
+        "session_id": timeline.session_id,
+        "instance": timeline.instance,
+        "attempt": timeline.attempt,
+        "arrival_s": to_s(timeline.arrival_ns),
+        "dispatched_s": _seconds(timeline.dispatched_ns),
+        "queued_s": _seconds(_of(stats, "queued_ns")),
+        "first_scheduled_s": _seconds(_of(stats, "first_scheduled_ns")),
+        "prefill_end_s": _seconds(_of(stats, "prefill_end_ns")),
+        "first_token_s": token_times_s[0] if token_times_s else None,
+        "finished_s": _seconds(timeline.finished_ns),
+        "ttft_s": metrics.ttft,
+        "tpot_s": metrics.tpot,
+        "jct_s": metrics.jct,
+        "num_prompt": timeline.num_prompt,
+        "num_cached_local": _of(stats, "num_cached_local"),
+        "num_computed": _of(stats, "num_computed"),
+        "num_generated": timeline.num_output,
+        "num_preemptions": _of(stats, "num_preemptions"),
+        "finish_reason": None if timeline.reason is None else str(timeline.reason),
+        "detail": timeline.detail,
+        "output_token_ids": timeline.token_ids.tolist(),
+        "token_times_s": token_times_s,
+    }
+    if timeline.logprobs:
+        record["logprobs"] = msgspec.to_builtins(timeline.logprobs, str_keys=True)
+    return record
+
+
+def record_lines(timelines: Iterable[RequestTimeline]) -> Iterator[str]:
+    """The lines of requests.jsonl, each with its line end."""
+    for timeline in timelines:
+        yield json.dumps(request_record(timeline), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _of(stats: RequestStats | None, name: str) -> int | None:
+    return None if stats is None else getattr(stats, name)
+
+
+def _seconds(time_ns: int | None) -> float | None:
+    return None if time_ns is None else to_s(time_ns)

@@ -1,0 +1,241 @@
+"""Report: a run in figures. From timelines and the instances' own counts to the dict that becomes report.json.
+
+Its keys are an interface: plots, comparisons and other programs read them. Times in seconds. A figure that does not
+exist (no request finished, no second token) is null. Knows no files.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from memserve.clock import to_s
+from memserve.messages import RequestStats
+from memserve.metrics import formulas
+from memserve.timeline import RequestTimeline
+
+Report = dict[str, Any]
+PERCENTILES = (50, 90, 99)
+STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
+
+
+@dataclass(frozen=True)
+class TransferStats:
+    """KV moved one way, summed over pairs of instances. All zero between colocated instances, which move nothing."""
+
+    tokens: int = 0
+    bytes: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    declined: int = 0
+    overtaken: int = 0
+    failed: int = 0
+
+
+_NO_TRANSFERS = TransferStats()
+
+
+@dataclass(frozen=True)
+class InstanceStats:
+    """What an instance counted over a run; what requests say of it is added in the report.
+
+    id: its label.  role: a Role.  busy_ns: time spent in steps.  num_evicted_blocks: index blocks given up for space.
+    num_blocks: size of its pool.  peak_used_blocks: most blocks that anyone held at a time.  num_indexed_blocks: blocks
+    in the index at the end.
+    """
+
+    id: str
+    role: str
+    busy_ns: int
+    num_steps: int = 0
+    num_evicted_blocks: int = 0
+    num_blocks: int = 0
+    peak_used_blocks: int = 0
+    num_indexed_blocks: int = 0
+
+
+@dataclass(frozen=True)
+class GoodputBounds:
+    """Latencies in seconds within which a request counts as good."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+def build_report(
+    timelines: Sequence[RequestTimeline],
+    instances: Sequence[InstanceStats],
+    *,
+    wall_s: float,
+    p_to_d: TransferStats = _NO_TRANSFERS,
+    d_to_p: TransferStats = _NO_TRANSFERS,
+    turns_over_context: int = 0,
+    turns_not_sent: int = 0,
+    quarantined_blocks: int = 0,
+    near_ties: int = 0,
+    goodput_bounds: GoodputBounds | None = None,
+) -> Report:
+    """The report of one run.
+
+    timelines: every request that was submitted. Latencies are of those that succeeded; token counts of all that an
+    instance began.  wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
+    """
+    succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
+    makespan_s = formulas.makespan_s(timelines)
+    tokens = _tokens(_begun(timelines))
+    rows = [_instance(stats, timelines, makespan_s) for stats in instances]
+    return {
+        "num_requests": len(timelines),
+        "num_finished": len(succeeded),
+        "num_failed": len(timelines) - len(succeeded),
+        "num_sessions": len({timeline.session_id for timeline in timelines}),
+        "failures": _failures(timelines),
+        "turns_over_context": turns_over_context,
+        "turns_not_sent": turns_not_sent,
+        **_latencies(succeeded),
+        "goodput": _goodput(len(timelines), succeeded, goodput_bounds),
+        "tokens": tokens,
+        "hit_ratio": _hit_ratio(tokens),
+        "throughput": _throughput(tokens, len(succeeded), makespan_s),
+        "transfers": {"p_to_d": asdict(p_to_d), "d_to_p": asdict(d_to_p)},
+        "instances": rows,
+        "skew": _skew(rows),
+        "preemptions": sum(row["preemptions"] for row in rows),
+        "quarantined_blocks": quarantined_blocks,
+        "near_ties": near_ties,
+        "makespan_s": makespan_s,
+        "wall_s": wall_s,
+    }
+
+
+def distribution(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+    """Mean and percentiles (linear between neighbouring values) of float [n]; all null when n is 0."""
+    if len(values) == 0:
+        return dict.fromkeys(STATISTICS)
+    figures = (np.mean(values), *np.percentile(values, PERCENTILES))
+    return {name: float(figure) for name, figure in zip(STATISTICS, figures, strict=True)}
+
+
+def _present(values: Iterable[float | None]) -> dict[str, float | None]:
+    return distribution([value for value in values if value is not None])
+
+
+def _latencies(succeeded: Sequence[formulas.RequestMetrics]) -> Report:
+    gaps = [request.itl for request in succeeded]
+    return {
+        "ttft_s": _present(request.ttft for request in succeeded),
+        "second_token_s": _present(request.second_token for request in succeeded),
+        "tpot_s": _present(request.tpot for request in succeeded),
+        "itl_s": distribution(np.concatenate(gaps) if gaps else []),
+        "jct_s": _present(request.jct for request in succeeded),
+        "phases_s": {
+            phase.name: _present(getattr(request.phases, phase.name) for request in succeeded)
+            for phase in fields(formulas.Phases)
+        },
+    }
+
+
+def _failures(timelines: Sequence[RequestTimeline]) -> dict[str, int]:
+    """How many requests failed, by reason; "unfinished" had not ended when the run did."""
+    reasons = [timeline.reason for timeline in timelines if not timeline.succeeded]
+    return dict(sorted(Counter("unfinished" if reason is None else str(reason) for reason in reasons).items()))
+
+
+def _goodput(
+    num_requests: int, succeeded: Sequence[formulas.RequestMetrics], bounds: GoodputBounds | None
+) -> Report | None:
+    if bounds is None:
+        return None
+    share = formulas.goodput(num_requests, succeeded, bounds.ttft_s, bounds.tpot_s)
+    return {**asdict(bounds), "share": share}
+
+
+def _begun(timelines: Sequence[RequestTimeline]) -> list[RequestStats]:
+    """The counts of the requests that an instance began to compute."""
+    found = [timeline.stats for timeline in timelines]
+    return [stats for stats in found if stats is not None and stats.first_scheduled_ns is not None]
+
+
+def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:
+    """Token counts by origin. Prompts are `cached_local` + `fetched` + first-time `computed`."""
+    return {
+        "prompt": sum(stats.num_prompt for stats in begun),
+        "cached_local": sum(stats.num_cached_local for stats in begun),
+        "fetched": 0,  # between instances that hand nothing over
+        "computed": sum(stats.num_computed for stats in begun),
+        "computed_on_decode": 0,
+        "generated": sum(stats.num_generated for stats in begun),
+    }
+
+
+def _hit_ratio(tokens: dict[str, int]) -> float | None:
+    """The share of prompt tokens that were found in a cache, the instance's own or another's."""
+    return formulas.ratio(tokens["cached_local"] + tokens["fetched"], tokens["prompt"])
+
+
+def _throughput(tokens: dict[str, int], num_succeeded: int, makespan_s: float | None) -> Report:
+    return {
+        "output_tokens_per_s": formulas.ratio(tokens["generated"], makespan_s),
+        "total_tokens_per_s": formulas.ratio(tokens["prompt"] + tokens["generated"], makespan_s),
+        "requests_per_s": formulas.ratio(num_succeeded, makespan_s),
+    }
+
+
+def _instance(stats: InstanceStats, timelines: Sequence[RequestTimeline], makespan_s: float | None) -> Report:
+    """One row of `instances`: its own counts, and those of the requests it ended."""
+    mine = [timeline for timeline in timelines if timeline.instance == stats.id]
+    begun = _begun(mine)
+    tokens = _tokens(begun)
+    counts = asdict(stats)
+    busy_s = to_s(counts.pop("busy_ns"))
+    return {
+        "id": counts.pop("id"),
+        "role": str(counts.pop("role")),
+        "busy_s": busy_s,
+        "utilisation": formulas.ratio(busy_s, makespan_s),
+        "num_requests": len(mine),
+        "tokens": tokens,
+        "hit_ratio": _hit_ratio(tokens),
+        "preemptions": sum(request.num_preemptions for request in begun),
+        **counts,
+    }
+
+
+def _skew(rows: Sequence[Report]) -> dict[str, float | None]:
+    """How unevenly the instances were used: largest over mean of each figure."""
+    return {
+        "busy_s": formulas.skew([row["busy_s"] for row in rows]),
+        "num_requests": formulas.skew([row["num_requests"] for row in rows]),
+        "computed_tokens": formulas.skew([row["tokens"]["computed"] for row in rows]),
+    }
+
+
+def median_of(reports: Sequence[Report]) -> Report:
+    """Several runs of one configuration as one report: medians under the same keys, plus `repeats` and `spread`.
+
+    spread: the same tree with {"min", "max"} in place of each figure. A figure that some runs lack (null) is taken over
+    those that have it; a key that some lack (a reason under `failures`) counts as 0 there.
+    Raises ValueError when there is no report.
+    """
+    if not reports:
+        raise ValueError("reports=[]: expected at least one report")
+    medians = _combine(reports, lambda values: float(np.median(values)))
+    spread = _combine(reports, lambda values: {"min": min(values), "max": max(values)})
+    return {**medians, "repeats": len(reports), "spread": spread}
+
+
+def _combine(values: Sequence[Any], figure: Callable[[list[float]], Any]) -> Any:
+    """One tree in place of several alike: `figure` of the numbers at each place, strings kept."""
+    first = values[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _combine([value.get(key, 0) for value in values], figure) for key in keys}
+    if isinstance(first, list):
+        return [_combine(items, figure) for items in zip(*values, strict=True)]
+    if isinstance(first, str):
+        assert all(value == first for value in values), "reports of different configurations"
+        return first
+    numbers = [value for value in values if value is not None]
+    return figure(numbers) if numbers else None

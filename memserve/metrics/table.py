@@ -1,0 +1,187 @@
+"""Table: reports for people, one run in full or several side by side. Knows the report's keys; computes nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from memserve.metrics.report import Report
+
+NONE = "-"  # a figure that does not exist
+_LATENCIES = {
+    "TTFT": "ttft_s",
+    "second token": "second_token_s",
+    "TPOT": "tpot_s",
+    "ITL": "itl_s",
+    "JCT": "jct_s",
+}
+_STATISTICS = {"mean": "mean", "P50": "p50", "P90": "p90", "P99": "p99"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of a comparison: where its figure stands in a report, and in which unit it is shown."""
+
+    label: str
+    path: tuple[str, ...]
+    unit: str
+
+
+_COMPARED = (
+    _Row("requests finished", ("num_finished",), "count"),
+    _Row("requests failed", ("num_failed",), "count"),
+    *(
+        _Row(f"{name} {statistic}", (key, _STATISTICS[statistic]), "seconds")
+        for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("JCT", "jct_s"))
+        for statistic in ("mean", "P50", "P99")
+    ),
+    _Row("hit ratio", ("hit_ratio",), "share"),
+    _Row("prompt tokens", ("tokens", "prompt"), "count"),
+    _Row("prefill tokens computed", ("tokens", "computed"), "count"),
+    _Row("tokens generated", ("tokens", "generated"), "count"),
+    _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
+    _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
+    _Row("makespan", ("makespan_s",), "seconds"),
+)
+
+
+def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
+    """Systems side by side: a column for each report, under its name. Repeated runs show median and range."""
+    table = Table(title=title or None)
+    table.add_column("", no_wrap=True)
+    for name in reports:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in _COMPARED:
+        table.add_row(row.label, *(_cell(report, row) for report in reports.values()))
+    return table
+
+
+def report_tables(report: Report, title: str = "") -> Group:
+    """One run in full: latencies, totals, instances."""
+    return Group(_latency_table(report, title), _totals_table(report), _instance_table(report))
+
+
+def print_report(report: Report, title: str = "", console: Console | None = None) -> None:
+    """Prints one run's report; console: None is standard output."""
+    (console or Console()).print(report_tables(report, title))
+
+
+def print_comparison(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:
+    """Prints reports side by side; console: None is standard output."""
+    (console or Console()).print(comparison_table(reports, title))
+
+
+def format_figure(value: float | None, unit: str) -> str:
+    """A figure with its unit: seconds (shown in s, ms or us), share (in %), count or number."""
+    if value is None:
+        return NONE
+    if unit == "seconds":
+        return _format_seconds(value)
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit == "count" and value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _format_seconds(value: float) -> str:
+    """Three digits in the unit that fits; from 1,000 s on, whole seconds."""
+    if abs(value) >= 999.5:
+        return f"{value:,.0f} s"
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if abs(value) >= 0.9995 * scale:
+            return f"{_three_digits(value / scale)} {unit}"
+    return f"{_three_digits(value * 1e6)} us" if value else "0 s"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def _cell(report: Report, row: _Row) -> str:
+    text = format_figure(_at(report, row.path), row.unit)
+    spread = _at(report.get("spread", {}), row.path)
+    if spread is None:
+        return text
+    low, high = (format_figure(spread[end], row.unit) for end in ("min", "max"))
+    return text if low == high else f"{text} ({low} .. {high})"
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What stands at `path`, or None where there is no such place."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _latency_table(report: Report, title: str) -> Table:
+    table = Table(title=title or None)
+    table.add_column("latency", no_wrap=True)
+    for statistic in _STATISTICS:
+        table.add_column(statistic, justify="right")
+    for name, key in _LATENCIES.items():
+        table.add_row(name, *(format_figure(report[key][s], "seconds") for s in _STATISTICS.values()))
+    table.add_section()
+    for name, phase in report["phases_s"].items():
+        table.add_row(f"phase {name}", *(format_figure(phase[s], "seconds") for s in _STATISTICS.values()))
+    return table
+
+
+def _totals_table(report: Report) -> Table:
+    """Counts of the run, two columns; what is zero for want of any failure is left out."""
+    tokens = report["tokens"]
+    rows = {
+        "requests": _requests_text(report),
+        "prompt tokens": f"{_count(tokens['prompt'])}: {_count(tokens['cached_local'])} cached, "
+        f"{_count(tokens['fetched'])} fetched, {_count(tokens['computed'])} computed",
+        "hit ratio": format_figure(report["hit_ratio"], "share"),
+        "tokens generated": _count(tokens["generated"]),
+        "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
+        "makespan": format_figure(report["makespan_s"], "seconds"),
+        "wall time": format_figure(report["wall_s"], "seconds"),
+    }
+    if report["goodput"] is not None:
+        bounds = ", ".join(
+            f"{name} <= {format_figure(report['goodput'][key], 'seconds')}"
+            for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
+        )
+        rows[f"goodput ({bounds})"] = format_figure(report["goodput"]["share"], "share")
+    for label, key in (("turns over the context", "turns_over_context"), ("turns not sent", "turns_not_sent")):
+        if report[key]:
+            rows[label] = _count(report[key])
+    table = Table(show_header=False)
+    for label, text in rows.items():
+        table.add_row(label, text)
+    return table
+
+
+def _requests_text(report: Report) -> str:
+    text = f"{_count(report['num_finished'])} of {_count(report['num_requests'])} finished"
+    failures = ", ".join(f"{_count(n)} {reason}" for reason, n in report["failures"].items())
+    return f"{text}; {failures}" if failures else text
+
+
+def _instance_table(report: Report) -> Table:
+    table = Table()
+    table.add_column("instance", no_wrap=True)
+    for heading in ("requests", "busy", "in use", "hits", "computed", "generated", "preempted", "evicted"):
+        table.add_column(heading, justify="right")
+    for row in report["instances"]:
+        table.add_row(
+            row["id"],
+            _count(row["num_requests"]),
+            format_figure(row["busy_s"], "seconds"),
+            format_figure(row["utilisation"], "share"),
+            format_figure(row["hit_ratio"], "share"),
+            _count(row["tokens"]["computed"]),
+            _count(row["tokens"]["generated"]),
+            _count(row["preemptions"]),
+            _count(row["num_evicted_blocks"]),
+        )
+    return table
+
+
+def _count(value: float) -> str:
+    return format_figure(value, "count")

@@ -1,0 +1,58 @@
+import pytest
+
+from memserve.metrics.formulas import Phases, goodput, makespan_s, measure, skew
+
+
+def test_latencies_follow_from_the_timestamps(make_timeline):
+    metrics = measure(make_timeline(arrival=0.25))
+    assert metrics.ttft == 1.75
+    assert metrics.second_token == 2.75
+    assert metrics.tpot == 1.5
+    assert metrics.itl.tolist() == [1.0, 2.0]
+    assert metrics.jct == 4.75
+
+
+def test_an_answer_of_one_token_has_no_tpot_and_no_gaps(make_timeline):
+    metrics = measure(make_timeline(token_times=(2.0,), finished=2.0))
+    assert (metrics.ttft, metrics.second_token, metrics.tpot) == (2.0, None, None)
+    assert metrics.itl.tolist() == []
+
+
+def test_a_request_without_tokens_has_no_latencies(make_timeline):
+    timeline = make_timeline(token_times=(), scheduled=None, finished=None, reason=None)
+    metrics = measure(timeline)
+    assert (metrics.ttft, metrics.tpot, metrics.jct) == (None, None, None)
+    assert metrics.phases == Phases(dispatch=0.5, queue=None, prefill=None, decode=None)
+    timeline.stats = None
+    assert measure(timeline).phases == Phases(None, None, None, None)
+
+
+def test_phases_add_up_to_the_completion_time(make_timeline):
+    metrics = measure(make_timeline(arrival=0.25, finished=5.5))
+    assert metrics.phases == Phases(dispatch=0.25, queue=0.5, prefill=1.0, decode=3.5)
+    phases = metrics.phases
+    assert phases.dispatch + phases.queue + phases.prefill + phases.decode == metrics.jct
+
+
+@pytest.mark.parametrize(
+    ("ttft_bound_s", "tpot_bound_s", "share"), [(2.0, 1.5, 0.5), (1.9, 1.5, 0.0), (2.0, 1.4, 0.25), (0.0, 0.0, 0.0)]
+)
+def test_goodput_counts_failures_as_misses_and_one_token_answers_by_ttft(
+    make_timeline, ttft_bound_s, tpot_bound_s, share
+):
+    succeeded = [measure(make_timeline()), measure(make_timeline(token_times=(2.0,)))]
+    assert goodput(4, succeeded, ttft_bound_s, tpot_bound_s) == share
+    assert goodput(0, [], ttft_bound_s, tpot_bound_s) is None
+
+
+def test_makespan_runs_from_the_first_arrival_to_the_last_end(make_timeline):
+    late = make_timeline("b/0", arrival=3.0, finished=9.0)
+    assert makespan_s([make_timeline(arrival=0.25), late]) == 8.75
+    assert makespan_s([]) is None
+    assert makespan_s([make_timeline(finished=None, reason=None)]) is None
+
+
+def test_skew_is_one_when_even_and_the_count_when_all_is_on_one():
+    assert skew([2, 2, 2]) == 1.0
+    assert skew([6, 0, 0]) == 3.0
+    assert skew([0, 0]) is None and skew([]) is None

@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+
+from memserve.metrics.report import GoodputBounds, InstanceStats, TransferStats, build_report, distribution, median_of
+from memserve.request import FinishReason, Role
+
+INSTANCES = [
+    InstanceStats("colocated-0", Role.COLOCATED, busy_ns=4_000_000_000, num_steps=7, num_evicted_blocks=2),
+    InstanceStats("colocated-1", Role.COLOCATED, busy_ns=0),
+]
+
+
+def figures(tree):
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(value, dict | list):
+            yield from figures(value)
+        else:
+            yield value
+
+
+def test_the_keys_that_others_read_are_there(make_timeline):
+    report = build_report([make_timeline()], INSTANCES, wall_s=1.5)
+    assert report.keys() >= {
+        "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
+        "instances", "quarantined_blocks", "near_ties", "wall_s",
+    }  # fmt: skip
+    for latency in ("ttft_s", "tpot_s", "itl_s", "jct_s"):
+        assert report[latency].keys() == {"mean", "p50", "p90", "p99"}
+    assert list(report["tokens"]) == [
+        "prompt",
+        "cached_local",
+        "fetched",
+        "computed",
+        "computed_on_decode",
+        "generated",
+    ]
+    for way in ("p_to_d", "d_to_p"):
+        assert list(report["transfers"][way]) == [
+            "tokens", "bytes", "calls", "seconds", "declined", "overtaken", "failed",
+        ]  # fmt: skip
+    assert report["instances"][0].keys() >= {"id", "role", "busy_s"}
+
+
+def test_counts_and_latencies_of_a_small_run(make_timeline):
+    timelines = [
+        make_timeline("a/0"),
+        make_timeline("a/1", token_times=(4.0,), finished=4.0, num_cached=0, num_computed=100, num_preemptions=1),
+        make_timeline("b/0", token_times=(), scheduled=None, finished=1.0, reason=FinishReason.REFUSED),
+        make_timeline("c/0", token_times=(2.0,), finished=10.0, reason=FinishReason.ABORTED),
+        make_timeline("d/0", token_times=(), finished=None, reason=None, num_cached=0, num_computed=0),
+    ]
+    report = build_report(timelines, INSTANCES, wall_s=0.5, turns_over_context=3, turns_not_sent=4)
+    assert (report["num_requests"], report["num_finished"], report["num_failed"]) == (5, 2, 3)
+    assert report["failures"] == {"aborted": 1, "refused": 1, "unfinished": 1}
+    assert (report["num_sessions"], report["turns_over_context"], report["turns_not_sent"]) == (4, 3, 4)
+    assert report["ttft_s"]["mean"] == 3.0 and report["ttft_s"]["p50"] == 3.0  # of those that succeeded
+    assert report["tpot_s"] == {"mean": 1.5, "p50": 1.5, "p90": 1.5, "p99": 1.5}  # one token: none
+    assert report["itl_s"]["mean"] == 1.5 and report["itl_s"]["p90"] == pytest.approx(1.9)
+    # of all that were begun: the refused one never was
+    assert report["tokens"] == {
+        "prompt": 400, "cached_local": 80, "fetched": 0, "computed": 220, "computed_on_decode": 0, "generated": 5,
+    }  # fmt: skip
+    assert report["hit_ratio"] == 0.2
+    assert report["makespan_s"] == 10.0 and report["preemptions"] == 1
+    assert report["throughput"] == {
+        "output_tokens_per_s": 0.5, "total_tokens_per_s": 40.5, "requests_per_s": 0.2,
+    }  # fmt: skip
+
+
+def test_instances_carry_their_own_counts_and_those_of_their_requests(make_timeline):
+    report = build_report([make_timeline(), make_timeline("a/1")], INSTANCES, wall_s=0.5)
+    busy, idle = report["instances"]
+    assert (busy["id"], busy["role"], busy["busy_s"], busy["num_steps"]) == ("colocated-0", "colocated", 4.0, 7)
+    assert (busy["utilisation"], busy["num_requests"], busy["hit_ratio"]) == (0.8, 2, 0.4)
+    assert busy["num_evicted_blocks"] == 2
+    assert (idle["num_requests"], idle["hit_ratio"], idle["utilisation"]) == (0, None, 0.0)
+    assert report["skew"] == {"busy_s": 2.0, "num_requests": 2.0, "computed_tokens": 2.0}
+
+
+def test_a_run_without_requests_gives_nulls_and_valid_json():
+    report = build_report([], [], wall_s=0.0, goodput_bounds=GoodputBounds(1.0, 1.0))
+    assert report["ttft_s"] == {"mean": None, "p50": None, "p90": None, "p99": None}
+    assert report["itl_s"]["p99"] is None
+    assert (report["hit_ratio"], report["makespan_s"], report["goodput"]["share"]) == (None, None, None)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_transfers_pass_through_and_goodput_is_off_by_default(make_timeline):
+    report = build_report(
+        [make_timeline()], INSTANCES, wall_s=1.0, p_to_d=TransferStats(tokens=5, calls=2), near_ties=1
+    )
+    assert report["transfers"]["p_to_d"]["calls"] == 2 and report["transfers"]["d_to_p"]["calls"] == 0
+    assert report["goodput"] is None and report["near_ties"] == 1
+    bounded = build_report([make_timeline()], INSTANCES, wall_s=1.0, goodput_bounds=GoodputBounds(2.0, 2.0))
+    assert bounded["goodput"] == {"ttft_s": 2.0, "tpot_s": 2.0, "share": 1.0}
+
+
+def test_percentiles_interpolate_between_neighbours():
+    assert distribution(np.arange(101.0)) == {"mean": 50.0, "p50": 50.0, "p90": 90.0, "p99": 99.0}
+
+
+def test_the_median_of_repeats_keeps_the_keys_and_shows_the_spread(make_timeline):
+    reports = [
+        build_report([make_timeline(finished=end)], INSTANCES, wall_s=1.0, turns_not_sent=2) for end in (5.0, 9.0, 6.0)
+    ]
+    reports[1]["failures"] = {"aborted": 1}
+    reports[2]["hit_ratio"] = None
+    combined = median_of(reports)
+    assert combined["jct_s"]["p50"] == 6.0
+    assert combined["spread"]["jct_s"]["p50"] == {"min": 5.0, "max": 9.0}
+    assert combined["repeats"] == 3 and combined["turns_not_sent"] == 2
+    assert combined["failures"] == {"aborted": 0} and combined["spread"]["failures"] == {
+        "aborted": {"min": 0, "max": 1}
+    }
+    assert combined["hit_ratio"] == 0.4 and combined["goodput"] is None
+    assert combined["instances"][0]["id"] == "colocated-0"
+    assert combined["instances"][0]["utilisation"] == pytest.approx(4 / 6)
+    assert combined.keys() - {"repeats", "spread"} == reports[0].keys()
+    assert json.loads(json.dumps(combined, allow_nan=False)) == combined
+    assert all(not isinstance(value, float) or np.isfinite(value) for value in figures(combined))
+    with pytest.raises(ValueError, match="at least one report"):
+        median_of([])

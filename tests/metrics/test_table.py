@@ -1,0 +1,118 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from memserve.metrics.progress import Progress
+from memserve.metrics.report import GoodputBounds, InstanceStats, build_report, median_of
+from memserve.metrics.table import format_figure, print_comparison, print_report
+from memserve.request import FinishReason, Role
+
+INSTANCES = [InstanceStats("colocated-0", Role.COLOCATED, busy_ns=4_000_000_000)]
+
+
+def console(**options) -> Console:
+    return Console(file=io.StringIO(), width=100, color_system=None, **options)
+
+
+def text(of: Console) -> str:
+    return of.file.getvalue()
+
+
+def make_report(make_timeline, **options):
+    return build_report([make_timeline()], INSTANCES, wall_s=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (None, "seconds", "-"),
+        (12.3456, "seconds", "12.3 s"),
+        (2345.6, "seconds", "2,346 s"),
+        (0.045678, "seconds", "45.7 ms"),
+        (2.0, "seconds", "2.00 s"),
+        (123.4, "seconds", "123 s"),
+        (999.9, "seconds", "1,000 s"),
+        (0.99999, "seconds", "1.00 s"),
+        (0.00099999, "seconds", "1.00 ms"),
+        (0.000012, "seconds", "12.0 us"),
+        (0.0, "seconds", "0 s"),
+        (-0.0005, "seconds", "-500 us"),
+        (0.7345, "share", "73.5 %"),
+        (1234567, "count", "1,234,567"),
+        (2.5, "count", "2.5"),
+        (51234.5, "number", "51,234"),
+        (3.14159, "number", "3.142"),
+    ],
+)
+def test_figures_are_shown_with_their_unit(value, unit, shown):
+    assert format_figure(value, unit) == shown
+
+
+def test_one_report_is_readable_at_100_columns(make_timeline):
+    out = console()
+    report = make_report(make_timeline, goodput_bounds=GoodputBounds(2.0, 2.0), turns_over_context=3, turns_not_sent=4)
+    print_report(report, "a run", out)
+    shown = text(out)
+    for expected in ("a run", "TTFT", "phase queue", "1 of 1 finished", "40.0 %", "colocated-0", "goodput", "80.0 %"):
+        assert expected in shown
+    assert "turns over the context" in shown and "…" not in shown
+    assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_an_empty_report_is_shown_too():
+    out = console()
+    print_report(build_report([], [], wall_s=0.0), console=out)
+    assert "0 of 0 finished" in text(out)
+
+
+def test_failures_are_named(make_timeline):
+    out = console()
+    failed = make_timeline("b/0", token_times=(), reason=FinishReason.REFUSED)
+    print_report(build_report([failed], INSTANCES, wall_s=1.0), console=out)
+    assert "0 of 1 finished; 1 refused" in text(out)
+
+
+def test_reports_stand_side_by_side(make_timeline):
+    out = console()
+    fast = build_report([make_timeline(token_times=(1.5, 2.0), num_cached=90, num_computed=10)], INSTANCES, wall_s=1.0)
+    print_comparison({"caching off": make_report(make_timeline), "caching on": fast}, "context caching", out)
+    shown = text(out)
+    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines() if line.count("│") == 4}
+    assert [cell.strip() for cell in rows["TTFT P50"]] == ["2.00 s", "1.50 s"]
+    assert [cell.strip() for cell in rows["hit ratio"]] == ["40.0 %", "90.0 %"]
+    assert [cell.strip() for cell in rows["prefill tokens computed"]] == ["60", "10"]
+    assert {"TPOT mean", "JCT P99", "output tokens/s"} <= rows.keys()
+
+
+def test_repeats_show_their_range(make_timeline):
+    out = console()
+    reports = [build_report([make_timeline(finished=end)], INSTANCES, wall_s=1.0) for end in (5.0, 9.0, 6.0)]
+    print_comparison({"run": median_of(reports)}, console=out)
+    assert "6.00 s (5.00 s .. 9.00 s)" in text(out)
+
+
+def test_four_systems_fit_into_100_columns(make_timeline):
+    out = console()
+    report = make_report(make_timeline)
+    print_comparison(dict.fromkeys(("caching off", "caching on", "least load", "affinity"), report), console=out)
+    assert max(len(line) for line in text(out).splitlines()) <= 100 and "…" not in text(out)
+
+
+def test_progress_prints_a_line_at_each_tenth_where_there_is_no_terminal():
+    out = console(force_terminal=False)
+    with Progress(console=out) as progress:
+        progress.update(0, 0, 0.0)
+        for finished in range(201):
+            progress.update(finished, 200, finished / 10)
+    lines = text(out).splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "requests: 20 of 200, cluster time 2.0 s"
+    assert lines[-1] == "requests: 200 of 200, cluster time 20.0 s"
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    out = Console(file=io.StringIO(), width=100, force_terminal=True, force_interactive=True)
+    with Progress(console=out) as progress:
+        progress.update(3, 4, 1.5)
+    assert "3/4" in text(out) and "cluster time 1.5 s" in text(out)
