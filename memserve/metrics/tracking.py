@@ -17,10 +17,10 @@ class Tracking(ABC):
 
 
 class NoTracking(Tracking):
-    """Sends nothing."""
+    """The baseline: results stay in the output directory."""
 
     def record(self, config: dict[str, Any], report: Report, directory: Path | None) -> None:
-        pass
+        """Sends nothing."""
 
 
 def flatten_figures(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -111,6 +111,14 @@ def test_progress_prints_a_line_at_each_tenth_where_there_is_no_terminal():
     assert lines[-1] == "requests: 200 of 200, cluster time 20.0 s"
 
 
+def test_progress_starts_over_with_the_next_run():
+    out = console(force_terminal=False)
+    with Progress("turns", out) as progress:
+        for finished in (0, 5, 10, 0, 5, 10):
+            progress.update(finished, 10, 1.0)
+    assert [line.split(",")[0] for line in text(out).splitlines()] == ["turns: 5 of 10", "turns: 10 of 10"] * 2
+
+
 def test_progress_is_a_bar_on_a_terminal():
     out = Console(file=io.StringIO(), width=100, force_terminal=True, force_interactive=True)
     with Progress(console=out) as progress:
