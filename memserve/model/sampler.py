@@ -1,0 +1,170 @@
+"""Sampler: chooses the next token of every row of logits. Knows no model and no request; randomness is passed in.
+
+A token drawn at random takes one uniform number, a function of (seed, position) alone, and reads the token off the
+cumulative distribution in vocabulary order. What else is in the batch, and in which order, changes nothing.
+
+Shape legend: R sampled rows, V vocabulary, N largest values of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from memserve.request import SamplingParams, TokenLogprobs
+
+NUCLEUS_GUESS = 1024  # most nuclei are smaller; a larger one costs its row a full sort
+CACHED_LOGITS = 65_536  # 256 KiB of float32
+_TINY_TEMPERATURE = 1e-30  # the smallest that float32 divides by safely; far below it every choice is greedy
+
+
+class InvalidLogits(RuntimeError):
+    """A row of logits has NaN in it, or no finite largest value; the message names the row."""
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """How to choose one token: seed >= 0 of the request (64 bits count), position of the new token in it."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+
+
+class Sampler:
+    """Greedy, temperature, top-k and top-p, in that order, each row by its own parameters."""
+
+    def sample(
+        self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]
+    ) -> tuple[np.ndarray, list[TokenLogprobs | None] | None]:
+        """Tokens int32 [R], and for each row its logprobs or None; None for all where no row asks for any.
+
+        logits_RV: any float dtype and device, finite or -inf. A greedy batch is one argmax. Raises InvalidLogits.
+        """
+        assert logits_RV.shape[0] == len(rows)
+        tokens_R = logits_RV.argmax(-1)
+        _check_finite(logits_RV, tokens_R)
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        at_once = _rows_at_once(logits_RV)
+        for start in range(0, len(drawn), at_once):
+            some = drawn[start : start + at_once]
+            tokens_R[some] = _draw(logits_RV[some].float(), [rows[i] for i in some])
+        return tokens_R.to("cpu", torch.int32).numpy(), _logprobs(logits_RV, tokens_R, rows)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number of a token: in [0, 1), 53 bits, from the splitmix64 mix of (seed, position)."""
+    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53
+
+
+def kept_floor(logits_RV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """float32 [R]: the smallest logit that top-k and top-p keep, -inf where they keep all.
+
+    logits_RV: float32, divided by the temperature. top-p counts what top-k has left: its set is the smallest whose
+    probability reaches top_p. Tokens that tie with the last one kept are kept.
+    """
+    num_tokens = logits_RV.shape[1]
+    top_k = [p.top_k if 0 < p.top_k < num_tokens else num_tokens for p in params]
+    top_p = [p.top_p for p in params]
+    guess = max((k for k in top_k if k < num_tokens), default=1)
+    if any(p < 1.0 and k == num_tokens for p, k in zip(top_p, top_k, strict=True)):
+        guess = min(max(guess, NUCLEUS_GUESS), num_tokens)
+    floor_R, found_R = _floor_among_largest(logits_RV, top_k, top_p, guess)
+    for i in (~found_R).nonzero()[:, 0].tolist():
+        floor_R[i] = _floor_among_largest(logits_RV[i : i + 1], top_k[i : i + 1], top_p[i : i + 1], num_tokens)[0]
+    return floor_R
+
+
+def _rows_at_once(logits_RV: torch.Tensor) -> int:
+    """All of them on a GPU; on the CPU so many that the copies of their logits stay in the cache."""
+    num_rows, num_tokens = logits_RV.shape
+    return max(CACHED_LOGITS // num_tokens, 1) if logits_RV.device.type == "cpu" else max(num_rows, 1)
+
+
+def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """int64 [R]: inverse transform sampling with one uniform number a row."""
+    params = [row.params for row in rows]
+    temperature_R = logits_RV.new_tensor([max(p.temperature, _TINY_TEMPERATURE) for p in params])
+    scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
+    weights_RV = scaled_RV.exp()
+    if any(p.top_k or p.top_p < 1.0 for p in params):
+        floor_R = kept_floor(scaled_RV, params)
+        weights_RV *= torch.ge(scaled_RV, floor_R[:, None], out=torch.empty_like(scaled_RV))
+    cumulative_RV = weights_RV.cumsum(-1, dtype=torch.float64)
+    uniform_R = cumulative_RV.new_tensor([uniform(row.seed, row.position) for row in rows])
+    total_R = cumulative_RV[:, -1]
+    # below the total even after rounding, so that the token found has a probability above zero
+    at_R = torch.minimum(uniform_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
+    return torch.searchsorted(cumulative_RV, at_R[:, None], right=True)[:, 0]
+
+
+def _floor_among_largest(
+    logits_RV: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], num_largest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """kept_floor by a look at the largest values of each row, and bool [R]: whether they were enough to tell.
+
+    top_k is V where it keeps all, else at most num_largest.
+    """
+    num_tokens = logits_RV.shape[1]
+    values_RN = _largest(logits_RV, num_largest)
+    largest_R1 = values_RN[:, :1]
+    reached_RN = (values_RN - largest_R1).exp_().cumsum(-1, dtype=torch.float64)
+    top_k_R = reached_RN.new_tensor(top_k, dtype=torch.int64)
+    top_p_R = reached_RN.new_tensor(top_p)
+    total_R = reached_RN.gather(1, top_k_R.clamp(max=num_largest)[:, None] - 1)[:, 0]
+    if num_tokens in top_k and num_largest < num_tokens:
+        all_R = (logits_RV - largest_R1).exp_().sum(-1, dtype=torch.float64)
+        total_R = torch.where(top_k_R == num_tokens, all_R, total_R)
+    nucleus_R = 1 + (reached_RN < (top_p_R * total_R)[:, None]).sum(-1)
+    num_kept_R = torch.where(top_p_R < 1.0, torch.minimum(nucleus_R, top_k_R), top_k_R)
+    floor_R = values_RN.gather(1, num_kept_R.clamp(max=num_largest)[:, None] - 1)[:, 0]
+    keeps_all_R = num_kept_R == num_tokens
+    return floor_R.masked_fill_(keeps_all_R, -torch.inf), keeps_all_R | (num_kept_R <= num_largest)
+
+
+def _largest(logits_RV: torch.Tensor, n: int) -> torch.Tensor:
+    """float32 [R, n]: the n largest values of each row, largest first. On the CPU NumPy is the faster of the two."""
+    if logits_RV.device.type != "cpu":
+        return logits_RV.topk(n).values
+    values = logits_RV.numpy()
+    if n < values.shape[1]:
+        values = np.partition(values, values.shape[1] - n, axis=-1)[:, values.shape[1] - n :]
+    return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
+
+
+def _check_finite(logits_RV: torch.Tensor, tokens_R: torch.Tensor) -> None:
+    """NaN counts as the largest value, so one look at each row's largest finds it."""
+    finite_R = logits_RV.gather(1, tokens_R[:, None])[:, 0].isfinite()
+    if not finite_R.all():
+        row = int((~finite_R).nonzero()[0, 0])
+        value = float(logits_RV[row, tokens_R[row]])
+        raise InvalidLogits(f"row {row} of {len(tokens_R)}: the largest logit is {value}, expected a finite number")
+
+
+def _logprobs(
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, rows: Sequence[SamplingRow]
+) -> list[TokenLogprobs | None] | None:
+    if all(row.params.logprobs is None for row in rows):
+        return None
+    return [
+        None if row.params.logprobs is None else _token_logprobs(logits_V, int(token), row.params.logprobs)
+        for logits_V, token, row in zip(logits_RV, tokens_R, rows, strict=True)
+    ]
+
+
+def _token_logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    logprobs_V = torch.log_softmax(logits_V.float(), -1)
+    values, ids = logprobs_V.topk(min(num_top, len(logprobs_V)))
+    return TokenLogprobs(token_id, float(logprobs_V[token_id]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    """One step of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): 64 bits that depend on every bit of `value`."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
