@@ -67,3 +67,8 @@ def resolve(composed: DictConfig) -> RunConfig:
 def to_yaml(cfg: RunConfig) -> str:
     """The resolved configuration as YAML text; `load_config` of the same words gives it again."""
     return OmegaConf.to_yaml(cast(DictConfig, cfg))
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dicts, lists and values."""
+    return cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg)))

@@ -7,6 +7,7 @@ python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: one 
 """
 
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,16 +15,21 @@ from omegaconf import DictConfig
 
 from memserve.cluster.local import LocalCluster
 from memserve.compose import config_dir, resolve
-from memserve.config.checks import ConfigError
+from memserve.metrics.progress import Progress
+from memserve.metrics.table import print_report
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")
 def main(composed: DictConfig) -> None:
     try:
         cluster = LocalCluster(resolve(composed))
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
-    cluster.run(HydraConfig.get().runtime.output_dir)
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    with Progress() as progress:
+        report = cluster.run(output_dir, progress=progress)
+    print_report(report, title=" ".join(HydraConfig.get().overrides.task) or "defaults")
+    print(f"written to {output_dir}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # traces and small models that lie beside a checkout
 

@@ -2,12 +2,13 @@
 
     report = LocalCluster(load_config(["index=none", "workload.num_sessions=4"])).run()
 
-Each repeat starts from empty pools and the same sessions. A measured run is preceded by a warm-up before time 0.
+Each repeat starts from empty pools and plays the same sessions. A measured run is preceded by a warm-up before time 0.
 """
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
@@ -15,33 +16,132 @@ from hydra.utils import instantiate
 from memserve.clock import monotonic_ns, to_s
 from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time
 from memserve.cluster.emulated import EmulatedCluster, Node
-from memserve.compose import to_yaml
+from memserve.compose import to_dict, to_yaml
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.messages import Dispatch, pack_tokens
-from memserve.metrics.output import write_output
+from memserve.metrics.output import environment, write_output
 from memserve.metrics.progress import Progress
-from memserve.metrics.report import InstanceStats, build_report, median_of
-from memserve.metrics.table import print_report
+from memserve.metrics.report import InstanceStats, Report, build_report, median_of
+from memserve.metrics.tracking import Tracking
 from memserve.request import SamplingParams
 from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.timeline import RequestTimeline
 from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session, Workload
 
-WARM_UP_PROMPTS = (64, 17, 300)  # tokens: prefill, mixed and decode steps of every kind run once
+WARM_UP_PROMPTS = (300, 64, 17)  # tokens; with the answers below, steps of every kind run once
 WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: its report and every request's timeline, in order of submission."""
+
+    report: Report
+    timelines: list[RequestTimeline]
 
 
 class LocalCluster:
     """Instances, global scheduler and client of one process, emulated or simulated.
 
-    Raises ConfigError or ValueError, before anything runs, for what cannot be run as configured.
+    Loads the model and the workload. Raises ConfigError or ValueError, before anything runs, for what cannot be run as
+    configured.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
         self._roles = build_roles(cfg)
+        self._step_time = build_step_time(cfg)
         workload: Workload = instantiate(cfg.workload)
+        self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
-        self._concurrency = workload.concurrency
+        self._instances()  # a pool that does not fit fails here
+
+    def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report:
+        """Plays the workload `repeats` times and returns the report; of several runs the medians and their spread.
+
+        output_dir: where config.yaml, report.json, requests.jsonl (of the last run) and env.json go; None writes none.
+        """
+        if self._step_time.is_measured:
+            self._warm_up()
+        results = [self.run_once(progress) for _ in range(self.cfg.repeats)]
+        reports = [result.report for result in results]
+        report = reports[0] if len(reports) == 1 else median_of(reports)
+        directory = None if output_dir is None else Path(output_dir)
+        if directory is not None:
+            write_output(
+                directory,
+                config_yaml=to_yaml(self.cfg),
+                report=report,
+                timelines=results[-1].timelines,
+                environment=environment({"seed": self.cfg.seed}, sys.argv),
+            )
+        tracking: Tracking = instantiate(self.cfg.tracking)
+        tracking.record(to_dict(self.cfg), report, directory)
+        return report
+
+    def run_once(self, progress: Progress | None = None) -> Result:
+        """One run from empty pools; checks every instance's books at its end."""
+        nodes = [Node(instance) for instance in self._instances()]
+        labels = [node.instance.label for node in nodes]
+        rng = np.random.default_rng(self.cfg.seed)
+        scheduler = GlobalScheduler(labels, instantiate(self.cfg.policy), rng)
+        player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
+        cluster = EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps)
+        started_ns = monotonic_ns()
+        while cluster.advance():
+            if progress is not None:
+                progress.update(player.counts.turns_ended, player.counts.num_turns, to_s(cluster.now_ns))
+        for node in nodes:
+            node.instance.check()
+        timelines = list(scheduler.timelines.values())
+        report = build_report(
+            timelines,
+            [_stats(node) for node in nodes],
+            wall_s=to_s(monotonic_ns() - started_ns),
+            turns_over_context=player.counts.turns_over_context,
+            turns_not_sent=player.counts.turns_not_sent,
+        )
+        return Result(report, timelines)
+
+    def _instances(self) -> list[Instance]:
+        return [
+            build_instance(self.cfg, self.engine, label, role, incarnation)
+            for incarnation, (label, role) in enumerate(self._roles)
+        ]
+
+    def _warm_up(self) -> None:
+        """Serves a few prompts on an instance of its own, so that no first-time cost falls into a measured step."""
+        label, role = self._roles[0]
+        instance = build_instance(self.cfg, self.engine, label, role, incarnation=0)
+        params = SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True)
+        for name, tokens in _fitting(instance, params):
+            instance.receive(Dispatch(name, 0, "", pack_tokens(tokens), params, 0))
+        while (batch := instance.schedule(0)) is not None:
+            instance.commit(batch, instance.forward(batch), np.zeros(batch.num_steps, dtype=np.int64))
+            instance.drain_outbox()
+
+
+def _fitting(instance: Instance, params: SamplingParams) -> Iterable[tuple[str, np.ndarray]]:
+    """The warm-up prompts that this instance can serve."""
+    limits = instance.limits
+    most = min(limits.max_context, limits.num_blocks * limits.block_size) - params.max_tokens
+    for length in WARM_UP_PROMPTS:
+        if length < most:
+            yield f"warm-up-{length}", np.arange(length, dtype=np.int32) % limits.vocab_size
+
+
+def _stats(node: Node) -> InstanceStats:
+    pool = node.instance.pool.stats()
+    return InstanceStats(
+        id=node.instance.label,
+        role=node.instance.role,
+        busy_ns=node.busy_ns,
+        num_steps=node.instance.scheduler.counts.steps,
+        num_evicted_blocks=pool.num_evicted,
+        num_blocks=pool.num_blocks,
+        peak_used_blocks=pool.peak_used,
+        num_indexed_blocks=pool.num_indexed,
+    )

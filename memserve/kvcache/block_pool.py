@@ -21,7 +21,7 @@ class IndexFactory(Protocol):
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Blocks now, and counts since the pool was made."""
+    """Blocks now, and counts since the pool was made. peak_used: most blocks that requests held at a time."""
 
     num_blocks: int
     num_free: int
@@ -29,6 +29,7 @@ class PoolStats:
     num_evictable: int
     num_evicted: int
     num_allocated: int
+    peak_used: int
 
 
 class BlockPool:
@@ -40,6 +41,7 @@ class BlockPool:
         self.index = index(block_size, self.allocator.refcounts)
         self._num_evicted = 0
         self._num_allocated = 0
+        self._peak_used = 0
 
     @property
     def num_blocks(self) -> int:
@@ -70,8 +72,10 @@ class BlockPool:
                 f"{allocator.num_index_only} evictable of {allocator.num_blocks}"
             )
         self._evict(num_blocks - self.allocator.num_free)
-        self._num_allocated += max(num_blocks, 0)
-        return self.allocator.alloc(num_blocks, holder)
+        blocks = self.allocator.alloc(num_blocks, holder)
+        self._num_allocated += num_blocks
+        self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
+        return blocks
 
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
         """The longest cached prefix of tokens[:limit]. Holds nothing: retain before the next call."""
@@ -132,6 +136,7 @@ class BlockPool:
             num_evictable=allocator.num_index_only,
             num_evicted=self._num_evicted,
             num_allocated=self._num_allocated,
+            peak_used=self._peak_used,
         )
 
     def check(self) -> None:

