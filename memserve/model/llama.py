@@ -22,8 +22,9 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class SelfAttention:
     """Grouped-query attention. The rows of `qkv` are all query heads, then all key heads, then all value heads."""
 
-    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
-        c = config
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        c, prefix = config, f"model.layers.{layer}.self_attn"
+        self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         rows = {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim}
         rows["v_proj"] = rows["k_proj"]
@@ -37,9 +38,7 @@ class SelfAttention:
         k_D = load.tensor(f"{prefix}.k_norm.weight", (self.head_dim,))
         return torch.cat((q_D.expand(self.num_heads, -1), k_D.expand(self.num_kv_heads, -1)))
 
-    def __call__(
-        self, x_TE: torch.Tensor, rotation: Rotation, kv_2NBKD: torch.Tensor, attention: Attention
-    ) -> torch.Tensor:
+    def __call__(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
         qkv_THD = self.qkv(x_TE).view(len(x_TE), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         qk_THD = qkv_THD[:, :num_rotated]
@@ -47,8 +46,8 @@ class SelfAttention:
             qk_THD = self.qk_norm(qk_THD)
         qk_THD = rotate(qk_THD, *rotation)
         k_TKD, v_TKD = qk_THD[:, self.num_heads :], qkv_THD[:, num_rotated:]
-        attention.write(kv_2NBKD, torch.stack((k_TKD, v_TKD), 1))
-        return self.o(attention.attend(qk_THD[:, : self.num_heads], kv_2NBKD).flatten(1))
+        attention.write(self.layer, torch.stack((k_TKD, v_TKD), 1))
+        return self.o(attention.attend(self.layer, qk_THD[:, : self.num_heads]).flatten(1))
 
 
 class MLP:
@@ -66,17 +65,16 @@ class MLP:
 class DecoderLayer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        prefix = f"model.layers.{layer}"
         self.attention_norm = load.norm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.attention = SelfAttention(config, load, f"{prefix}.self_attn")
+        self.attention = SelfAttention(config, load, layer)
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, load, f"{prefix}.mlp")
 
-    def __call__(
-        self, x_TE: torch.Tensor, rotation: Rotation, kv_2NBKD: torch.Tensor, attention: Attention
-    ) -> torch.Tensor:
-        """One layer of [T, E]; writes and reads `kv_2NBKD`, this layer's cache."""
-        x_TE = x_TE + self.attention(self.attention_norm(x_TE), rotation, kv_2NBKD, attention)
+    def __call__(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
+        """[T, E] -> [T, E]; writes this layer's KV and reads it through `attention`."""
+        x_TE = x_TE + self.attention(self.attention_norm(x_TE), rotation, attention)
         return x_TE + self.mlp(self.mlp_norm(x_TE))
 
 
@@ -88,7 +86,7 @@ class Llama:
         shape = (config.vocab_size, config.hidden_size)
         self.embedding_VE = load.tensor("model.embed_tokens.weight", shape)
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
-        self.layers = [DecoderLayer(config, load, f"model.layers.{i}") for i in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, load, i) for i in range(config.num_layers)]
         self.norm = load.norm("model.norm", config.hidden_size, config.rms_norm_eps)
         tied = config.tie_embeddings
         self.head = Linear(self.embedding_VE if tied else load.tensor("lm_head.weight", shape))

@@ -89,12 +89,12 @@ class ModelRunner:
     def _layers(self, step: ForwardBatch) -> Generator[int, None, torch.Tensor]:
         """Yields each layer's number as it is done; returns the hidden states [T, E] after the last."""
         with torch.inference_mode():  # never held across a yield: it would leak into the caller
-            attention = self._attention(step)
+            attention = self._attention(step, self._kv_layers, self.model.config.num_heads)
             rotation = self.model.rotary.rotation(step.positions_T)
             x_TE = self.model.embed(step.token_ids)
-        for i, (layer, kv_2NBKD) in enumerate(zip(self.model.layers, self._kv_layers, strict=True)):
+        for i, layer in enumerate(self.model.layers):
             with torch.inference_mode():
-                x_TE = layer(x_TE, rotation, kv_2NBKD, attention)
+                x_TE = layer(x_TE, rotation, attention)
             yield i
         return x_TE
 

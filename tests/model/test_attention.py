@@ -49,16 +49,16 @@ def make_cache(batch: ForwardBatch, layout: str, dtype: torch.dtype) -> torch.Te
 
 
 def attend(backend: str, batch: ForwardBatch, kv: torch.Tensor, q: torch.Tensor, new_kv: torch.Tensor) -> torch.Tensor:
-    attention = attention_backend(backend)(batch)
-    attention.write(kv[1], new_kv)
-    return attention.attend(q, kv[1])
+    attention = attention_backend(backend)(batch, kv.unbind(0), q.shape[1])
+    attention.write(1, new_kv)
+    return attention.attend(1, q)
 
 
 @pytest.mark.parametrize(
-    ("shape", "block_size", "layout", "num_groups", "scatter"),
-    list(itertools.product(SHAPES, (1, 4, 16, 32), LAYOUTS, (1, 3), (False, True))),
+    ("backend", "shape", "block_size", "layout", "num_groups", "scatter"),
+    list(itertools.product(("sdpa", "sparse"), SHAPES, (1, 4, 16, 32), LAYOUTS, (1, 3), (False, True))),
 )
-def test_sdpa_equals_the_reference(shape, block_size, layout, num_groups, scatter) -> None:
+def test_backends_equal_the_reference(backend, shape, block_size, layout, num_groups, scatter) -> None:
     torch.manual_seed(0)
     batch = make_batch(SHAPES[shape], block_size, scatter)
     kv = make_cache(batch, layout, torch.float64)
@@ -66,8 +66,8 @@ def test_sdpa_equals_the_reference(shape, block_size, layout, num_groups, scatte
     new_kv = torch.randn(batch.num_tokens, 2, NUM_KV_HEADS, HEAD_DIM, dtype=torch.float64)
     expected = attend("reference", batch, kv.clone(), q, new_kv)
     assert not expected.isnan().any()
-    torch.testing.assert_close(attend("sdpa", batch, kv, q, new_kv), expected)
-    actual = attend("sdpa", batch, kv.float(), q.float(), new_kv.float())
+    torch.testing.assert_close(attend(backend, batch, kv, q, new_kv), expected)
+    actual = attend(backend, batch, kv.float(), q.float(), new_kv.float())
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_write_touches_the_slots_of_the_batch_and_nothing_else(layout) -> None:
     batch = make_batch([(3, 3), (5, 1)], 4, scatter=True)
     kv = make_cache(batch, layout, torch.float32).fill_(7.0)
     new_kv = torch.randn(4, 2, NUM_KV_HEADS, HEAD_DIM)
-    ReferenceAttention(batch).write(kv[1], new_kv)
+    ReferenceAttention(batch, kv.unbind(0), NUM_KV_HEADS).write(1, new_kv)
     slots = kv[1].flatten(1, 2)
     assert torch.equal(slots[:, batch.slot_mapping_T], new_kv.transpose(0, 1))
     untouched = torch.ones(slots.shape[1], dtype=torch.bool).index_fill(0, batch.slot_mapping_T, False)

@@ -44,7 +44,8 @@ def expected(model, prompts):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "layout", "attention"), list(itertools.product((1, 4, 16, 32), LAYOUTS, ("reference", "sdpa")))
+    ("block_size", "layout", "attention"),
+    list(itertools.product((1, 4, 16, 32), LAYOUTS, ("reference", "sdpa", "sparse"))),
 )
 def test_tokens_do_not_depend_on_block_size_layout_backend_or_batch(
     model, prompts, expected, block_size, layout, attention
@@ -161,7 +162,7 @@ def test_a_cache_that_does_not_fit_the_model_is_refused(model, kv) -> None:
 
 
 def test_an_unknown_attention_backend_is_refused_with_the_words_there_are(model) -> None:
-    with pytest.raises(ValueError, match="attention='flash3': expected one of reference, sdpa"):
+    with pytest.raises(ValueError, match="attention='flash3': expected one of reference, sdpa, sparse"):
         ModelRunner(model, torch.zeros(3, 2, 8, 16, 2, 16), 16, attention="flash3")
 
 

@@ -3,10 +3,15 @@
 from memserve.model.attention.base import Attention
 from memserve.model.attention.reference import ReferenceAttention
 from memserve.model.attention.sdpa import SdpaAttention
+from memserve.model.attention.sparse import SparseAttention
 
 __all__ = ["Attention", "attention_backend"]
 
-_BACKENDS: dict[str, type[Attention]] = {"reference": ReferenceAttention, "sdpa": SdpaAttention}
+_BACKENDS: dict[str, type[Attention]] = {
+    "reference": ReferenceAttention,
+    "sdpa": SdpaAttention,
+    "sparse": SparseAttention,
+}
 
 
 def attention_backend(word: str) -> type[Attention]:

@@ -13,9 +13,9 @@ class ReferenceAttention(Attention):
     Shape legend: base.py's, and n new tokens of one request, G query heads a kv head.
     """
 
-    def attend(self, q_THD: torch.Tensor, kv_2NBKD: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         q_of_requests = q_THD.tensor_split(self.batch.query_starts[1:-1].tolist())
-        return torch.cat([self._attend_one(i, q_nHD, kv_2NBKD) for i, q_nHD in enumerate(q_of_requests)])
+        return torch.cat([self._attend_one(i, q_nHD, self.kv_layers[layer]) for i, q_nHD in enumerate(q_of_requests)])
 
     def _attend_one(self, request: int, q_nHD: torch.Tensor, kv_2NBKD: torch.Tensor) -> torch.Tensor:
         num_kv, num_new = int(self.batch.seq_lens[request]), len(q_nHD)
