@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
 from memserve.metrics.report import Report
 
 NONE = "-"  # a figure that does not exist
+WIDTH = 100  # columns, where the output is no terminal
 _LATENCIES = {
     "TTFT": "ttft_s",
     "second token": "second_token_s",
@@ -49,7 +51,7 @@ _COMPARED = (
 
 def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
     """Systems side by side: a column for each report, under its name. Repeated runs show median and range."""
-    table = Table(title=title or None)
+    table = _plain_table(title)
     table.add_column("", no_wrap=True)
     for name in reports:
         table.add_column(name, justify="right", overflow="fold")
@@ -60,17 +62,17 @@ def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
 
 def report_tables(report: Report, title: str = "") -> Group:
     """One run in full: latencies, totals, instances."""
-    return Group(_latency_table(report, title), _totals_table(report), _instance_table(report))
+    return Group(_latency_table(report, title), "", _totals_table(report), "", _instance_table(report))
 
 
 def print_report(report: Report, title: str = "", console: Console | None = None) -> None:
     """Prints one run's report; console: None is standard output."""
-    (console or Console()).print(report_tables(report, title))
+    (console or _standard_output()).print(report_tables(report, title))
 
 
 def print_comparison(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:
     """Prints reports side by side; console: None is standard output."""
-    (console or Console()).print(comparison_table(reports, title))
+    (console or _standard_output()).print(comparison_table(reports, title))
 
 
 def format_figure(value: float | None, unit: str) -> str:
@@ -100,6 +102,23 @@ def _three_digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
+def _standard_output() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
+
+
+def _plain_table(title: str = "", *, show_header: bool = True) -> Table:
+    return Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        show_header=show_header,
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        show_edge=False,
+    )
+
+
 def _cell(report: Report, row: _Row) -> str:
     text = format_figure(_at(report, row.path), row.unit)
     spread = _at(report.get("spread", {}), row.path)
@@ -117,7 +136,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _latency_table(report: Report, title: str) -> Table:
-    table = Table(title=title or None)
+    table = _plain_table(title)
     table.add_column("latency", no_wrap=True)
     for statistic in _STATISTICS:
         table.add_column(statistic, justify="right")
@@ -151,7 +170,7 @@ def _totals_table(report: Report) -> Table:
     for label, key in (("turns over the context", "turns_over_context"), ("turns not sent", "turns_not_sent")):
         if report[key]:
             rows[label] = _count(report[key])
-    table = Table(show_header=False)
+    table = _plain_table(show_header=False)
     for label, text in rows.items():
         table.add_row(label, text)
     return table
@@ -164,10 +183,10 @@ def _requests_text(report: Report) -> str:
 
 
 def _instance_table(report: Report) -> Table:
-    table = Table()
+    table = _plain_table()
     table.add_column("instance", no_wrap=True)
-    for heading in ("requests", "busy", "in use", "hits", "computed", "generated", "preempted", "evicted"):
-        table.add_column(heading, justify="right")
+    for heading in ("reqs", "busy", "in use", "hits", "computed", "output", "preempted", "evicted"):
+        table.add_column(heading, justify="right", overflow="fold")
     for row in report["instances"]:
         table.add_row(
             row["id"],

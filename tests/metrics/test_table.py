@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -60,6 +61,24 @@ def test_one_report_is_readable_at_100_columns(make_timeline):
     assert max(len(line) for line in shown.splitlines()) <= 100
 
 
+def test_an_instance_with_large_counts_fits_into_88_columns(make_timeline):
+    report = make_report(make_timeline)
+    row = report["instances"][0]
+    row["tokens"] |= {"computed": 1234567, "generated": 765432}
+    row |= {
+        "id": "colocated-31",
+        "num_requests": 2333,
+        "busy_s": 1234.5,
+        "preemptions": 123,
+        "num_evicted_blocks": 77777,
+    }
+    out = Console(file=io.StringIO(), width=88, color_system=None)
+    print_report(report, console=out)
+    (line,) = (line for line in text(out).splitlines() if "colocated-31" in line)
+    for expected in ("2,333", "1,234 s", "80.0 %", "1,234,567", "765,432", "123", "77,777"):
+        assert expected in line
+
+
 def test_an_empty_report_is_shown_too():
     out = console()
     print_report(build_report([], [], wall_s=0.0), console=out)
@@ -78,10 +97,10 @@ def test_reports_stand_side_by_side(make_timeline):
     fast = build_report([make_timeline(token_times=(1.5, 2.0), num_cached=90, num_computed=10)], INSTANCES, wall_s=1.0)
     print_comparison({"caching off": make_report(make_timeline), "caching on": fast}, "context caching", out)
     shown = text(out)
-    rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.splitlines() if line.count("│") == 4}
-    assert [cell.strip() for cell in rows["TTFT P50"]] == ["2.00 s", "1.50 s"]
-    assert [cell.strip() for cell in rows["hit ratio"]] == ["40.0 %", "90.0 %"]
-    assert [cell.strip() for cell in rows["prefill tokens computed"]] == ["60", "10"]
+    rows = {cells[0]: cells[1:] for line in shown.splitlines() if len(cells := re.split(r"\s{2,}", line.strip())) == 3}
+    assert rows["TTFT P50"] == ["2.00 s", "1.50 s"]
+    assert rows["hit ratio"] == ["40.0 %", "90.0 %"]
+    assert rows["prefill tokens computed"] == ["60", "10"]
     assert {"TPOT mean", "JCT P99", "output tokens/s"} <= rows.keys()
 
 
