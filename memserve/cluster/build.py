@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -88,7 +89,7 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
     else:
         mempool = MemPool(
             _geometry(cfg, engine),
-            instantiate(cfg.layout),
+            make(cfg.layout),
             num_blocks,
             index_factory(cfg),
             device=cfg.model.device if engine.model else "cpu",
@@ -97,8 +98,8 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
         pool, runner = mempool.blocks, _runner(cfg, engine, mempool)
     scheduler = LocalScheduler(
         pool,
-        instantiate(cfg.queue),
-        instantiate(cfg.preemption),
+        make(cfg.queue),
+        make(cfg.preemption),
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,
@@ -134,21 +135,29 @@ def eos_token_ids(engine: Engine) -> Collection[int]:
 
 def index_factory(cfg: RunConfig) -> IndexFactory:
     """Makes an instance's index; the eviction order goes to the kinds of index that evict."""
-    target = instantiate(cfg.index, _partial_=True)
+    target = make(cfg.index, _partial_=True)
     if target.func is NullIndex:
         return cast(IndexFactory, target)
-    return cast(IndexFactory, partial(target, eviction=instantiate(cfg.eviction)))
+    return cast(IndexFactory, partial(target, eviction=make(cfg.eviction)))
 
 
 def build_step_time(cfg: RunConfig) -> StepTime:
-    return Measured() if cfg.step_time == "measured" else Modelled(instantiate(cfg.cost_model))
+    return Measured() if cfg.step_time == "measured" else Modelled(make(cfg.cost_model))
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
     """(label, role) of each instance. Raises ConfigError if the mode needs other roles."""
-    mode: Mode = instantiate(cfg.mode)
+    mode: Mode = make(cfg.mode)
     roles = [Role(role) for role in cfg.cluster.roles]
     if frozenset(roles) != mode.roles:
         needed = ", ".join(sorted(mode.roles))
         raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
     return [(f"{role}-{i}", role) for i, role in enumerate(roles)]
+
+
+def make(node: Any, **arguments: Any) -> Any:
+    """The object that a `_target_` node describes. Raises ConfigError with what its class says of a bad argument."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        raise ConfigError(str(error.__cause__ or error)) from error

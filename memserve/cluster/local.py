@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hydra.utils import instantiate
 
 from memserve.clock import monotonic_ns, to_s
-from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time
+from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time, make
 from memserve.cluster.emulated import EmulatedCluster, Node
 from memserve.compose import to_dict, to_yaml
 from memserve.config.schema import RunConfig
@@ -53,7 +52,7 @@ class LocalCluster:
         self.cfg = cfg
         self._roles = build_roles(cfg)
         self._step_time = build_step_time(cfg)
-        workload: Workload = instantiate(cfg.workload)
+        workload: Workload = make(cfg.workload)
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
@@ -64,8 +63,6 @@ class LocalCluster:
 
         output_dir: where config.yaml, report.json, requests.jsonl (of the last run) and env.json go; None writes none.
         """
-        if self._step_time.is_measured:
-            self._warm_up()
         results = [self.run_once(progress) for _ in range(self.cfg.repeats)]
         reports = [result.report for result in results]
         report = reports[0] if len(reports) == 1 else median_of(reports)
@@ -78,16 +75,18 @@ class LocalCluster:
                 timelines=results[-1].timelines,
                 environment=environment({"seed": self.cfg.seed}, sys.argv),
             )
-        tracking: Tracking = instantiate(self.cfg.tracking)
+        tracking: Tracking = make(self.cfg.tracking)
         tracking.record(to_dict(self.cfg), report, directory)
         return report
 
     def run_once(self, progress: Progress | None = None) -> Result:
-        """One run from empty pools; checks every instance's books at its end."""
+        """One run from empty pools, after a warm-up if it is measured; checks every instance's books at its end."""
+        if self._step_time.is_measured:
+            self._warm_up()
         nodes = [Node(instance) for instance in self._instances()]
         labels = [node.instance.label for node in nodes]
         rng = np.random.default_rng(self.cfg.seed)
-        scheduler = GlobalScheduler(labels, instantiate(self.cfg.policy), rng)
+        scheduler = GlobalScheduler(labels, make(self.cfg.policy), rng)
         player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
         cluster = EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps)
         started_ns = monotonic_ns()

@@ -1,4 +1,4 @@
-"""Near ties: whether two greedy answers part where float32 cannot tell the two tokens apart. Knows one model in float64.
+"""Near ties: whether two greedy answers part where float32 cannot tell the two tokens apart. Knows a float64 model.
 
 Summing in another order changes a logit in its last digits, so two correct runs may part at a token whose best two
 logits almost coincide. That is the only excuse for different tokens, and a float64 forward decides whether it holds.
@@ -21,7 +21,7 @@ NEAR_TIE = 2e-4  # of the logits' units
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two answers part: at output token `index`, `first` against `second`; their float64 logits differ by `gap`."""
+    """Where two answers part: at output token `index`, `first` against `second`; float64 logits differ by `gap`."""
 
     index: int
     first: int

@@ -1,0 +1,159 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from memserve import LLM, SamplingParams
+from memserve.config.checks import ConfigError
+
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A random model with room for the byte tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=200, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    return f"random:{directory}"
+
+
+@pytest.fixture
+def llm(path):
+    return LLM(path, block_size=4, num_blocks=200)
+
+
+def settled(llm):
+    """No request holds anything any more."""
+    llm.instance.check()
+    stats = llm.instance.pool.stats()
+    return llm.instance.num_unfinished == 0 and stats.num_free + stats.num_evictable == stats.num_blocks
+
+
+def test_prompts_come_as_text_chats_or_ids_one_or_many_and_answers_in_order(llm):
+    text, chat, ids = "hello", [{"role": "user", "content": "hi"}], [1, 2, 3]
+    [one] = llm.generate(text, GREEDY)
+    assert one.prompt_token_ids == list(b"hello") and len(one.token_ids) == 12 and one.finish_reason == "length"
+    assert [o.prompt_token_ids for o in llm.generate([ids, ids[:2]], GREEDY)] == [ids, ids[:2]]
+    assert llm.generate(ids, GREEDY)[0].token_ids == llm.generate(np.array(ids), GREEDY)[0].token_ids
+    mixed = llm.generate([text, chat, ids], GREEDY)
+    assert mixed[0].token_ids == one.token_ids and mixed[2].prompt_token_ids == ids
+    assert mixed[1].token_ids == llm.generate(chat, GREEDY)[0].token_ids == llm.generate([chat], GREEDY)[0].token_ids
+    assert llm.generate([], GREEDY) == [] and settled(llm)
+
+
+def test_a_second_turn_finds_the_first_ones_blocks(llm):
+    first = llm.generate("a question of some length", GREEDY)[0]
+    history = [*first.prompt_token_ids, *first.token_ids]
+    again = llm.generate([[*history, 7, 8, 9]], GREEDY)[0]
+    assert first.num_cached == 0 and again.num_cached == (len(history) - 1) // 4 * 4
+
+
+def test_streaming_gives_the_same_answers_piece_by_piece(llm):
+    prompts = ["one", "two words", "three"]
+    whole = llm.generate(prompts, GREEDY)
+    texts, ids, outputs = [""] * 3, [[], [], []], [None] * 3
+    for delta in llm.generate(prompts, GREEDY, stream=True):
+        texts[delta.index] += delta.text
+        ids[delta.index] += delta.token_ids
+        outputs[delta.index] = delta.output or outputs[delta.index]
+    assert [o.text for o in whole] == texts == [o.text for o in outputs]
+    assert [o.token_ids for o in whole] == ids
+    assert settled(llm)
+
+
+def test_a_stream_that_nobody_reads_to_its_end_leaves_nothing_behind(llm):
+    stream = llm.generate(["one", "two"], SamplingParams(max_tokens=100, ignore_eos=True), stream=True)
+    next(stream)
+    stream.close()
+    assert settled(llm)
+    assert len(llm.generate("one", GREEDY)[0].token_ids) == 12
+
+
+def test_stop_strings_end_the_text_and_never_show(llm):
+    full = llm.generate("tell me", SamplingParams(max_tokens=60, ignore_eos=True))[0]
+    stop = full.text[5:8]
+    cut = llm.generate("tell me", SamplingParams(max_tokens=60, ignore_eos=True, stop=(stop,)))[0]
+    assert cut.text == full.text[: full.text.find(stop)] and cut.finish_reason == "stop"
+    assert cut.token_ids == full.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < 60
+    assert settled(llm)
+
+
+def test_a_seeded_sample_does_not_depend_on_the_batch_or_the_cache(llm):
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True)
+    alone = llm.generate("a prompt to sample from", params)[0].token_ids
+    prompts = ["other", "a prompt to sample from", "yet another one"]
+    assert llm.generate(prompts, params)[1].token_ids == alone
+    other = SamplingParams(temperature=1.0, top_p=0.9, seed=6, max_tokens=12, ignore_eos=True)
+    assert llm.generate(prompts[1], other)[0].token_ids != alone
+
+
+def test_logprobs_name_every_token_and_the_likeliest(llm):
+    output = llm.generate("hello", SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3))[0]
+    assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    for entry in output.logprobs:
+        assert len(entry.top) == 3 and entry.logprob == max(entry.top.values()) < 0
+    assert llm.generate("hello", GREEDY)[0].logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "prompt 0: empty prompt"),
+        (["fine", []], "prompt 1: empty prompt"),
+        (["fine", [1, 2, 300]], "prompt 1: prompt token 300: expected 0 to 299"),
+        ([[1, -2]], "prompt 0: prompt token -2"),
+        ([[1.5, 2]], "expected a string, chat messages or a list of token ids"),
+        ("x" * 200, "prompt 0: prompt of 200 tokens: the context of 200"),
+        ([[{"role": "cook", "content": "x"}]], "role"),
+    ],
+)
+def test_a_bad_prompt_is_named_before_any_is_served(llm, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, GREEDY)
+    assert settled(llm) and llm.instance.scheduler.counts.steps == 0
+
+
+def test_a_request_that_can_never_fit_the_pool_is_refused_with_its_numbers(path):
+    llm = LLM(path, block_size=4, num_blocks=5)
+    with pytest.raises(ValueError, match="need 6 blocks of 4 tokens: the pool has 5"):
+        llm.generate("0123456789", GREEDY)
+
+
+def test_params_are_one_for_all_or_one_for_each(llm):
+    each = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 3)]
+    assert [len(o.token_ids) for o in llm.generate(["a", "b"], each)] == [2, 3]
+    with pytest.raises(ValueError, match="2 sampling params for 3 prompts"):
+        llm.generate(["a", "b", "c"], each)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocksize": 4}, "LLM option 'blocksize': expected one of"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"index": "tree"}, "tree"),
+        ({"dtype": "int4"}, "int4"),
+        ({"num_blocks": "many"}, "many"),
+        ({"max_context": 4000}, "context"),
+    ],
+)
+def test_unknown_or_bad_options_are_refused_by_name(path, options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(path, **options)
+
+
+def test_a_path_may_hold_any_character(tmp_path, path):
+    directory = tmp_path / "it's a, {model}=x"
+    directory.mkdir()
+    with pytest.raises(ValueError, match="config.json"):
+        LLM(directory)
+    with pytest.raises(ConfigError):
+        LLM(path, seed=-3)

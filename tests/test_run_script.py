@@ -1,0 +1,61 @@
+"""scripts/run.py as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
+KEYS = {
+    "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
+    "instances", "quarantined_blocks", "near_ties", "wall_s",
+}  # fmt: skip
+
+
+def run(*words):
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=words[-1].partition("=")[2], check=False)
+
+
+def test_a_run_leaves_its_config_report_requests_and_environment(tmp_path):
+    done = run(*SMALL, "cluster=colocated_2", "policy=least_load", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) >= KEYS and report["num_finished"] == 8
+    assert [row["id"] for row in report["instances"]] == ["colocated-0", "colocated-1"]
+    assert set(report["tokens"]) == {
+        "prompt", "cached_local", "fetched", "computed", "computed_on_decode", "generated",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and all(len(line["output_token_ids"]) <= 8 for line in lines)
+    assert "num_hbm_blocks: 2048" in (tmp_path / "config.yaml").read_text()
+    assert json.loads((tmp_path / "env.json").read_text())["seeds"] == {"seed": 0}
+    assert "TTFT" in done.stdout and sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.yaml", "env.json", "report.json", "requests.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_bad_word_ends_with_one_line_and_leaves_no_report(tmp_path):
+    for word in ("workload.rate=-3", "tokens=model", "workload.path=/nowhere.jsonl"):
+        done = run(*SMALL, word, f"hydra.run.dir={tmp_path}")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert word.partition("=")[2] in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "report.json").exists()
+
+
+def test_a_sweep_runs_every_point_from_a_cold_cache(tmp_path):
+    words = [*SMALL, "index=none,radix", "tokens=hash,workload"]
+    done = run("-m", *words, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    reports = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("report.json")}
+    assert len(reports) == 4
+    for name, report in reports.items():
+        assert (report["tokens"]["cached_local"] == 0) == ("index=none" in name)
+
+
+def test_repeats_report_the_median_and_its_spread(tmp_path):
+    done = run(*SMALL, "repeats=3", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["repeats"] == 3 and report["spread"]["ttft_s"]["mean"]["min"] == report["ttft_s"]["mean"]
