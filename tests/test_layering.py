@@ -113,7 +113,7 @@ def test_every_library_is_declared() -> None:
     used = {i.module.split(".")[0] for s in sources("memserve") for i in s.imports()}
     distributions = importlib.metadata.packages_distributions()
     third_party = used - set(sys.stdlib_module_names) - {"memserve"}
-    missing = {name for name in third_party if not declared & set(distributions.get(name, [name]))}
+    missing = {n for n in third_party if not declared & {d.lower() for d in distributions.get(n, [n])}}
     assert not missing, f"imported but not in pyproject.toml's dependencies: {sorted(missing)}"
 
 
