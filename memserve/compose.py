@@ -49,7 +49,7 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
 def resolve(composed: DictConfig) -> RunConfig:
     """Checks a composed configuration against the schema and the cross-field rules; returns it read-only."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
+        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error)) from error
