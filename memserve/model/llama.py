@@ -22,9 +22,8 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class SelfAttention:
     """Grouped-query attention. The rows of `qkv` are all query heads, then all key heads, then all value heads."""
 
-    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
-        c, prefix = config, f"model.layers.{layer}.self_attn"
-        self.layer = layer
+    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+        c = config
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         rows = {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim}
         rows["v_proj"] = rows["k_proj"]
@@ -38,16 +37,16 @@ class SelfAttention:
         k_D = load.tensor(f"{prefix}.k_norm.weight", (self.head_dim,))
         return torch.cat((q_D.expand(self.num_heads, -1), k_D.expand(self.num_kv_heads, -1)))
 
-    def __call__(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
+    def qkv_of(self, x_TE: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [T, H, D] and the new KV [T, 2, K, D] of normed hidden states."""
         qkv_THD = self.qkv(x_TE).view(len(x_TE), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         qk_THD = qkv_THD[:, :num_rotated]
         if self.qk_norm is not None:
             qk_THD = self.qk_norm(qk_THD)
         qk_THD = rotate(qk_THD, *rotation)
-        k_TKD, v_TKD = qk_THD[:, self.num_heads :], qkv_THD[:, num_rotated:]
-        attention.write(self.layer, torch.stack((k_TKD, v_TKD), 1))
-        return self.o(attention.attend(self.layer, qk_THD[:, : self.num_heads]).flatten(1))
+        q_THD, k_TKD = qk_THD[:, : self.num_heads], qk_THD[:, self.num_heads :]
+        return q_THD, torch.stack((k_TKD, qkv_THD[:, num_rotated:]), 1)
 
 
 class MLP:
@@ -67,14 +66,24 @@ class DecoderLayer:
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         prefix = f"model.layers.{layer}"
+        self.number = layer
         self.attention_norm = load.norm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.attention = SelfAttention(config, load, layer)
+        self.attention = SelfAttention(config, load, f"{prefix}.self_attn")
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, load, f"{prefix}.mlp")
 
     def __call__(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
         """[T, E] -> [T, E]; writes this layer's KV and reads it through `attention`."""
-        x_TE = x_TE + self.attention(self.attention_norm(x_TE), rotation, attention)
+        q_THD, new_kv_T2KD = self.before_attention(x_TE, rotation)
+        attention.write(self.number, new_kv_T2KD)
+        return self.after_attention(x_TE, attention.attend(self.number, q_THD))
+
+    def before_attention(self, x_TE: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [T, H, D] and the new KV [T, 2, K, D]."""
+        return self.attention.qkv_of(self.attention_norm(x_TE), rotation)
+
+    def after_attention(self, x_TE: torch.Tensor, attended_THD: torch.Tensor) -> torch.Tensor:
+        x_TE = x_TE + self.attention.o(attended_THD.flatten(1))
         return x_TE + self.mlp(self.mlp_norm(x_TE))
 
 
