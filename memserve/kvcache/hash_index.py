@@ -1,0 +1,197 @@
+"""HashIndex: the baseline of Fig. 10, as vLLM 0.4.0 had it: a dict from the hash of a whole prefix to its last block.
+
+Every block's key is a digest of all the tokens before and in it, computed anew from the first token: quadratic in the
+prompt on purpose. The paper compares its radix tree with this; RadixIndex is what to use. Knows nothing of pools.
+
+An entry's life: born a leaf by `insert` -> inner while a continuation of it is cached -> leaf again -> gone by `evict`.
+A leaf waits in a heap by the eviction policy's key; an entry whose key grew since is corrected when it comes up.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+
+import numpy as np
+
+from memserve.kvcache.eviction import LRU, Eviction
+from memserve.kvcache.index import Index, Match
+
+_DIGEST_BYTES = 16
+
+
+class HashEntry:
+    """One cached block, as eviction.Evictable. `tokens`: its own, as int32 bytes. `parent`: of the block before it."""
+
+    __slots__ = (
+        "block", "born", "children", "digest", "in_heap", "last_used", "num_tokens_before", "num_uses", "parent",
+        "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, digest: bytes, tokens: bytes, num_tokens_before: int, block: int, parent: "HashEntry | None", born: int
+    ) -> None:
+        self.digest = digest
+        self.tokens = tokens
+        self.num_tokens_before = num_tokens_before
+        self.block = block
+        self.parent = parent
+        self.children: dict[bytes, HashEntry] = {}
+        self.born = self.last_used = born
+        self.num_uses = 1
+        self.in_heap = False
+        if parent is not None:
+            parent.children[digest] = self
+
+    def use(self, now: int) -> None:
+        self.last_used = now
+        self.num_uses += 1
+
+
+class HashIndex(Index):
+    """Digest of each whole prefix -> block. `refcounts`: the allocator's int32 [num_blocks], read before evicting."""
+
+    def __init__(self, block_size: int, refcounts: np.ndarray, eviction: Eviction | None = None) -> None:
+        self._block_size = block_size
+        self._block_bytes = 4 * block_size
+        self._refcounts = refcounts
+        self._eviction = eviction or LRU()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._entries: dict[bytes, HashEntry] = {}
+        self._heap: list[tuple[tuple[float, ...], int, HashEntry]] = []  # (key, tie-breaker, leaf)
+        self._num_pushed = 0
+        self._num_operations = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._entries)
+
+    def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        self._num_operations += 1
+        path = self._find(tokens, limit)
+        for entry in path:
+            entry.use(self._num_operations)
+        return Match(_blocks_of(path), len(path) * self._block_size)
+
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
+        return len(self._find(tokens, limit)) * self._block_size
+
+    def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        if len(tokens) != len(blocks) * self._block_size:
+            raise ValueError(
+                f"{len(tokens)} tokens for {len(blocks)} blocks: expected exactly {self._block_size} tokens a block"
+            )
+        self._num_operations += 1
+        data, parent = tokens.tobytes(), None
+        path: list[HashEntry] = []
+        for digest, block in zip(self._digests(data, len(tokens)), blocks.tolist(), strict=True):
+            entry = self._entries.get(digest)
+            if entry is None:
+                start = len(path) * self._block_bytes
+                own = data[start : start + self._block_bytes]
+                entry = HashEntry(digest, own, start // 4, block, parent, self._num_operations)
+                self._entries[digest] = entry
+            else:
+                entry.use(self._num_operations)
+            path.append(entry)
+            parent = entry
+        if parent is not None and not parent.children:
+            self._offer(parent)
+        return _blocks_of(path)
+
+    def delete(self, tokens: np.ndarray) -> np.ndarray:
+        self.match(tokens)
+        path = self._find(tokens, None)
+        never_cached = len(path) < len(tokens) // self._block_size and path and path[-1].children
+        if not path or never_cached:
+            return _blocks_of([])
+        start = path[-1]
+        while start.parent is not None and len(start.parent.children) == 1:
+            start = start.parent
+        gone = list(_subtree(start))
+        for entry in gone:
+            self._remove(entry)
+        return _blocks_of(gone)
+
+    def evict(self, num_blocks: int) -> np.ndarray:
+        gone: list[HashEntry] = []
+        in_use: list[HashEntry] = []
+        while len(gone) < num_blocks and (leaf := self._next_leaf()) is not None:
+            if self._refcounts[leaf.block] > 1:
+                in_use.append(leaf)
+            else:
+                self._remove(leaf)
+                gone.append(leaf)
+        for leaf in in_use:
+            self._offer(leaf)
+        return _blocks_of(gone)
+
+    def clear(self) -> np.ndarray:
+        gone = _blocks_of(list(self._entries.values()))
+        self._reset()
+        return gone
+
+    def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for leaf in self._entries.values():
+            if not leaf.children:
+                path = [leaf]
+                while (parent := path[-1].parent) is not None:
+                    path.append(parent)
+                path.reverse()
+                yield np.frombuffer(b"".join(entry.tokens for entry in path), dtype=np.int32), _blocks_of(path)
+
+    def _find(self, tokens: np.ndarray, limit: int | None) -> list[HashEntry]:
+        """The entries of the longest cached prefix of tokens[:limit]."""
+        path: list[HashEntry] = []
+        length = len(tokens) if limit is None else min(len(tokens), limit)
+        for digest in self._digests(tokens.tobytes(), length):
+            if (entry := self._entries.get(digest)) is None:
+                break
+            path.append(entry)
+        return path
+
+    def _digests(self, data: bytes, num_tokens: int) -> Iterator[bytes]:
+        """For each whole block of data's first tokens: the digest of everything up to its end."""
+        view = memoryview(data)
+        for end in range(self._block_bytes, 4 * num_tokens + 1, self._block_bytes):
+            yield hashlib.blake2b(view[:end], digest_size=_DIGEST_BYTES).digest()
+
+    def _offer(self, leaf: HashEntry) -> None:
+        """Puts a leaf into the heap unless it is there."""
+        if not leaf.in_heap:
+            leaf.in_heap = True
+            self._num_pushed += 1
+            heapq.heappush(self._heap, (self._eviction.key(leaf), self._num_pushed, leaf))
+
+    def _next_leaf(self) -> HashEntry | None:
+        """Takes the leaf that goes first out of the heap."""
+        while self._heap:
+            key, _, entry = heapq.heappop(self._heap)
+            entry.in_heap = False
+            if entry.children or self._entries.get(entry.digest) is not entry:
+                continue
+            if self._eviction.key(entry) == key:
+                return entry
+            self._offer(entry)
+        return None
+
+    def _remove(self, entry: HashEntry) -> None:
+        """Forgets an entry. Its parent, when that became a leaf, can go next."""
+        del self._entries[entry.digest]
+        if entry.parent is not None:
+            del entry.parent.children[entry.digest]
+            if not entry.parent.children and entry.parent.digest in self._entries:
+                self._offer(entry.parent)
+
+
+def _subtree(entry: HashEntry) -> Iterator[HashEntry]:
+    stack = [entry]
+    while stack:
+        top = stack.pop()
+        yield top
+        stack.extend(top.children.values())
+
+
+def _blocks_of(entries: list[HashEntry]) -> np.ndarray:
+    return np.array([entry.block for entry in entries], dtype=np.int32)

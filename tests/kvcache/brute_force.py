@@ -1,0 +1,117 @@
+"""What an index must answer, spelled out: a dict from each cached block prefix to its block."""
+
+import random
+
+import numpy as np
+
+BLOCK = 4  # tokens in a block
+
+
+class BruteForceIndex:
+    """Every cached prefix, and when it was last used. Evicts the oldest leaf, the deepest of equally old ones.
+
+    refcounts: anything that maps a block to its number of holders, the index included.
+    """
+
+    def __init__(self, refcounts, block_size=BLOCK):
+        self.refcounts = refcounts
+        self.block_size = block_size
+        self.blocks = {}  # prefix tuple -> block
+        self.used = {}
+        self.clock = 0
+
+    def prefixes(self, tokens, limit=None):
+        size = self.block_size
+        end = len(tokens) if limit is None else min(len(tokens), limit)
+        return [tuple(tokens[: i + size]) for i in range(0, end - end % size, size)]
+
+    def match(self, tokens, limit=None):
+        self.clock += 1
+        found = []
+        for prefix in self.prefixes(tokens, limit):
+            if prefix not in self.blocks:
+                break
+            self.used[prefix] = self.clock
+            found.append(self.blocks[prefix])
+        return found
+
+    def insert(self, tokens, blocks):
+        found = self.match(tokens)
+        for prefix, block in list(zip(self.prefixes(tokens), blocks, strict=True))[len(found) :]:
+            self.blocks[prefix], self.used[prefix] = block, self.clock
+        return [self.blocks[p] for p in self.prefixes(tokens)]
+
+    def children(self, prefix):
+        size = len(prefix) + self.block_size
+        return [p for p in self.blocks if len(p) == size and p[: len(prefix)] == prefix]
+
+    def evict(self, count):
+        gone = []
+        while len(gone) < count:
+            inner = {p[: -self.block_size] for p in self.blocks}
+            leaves = [p for p, block in self.blocks.items() if p not in inner and self.refcounts[block] == 1]
+            if not leaves:
+                break
+            oldest = min(leaves, key=lambda p: self.used[p])
+            gone.append(self.blocks.pop(oldest))
+            del self.used[oldest]
+        return gone
+
+    def delete(self, tokens):
+        found = self.match(tokens)
+        path = self.prefixes(tokens)
+        if not found or (len(found) < len(path) and self.children(path[len(found) - 1])):
+            return []
+        top = path[len(found) - 1]
+        while len(top) > self.block_size and len(self.children(top[: -self.block_size])) == 1:
+            top = top[: -self.block_size]
+        gone = [p for p in self.blocks if p[: len(top)] == top]
+        for prefix in gone:
+            del self.used[prefix]
+        return [self.blocks.pop(p) for p in gone]
+
+
+def assert_agrees_with_brute_force(index_class, seed, num_operations=300):
+    """Plays seeded random operations on an index and on the model, and compares every answer."""
+    rng = random.Random(seed)
+    refcounts = np.zeros(4000, dtype=np.int32)
+    index, model = index_class(BLOCK, refcounts), BruteForceIndex(refcounts)
+    next_block = 0
+    for _ in range(num_operations):
+        tokens = np.array([rng.randrange(3) for _ in range(rng.randrange(0, 40))], dtype=np.int32)
+        action = rng.choice(["insert", "insert", "match", "limited", "evict", "delete", "hold"])
+        if action == "insert":
+            whole = tokens[: len(tokens) // BLOCK * BLOCK]
+            blocks = np.arange(next_block, next_block + len(whole) // BLOCK, dtype=np.int32)
+            next_block += len(blocks)
+            before = index.num_blocks
+            canonical = index.insert(whole, blocks)
+            assert canonical.tolist() == model.insert(whole.tolist(), blocks.tolist())
+            refcounts[canonical[len(canonical) - (index.num_blocks - before) :]] += 1
+        elif action in ("match", "limited"):
+            limit = rng.randrange(40) if action == "limited" else None
+            assert index.peek(tokens, limit) == len(m := model.match(tokens.tolist(), limit)) * BLOCK
+            found = index.match(tokens, limit)
+            assert found.blocks.tolist() == m and found.num_tokens == len(m) * BLOCK
+        elif action == "hold":
+            held = index.match(tokens).blocks
+            model.match(tokens.tolist())
+            refcounts[held] = 3 - refcounts[held[:1]] if len(held) else 0  # a whole prefix held, or let go of
+        elif action == "evict":
+            refcounts[:] = np.minimum(refcounts, 1) if rng.random() < 0.5 else refcounts
+            count = rng.randrange(1, 6)
+            gone = index.evict(count)
+            assert gone.tolist() == model.evict(count)
+            refcounts[gone] = 0
+        else:
+            assert sorted(index.delete(tokens).tolist()) == sorted(model.delete(tokens.tolist()))
+        assert index.num_blocks == len(model.blocks)
+    _assert_same_paths(index, model)
+    assert sorted(index.clear().tolist()) == sorted(model.blocks.values()) and index.num_blocks == 0
+
+
+def _assert_same_paths(index, model):
+    reached = {tuple(tokens.tolist()): blocks.tolist() for tokens, blocks in index.iter_prefixes()}
+    assert set(reached) == {prefix for prefix in model.blocks if not model.children(prefix)}
+    for tokens, blocks in reached.items():
+        assert [model.blocks[p] for p in model.prefixes(tokens)] == blocks
