@@ -4,14 +4,16 @@ from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.block_pool import BlockPool, PoolStats
 from memserve.kvcache.errors import BrokenInvariant, NotHeld, OutOfBlocks, StaleAddress
-from memserve.kvcache.eviction import LRU, Eviction
+from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
 from memserve.kvcache.index import Index, Match, NullIndex
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
 from memserve.kvcache.mempool import AddressMatch, MemPool
 from memserve.kvcache.radix import RadixIndex, RadixNode
 
 __all__ = [
+    "FIFO",
     "INDEX",
+    "LFU",
     "LRU",
     "AddressMatch",
     "AggregatedLayout",
@@ -19,6 +21,7 @@ __all__ = [
     "BlockPool",
     "BrokenInvariant",
     "CacheGeometry",
+    "CostAware",
     "DiscreteLayout",
     "Eviction",
     "Holder",

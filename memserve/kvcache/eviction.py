@@ -1,29 +1,74 @@
 """Eviction order: which leaf of the index goes first. A policy is a class with one method that returns a sort key.
 
 The smallest key goes first. A key may only grow while its node lives (each use moves it later), which lets the index
-keep leaves in a heap and correct an entry when it comes up.
+keep leaves in a heap and correct an entry when it comes up. Time is counted in index operations, not in seconds: the
+order is the same on every machine.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
 
 class Evictable(Protocol):
-    """What a policy may look at. `last_used`: the index operation (counted from 1) that last used the node."""
+    """What a policy may look at.
 
+    born, last_used: the index operations (counted from 1) that inserted the node and last used it.  num_uses: how often
+    it was used, its insertion included.  num_tokens_before: tokens of the prefix before it.
+    """
+
+    born: int
     last_used: int
+    num_uses: int
+    num_tokens_before: int
 
 
 class Eviction(ABC):
     """Eviction order."""
 
     @abstractmethod
-    def key(self, node: Evictable) -> float:
+    def key(self, node: Evictable) -> tuple[float, ...]:
         """The node's place in the order; the smallest is evicted first."""
 
 
 class LRU(Eviction):
     """Least recently used first. Among equally old nodes the deepest goes first, since only leaves can go."""
 
-    def key(self, node: Evictable) -> float:
-        return node.last_used
+    def key(self, node: Evictable) -> tuple[float, ...]:
+        return (node.last_used,)
+
+
+class LFU(Eviction):
+    """Least often used first, then least recently."""
+
+    def key(self, node: Evictable) -> tuple[float, ...]:
+        return (node.num_uses, node.last_used)
+
+
+class FIFO(Eviction):
+    """First inserted, first evicted."""
+
+    def key(self, node: Evictable) -> tuple[float, ...]:
+        return (node.born,)
+
+
+class CostAware(Eviction):
+    """Least recently used, with a bonus for what is dear to recompute per byte.
+
+    A token's KV takes the same bytes at every position, but computing it costs 1 + position / attention_tokens: the
+    attention over its prefix grows with the position (section 5.3's quadratic term). Each doubling of that cost lets a
+    node stay `horizon` index operations longer.
+
+    attention_tokens: prefix length at which attention costs as much as the rest of the token.  horizon: operations.
+    """
+
+    def __init__(self, attention_tokens: float = 4096.0, horizon: float = 100.0) -> None:
+        for name, value in (("attention_tokens", attention_tokens), ("horizon", horizon)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"eviction.{name}={value}: expected a finite number > 0")
+        self._attention_tokens = attention_tokens
+        self._horizon = horizon
+
+    def key(self, node: Evictable) -> tuple[float, ...]:
+        cost = 1.0 + node.num_tokens_before / self._attention_tokens
+        return (node.last_used + self._horizon * math.log2(cost),)

@@ -20,16 +20,20 @@ _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
 class RadixNode:
-    """`key`: the edge's tokens as int32 bytes. `blocks`: int32 [len(key) / block_bytes]."""
+    """`key`: the edge's tokens as int32 bytes. `blocks`: int32 [len(key) / block_bytes]. The rest is in `Evictable`."""
 
-    __slots__ = ("blocks", "children", "in_heap", "key", "last_used", "parent")
+    __slots__ = (
+        "blocks", "born", "children", "in_heap", "key", "last_used", "num_tokens_before", "num_uses", "parent",
+    )  # fmt: skip
 
-    def __init__(self, key: bytes, blocks: np.ndarray, parent: "RadixNode | None", last_used: int) -> None:
+    def __init__(self, key: bytes, blocks: np.ndarray, parent: "RadixNode | None", born: int) -> None:
         self.key = key
         self.blocks = blocks
         self.parent = parent
         self.children: dict[bytes, RadixNode] = {}
-        self.last_used = last_used
+        self.born = self.last_used = born
+        self.num_uses = 1
+        self.num_tokens_before = 0 if parent is None else parent.num_tokens_before + len(parent.key) // 4
         self.in_heap = False
 
 
@@ -45,7 +49,7 @@ class RadixIndex(Index):
 
     def _reset(self) -> None:
         self._root = RadixNode(b"", _NO_BLOCKS, None, 0)
-        self._heap: list[tuple[float, int, RadixNode]] = []  # (key, tie-breaker, leaf)
+        self._heap: list[tuple[tuple[float, ...], int, RadixNode]] = []  # (key, tie-breaker, leaf)
         self._num_pushed = 0
         self._num_operations = 0
         self._num_blocks = 0
@@ -160,9 +164,11 @@ class RadixIndex(Index):
         """Cuts a node's edge; returns the new upper half. The lower half keeps its children, age and heap entry."""
         num_head = head_bytes // self._block_bytes
         assert node.parent is not None and 0 < num_head < len(node.blocks)
-        head = RadixNode(node.key[:head_bytes], node.blocks[:num_head].copy(), node.parent, node.last_used)
+        head = RadixNode(node.key[:head_bytes], node.blocks[:num_head].copy(), node.parent, node.born)
+        head.last_used, head.num_uses = node.last_used, node.num_uses
         node.parent.children[node.key[: self._block_bytes]] = head
         node.key, node.blocks, node.parent = node.key[head_bytes:], node.blocks[num_head:].copy(), head
+        node.num_tokens_before += head_bytes // 4
         head.children[node.key[: self._block_bytes]] = node
         return head
 
@@ -176,6 +182,7 @@ class RadixIndex(Index):
 
     def _use(self, node: RadixNode) -> None:
         node.last_used = self._num_operations
+        node.num_uses += 1
         if not node.children:
             self._offer(node)
 

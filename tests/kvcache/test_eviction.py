@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from memserve.kvcache import RadixIndex
+from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware
+
+
+def tokens(*values):
+    return np.array(values, dtype=np.int32)
+
+
+def index_of(policy, *prompts):
+    """One block a token; block numbers in order of insertion."""
+    index = RadixIndex(1, np.ones(1000, dtype=np.int32), policy)
+    for prompt in prompts:
+        num_new = len(prompt) - index.peek(prompt)
+        index.insert(prompt, np.arange(index.num_blocks - len(prompt) + num_new, index.num_blocks + num_new))
+    return index
+
+
+def test_each_policy_has_its_own_first():
+    a, b, c = tokens(1), tokens(2), tokens(3)
+    for policy, first in [(LRU(), 1), (FIFO(), 0), (LFU(), 2)]:
+        index = index_of(policy, a, b, c)
+        for used in (a, a, b, b, c, a):
+            index.match(used)
+        assert index.evict(1).tolist() == [first], policy
+
+
+def test_lfu_breaks_ties_by_age():
+    index = index_of(LFU(), tokens(1), tokens(2))
+    index.match(tokens(2))
+    index.match(tokens(1))
+    assert index.evict(2).tolist() == [1, 0]
+
+
+def test_a_policy_that_prefers_old_nodes_still_frees_leaves_only():
+    index = index_of(FIFO(), tokens(1, 2), tokens(9), tokens(1, 2, 3))
+    assert index.evict(4).tolist() == [2, 3, 1, 0]
+
+
+def test_cost_aware_keeps_what_is_deep_a_while_longer_and_not_forever():
+    deep = np.arange(64, dtype=np.int32)
+    for horizon, first in [(1, 63), (100, 65)]:
+        index = index_of(CostAware(attention_tokens=1, horizon=horizon), deep, tokens(500, 501))
+        index.match(deep[:-1])  # the last block of `deep` is a node of its own, 63 tokens down
+        for _ in range(30):
+            index.match(tokens(500, 501))
+        assert index.evict(1).tolist() == [first]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_cost_aware_refuses_values_out_of_range(value):
+    with pytest.raises(ValueError, match=r"eviction\.horizon"):
+        CostAware(horizon=value)
+    with pytest.raises(ValueError, match=r"eviction\.attention_tokens"):
+        CostAware(attention_tokens=value)
+
+
+def test_splitting_a_node_keeps_its_place_and_its_depth():
+    index = index_of(LRU(), tokens(1, 2, 3, 4))
+    index.match(tokens(1, 2))
+    [head] = index._root.children.values()
+    [tail] = head.children.values()
+    assert (head.num_tokens_before, tail.num_tokens_before, head.born, tail.born) == (0, 2, 1, 1)
+    assert tail.last_used == 1 and head.last_used == 2
