@@ -33,7 +33,7 @@ class RadixNode:
         self.children: dict[bytes, RadixNode] = {}
         self.born = self.last_used = born
         self.num_uses = 1
-        self.num_tokens_before = 0 if parent is None else parent.num_tokens_before + len(parent.key) // 4
+        self.num_tokens_before: int = 0 if parent is None else parent.num_tokens_before + len(parent.key) // 4
         self.in_heap = False
 
 
