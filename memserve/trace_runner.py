@@ -28,7 +28,8 @@ class TraceRunner:
 
     def _tokens(self, request: Request, count: int) -> np.ndarray:
         positions = np.arange(request.num_tokens, request.num_tokens + count, dtype=np.uint64)
-        mixed = (positions + np.uint64(request.seed) * _GOLDEN) * _MIXER
+        start = np.uint64(request.seed * int(_GOLDEN) & 0xFFFFFFFFFFFFFFFF)
+        mixed = (positions + start) * _MIXER
         mixed ^= mixed >> np.uint64(29)
         tokens: np.ndarray = (mixed * _GOLDEN >> np.uint64(16)) % self._vocab_size
         return tokens.astype(np.int32)

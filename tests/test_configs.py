@@ -42,6 +42,15 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 
 
+def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures():
+    reports = []
+    for macro_steps in ("true", "false"):
+        words = ["exec=simulated", "tokens=workload", "workload=synthetic", f"macro_steps={macro_steps}"]
+        reports.append(run(*words, "workload.num_sessions=20", "workload.output_tokens=50", "cluster=colocated_2"))
+        reports[-1].pop("wall_s")
+    assert reports[0] == reports[1] and reports[0]["num_finished"] >= 20
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
