@@ -8,12 +8,12 @@ A leaf waits in a heap by the eviction policy's key; an entry whose key grew sin
 """
 
 import hashlib
-import heapq
 from collections.abc import Iterator
 
 import numpy as np
 
 from memserve.kvcache.eviction import LRU, Eviction
+from memserve.kvcache.eviction_queue import EvictionQueue
 from memserve.kvcache.index import Index, Match
 
 _DIGEST_BYTES = 16
@@ -23,7 +23,15 @@ class HashEntry:
     """One cached block, as eviction.Evictable. `tokens`: its own, as int32 bytes. `parent`: of the block before it."""
 
     __slots__ = (
-        "block", "born", "children", "digest", "in_heap", "last_used", "num_tokens_before", "num_uses", "parent",
+        "block",
+        "born",
+        "children",
+        "digest",
+        "last_used",
+        "num_tokens_before",
+        "num_uses",
+        "parent",
+        "queued",
         "tokens",
     )  # fmt: skip
 
@@ -38,7 +46,7 @@ class HashEntry:
         self.children: dict[bytes, HashEntry] = {}
         self.born = self.last_used = born
         self.num_uses = 1
-        self.in_heap = False
+        self.queued = 0
         if parent is not None:
             parent.children[digest] = self
 
@@ -59,8 +67,7 @@ class HashIndex(Index):
 
     def _reset(self) -> None:
         self._entries: dict[bytes, HashEntry] = {}
-        self._heap: list[tuple[tuple[float, ...], int, HashEntry]] = []  # (key, tie-breaker, leaf)
-        self._num_pushed = 0
+        self._leaves: EvictionQueue[HashEntry] = EvictionQueue(self._eviction)
         self._num_operations = 0
 
     @property
@@ -97,7 +104,7 @@ class HashIndex(Index):
             path.append(entry)
             parent = entry
         if parent is not None and not parent.children:
-            self._offer(parent)
+            self._leaves.offer(parent)
         return _blocks_of(path)
 
     def delete(self, tokens: np.ndarray) -> np.ndarray:
@@ -124,7 +131,7 @@ class HashIndex(Index):
                 self._remove(leaf)
                 gone.append(leaf)
         for leaf in in_use:
-            self._offer(leaf)
+            self._leaves.offer(leaf)
         return _blocks_of(gone)
 
     def clear(self) -> np.ndarray:
@@ -157,23 +164,11 @@ class HashIndex(Index):
         for end in range(self._block_bytes, 4 * num_tokens + 1, self._block_bytes):
             yield hashlib.blake2b(view[:end], digest_size=_DIGEST_BYTES).digest()
 
-    def _offer(self, leaf: HashEntry) -> None:
-        """Puts a leaf into the heap unless it is there."""
-        if not leaf.in_heap:
-            leaf.in_heap = True
-            self._num_pushed += 1
-            heapq.heappush(self._heap, (self._eviction.key(leaf), self._num_pushed, leaf))
-
     def _next_leaf(self) -> HashEntry | None:
-        """Takes the leaf that goes first out of the heap."""
-        while self._heap:
-            key, _, entry = heapq.heappop(self._heap)
-            entry.in_heap = False
-            if entry.children or self._entries.get(entry.digest) is not entry:
-                continue
-            if self._eviction.key(entry) == key:
+        """Takes the leaf that goes first out of the queue."""
+        while (entry := self._leaves.pop()) is not None:
+            if not entry.children and self._entries.get(entry.digest) is entry:
                 return entry
-            self._offer(entry)
         return None
 
     def _remove(self, entry: HashEntry) -> None:
@@ -182,7 +177,7 @@ class HashIndex(Index):
         if entry.parent is not None:
             del entry.parent.children[entry.digest]
             if not entry.parent.children and entry.parent.digest in self._entries:
-                self._offer(entry.parent)
+                self._leaves.offer(entry.parent)
 
 
 def _subtree(entry: HashEntry) -> Iterator[HashEntry]:

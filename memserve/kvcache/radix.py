@@ -8,12 +8,12 @@ A node's life: born a leaf by `insert` -> split when a request diverges inside i
 inner node while it has children -> leaf again -> trimmed from the tail by `evict`, removed when empty.
 """
 
-import heapq
 from collections.abc import Iterator
 
 import numpy as np
 
 from memserve.kvcache.eviction import LRU, Eviction
+from memserve.kvcache.eviction_queue import EvictionQueue
 from memserve.kvcache.index import Index, Match
 
 _NO_BLOCKS = np.empty(0, dtype=np.int32)
@@ -23,7 +23,7 @@ class RadixNode:
     """`key`: the edge's tokens as int32 bytes. `blocks`: int32 [len(key) / block_bytes]. The rest is in `Evictable`."""
 
     __slots__ = (
-        "blocks", "born", "children", "in_heap", "key", "last_used", "num_tokens_before", "num_uses", "parent",
+        "blocks", "born", "children", "key", "last_used", "num_tokens_before", "num_uses", "parent", "queued",
     )  # fmt: skip
 
     def __init__(self, key: bytes, blocks: np.ndarray, parent: "RadixNode | None", born: int) -> None:
@@ -34,7 +34,7 @@ class RadixNode:
         self.born = self.last_used = born
         self.num_uses = 1
         self.num_tokens_before: int = 0 if parent is None else parent.num_tokens_before + len(parent.key) // 4
-        self.in_heap = False
+        self.queued = 0
 
 
 class RadixIndex(Index):
@@ -49,8 +49,7 @@ class RadixIndex(Index):
 
     def _reset(self) -> None:
         self._root = RadixNode(b"", _NO_BLOCKS, None, 0)
-        self._heap: list[tuple[tuple[float, ...], int, RadixNode]] = []  # (key, tie-breaker, leaf)
-        self._num_pushed = 0
+        self._leaves: EvictionQueue[RadixNode] = EvictionQueue(self._eviction)
         self._num_operations = 0
         self._num_blocks = 0
 
@@ -96,7 +95,7 @@ class RadixIndex(Index):
         leaf = RadixNode(key, np.array(blocks[num_found:], dtype=np.int32), parent, self._num_operations)
         parent.children[key[: self._block_bytes]] = leaf
         self._num_blocks += len(leaf.blocks)
-        self._offer(leaf)
+        self._leaves.offer(leaf)
         return np.concatenate([found.blocks, leaf.blocks])
 
     def delete(self, tokens: np.ndarray) -> np.ndarray:
@@ -123,11 +122,11 @@ class RadixIndex(Index):
             elif len(tail) < missing:
                 in_use.append(leaf)
             else:
-                self._offer(leaf)
+                self._leaves.offer(leaf)
             freed.append(tail)
             missing -= len(tail)
         for leaf in in_use:
-            self._offer(leaf)
+            self._leaves.offer(leaf)
         return _joined(freed)
 
     def clear(self) -> np.ndarray:
@@ -184,25 +183,13 @@ class RadixIndex(Index):
         node.last_used = self._num_operations
         node.num_uses += 1
         if not node.children:
-            self._offer(node)
-
-    def _offer(self, leaf: RadixNode) -> None:
-        """Puts a leaf into the heap unless it is there; an entry whose key grew is corrected when it comes up."""
-        if not leaf.in_heap:
-            leaf.in_heap = True
-            self._num_pushed += 1
-            heapq.heappush(self._heap, (self._eviction.key(leaf), self._num_pushed, leaf))
+            self._leaves.offer(node)
 
     def _next_leaf(self) -> RadixNode | None:
-        """Takes the leaf that goes first out of the heap."""
-        while self._heap:
-            key, _, node = heapq.heappop(self._heap)
-            node.in_heap = False
-            if node.children or node.parent is None:
-                continue
-            if self._eviction.key(node) == key:
+        """Takes the leaf that goes first out of the queue."""
+        while (node := self._leaves.pop()) is not None:
+            if not node.children and node.parent is not None:
                 return node
-            self._offer(node)
         return None
 
     def _trim(self, leaf: RadixNode, most: int) -> np.ndarray:
@@ -228,7 +215,7 @@ class RadixIndex(Index):
         for gone in list(_subtree(node)):
             gone.parent = None
         if parent is not self._root and not parent.children:
-            self._offer(parent)
+            self._leaves.offer(parent)
 
 
 def _subtree(node: RadixNode) -> Iterator[RadixNode]:
