@@ -71,3 +71,12 @@ def test_the_readmes_cluster_example_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     example = next(block for block in blocks if "LocalCluster" in block)
     exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_readmes_option_words_exist() -> None:
+    table = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    words = [(group, word) for group, cell in table for word in re.findall(r"`(\w+)`", cell)]
+    groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
+    named = [(group, word) for group, word in words if group in groups]
+    assert len(named) > 20
+    assert not [f"{g}={w}" for g, w in named if not (ROOT / "configs" / g / f"{w}.yaml").is_file()]
