@@ -3,9 +3,10 @@
 # make test    lint, format, types, tests: what has to pass before a commit
 # make lint    the first three of those
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
+# make fuzz    random operations on the block pool against a brute-force model, for MINUTES=5, with fresh seeds
 # make clean   removes caches and build products; keeps .venv and outputs/
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench fuzz clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -43,6 +44,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python scripts/bench_runner.py
+
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m kvcache.fuzz --minutes $(or $(MINUTES),5)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

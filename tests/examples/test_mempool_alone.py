@@ -1,0 +1,33 @@
+"""The example is run, and its answers are those of an engine without a cache."""
+
+import runpy
+from pathlib import Path
+
+import torch
+
+from memserve.kvcache import CacheGeometry, DiscreteLayout, MemPool, RadixIndex
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "mempool_alone.py"
+
+
+def test_it_prints_what_was_cached_and_the_right_answers(capsys):
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    squares = [sum(t * t for t in [*range(8), *turn]) for turn in ([20, 21, 22], [20, 21, 22, 23, 24], [30])]
+    assert printed[:3] == [
+        f"r0: 0 of 11 tokens cached, answer {squares[0]}",
+        f"r1: 8 of 13 tokens cached, answer {squares[1]}",
+        f"r2: 8 of 9 tokens cached, answer {squares[2]}",
+    ]
+
+
+def test_its_answers_survive_eviction_and_block_size():
+    answer = runpy.run_path(str(EXAMPLE))["answer"]
+    for block_size in (1, 3):
+        geometry = CacheGeometry(1, block_size, 1, 1, torch.int64)
+        pool = MemPool(geometry, DiscreteLayout(), 12, RadixIndex)
+        for number in range(40):
+            prompt = [1, 2, 3, *(number * i % 3 for i in range(number % 9))]
+            assert answer(pool, str(number), prompt)[0] == sum(t * t for t in prompt)
+        assert pool.stats().num_evicted > 0 or block_size == 3
+        pool.check()
