@@ -17,7 +17,8 @@ from memserve.config.checks import ConfigError, check_config, check_target
 from memserve.config.schema import RunConfig
 
 TARGETS = (
-    "mode", "policy", "index", "eviction", "queue", "preemption", "layout", "cost_model", "workload", "tracking",
+    "mode", "policy", "index", "eviction", "queue", "preemption", "swap", "layout", "cost_model", "workload",
+    "tracking",
 )  # fmt: skip
 
 

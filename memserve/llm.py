@@ -23,11 +23,12 @@ from memserve.model.tokenizer import Tokenizer
 from memserve.request import Role, SamplingParams, TokenLogprobs
 
 OPTIONS = {
-    **{name: name for name in ("index", "eviction", "queue", "preemption", "layout", "seed")},
+    **{name: name for name in ("index", "eviction", "queue", "preemption", "swap", "layout", "seed")},
     **{name: f"model.{name}" for name in ("dtype", "device", "attention", "compile", "max_context", "num_threads")},
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",
+    "num_dram_blocks": "kvcache.num_dram_blocks",
 }
 
 

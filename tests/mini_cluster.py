@@ -14,6 +14,7 @@ from memserve.sched.admission import Limits
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import Recompute
 from memserve.sched.queue_policy import FCFS
+from memserve.sched.swap_policy import Always
 
 VOCAB = 1000
 
@@ -29,17 +30,22 @@ class Options:
     layout: object = field(default_factory=DiscreteLayout)
     queue: object = field(default_factory=FCFS)
     max_context: int = 4000
+    num_dram_blocks: int = 0
+    preemption: object = field(default_factory=Recompute)
+    swap: object = field(default_factory=Always)
+    eviction: object = field(default_factory=LRU)
 
 
 def hash_instance(options: Options | None = None, **changes) -> Instance:
     """An instance that runs HashRunner over a pool of its own."""
     o = options or Options(**changes)
-    index = functools.partial(RadixIndex, eviction=LRU()) if o.index == "radix" else NullIndex
-    pool = MemPool(hash_geometry(o.block_size), o.layout, o.num_blocks, index)
+    index = functools.partial(RadixIndex, eviction=o.eviction) if o.index == "radix" else NullIndex
+    pool = MemPool(hash_geometry(o.block_size), o.layout, o.num_blocks, index, num_dram_blocks=o.num_dram_blocks)
     scheduler = LocalScheduler(
         pool.blocks,
         o.queue,
-        Recompute(),
+        o.preemption,
+        o.swap,
         token_budget=o.token_budget,
         chunk_size=o.chunk_size,
         max_running=o.max_running,

@@ -32,6 +32,8 @@ def run(*words):
 def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # wandb writes beside its caller
     words = ["workload=synthetic", *SYNTHETIC] if word.startswith(("workload=s", "workload/lengths")) else SMALL
+    if word == "preemption=swap":
+        words = [*words, "kvcache.num_dram_blocks=64"]
     if not word.startswith(("exec", "model")):
         words = ["exec=simulated", *words]
     if word == "exec=emulated":
@@ -64,6 +66,8 @@ def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures()
         (["kvcache.block_size=0"], "kvcache.block_size=0: expected an integer from 1"),
         (["kvcache.num_hbm_blocks=-1"], "num_hbm_blocks=-1"),
         (["kvcache.block_size=x"], "block_size"),
+        (["kvcache.num_dram_blocks=-1"], "num_dram_blocks=-1"),
+        (["preemption=swap"], "preemption=swap contradicts kvcache.num_dram_blocks=0"),
         (["sched.token_budget=0"], "sched.token_budget=0"),
         (["sched.chunk_size=0"], "sched.chunk_size=0"),
         (["model.dtype=int8"], "model.dtype='int8': expected one of float32"),

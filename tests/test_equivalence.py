@@ -7,7 +7,9 @@ import pytest
 from mini_cluster import Options, hash_answer, hash_instance, serve
 
 from memserve.kvcache import AggregatedLayout, DiscreteLayout
+from memserve.sched.preemption import Recompute, SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
+from memserve.sched.swap_policy import Always, Never
 
 MAX_TOKENS = 9
 
@@ -53,6 +55,42 @@ def test_answers_are_the_same_in_the_whole_product(index, block_size):
         instance = hash_instance(options)
         assert serve(instance, PROMPTS, MAX_TOKENS, check=pressure) == EXPECTED, (chunk, batch, layout, pressure)
         assert instance.pool.stats().num_free + instance.pool.stats().num_indexed == instance.pool.num_blocks
+
+
+TIERS = [(b, chunk, 8, layout, share) for b in (1, 4, 16) for share in (0.3, 3.0)
+         for chunk, layout in ((16, DiscreteLayout), (None, AggregatedLayout))]  # fmt: skip
+
+
+@pytest.mark.parametrize("preemption", [Recompute, SwapOut])
+@pytest.mark.parametrize("swap", [Always, Never])
+@pytest.mark.parametrize("index", ["radix", "none"])
+def test_answers_are_the_same_however_kv_moves_between_hbm_and_dram(preemption, swap, index):
+    swapped = preempted = 0
+    for block_size, chunk, batch, layout, share in TIERS:
+        longest = -(-(90 + MAX_TOKENS) // block_size)
+        instance = hash_instance(
+            index=index,
+            block_size=block_size,
+            num_blocks=longest + longest // 2,
+            num_dram_blocks=int(share * longest) + 1,
+            chunk_size=chunk,
+            token_budget=max(batch, chunk or 128),
+            max_running=batch,
+            layout=layout(),
+            preemption=preemption(),
+            swap=swap(),
+        )
+        answers = serve(instance, PROMPTS, MAX_TOKENS, check=block_size == 4)
+        assert answers == EXPECTED, (block_size, chunk, batch, layout, share)
+        again = {f"again-{name}": prompt for name, prompt in PROMPTS.items()}
+        assert list(serve(instance, again, MAX_TOKENS, check=False).values()) == list(EXPECTED.values())
+        stats = instance.pool.stats()
+        assert stats.num_free + stats.num_evictable == stats.num_blocks
+        assert stats.num_free_dram + stats.num_evictable_dram == stats.num_dram_blocks
+        swapped += stats.num_swapped_in
+        preempted += instance.scheduler.counts.preemptions
+    assert preempted > 0
+    assert (swapped > 0) == (preemption is SwapOut or (swap is Always and index == "radix"))
 
 
 def test_the_pool_under_pressure_did_preempt_and_evict():

@@ -84,7 +84,7 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
     """One instance with its own pool, scheduler and runner."""
     block_size, num_blocks = cfg.kvcache.block_size, cfg.kvcache.num_hbm_blocks
     if cfg.tokens == "workload":
-        pool = BlockPool(num_blocks, block_size, index_factory(cfg))
+        pool = BlockPool(num_blocks, block_size, index_factory(cfg), num_dram_blocks=cfg.kvcache.num_dram_blocks)
         runner: Runner = TraceRunner(engine.vocab_size)
     else:
         mempool = MemPool(
@@ -92,6 +92,7 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
             make(cfg.layout),
             num_blocks,
             index_factory(cfg),
+            num_dram_blocks=cfg.kvcache.num_dram_blocks,
             device=cfg.model.device if engine.model else "cpu",
             incarnation=incarnation,
         )
@@ -100,6 +101,7 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
         pool,
         make(cfg.queue),
         make(cfg.preemption),
+        make(cfg.swap),
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,

@@ -32,6 +32,11 @@ def check_config(cfg: RunConfig) -> None:
     _require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
     _require(cfg.kvcache.num_hbm_blocks >= 1, "kvcache.num_hbm_blocks", cfg.kvcache.num_hbm_blocks, "an integer >= 1")
+    _require(
+        cfg.kvcache.num_dram_blocks >= 0, "kvcache.num_dram_blocks", cfg.kvcache.num_dram_blocks, "an integer >= 0"
+    )
+    if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not cfg.kvcache.num_dram_blocks:
+        raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
         _require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")

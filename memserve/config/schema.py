@@ -30,6 +30,7 @@ class KVCacheConfig:
 
     block_size: int = 16
     num_hbm_blocks: int = 2048
+    num_dram_blocks: int = 0
 
 
 @dataclass
@@ -67,6 +68,7 @@ class RunConfig:
     eviction: Any = MISSING
     queue: Any = MISSING
     preemption: Any = MISSING
+    swap: Any = MISSING
     layout: Any = MISSING
     cost_model: Any = MISSING
     model: ModelConfigNode = field(default_factory=ModelConfigNode)

@@ -26,9 +26,10 @@ _INCARNATION_SHIFT = _MEDIUM_SHIFT + MEDIUM_BITS
 
 
 class Medium(enum.IntEnum):
-    """Where a block's bytes are. HBM is the compute device's memory: host memory when the device is a CPU."""
+    """Where a block's bytes are. HBM is the compute device's memory (the host's, when that device is a CPU)."""
 
     HBM = 0
+    DRAM = 1
 
 
 def encode(incarnation: int, medium: Medium, generations: np.ndarray, blocks: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Allocator: fixed-size blocks with named holders. Knows numbers only; never sees a tensor or a token.
 
+    # block numbers: [0, num_blocks) lie in HBM | [num_blocks, num_blocks + num_dram_blocks) lie in DRAM
+
 A block's life: free -> alloc(holder) -> retain / release by any number of holders -> free again when the last one lets
 go, its generation one higher. The ledger says who holds what, so "who keeps this block alive" always has an answer.
 The index is the one holder of many scattered blocks: it is kept as a bit of the count, every other holder as a list.
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from memserve.kvcache.address import MAX_BLOCKS
+from memserve.kvcache.address import MAX_BLOCKS, Medium
 from memserve.kvcache.errors import BrokenInvariant, NotHeld, OutOfBlocks
 from memserve.request import IntBuffer
 
@@ -19,48 +21,83 @@ INDEX: Holder = ("index",)
 _EMPTY = np.empty(0, dtype=np.int32)
 
 
-class Allocator:
-    """`num_blocks` blocks, numbered from 0. All block arguments and results are int32 arrays without repeats.
+class _FreeStack:
+    """The free blocks of one medium; the last one pushed is the first one popped."""
 
-    refcounts: int32 [num_blocks], read by indexes and written here alone: 2 for each holder, but 1 for the index. So 0
+    def __init__(self, first: int, count: int) -> None:
+        self._stack = np.arange(first + count - 1, first - 1, -1, dtype=np.int32)  # its top is its end
+        self.size = count
+
+    @property
+    def view(self) -> np.ndarray:
+        return self._stack[: self.size]
+
+    def pop(self, count: int) -> np.ndarray:
+        self.size -= count
+        return self._stack[self.size : self.size + count][::-1].copy()
+
+    def push(self, blocks: np.ndarray) -> None:
+        end = self.size + len(blocks)
+        self._stack[self.size : end] = blocks[::-1]
+        self.size = end
+
+
+class Allocator:
+    """`num_blocks` blocks in HBM and `num_dram_blocks` in DRAM. Block arrays are int32, without repeats.
+
+    refcounts: int32 [all blocks], read by indexes and written here alone: 2 for each holder, but 1 for the index. So 0
     is free, 1 is held by the index alone (evictable), and above 1 somebody uses the block.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, num_dram_blocks: int = 0) -> None:
         if not 1 <= num_blocks <= MAX_BLOCKS:
             raise ValueError(f"num_blocks={num_blocks}: expected 1 to {MAX_BLOCKS}")
+        if not 0 <= num_dram_blocks <= MAX_BLOCKS:
+            raise ValueError(f"num_dram_blocks={num_dram_blocks}: expected 0 to {MAX_BLOCKS}")
         self.num_blocks = num_blocks
-        self.refcounts = np.zeros(num_blocks, dtype=np.int32)
-        self.generations = np.zeros(num_blocks, dtype=np.int32)
-        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # top of the stack is its end
-        self._num_free = num_blocks
-        self._num_index_only = 0
+        self.num_dram_blocks = num_dram_blocks
+        self.refcounts = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)
+        self.generations = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)
+        self._free = {
+            Medium.HBM: _FreeStack(0, num_blocks),
+            Medium.DRAM: _FreeStack(num_blocks, num_dram_blocks),
+        }
+        self._num_index_only = {Medium.HBM: 0, Medium.DRAM: 0}
         self._ledger: dict[Holder, IntBuffer] = {}
 
     @property
     def num_free(self) -> int:
-        return self._num_free
+        """Free blocks in HBM."""
+        return self._free[Medium.HBM].size
+
+    @property
+    def num_free_dram(self) -> int:
+        return self._free[Medium.DRAM].size
 
     @property
     def num_index_only(self) -> int:
-        """Blocks that nobody but the index holds: what eviction can free."""
-        return self._num_index_only
+        """Blocks in HBM that nobody but the index holds: what eviction, or a move to DRAM, can free."""
+        return self._num_index_only[Medium.HBM]
 
-    def alloc(self, num_blocks: int, holder: Holder) -> np.ndarray:
-        """Exactly `num_blocks` blocks, held by `holder`; neighbours where the free stack has them.
+    @property
+    def num_index_only_dram(self) -> int:
+        return self._num_index_only[Medium.DRAM]
+
+    def alloc(self, num_blocks: int, holder: Holder, medium: Medium = Medium.HBM) -> np.ndarray:
+        """Exactly `num_blocks` blocks of a medium, held by `holder`; neighbours where the free stack has them.
 
         Raises OutOfBlocks, with nothing allocated.
         """
         if num_blocks < 0:
             raise ValueError(f"num_blocks={num_blocks}: expected an integer >= 0")
-        if num_blocks > self._num_free:
-            raise OutOfBlocks(f"{num_blocks} blocks asked for, {self._num_free} of {self.num_blocks} free")
-        start = self._num_free - num_blocks
-        blocks = self._stack[start : self._num_free][::-1].copy()
-        self._num_free = start
+        free = self._free[medium]
+        if num_blocks > free.size:
+            capacity = self.num_dram_blocks if medium else self.num_blocks
+            raise OutOfBlocks(f"{num_blocks} blocks asked for, {free.size} of {capacity} free in {medium.name}")
+        blocks = free.pop(num_blocks)
         self.refcounts[blocks] = _weight(holder)
         if holder == INDEX:
-            self._num_index_only += num_blocks
+            self._num_index_only[medium] += num_blocks
         else:
             self._note(blocks, holder)
         return blocks
@@ -76,7 +113,7 @@ class Allocator:
             if (counts & 1).any():
                 raise NotHeld(f"{holder} retains blocks {blocks[(counts & 1) == 1].tolist()} a second time")
         else:
-            self._num_index_only -= int(np.count_nonzero(counts == 1))
+            self._tally(blocks, counts == 1, -1)
             self._note(blocks, holder)
         self.refcounts[blocks] = counts + _weight(holder)
 
@@ -84,14 +121,14 @@ class Allocator:
         """Gives up `holder`'s hold. Raises NotHeld, with nothing released, unless it holds every one of them once."""
         if not len(blocks):
             return
-        in_range = (blocks >= 0) & (blocks < self.num_blocks)
-        if not in_range.all() or len(np.unique(blocks)) != len(blocks):
-            raise NotHeld(f"{holder} releases {blocks.tolist()}: numbers outside [0, {self.num_blocks}) or repeated")
+        end = len(self.refcounts)
+        if blocks.min() < 0 or blocks.max() >= end or len(np.unique(blocks)) != len(blocks):
+            raise NotHeld(f"{holder} releases {blocks.tolist()}: numbers outside [0, {end}) or repeated")
         if holder == INDEX:
             counts = self.refcounts[blocks]
             if not (counts & 1).all():
                 raise NotHeld(f"{holder} does not hold {blocks[(counts & 1) == 0].tolist()}")
-            self._num_index_only -= int(np.count_nonzero(counts == 1))
+            self._tally(blocks, counts == 1, -1)
         else:
             self._strike(blocks, holder)
         self._drop(blocks, _weight(holder))
@@ -150,12 +187,22 @@ class Allocator:
         self.refcounts[blocks] = counts
         in_use = np.count_nonzero(counts)
         if in_use:
-            self._num_index_only += int(np.count_nonzero(counts == 1)) if weight > 1 else 0
+            self._tally(blocks, counts == 1, +1)
             blocks = blocks[counts == 0]
         self.generations[blocks] += 1
-        end = self._num_free + len(blocks)
-        self._stack[self._num_free : end] = blocks[::-1]
-        self._num_free = end
+        if self.num_dram_blocks:
+            in_dram = blocks >= self.num_blocks
+            self._free[Medium.DRAM].push(blocks[in_dram])
+            blocks = blocks[~in_dram]
+        self._free[Medium.HBM].push(blocks)
+
+    def _tally(self, blocks: np.ndarray, index_only: np.ndarray, sign: int) -> None:
+        """Counts blocks (bool [n] says which of them) that begin or cease to be held by the index alone."""
+        num_dram = 0
+        if self.num_dram_blocks:
+            num_dram = int(np.count_nonzero(index_only & (blocks >= self.num_blocks)))
+            self._num_index_only[Medium.DRAM] += sign * num_dram
+        self._num_index_only[Medium.HBM] += sign * (int(np.count_nonzero(index_only)) - num_dram)
 
     def check(self) -> None:
         """Recomputes everything from the ledger. Raises BrokenInvariant at the first difference."""
@@ -167,12 +214,16 @@ class Allocator:
         wrong = np.flatnonzero(counts != self.refcounts)
         if len(wrong):
             raise BrokenInvariant(f"reference counts differ from the ledger at blocks {wrong.tolist()}")
-        free = self._stack[: self._num_free]
+        free = np.concatenate([stack.view for stack in self._free.values()])
         if len(np.unique(free)) != len(free) or self.refcounts[free].any():
-            raise BrokenInvariant("the free stack repeats a block or holds one in use")
-        if self._num_free + np.count_nonzero(self.refcounts) != self.num_blocks:
+            raise BrokenInvariant("the free stacks repeat a block or hold one in use")
+        if (self._free[Medium.HBM].view >= self.num_blocks).any() or (free[self.num_free :] < self.num_blocks).any():
+            raise BrokenInvariant("a block is free in the other medium")
+        if len(free) + np.count_nonzero(self.refcounts) != len(self.refcounts):
             raise BrokenInvariant("blocks are neither free nor in use")
-        if self._num_index_only != np.count_nonzero(self.refcounts == 1):
+        index_only = np.flatnonzero(self.refcounts == 1)
+        num_hbm = int(np.count_nonzero(index_only < self.num_blocks))
+        if list(self._num_index_only.values()) != [num_hbm, len(index_only) - num_hbm]:
             raise BrokenInvariant("the count of blocks held by the index alone drifted")
 
 

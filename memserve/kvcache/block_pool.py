@@ -8,74 +8,193 @@ from typing import Protocol
 
 import numpy as np
 
+from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.errors import BrokenInvariant, OutOfBlocks
 from memserve.kvcache.index import Index, Match
 
 
 class IndexFactory(Protocol):
-    """Builds an index over an allocator's reference counts (int32 [num_blocks])."""
+    """Builds an index over an allocator's reference counts (int32 [all blocks], those in HBM first)."""
 
-    def __call__(self, block_size: int, refcounts: np.ndarray) -> Index: ...
+    def __call__(self, block_size: int, refcounts: np.ndarray, *, num_hbm_blocks: int) -> Index: ...
+
+
+class BlockCopier(Protocol):
+    """Moves the contents of blocks (int32 [n]) to others, within a medium or across."""
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None: ...
+
+
+class NothingToCopy(BlockCopier):
+    """For pools that only count: there is no memory behind the blocks."""
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies nothing."""
 
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Blocks now, and counts since the pool was made. peak_used: most blocks that requests held at a time."""
+    """Blocks now, and counts since the pool was made.
+
+    num_blocks, num_free, num_evictable, peak_used (most that requests held at a time): in HBM; *_dram: in DRAM.
+    num_indexed: in the index, either medium.  num_swapped_out, num_swapped_in: blocks moved down and up.
+    """
 
     num_blocks: int
     num_free: int
-    num_indexed: int
     num_evictable: int
+    num_indexed: int
     num_evicted: int
     num_allocated: int
     peak_used: int
+    num_dram_blocks: int
+    num_free_dram: int
+    num_evictable_dram: int
+    num_swapped_out: int
+    num_swapped_in: int
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens, and the index over what they cache."""
+    """`num_blocks` blocks of `block_size` tokens in HBM, `num_dram_blocks` in DRAM, and the index over what they cache.
 
-    def __init__(self, num_blocks: int, block_size: int, index: IndexFactory) -> None:
+    copier: moves contents between blocks; by default there are none to move.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        index: IndexFactory,
+        *,
+        num_dram_blocks: int = 0,
+        copier: BlockCopier | None = None,
+    ) -> None:
         self.block_size = block_size
-        self.allocator = Allocator(num_blocks)
-        self.index = index(block_size, self.allocator.refcounts)
+        self.allocator = Allocator(num_blocks, num_dram_blocks)
+        self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)
+        self._copier = copier or NothingToCopy()
         self._num_evicted = 0
         self._num_allocated = 0
+        self._num_swapped_out = 0
+        self._num_swapped_in = 0
         self._peak_used = 0
 
     @property
     def num_blocks(self) -> int:
+        """Blocks in HBM; higher block numbers lie in DRAM."""
         return self.allocator.num_blocks
 
     @property
     def num_available(self) -> int:
-        """Blocks that `alloc` could hand out now: free, or held by the index alone.
+        """Blocks in HBM that `alloc` could hand out now: free, or held by the index alone.
 
         The latter can go only from the leaves up, so this holds as long as whoever holds a cached block also holds the
         cached blocks before it, as every request does.
         """
         return self.allocator.num_free + self.allocator.num_index_only
 
+    @property
+    def num_swapped(self) -> int:
+        """Blocks moved between the media, both ways."""
+        return self._num_swapped_out + self._num_swapped_in
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def alloc(self, num_blocks: int, holder: Holder) -> np.ndarray:
-        """Exactly `num_blocks` blocks, int32, evicting from the index as needed.
+    def alloc(self, num_blocks: int, holder: Holder, medium: Medium = Medium.HBM) -> np.ndarray:
+        """Exactly `num_blocks` blocks, int32. What only the index holds makes room: moved to DRAM, else evicted.
 
         Raises OutOfBlocks, with nothing allocated.
         """
-        if num_blocks > self.num_available:
-            allocator = self.allocator
-            raise OutOfBlocks(
-                f"{num_blocks} blocks asked for by {holder}: {allocator.num_free} free and "
-                f"{allocator.num_index_only} evictable of {allocator.num_blocks}"
-            )
-        self._evict(num_blocks - self.allocator.num_free)
-        blocks = self.allocator.alloc(num_blocks, holder)
+        self._make_room(num_blocks, holder, medium)
+        blocks = self.allocator.alloc(num_blocks, holder, medium)
         self._num_allocated += num_blocks
         self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
         return blocks
+
+    def swap_out(self, num_blocks: int) -> np.ndarray:
+        """Moves what eviction would take first in HBM to DRAM, as far as DRAM has free blocks (Table 1).
+
+        Returns where it lies now, int32 [n <= num_blocks].
+        """
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks={num_blocks}: expected an integer >= 0")
+        blocks = self.index.coldest(min(num_blocks, self.allocator.num_free_dram))
+        return self._move(blocks, Medium.DRAM, INDEX)
+
+    def swap_in(self, blocks: np.ndarray, holder: Holder) -> np.ndarray:
+        """Brings those of `blocks` that lie in DRAM back to HBM; `holder` holds them all, before and after.
+
+        Returns the blocks, int32 [n], with the new ones in place; the index follows. Others that hold a block keep
+        theirs in DRAM. Raises OutOfBlocks, with nothing moved.
+        """
+        in_dram = blocks >= self.num_blocks
+        if not in_dram.any():
+            return blocks
+        self._make_room(int(np.count_nonzero(in_dram)), holder, Medium.HBM)
+        here = blocks.copy()
+        here[in_dram] = self._move(blocks[in_dram], Medium.HBM, holder)
+        return here
+
+    def move_out(self, blocks: np.ndarray, holder: Holder) -> np.ndarray | None:
+        """Moves a request's blocks to DRAM, except those that others use too; None, with none moved, if DRAM is full.
+
+        Returns the blocks, int32 [n], with the moved ones in place, all held by `holder` still.
+        """
+        alone = (self.allocator.refcounts[blocks] <= 3) & (blocks < self.num_blocks)
+        count = int(np.count_nonzero(alone))
+        try:
+            self._make_room(count, holder, Medium.DRAM)
+        except OutOfBlocks:
+            return None
+        there = blocks.copy()
+        there[alone] = self._move(blocks[alone], Medium.DRAM, holder)
+        return there
+
+    def _move(self, blocks: np.ndarray, medium: Medium, holder: Holder) -> np.ndarray:
+        """Copies blocks to free ones of a medium, and with them the index's hold and `holder`'s."""
+        new = self.allocator.alloc(len(blocks), holder, medium)
+        self._copier.copy(blocks, new)
+        if medium is Medium.DRAM:
+            self._num_swapped_out += len(blocks)
+        else:
+            self._num_swapped_in += len(blocks)
+        indexed = (self.allocator.refcounts[blocks] & 1) == 1
+        self.index.repoint(blocks[indexed], new[indexed])
+        if holder != INDEX:
+            self.allocator.retain(new[indexed], INDEX)
+            self.allocator.release(blocks[indexed], INDEX)
+        self.allocator.release(blocks, holder)
+        return new
+
+    def _make_room(self, num_blocks: int, holder: Holder, medium: Medium) -> None:
+        """Frees blocks of a medium until `num_blocks` are free: HBM's go to DRAM while that has room, else the coldest
+        leaves go for good, wherever they lie. Raises OutOfBlocks.
+        """
+        a = self.allocator
+        free, evictable, capacity = (
+            (a.num_free_dram, a.num_index_only_dram, a.num_dram_blocks)
+            if medium
+            else (a.num_free, a.num_index_only, a.num_blocks)
+        )
+        if num_blocks > free + evictable:
+            raise OutOfBlocks(
+                f"{num_blocks} blocks in {medium.name} asked for by {holder}: {free} free and {evictable} evictable "
+                f"of {capacity}"
+            )
+        while (short := num_blocks - (a.num_free_dram if medium else a.num_free)) > 0:
+            if medium is Medium.HBM and a.num_free_dram and len(self.swap_out(short)):
+                continue
+            if not self._evict(short):
+                raise OutOfBlocks(f"{short} more cached blocks had to go, but lie above blocks that are in use")
+
+    def _evict(self, num_blocks: int) -> int:
+        gone = self.index.evict(num_blocks)
+        self.allocator.release(gone, INDEX)
+        self._num_evicted += len(gone)
+        return len(gone)
 
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
         """The longest cached prefix of tokens[:limit]. Holds nothing: retain before the next call."""
@@ -102,7 +221,16 @@ class BlockPool:
         canonical = self.index.insert(tokens, blocks)
         num_new = self.index.num_blocks - before
         self.allocator.retain(canonical[len(canonical) - num_new :], INDEX)
-        return canonical
+        better = (canonical >= self.num_blocks) & (blocks < self.num_blocks)
+        return self._take_over(canonical, blocks, better) if better.any() else canonical
+
+    def _take_over(self, canonical: np.ndarray, blocks: np.ndarray, better: np.ndarray) -> np.ndarray:
+        """Points the index to the caller's copies in HBM where its own lie in DRAM (bool [n])."""
+        old, new = canonical[better], blocks[better]
+        self.index.repoint(old, new)
+        self.allocator.retain(new, INDEX)
+        self.allocator.release(old, INDEX)
+        return np.where(better, blocks, canonical)
 
     def delete(self, tokens: np.ndarray) -> int:
         """Drops a prompt's cached data; returns how many blocks left the index."""
@@ -116,27 +244,22 @@ class BlockPool:
         self.allocator.release(gone, INDEX)
         return len(gone)
 
-    def _evict(self, num_blocks: int) -> None:
-        if num_blocks <= 0:
-            return
-        gone = self.index.evict(num_blocks)
-        self.allocator.release(gone, INDEX)
-        self._num_evicted += len(gone)
-        if len(gone) < num_blocks:
-            raise OutOfBlocks(
-                f"{num_blocks} cached blocks had to go and {len(gone)} could: others lie above blocks that are in use"
-            )
-
     def stats(self) -> PoolStats:
+        """How full the pool is, and what it has done."""
         allocator = self.allocator
         return PoolStats(
             num_blocks=allocator.num_blocks,
             num_free=allocator.num_free,
-            num_indexed=self.index.num_blocks,
             num_evictable=allocator.num_index_only,
+            num_indexed=self.index.num_blocks,
             num_evicted=self._num_evicted,
             num_allocated=self._num_allocated,
             peak_used=self._peak_used,
+            num_dram_blocks=allocator.num_dram_blocks,
+            num_free_dram=allocator.num_free_dram,
+            num_evictable_dram=allocator.num_index_only_dram,
+            num_swapped_out=self._num_swapped_out,
+            num_swapped_in=self._num_swapped_in,
         )
 
     def check(self) -> None:

@@ -72,3 +72,13 @@ class CostAware(Eviction):
     def key(self, node: Evictable) -> tuple[float, ...]:
         cost = 1.0 + node.num_tokens_before / self._attention_tokens
         return (node.last_used + self._horizon * math.log2(cost),)
+
+
+class DeepestFirst(Eviction):
+    """Another order, in which the deeper of two equal nodes goes first; where any node may go, not only leaves."""
+
+    def __init__(self, order: Eviction) -> None:
+        self._order = order
+
+    def key(self, node: Evictable) -> tuple[float, ...]:
+        return (*self._order.key(node), -node.num_tokens_before)

@@ -58,7 +58,14 @@ class HashEntry:
 class HashIndex(Index):
     """Digest of each whole prefix -> block. `refcounts`: the allocator's int32 [num_blocks], read before evicting."""
 
-    def __init__(self, block_size: int, refcounts: np.ndarray, eviction: Eviction | None = None) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        refcounts: np.ndarray,
+        eviction: Eviction | None = None,
+        num_hbm_blocks: int | None = None,
+    ) -> None:
+        del num_hbm_blocks  # its blocks stay where they are
         self._block_size = block_size
         self._block_bytes = 4 * block_size
         self._refcounts = refcounts

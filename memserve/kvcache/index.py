@@ -53,6 +53,18 @@ class Index(ABC):
     def evict(self, num_blocks: int) -> np.ndarray:
         """Removes up to `num_blocks` blocks that nobody else holds, in eviction order; returns them, int32 [n]."""
 
+    def coldest(self, num_blocks: int) -> np.ndarray:
+        """Up to `num_blocks` blocks in HBM that nobody else holds, in eviction order, to be moved to DRAM; int32 [n].
+
+        They need not be leaves, since nothing is lost. The caller must `repoint` them. An index that does not know
+        where blocks lie returns none.
+        """
+        return _NO_BLOCKS
+
+    def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
+        """The contents of cached `blocks` lie in `moved_to` now; both int32 [n]."""
+        assert not len(blocks), f"{type(self).__name__} cannot follow blocks that move"
+
     @abstractmethod
     def clear(self) -> np.ndarray:
         """Forgets everything; returns the blocks, int32 [n]."""
@@ -70,8 +82,8 @@ class Index(ABC):
 class NullIndex(Index):
     """Caching off: remembers nothing. The baseline of every caching ablation."""
 
-    def __init__(self, block_size: int, refcounts: np.ndarray) -> None:
-        del block_size, refcounts
+    def __init__(self, block_size: int, refcounts: np.ndarray, num_hbm_blocks: int | None = None) -> None:
+        del block_size, refcounts, num_hbm_blocks
 
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
         return Match(_NO_BLOCKS, 0)

@@ -13,9 +13,9 @@ import torch
 from memserve.kvcache import address
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import Holder
-from memserve.kvcache.arena import Arena
+from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
-from memserve.kvcache.errors import StaleAddress
+from memserve.kvcache.errors import NotHeld, StaleAddress
 from memserve.kvcache.layout import CacheGeometry, Layout
 
 Tokens = np.ndarray | Sequence[int]
@@ -30,10 +30,10 @@ class AddressMatch:
 
 
 class MemPool:
-    """One instance's share of the elastic memory pool: `num_blocks` blocks of KV in HBM, and the index over them.
+    """One instance's share of the elastic memory pool: blocks of KV in HBM and in DRAM, and the index over them.
 
-    geometry, layout: shape of a block and how it lies in memory.  device: where the arena lives.
-    incarnation: this instance's number in the cluster, in every address it hands out.
+    geometry, layout: shape of a block and how it lies in memory.  device: what HBM is; DRAM is the host's memory, and
+    page-locked unless `device` is the CPU.  incarnation: this instance's number in the cluster, in every address.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class MemPool:
         num_blocks: int,
         index: IndexFactory,
         *,
+        num_dram_blocks: int = 0,
         device: torch.device | str = "cpu",
         incarnation: int = 0,
     ) -> None:
@@ -51,8 +52,17 @@ class MemPool:
         self.geometry = geometry
         self.layout = layout
         self.incarnation = incarnation
-        self.blocks = BlockPool(num_blocks, geometry.block_size, index)
-        self.arena = Arena(layout, geometry, num_blocks, torch.device(device))
+        device = torch.device(device)
+        self.arena = Arena(layout, geometry, num_blocks, device)
+        pinned = device.type != "cpu" and num_dram_blocks > 0
+        self.dram = Arena(layout, geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)
+        self.blocks = BlockPool(
+            num_blocks,
+            geometry.block_size,
+            index,
+            num_dram_blocks=num_dram_blocks,
+            copier=TwoTiers(self.arena, self.dram, num_blocks),
+        )
 
     @property
     def block_size(self) -> int:
@@ -60,18 +70,15 @@ class MemPool:
 
     @property
     def kv(self) -> torch.Tensor:
-        """The cache as [L, 2, N, B, K, D], a strided view of the arena."""
+        """The cache in HBM as [L, 2, N, B, K, D], a strided view of the arena."""
         return self.arena.kv
 
     def alloc_mem(self, num_blocks: int, medium: Medium = Medium.HBM, *, holder: Holder) -> np.ndarray:
-        """Addresses, int64 [num_blocks], of new blocks held by `holder`. Evicts cached blocks as needed.
+        """Addresses, int64 [num_blocks], of new blocks held by `holder`. What is only cached makes room as needed.
 
         Raises OutOfBlocks with nothing allocated; ValueError for a negative number or an unknown medium.
         """
-        Medium(medium)
-        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int | np.integer):
-            raise ValueError(f"num_blocks={num_blocks!r}: expected an integer >= 0")
-        return self.addresses(self.blocks.alloc(int(num_blocks), holder))
+        return self.addresses(self.blocks.alloc(_count(num_blocks), holder, Medium(medium)))
 
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld."""
@@ -102,17 +109,41 @@ class MemPool:
         """Drops a prompt's cached data; returns how many blocks left the index."""
         return self.blocks.delete(as_tokens(tokens))
 
+    def swap_out(self, num_blocks: int) -> np.ndarray:
+        """Moves up to `num_blocks` cached blocks that nobody uses to DRAM, those that eviction would take first.
+
+        Returns where they lie now, int64 [n]: as many as were movable and DRAM had free. The index follows them.
+        """
+        return self.addresses(self.blocks.swap_out(_count(num_blocks)))
+
+    def swap_in(self, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
+        """Brings blocks that `holder` holds from DRAM back to HBM; returns all of them as they are now, int64 [n].
+
+        Those in HBM stay. The old addresses of the others are stale unless somebody else holds them. Raises
+        OutOfBlocks, NotHeld or StaleAddress, with nothing moved.
+        """
+        blocks = self.resolve(addrs)
+        if not np.isin(blocks, self.blocks.allocator.held_by(holder)).all():
+            raise NotHeld(f"{holder} swaps in blocks that it does not hold")
+        return self.addresses(self.blocks.swap_in(blocks, holder))
+
     def addresses(self, blocks: np.ndarray) -> np.ndarray:
         """The present addresses, int64 [n], of block numbers (int32 [n])."""
-        return address.encode(self.incarnation, Medium.HBM, self.blocks.allocator.generations[blocks], blocks)
+        generations = self.blocks.allocator.generations[blocks]
+        hbm = address.encode(self.incarnation, Medium.HBM, generations, blocks)
+        if not self.blocks.allocator.num_dram_blocks:
+            return hbm
+        dram = address.encode(self.incarnation, Medium.DRAM, generations, blocks - self.blocks.num_blocks)
+        return np.where(blocks < self.blocks.num_blocks, hbm, dram)
 
     def resolve(self, addrs: np.ndarray) -> np.ndarray:
         """Block numbers, int32 [n], of addresses (int64 [n]). Raises StaleAddress, naming the first bad one."""
         addrs = np.asarray(addrs)
         if addrs.dtype != np.int64 or addrs.ndim != 1:
             raise ValueError(f"addresses of dtype {addrs.dtype}, shape {addrs.shape}: expected int64 [n]")
-        blocks = address.block_of(addrs)
-        known = blocks < self.blocks.num_blocks
+        in_dram = address.medium_of(addrs) == Medium.DRAM
+        blocks = address.block_of(addrs) + np.where(in_dram, self.blocks.num_blocks, 0).astype(np.int32)
+        known = blocks < len(self.blocks.allocator.refcounts)
         present = self.addresses(np.where(known, blocks, 0))
         good = known & (present == addrs)
         if not good.all():
@@ -125,6 +156,12 @@ class MemPool:
     def check(self) -> None:
         """Raises BrokenInvariant unless allocator, ledger and index agree."""
         self.blocks.check()
+
+
+def _count(num_blocks: int) -> int:
+    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int | np.integer) or num_blocks < 0:
+        raise ValueError(f"num_blocks={num_blocks!r}: expected an integer >= 0")
+    return int(num_blocks)
 
 
 def as_tokens(tokens: Tokens) -> np.ndarray:

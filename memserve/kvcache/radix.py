@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from memserve.kvcache.eviction import LRU, Eviction
+from memserve.kvcache.eviction import LRU, DeepestFirst, Eviction
 from memserve.kvcache.eviction_queue import EvictionQueue
 from memserve.kvcache.index import Index, Match
 
@@ -38,18 +38,32 @@ class RadixNode:
 
 
 class RadixIndex(Index):
-    """Longest-prefix index. `refcounts`: the allocator's int32 [num_blocks], read to know what may be evicted."""
+    """Longest-prefix index over blocks in any medium.
 
-    def __init__(self, block_size: int, refcounts: np.ndarray, eviction: Eviction | None = None) -> None:
+    refcounts: the allocator's int32 [all blocks], read to know what may be evicted.  num_hbm_blocks: blocks from this
+    number on lie in DRAM; None: there is no DRAM.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        refcounts: np.ndarray,
+        eviction: Eviction | None = None,
+        num_hbm_blocks: int | None = None,
+    ) -> None:
         self._block_size = block_size
         self._block_bytes = 4 * block_size
         self._refcounts = refcounts
+        self._num_hbm_blocks = len(refcounts) if num_hbm_blocks is None else num_hbm_blocks
+        self._is_tiered = self._num_hbm_blocks < len(refcounts)
         self._eviction = eviction or LRU()
         self._reset()
 
     def _reset(self) -> None:
         self._root = RadixNode(b"", _NO_BLOCKS, None, 0)
-        self._leaves: EvictionQueue[RadixNode] = EvictionQueue(self._eviction)
+        self._leaves: EvictionQueue[RadixNode] = EvictionQueue(self._eviction, bit=1)
+        self._in_hbm: EvictionQueue[RadixNode] = EvictionQueue(DeepestFirst(self._eviction), bit=2)
+        self._node_of: dict[int, RadixNode] = {}  # of every block; this and the queue are kept with a DRAM only
         self._num_operations = 0
         self._num_blocks = 0
 
@@ -96,6 +110,8 @@ class RadixIndex(Index):
         parent.children[key[: self._block_bytes]] = leaf
         self._num_blocks += len(leaf.blocks)
         self._leaves.offer(leaf)
+        if self._is_tiered:
+            self._place(leaf)
         return np.concatenate([found.blocks, leaf.blocks])
 
     def delete(self, tokens: np.ndarray) -> np.ndarray:
@@ -108,7 +124,7 @@ class RadixIndex(Index):
             start = start.parent
         gone = _joined([node.blocks for node in _subtree(start)])
         self._remove(start)
-        self._num_blocks -= len(gone)
+        self._forget(gone)
         return gone
 
     def evict(self, num_blocks: int) -> np.ndarray:
@@ -128,6 +144,29 @@ class RadixIndex(Index):
         for leaf in in_use:
             self._leaves.offer(leaf)
         return _joined(freed)
+
+    def coldest(self, num_blocks: int) -> np.ndarray:
+        found: list[np.ndarray] = []
+        kept: list[RadixNode] = []
+        missing = num_blocks
+        while missing > 0 and (node := self._in_hbm.pop()) is not None:
+            if node.parent is None:
+                continue
+            in_hbm = node.blocks[node.blocks < self._num_hbm_blocks]
+            movable = in_hbm[self._refcounts[in_hbm] == 1][-missing:]
+            if len(movable) < len(in_hbm):
+                kept.append(node)
+            found.append(movable[::-1])
+            missing -= len(movable)
+        for node in kept:
+            self._in_hbm.offer(node)
+        return _joined(found)
+
+    def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
+        place = dict(zip(blocks.tolist(), moved_to.tolist(), strict=True))
+        for node in {id(n): n for n in (self._node_of.pop(b) for b in place)}.values():
+            node.blocks = np.array([place.get(b, b) for b in node.blocks.tolist()], dtype=np.int32)
+            self._place(node)
 
     def clear(self) -> np.ndarray:
         gone = _joined([node.blocks for node in _subtree(self._root)])
@@ -169,6 +208,8 @@ class RadixIndex(Index):
         node.key, node.blocks, node.parent = node.key[head_bytes:], node.blocks[num_head:].copy(), head
         node.num_tokens_before += head_bytes // 4
         head.children[node.key[: self._block_bytes]] = node
+        if self._is_tiered:
+            self._place(head)
         return head
 
     def _descend(self, tokens: np.ndarray, num_tokens: int) -> RadixNode:
@@ -184,6 +225,18 @@ class RadixIndex(Index):
         node.num_uses += 1
         if not node.children:
             self._leaves.offer(node)
+
+    def _place(self, node: RadixNode) -> None:
+        """Notes where a node's blocks are found, and that some of them may be moved to DRAM."""
+        self._node_of.update(dict.fromkeys(node.blocks.tolist(), node))
+        self._in_hbm.offer(node)
+
+    def _forget(self, blocks: np.ndarray) -> None:
+        """Counts blocks that left the tree."""
+        self._num_blocks -= len(blocks)
+        if self._is_tiered:
+            for block in blocks.tolist():
+                self._node_of.pop(block, None)
 
     def _next_leaf(self) -> RadixNode | None:
         """Takes the leaf that goes first out of the queue."""
@@ -204,7 +257,7 @@ class RadixIndex(Index):
         leaf.blocks = leaf.blocks[:keep].copy()
         if keep:  # an empty leaf keeps its key: its parent knows it by that
             leaf.key = leaf.key[: keep * self._block_bytes]
-        self._num_blocks -= count
+        self._forget(cut)
         return cut
 
     def _remove(self, node: RadixNode) -> None:

@@ -42,6 +42,8 @@ class InstanceStats:
     """What an instance counted over a run; what requests say of it is added in the report.
 
     id: its label.  role: a Role.  busy_ns: time spent in steps.  num_evicted_blocks: index blocks given up for space.
+    num_swapped_out_blocks, num_swapped_in_blocks: blocks moved to DRAM and back.  num_swaps_dropped: requests that were
+    preempted to DRAM and had to be recomputed after all.
     num_blocks: size of its pool.  peak_used_blocks: most blocks that anyone held at a time.  num_indexed_blocks: blocks
     in the index at the end.
     """
@@ -51,6 +53,9 @@ class InstanceStats:
     busy_ns: int
     num_steps: int = 0
     num_evicted_blocks: int = 0
+    num_swapped_out_blocks: int = 0
+    num_swapped_in_blocks: int = 0
+    num_swaps_dropped: int = 0
     num_blocks: int = 0
     peak_used_blocks: int = 0
     num_indexed_blocks: int = 0

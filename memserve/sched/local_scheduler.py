@@ -10,7 +10,7 @@ There is no prefill phase or decode phase: each step, every running request gets
 token budget allows. Blocks enter the index only in `commit`, after the forward that wrote them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,18 +18,22 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
 from memserve.sched.admission import usable_prefix
-from memserve.sched.preemption import Preemption
+from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.swap_policy import SwapPolicy
 
 
 @dataclass
 class SchedulerCounts:
-    """Tokens and events since the scheduler was made. `computed`: tokens prefilled, recomputed ones included."""
+    """Tokens and events since the scheduler was made. `computed`: tokens prefilled, recomputed ones included.
+    `swaps_dropped`: preempted requests that had to be recomputed after all.
+    """
 
     computed: int = 0
     cached: int = 0
     generated: int = 0
     preemptions: int = 0
+    swaps_dropped: int = 0
     steps: int = 0
 
 
@@ -45,6 +49,7 @@ class LocalScheduler:
         pool: BlockPool,
         queue: QueuePolicy,
         preemption: Preemption,
+        swap: SwapPolicy,
         *,
         token_budget: int,
         chunk_size: int | None,
@@ -56,6 +61,7 @@ class LocalScheduler:
         self.counts = SchedulerCounts()
         self._queue = queue
         self._preemption = preemption
+        self._swap = swap
         self._token_budget = token_budget
         self._chunk_size = chunk_size or token_budget
         self._max_running = max_running
@@ -71,7 +77,7 @@ class LocalScheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """This step's batch, blocks included, or None when there is nothing to do."""
-        batch = ScheduledBatch([], [])
+        batch, num_swapped = ScheduledBatch([], []), self.pool.num_swapped
         budget = self._token_budget
         for request in self._in_turn():
             if budget == 0:
@@ -79,10 +85,12 @@ class LocalScheduler:
             if request.phase is Phase.RUNNING and self._grow(request):
                 budget -= self._take(batch, request, budget)
         while budget > 0 and len(self.running) < self._max_running and (head := self._next_waiting()) is not None:
-            if not self._admit(head):
+            if self._admit(head):
+                budget -= self._take(batch, head, budget)
+            elif self.running or not self._drop_swapped():
                 break
-            budget -= self._take(batch, head, budget)
         self._drop_preempted(batch)
+        batch = replace(batch, num_swapped_blocks=self.pool.num_swapped - num_swapped)
         return batch if batch.requests else None
 
     def commit(self, batch: ScheduledBatch, output: StepOutput) -> None:
@@ -143,7 +151,7 @@ class LocalScheduler:
             assert len(request.block_table) >= self.pool.blocks_for(request.num_computed)
             held = self.pool.allocator.held_by(request.holder)
             assert np.isin(request.block_table.view, held).all(), f"{request.request_id} uses a block it does not hold"
-        names = {r.holder for r in self.running}
+        names = {r.holder for r in (*self.running, *self._preempted)}
         for _, blocks in self.pool.index.iter_prefixes():
             in_use = self.pool.allocator.refcounts[blocks] > 1
             assert not (in_use[1:] & ~in_use[:-1]).any(), "a cached block in use hangs below one that may be evicted"
@@ -201,25 +209,60 @@ class LocalScheduler:
         return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
 
     def _admit(self, request: Request) -> bool:
-        """Retains the cached prefix and allocates the rest; False, with nothing held, when the pool lacks blocks."""
+        """Gives the request its blocks and runs it; False, holding no more than before, when the pool lacks blocks."""
+        return self._return_from_dram(request) if len(request.block_table) else self._start_with_prefix(request)
+
+    def _start_with_prefix(self, request: Request) -> bool:
+        """Retains the cached prefix, swapping it in as the policy says, and allocates the rest."""
         found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
-        self.pool.retain(found.blocks, request.holder)
-        request.block_table.extend(found.blocks)
+        cached = found.blocks[: self._swap.num_to_use(found.blocks, self.pool.num_blocks)]
+        self.pool.retain(cached, request.holder)
         try:
+            request.block_table.extend(self.pool.swap_in(cached, request.holder))
             self._cover(request, request.num_tokens)
         except OutOfBlocks:
             request.block_table.truncate(0)
             self.pool.release_all(request.holder)
             return False
+        self._run(request)
+        num_cached = len(cached) * self.pool.block_size
+        request.num_computed = request.num_published = num_cached
+        request.prefill_end = request.num_tokens
+        if not request.num_preemptions:
+            request.num_cached = num_cached
+            self.counts.cached += num_cached
+        return True
+
+    def _return_from_dram(self, request: Request) -> bool:
+        """Swaps in what the request was preempted with; it goes on where it was."""
+        try:
+            table = self.pool.swap_in(request.block_table.view, request.holder)
+            request.block_table.truncate(0)
+            request.block_table.extend(table)
+            self._cover(request, request.num_tokens)
+        except OutOfBlocks:
+            return False
+        self._run(request)
+        request.num_published = 0
+        self._publish(request)
+        return True
+
+    def _drop_swapped(self) -> bool:
+        """Lets the youngest preempted request that still holds blocks be recomputed; False when there is none.
+
+        Nothing runs and nothing can: what swapped requests share with each other was left in HBM and fills it.
+        """
+        for request in reversed(self._preempted):
+            if len(request.block_table):
+                Recompute().preempt(request, self.pool)
+                self.counts.swaps_dropped += 1
+                return True
+        return False
+
+    def _run(self, request: Request) -> None:
         (self._preempted if request in self._preempted else self.waiting).remove(request)
         self.running.append(request)
         request.phase = Phase.RUNNING
-        request.num_computed = request.num_published = found.num_tokens
-        request.prefill_end = request.num_tokens
-        if not request.num_preemptions:
-            request.num_cached = found.num_tokens
-            self.counts.cached += found.num_tokens
-        return True
 
     def _publish(self, request: Request) -> None:
         """Indexes the request's computed full blocks and retains those that somebody else computed first.

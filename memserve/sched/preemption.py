@@ -11,16 +11,37 @@ class Preemption(ABC):
 
     @abstractmethod
     def preempt(self, request: Request, pool: BlockPool) -> None:
-        """Frees what the request holds and sets its borders to what it will still have when it comes back."""
+        """Frees what the request holds and sets its borders to what it will have when it comes back."""
 
 
 class Recompute(Preemption):
     """Drops the KV. What it had computed stays in the index until somebody needs the blocks."""
 
     def preempt(self, request: Request, pool: BlockPool) -> None:
-        num_full = request.num_computed // pool.block_size
-        num_tokens = num_full * pool.block_size
-        pool.publish(request.tokens.view[:num_tokens], request.block_table.view[:num_full])
+        _publish(request, pool)
         pool.release_all(request.holder)
         request.block_table.truncate(0)
         request.num_computed = 0
+
+
+class SwapOut(Preemption):
+    """Moves the KV to DRAM, the partial tail too; the index keeps the full blocks, and the request holds them there.
+
+    What others use as well stays in HBM. A request that DRAM has no room for is recomputed instead.
+    """
+
+    def preempt(self, request: Request, pool: BlockPool) -> None:
+        _publish(request, pool)
+        num_used = pool.blocks_for(request.num_computed)
+        pool.release(request.block_table.view[num_used:], request.holder)
+        table = pool.move_out(request.block_table.view[:num_used], request.holder)
+        if table is None:
+            Recompute().preempt(request, pool)
+            return
+        request.block_table.truncate(0)
+        request.block_table.extend(table)
+
+
+def _publish(request: Request, pool: BlockPool) -> None:
+    num_full = request.num_computed // pool.block_size
+    pool.publish(request.tokens.view[: num_full * pool.block_size], request.block_table.view[:num_full])
