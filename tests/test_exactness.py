@@ -190,11 +190,12 @@ def smollm2():
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
     tokenizer = opened.tokenizer
-    chats = ["What is the capital of France?", "Tell me a story about a fox.", "Why is the sky blue? Answer briefly."]
+    chats = ["What is the capital of France?", "Tell me a story about a fox."]
     prompts = [tokenizer.chat_prompt([{"role": "user", "content": text}]).tolist() for text in chats]
     return path, prompts, hf_answers(model.eval(), prompts)
 
 
+@pytest.mark.timeout(400)  # 135M parameters on a core that may be shared
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_smollm2_answers_as_transformers_does(smollm2, name):
     path, prompts, expected = smollm2

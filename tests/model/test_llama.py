@@ -11,7 +11,6 @@ from mini_engine import DictWeights, MiniEngine, logits_of, model_of
 from memserve.model.llama import load_model
 from memserve.model.model_config import ModelConfig
 
-STORIES = Path(__file__).resolve().parents[2].parent / "shared" / "models" / "stories260K"
 COMMON = {"vocab_size": 199, "num_hidden_layers": 3, "max_position_embeddings": 512, "initializer_range": 0.1}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -94,9 +93,8 @@ def test_half_precision_runs_close_to_float32(dtype: torch.dtype) -> None:
     assert (rounded.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-def test_a_small_trained_model_tells_the_same_story_as_transformers() -> None:
-    assert STORIES.is_dir(), f"{STORIES} is missing: it lies beside the checkout"
-    hf = transformers.AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+def test_a_small_trained_model_tells_the_same_story_as_transformers(stories260k: Path) -> None:
+    hf = transformers.AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
     hf.generation_config.eos_token_id = None
     batch = prompts(4, (1, 20, 65), hf.config.vocab_size)
     assert MiniEngine(model_of(hf)).generate(batch, 64) == [hf_greedy(hf, p, 64) for p in batch]
