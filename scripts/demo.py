@@ -20,12 +20,13 @@ from memserve.model.tokenizer import Tokenizer
 
 SYSTEMS = {"caching off": "index=none", "caching on": "index=radix"}
 WORKLOAD = (
-    "workload.num_sessions=10",
+    "workload.num_sessions=8",
     "workload.max_turns=4",
     "workload.max_output_tokens=40",
     "workload/arrivals=closed_loop",
     "workload.rate=null",
     "workload.arrivals.concurrency=4",
+    "model.num_threads=1",  # where cores are shared, a second thread makes every small product wait for its turn
 )
 
 
