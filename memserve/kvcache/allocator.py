@@ -64,6 +64,7 @@ class Allocator:
         }
         self._num_index_only = {Medium.HBM: 0, Medium.DRAM: 0}
         self._ledger: dict[Holder, IntBuffer] = {}
+        self._place = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)  # scratch: never cleared, always verified
 
     @property
     def num_free(self) -> int:
@@ -121,8 +122,12 @@ class Allocator:
         """Gives up `holder`'s hold. Raises NotHeld, with nothing released, unless it holds every one of them once."""
         if not len(blocks):
             return
+        held = self._ledger.get(holder)
+        if held is not None and len(held) == len(blocks) and (held.view == blocks).all():
+            self.release_all(holder)
+            return
         end = len(self.refcounts)
-        if blocks.min() < 0 or blocks.max() >= end or len(np.unique(blocks)) != len(blocks):
+        if blocks.min() < 0 or blocks.max() >= end or self._repeats(blocks):
             raise NotHeld(f"{holder} releases {blocks.tolist()}: numbers outside [0, {end}) or repeated")
         if holder == INDEX:
             counts = self.refcounts[blocks]
@@ -169,13 +174,24 @@ class Allocator:
         elif len(blocks):
             self._ledger[holder] = IntBuffer(blocks)
 
+    def _repeats(self, blocks: np.ndarray) -> bool:
+        """Whether a block stands in `blocks` twice: then only its last place is read back."""
+        order = np.arange(len(blocks), dtype=np.int32)
+        self._place[blocks] = order
+        return bool((self._place[blocks] != order).any())
+
     def _strike(self, blocks: np.ndarray, holder: Holder) -> None:
         """Removes blocks from the ledger's entry, all or none."""
-        held = self.held_by(holder)
-        missing = blocks[~np.isin(blocks, held)]
-        if len(missing):
-            raise NotHeld(f"{holder} does not hold {missing.tolist()}")
-        kept = held[~np.isin(held, blocks)]
+        held = self._ledger[holder].view if holder in self._ledger else _EMPTY
+        self._place[held] = np.arange(len(held), dtype=np.int32)
+        places = self._place[blocks]  # of blocks that are not held: whatever was left there
+        found = places < len(held)
+        found[found] = held[places[found]] == blocks[found]
+        if not found.all():
+            raise NotHeld(f"{holder} does not hold {blocks[~found].tolist()}")
+        stays = np.ones(len(held), dtype=bool)
+        stays[places] = False
+        kept = held[stays]
         if len(kept):
             self._ledger[holder] = IntBuffer(kept)
         else:

@@ -27,6 +27,7 @@ class EvictionQueue(Generic[Node]):
         self._bit = bit
         self._heap: list[tuple[tuple[float, ...], int, Node]] = []  # (key, tie-breaker, node)
         self._num_pushed = 0
+        self._num_forgotten = 0  # of those in the heap
 
     def offer(self, node: Node) -> None:
         """Puts a node in, unless it is in."""
@@ -39,8 +40,21 @@ class EvictionQueue(Generic[Node]):
         """Takes out the node that goes first; None when there is none."""
         while self._heap:
             key, _, node = heapq.heappop(self._heap)
+            if not node.queued & self._bit:
+                self._num_forgotten -= 1
+                continue
             node.queued &= ~self._bit
             if self._policy.key(node) == key:
                 return node
             self.offer(node)
         return None
+
+    def forget(self, node: Node) -> None:
+        """For a node that is gone for good: its entry is skipped, and swept out before most entries are such."""
+        if node.queued & self._bit:
+            node.queued &= ~self._bit
+            self._num_forgotten += 1
+            if 2 * self._num_forgotten > len(self._heap):
+                self._heap = [entry for entry in self._heap if entry[2].queued & self._bit]
+                heapq.heapify(self._heap)
+                self._num_forgotten = 0

@@ -181,6 +181,7 @@ class HashIndex(Index):
     def _remove(self, entry: HashEntry) -> None:
         """Forgets an entry. Its parent, when that became a leaf, can go next."""
         del self._entries[entry.digest]
+        self._leaves.forget(entry)
         if entry.parent is not None:
             del entry.parent.children[entry.digest]
             if not entry.parent.children and entry.parent.digest in self._entries:

@@ -267,6 +267,8 @@ class RadixIndex(Index):
         del parent.children[node.key[: self._block_bytes]]
         for gone in list(_subtree(node)):
             gone.parent = None
+            self._leaves.forget(gone)
+            self._in_hbm.forget(gone)
         if parent is not self._root and not parent.children:
             self._leaves.offer(parent)
 
