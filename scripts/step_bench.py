@@ -23,6 +23,7 @@ from memserve.request import FinishReason, Request, SamplingParams, TokenLogprob
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import Recompute
 from memserve.sched.queue_policy import FCFS
+from memserve.sched.swap_policy import Always
 
 INDEXES = {"none": NullIndex, "radix": RadixIndex}
 PRELOADED = ("bench",)
@@ -70,7 +71,13 @@ class StepBench:
         self._sampler = _TimedSampler()
         self._runner = ModelRunner(model, arena.kv, block_size, attention=attention, sampler=self._sampler)
         self._scheduler = LocalScheduler(
-            self._pool, FCFS(), Recompute(), token_budget=UNLIMITED_TOKENS, chunk_size=None, max_running=1 << 10
+            self._pool,
+            FCFS(),
+            Recompute(),
+            Always(),
+            token_budget=UNLIMITED_TOKENS,
+            chunk_size=None,
+            max_running=1 << 10,
         )
         self._num_served = 0
 
