@@ -12,7 +12,7 @@ import torch
 
 from memserve.kvcache import address
 from memserve.kvcache.address import Medium
-from memserve.kvcache.allocator import Holder
+from memserve.kvcache.allocator import INDEX, Holder
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
 from memserve.kvcache.errors import NotHeld, StaleAddress
@@ -76,34 +76,49 @@ class MemPool:
     def alloc_mem(self, num_blocks: int, medium: Medium = Medium.HBM, *, holder: Holder) -> np.ndarray:
         """Addresses, int64 [num_blocks], of new blocks held by `holder`. What is only cached makes room as needed.
 
-        Raises OutOfBlocks with nothing allocated; ValueError for a negative number or an unknown medium.
+        Raises OutOfBlocks with nothing allocated; ValueError for a negative number, an unknown medium or a bad holder.
         """
-        return self.addresses(self.blocks.alloc(_count(num_blocks), holder, Medium(medium)))
+        return self.addresses(self.blocks.alloc(_count(num_blocks), _named(holder), Medium(medium)))
 
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld."""
-        self.blocks.release(self.resolve(addrs), holder)
+        self.blocks.release(self.resolve(addrs), _named(holder))
 
     def insert(self, tokens: Tokens, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
         """Maps a token prefix of whole blocks to its KV; returns the canonical addresses, int64 [n].
 
         This is what turns active KV into historical KV (section 4.2). The index becomes one more holder. `holder`
         keeps what it holds and also takes the canonical blocks it did not have, so that it can rely on them.
+        Raises StaleAddress, NotHeld for a block that `holder` does not hold, and ValueError for a block given twice or
+        cached under another prefix, with nothing inserted.
         """
-        blocks = self.resolve(addrs)
-        canonical = self.blocks.publish(as_tokens(tokens), blocks)
-        held = self.blocks.allocator.held_by(holder)
+        blocks, array = self.resolve(addrs), as_tokens(tokens)
+        held = self.blocks.allocator.held_by(_named(holder))
+        if not np.isin(blocks, held).all():
+            raise NotHeld(f"{holder} inserts blocks that it does not hold")
+        num_found = self.blocks.index.peek(array) // self.block_size
+        elsewhere = (self.blocks.allocator.refcounts[blocks[num_found:]] & 1) == 1
+        if elsewhere.any() or len(np.unique(blocks)) != len(blocks):
+            raise ValueError(f"blocks {blocks.tolist()}: expected each once, and none that is cached for other tokens")
+        canonical = self.blocks.publish(array, blocks)
         self.blocks.retain(canonical[~np.isin(canonical, held)], holder)
         return self.addresses(canonical)
 
     def match(self, tokens: Tokens, limit: int | None = None) -> AddressMatch:
         """Longest cached prefix of tokens[:limit], in whole blocks. Holds nothing: `retain` before the next call."""
-        found = self.blocks.match(as_tokens(tokens), limit)
+        found = self.blocks.match(as_tokens(tokens), None if limit is None else _count(limit, "limit"))
         return AddressMatch(self.addresses(found.blocks), found.num_tokens)
 
     def retain(self, addrs: np.ndarray, *, holder: Holder) -> None:
-        """Makes `holder` one more holder of blocks in use. Raises StaleAddress or NotHeld."""
-        self.blocks.retain(self.resolve(addrs), holder)
+        """Makes `holder` one more holder of blocks in use.
+
+        Raises StaleAddress, NotHeld for a free block, and ValueError for one given twice or that `holder` has already.
+        """
+        blocks = self.resolve(addrs)
+        held = self.blocks.allocator.held_by(_named(holder))
+        if len(np.unique(blocks)) != len(blocks) or np.isin(blocks, held).any():
+            raise ValueError(f"{holder} retains blocks {blocks.tolist()}: expected each once, and none that it holds")
+        self.blocks.retain(blocks, holder)
 
     def delete(self, tokens: Tokens) -> int:
         """Drops a prompt's cached data; returns how many blocks left the index."""
@@ -158,10 +173,17 @@ class MemPool:
         self.blocks.check()
 
 
-def _count(num_blocks: int) -> int:
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, int | np.integer) or num_blocks < 0:
-        raise ValueError(f"num_blocks={num_blocks!r}: expected an integer >= 0")
-    return int(num_blocks)
+def _count(value: int, name: str = "num_blocks") -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
+    return int(value)
+
+
+def _named(holder: Holder) -> Holder:
+    """Callers hold under names of their own: tuples of strings and integers, and not the index's."""
+    if not isinstance(holder, tuple) or not all(isinstance(part, str | int) for part in holder) or holder == INDEX:
+        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers other than {INDEX}")
+    return holder
 
 
 def as_tokens(tokens: Tokens) -> np.ndarray:

@@ -252,3 +252,33 @@ def test_dram_can_be_allocated_by_name_and_has_its_own_end():
     with pytest.raises(ValueError, match="7"):
         pool.alloc_mem(1, 7, holder=B)
     assert make_pool().swap_out(3).tolist() == []
+
+
+def double_insert(pool, addrs):
+    pool.insert([1, 2, 3, 4], addrs[:1], holder=A)
+    pool.insert([5, 6, 7, 8], addrs[:1], holder=A)
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        double_insert,
+        lambda pool, addrs: pool.insert(list(range(8)), addrs[[0, 0]], holder=A),
+        lambda pool, addrs: pool.insert(list(range(8)), addrs, holder=B),
+        lambda pool, addrs: pool.retain(addrs, holder=A),
+        lambda pool, addrs: pool.retain(addrs[[0, 0]], holder=B),
+        lambda pool, addrs: pool.alloc_mem(1, holder=("index",)),
+        lambda pool, addrs: pool.free_mem(addrs, holder=("index",)),
+        lambda pool, addrs: pool.retain(addrs, holder=("index",)),
+        lambda pool, addrs: pool.alloc_mem(1, holder=["a"]),
+        lambda pool, addrs: pool.match([1, 2, 3, 4], limit=-1),
+        lambda pool, addrs: pool.match([1, 2, 3, 4], limit=1.5),
+    ],
+)
+def test_misuse_raises_and_leaves_the_books_in_order(misuse):
+    pool = make_pool()
+    addrs = pool.alloc_mem(2, holder=A)
+    with pytest.raises((ValueError, NotHeld)):
+        misuse(pool, addrs)
+    pool.check()
+    assert pool.stats().num_free == 6
