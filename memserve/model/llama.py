@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from memserve.model.attention.base import Attention
+from memserve.model.decode_graph import DecodeGraph
 from memserve.model.layers import Linear, RMSNorm, swiglu
 from memserve.model.loader import Loader
 from memserve.model.model_config import ModelConfig
@@ -19,10 +20,11 @@ from memserve.model.weights import WeightSource
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
-class SelfAttention:
+class SelfAttention(torch.nn.Module):
     """Grouped-query attention. The rows of `qkv` are all query heads, then all key heads, then all value heads."""
 
     def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+        super().__init__()
         c = config
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         rows = {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim}
@@ -49,22 +51,25 @@ class SelfAttention:
         return q_THD, torch.stack((k_TKD, qkv_THD[:, num_rotated:]), 1)
 
 
-class MLP:
+class MLP(torch.nn.Module):
     """SwiGLU. The rows of `gate_up` are the gate's, then the up projection's."""
 
     def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+        super().__init__()
         rows = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up = load.linear(prefix, rows, config.hidden_size, config.mlp_bias)
         self.down = load.linear(prefix, {"down_proj": config.hidden_size}, config.intermediate_size, config.mlp_bias)
 
-    def __call__(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return self.down(swiglu(self.gate_up(x_TE)))
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        y_TE: torch.Tensor = self.down(swiglu(self.gate_up(x_TE)))
+        return y_TE
 
 
-class DecoderLayer:
+class DecoderLayer(torch.nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        super().__init__()
         prefix = f"model.layers.{layer}"
         self.number = layer
         self.attention_norm = load.norm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
@@ -72,7 +77,7 @@ class DecoderLayer:
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, load, f"{prefix}.mlp")
 
-    def __call__(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
+    def forward(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
         """[T, E] -> [T, E]; writes this layer's KV and reads it through `attention`."""
         q_THD, new_kv_T2KD = self.before_attention(x_TE, rotation)
         attention.write(self.number, new_kv_T2KD)
@@ -84,21 +89,30 @@ class DecoderLayer:
 
     def after_attention(self, x_TE: torch.Tensor, attended_THD: torch.Tensor) -> torch.Tensor:
         x_TE = x_TE + self.attention.o(attended_THD.flatten(1))
-        return x_TE + self.mlp(self.mlp_norm(x_TE))
+        x_TE = x_TE + self.mlp(self.mlp_norm(x_TE))
+        return x_TE
 
 
-class Llama:
+class Llama(torch.nn.Module):
     """The whole decoder. One object serves any number of runners: it holds weights and nothing that changes."""
 
+    embedding_VE: torch.Tensor
+
     def __init__(self, config: ModelConfig, load: Loader) -> None:
+        super().__init__()
         self.config, self.dtype, self.device = config, load.dtype, load.device
+        self.decode_graph: DecodeGraph | None = None
         shape = (config.vocab_size, config.hidden_size)
-        self.embedding_VE = load.tensor("model.embed_tokens.weight", shape)
+        self.register_buffer("embedding_VE", load.tensor("model.embed_tokens.weight", shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
-        self.layers = [DecoderLayer(config, load, i) for i in range(config.num_layers)]
+        self.layers = torch.nn.ModuleList(DecoderLayer(config, load, i) for i in range(config.num_layers))
         self.norm = load.norm("model.norm", config.hidden_size, config.rms_norm_eps)
         tied = config.tie_embeddings
         self.head = Linear(self.embedding_VE if tied else load.tensor("lm_head.weight", shape))
+
+    def compile(self) -> None:
+        """Lets decode steps run as one compiled graph; it is built when a runner starts. See `DecodeGraph`."""
+        self.decode_graph = DecodeGraph(self)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, E]."""
@@ -106,7 +120,8 @@ class Llama:
 
     def logits(self, x_SE: torch.Tensor) -> torch.Tensor:
         """[S, E], rows that left the last layer -> [S, V]."""
-        return self.head(self.norm(x_SE))
+        logits_SV: torch.Tensor = self.head(self.norm(x_SE))
+        return logits_SV
 
 
 def load_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device) -> Llama:

@@ -1,7 +1,8 @@
 """ModelRunner: turns a ScheduledBatch into tokens. Knows no scheduler, index or role; it never changes a request.
 
 The life of a step: build the ForwardBatch -> embed -> every layer writes and reads its KV -> logits of the rows that
-sample -> Sampler. Whoever scheduled the batch appends the tokens and advances `num_computed` afterwards.
+sample -> Sampler. A compiled model takes the middle part of a decode step in one go, as its DecodeGraph. Whoever
+scheduled the batch appends the tokens and advances `num_computed` afterwards.
 
 Shape legend: R requests, E hidden size, S sampled rows, V vocabulary; kv[L, 2, N, B, K, D] as in kvcache/layout.py.
 """
@@ -59,10 +60,12 @@ class ModelRunner:
         _check_cache(model, kv, block_size)
         self.model = model
         self.block_size = block_size
-        self._kv_layers = kv.unbind(0)
+        self._kv, self._kv_layers = kv, kv.unbind(0)
         self._attention: type[Attention] = attention_backend(attention)
         self._sampler = sampler if sampler is not None else Sampler()
         self._seed = seed
+        if model.decode_graph is not None:
+            model.decode_graph.warm_up(kv)
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Computes the whole batch, all of its `num_steps`."""
@@ -79,15 +82,20 @@ class ModelRunner:
         step = build_forward_batch(batch, self.block_size, self.model.device)
         for i in range(batch.num_steps):
             layers = self._layers(step)
-            x_TE = (yield from layers) if i + 1 == batch.num_steps else _drain(layers)
+            logits_SV = (yield from layers) if i + 1 == batch.num_steps else _drain(layers)
             if len(sampling):
-                token_ids[sampling, i], logprobs = self._sample(x_TE, step, [batch.requests[r] for r in sampling])
+                token_ids[sampling, i], logprobs = self._sample(logits_SV, step, [batch.requests[r] for r in sampling])
             if i + 1 < batch.num_steps:
                 step = step.next_step(torch.from_numpy(token_ids[:, i]).to(self.model.device, torch.int64))
         return StepOutput(token_ids, _one_a_request(logprobs, sampling, len(batch.requests)))
 
     def _layers(self, step: ForwardBatch) -> Generator[int, None, torch.Tensor]:
-        """Yields each layer's number as it is done; returns the hidden states [T, E] after the last."""
+        """Yields each layer's number once its KV is written; returns the logits [S, V] of the rows that sample."""
+        graph = self.model.decode_graph
+        if graph is not None and graph.takes(step):
+            logits_SV = graph.step(step, self._kv)[step.sample_rows_S]
+            yield from range(self.model.config.num_layers)
+            return logits_SV
         with torch.inference_mode():  # never held across a yield: it would leak into the caller
             attention = self._attention(step, self._kv_layers, self.model.config.num_heads)
             rotation = self.model.rotary.rotation(step.positions_T)
@@ -96,12 +104,14 @@ class ModelRunner:
             with torch.inference_mode():
                 x_TE = layer(x_TE, rotation, attention)
             yield i
-        return x_TE
+        with torch.inference_mode():
+            return self.model.logits(x_TE[step.sample_rows_S])
 
     @torch.inference_mode()
-    def _sample(self, x_TE: torch.Tensor, step: ForwardBatch, requests: list[Request]) -> tuple[np.ndarray, Logprobs]:
+    def _sample(
+        self, logits_SV: torch.Tensor, step: ForwardBatch, requests: list[Request]
+    ) -> tuple[np.ndarray, Logprobs]:
         """int32 [S] tokens of the sampled rows, and their logprobs if any of `requests`, which own those rows, asks."""
-        logits_SV = self.model.logits(x_TE[step.sample_rows_S])
         positions = step.positions[step.sample_rows] + 1
         rows = [
             SamplingRow(r.params, sampling_seed(r.params, self._seed, r.request_id), int(p))

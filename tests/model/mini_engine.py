@@ -9,6 +9,7 @@ from memserve.kvcache.layout import AggregatedLayout, DiscreteLayout
 from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
 from memserve.model.runner import ModelRunner, geometry
+from memserve.model.sampler import Sampler
 from memserve.request import Request, SamplingParams, ScheduledBatch
 
 LAYOUTS = {"discrete": DiscreteLayout(), "aggregated": AggregatedLayout()}
@@ -47,10 +48,11 @@ class MiniEngine:
         attention: str = "sdpa",
         num_blocks: int = 256,
         scatter: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         shape = LAYOUTS[layout].shape(geometry(model.config, block_size, model.dtype), num_blocks)
         self.kv = LAYOUTS[layout].view(torch.full(shape, torch.nan, dtype=model.dtype))
-        self.runner = ModelRunner(model, self.kv, block_size, attention=attention)
+        self.runner = ModelRunner(model, self.kv, block_size, attention=attention, sampler=sampler)
         blocks = np.arange(num_blocks, dtype=np.int32)
         self._free = list(np.random.default_rng(0).permutation(blocks) if scatter else blocks)
         self._num_requests = 0
@@ -94,12 +96,20 @@ class MiniEngine:
             request.block_table.append(self._free.pop(0))
 
 
-def logits_of(model: Llama, tokens: Sequence[int], attention: str = "sdpa", block_size: int = 16) -> torch.Tensor:
-    """[num_tokens, V]: logits after each token of one prompt, computed in one chunk."""
-    engine = MiniEngine(model, block_size, attention=attention)
-    request = engine.request(tokens)
-    engine._reserve(request, len(tokens))
-    captured: list[torch.Tensor] = []
-    engine.runner._sample = lambda x, step, requests: captured.append(model.logits(x)) or (np.zeros(1, np.int32), None)
-    engine.runner.forward(ScheduledBatch([request], [len(tokens)]))
-    return captured[0]
+class _RecordingSampler(Sampler):
+    """Keeps the logits that it samples from."""
+
+    def __init__(self) -> None:
+        self.logits: list[torch.Tensor] = []
+
+    def sample(self, logits_RV, rows):
+        self.logits.append(logits_RV)
+        return super().sample(logits_RV, rows)
+
+
+def logits_of(model: Llama, tokens: Sequence[int], attention: str = "sdpa", chunk: int = 1) -> torch.Tensor:
+    """[n, V]: logits after the last token of each of the prompt's n prefixes that are whole chunks."""
+    engine = MiniEngine(model, attention=attention, sampler=(sampler := _RecordingSampler()))
+    for end in range(chunk, len(tokens) + 1, chunk):
+        engine.finish([engine.request(tokens[:end], max_tokens=1)])
+    return torch.cat(sampler.logits)

@@ -71,8 +71,8 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
     hf.generation_config.eos_token_id = None
     ours = model_of(hf)
     with torch.inference_mode():
-        expected = hf(torch.tensor([batch[2]])).logits[0]
-    torch.testing.assert_close(logits_of(ours, batch[2]), expected, atol=1e-4, rtol=1e-4)
+        expected = hf(torch.tensor([batch[2]])).logits[0, 6::7]
+    torch.testing.assert_close(logits_of(ours, batch[2], chunk=7), expected, atol=1e-4, rtol=1e-4)
     assert MiniEngine(ours).generate(batch, 24) == [hf_greedy(hf, p, 24) for p in batch]
 
 
@@ -81,14 +81,14 @@ def test_float64_with_the_reference_backend_equals_transformers_in_float64(name:
     hf, (prompt,) = hf_model(name), prompts(2, (150,))
     ours = model_of(hf, torch.float64)
     with torch.inference_mode():
-        expected = hf.double()(torch.tensor([prompt])).logits[0]
-    torch.testing.assert_close(logits_of(ours, prompt, "reference"), expected, atol=2e-5, rtol=1e-5)
+        expected = hf.double()(torch.tensor([prompt])).logits[0, 49::50]
+    torch.testing.assert_close(logits_of(ours, prompt, "reference", chunk=50), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs_close_to_float32(dtype: torch.dtype) -> None:
     hf, (prompt,) = hf_model("qwen3"), prompts(3, (40,))
-    exact, rounded = logits_of(model_of(hf), prompt), logits_of(model_of(hf, dtype), prompt)
+    exact, rounded = (logits_of(model_of(hf, d), prompt, chunk=20) for d in (torch.float32, dtype))
     assert rounded.dtype == dtype
     assert (rounded.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
