@@ -24,7 +24,7 @@ from memserve.request import Role, SamplingParams, TokenLogprobs
 
 OPTIONS = {
     **{name: name for name in ("index", "eviction", "queue", "preemption", "swap", "layout", "seed")},
-    **{name: f"model.{name}" for name in ("dtype", "device", "attention", "max_context", "num_threads")},
+    **{name: f"model.{name}" for name in ("dtype", "device", "attention", "compile", "max_context", "num_threads")},
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",
@@ -62,7 +62,7 @@ class LLM:
 
     path: a Hugging Face directory, a .gguf file, or package:NAME for one shipped in an installed Python package.
     options: the configuration's words (see OPTIONS and configs/), such as index="none", block_size=32, num_blocks=512,
-        dtype="bfloat16".
+        dtype="bfloat16", compile=True.
 
     Raises ValueError for an unknown option or a value out of range, naming what is allowed.
     """

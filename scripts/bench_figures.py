@@ -27,6 +27,7 @@ class Options:
     new_tokens: int
     block_size: int
     attention: str
+    compile: bool
     repeats: int
     seed: int
 
@@ -68,9 +69,11 @@ class Bench:
         self.opened, self.config, self.options = opened, opened.config, options
         self._rng = np.random.default_rng(options.seed)
         self._model = load_model(opened.config, opened.weights, torch.float32, torch.device("cpu"))
+        if options.compile:
+            self._model.compile()
 
     def warm_up(self) -> float:
-        """Runs each kind of step once; returns the seconds it took."""
+        """Runs each kind of step once; returns the seconds it took, compilation included."""
         watch, o = Stopwatch(), self.options
         for batch in o.batches:
             self._engine(2 * o.prompt_len, batch).serve(self._prompts([40] * batch), 3)

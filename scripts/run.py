@@ -29,6 +29,9 @@ def main(composed: DictConfig) -> None:
     with Progress() as progress:
         report = cluster.run(output_dir, progress=progress)
     print_report(report, title=" ".join(HydraConfig.get().overrides.task) or "defaults")
+    model = cluster.engine.model
+    if model is not None and model.decode_graph is not None:
+        print(f"decode step compiled in {model.decode_graph.compile_s:.0f} s (cached for the next run)")
     print(f"written to {output_dir}")
 
 

@@ -57,6 +57,8 @@ def build_engine(cfg: RunConfig) -> Engine:
     if max_context > config.max_position:
         raise ConfigError(f"model.max_context={max_context}: the model's context has {config.max_position} tokens")
     model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device))
+    if cfg.model.compile:
+        model.compile()
     return Engine(
         opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids), model, config.vocab_size, max_context
     )

@@ -19,6 +19,7 @@ class ModelConfigNode:
     dtype: str = "float32"
     device: str = "cpu"
     attention: str = "sdpa"
+    compile: bool = False
     max_context: int | None = None
     num_threads: int | None = None
 

@@ -29,7 +29,9 @@ def script(name: str) -> ModuleType:
 
 def test_both_engines_generate_the_same_tokens() -> None:
     opened = open_random_model(CONFIG, seed=1)
-    bench = script("bench_figures").Bench(opened, script("bench_figures").Options([2], [], 16, 6, 4, "sdpa", 1, 0))
+    bench = script("bench_figures").Bench(
+        opened, script("bench_figures").Options([2], [], 16, 6, 4, "sdpa", False, 1, 0)
+    )
     prompts = [np.arange(n, dtype=np.int32) % 40 for n in (9, 14)]
     steps, ours = bench._engine(32, 2).serve(prompts, 6)
     first_s, steps_s, theirs = script("hf_baseline").HFBaseline(CONFIG, opened.weights).generate(prompts, 6)
