@@ -54,8 +54,9 @@ class Linear(torch.nn.Module):
         """[T, I] -> [T, O]."""
         if not self._can_group or torch.compiler.is_compiling() or len(x_TI) > MAX_GROUPED_ROWS:
             return functional.linear(x_TI, self.weight, self.bias)
+        # A chunk that samples nothing has no rows, so the width is named.
         y_GTO = torch.bmm(x_TI.expand(len(self._grouped_GIO), *x_TI.shape), self._grouped_GIO)
-        y_TO = y_GTO.transpose(0, 1).reshape(len(x_TI), -1)
+        y_TO = y_GTO.transpose(0, 1).reshape(len(x_TI), self.weight.shape[0])
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
 
