@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from memserve.clock import Stopwatch, to_s
 from memserve.model.llama import load_model
 from memserve.model.model_path import OpenedModel
 
+T = TypeVar("T")
 PREFIX_CASES = ((512, 0), (512, 256), (512, 448))  # tokens of the prompt, of them cached
 
 
@@ -33,23 +35,60 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure of a table. `works`: what its num_tokens tokens cost at least, step by step.
+class Run:
+    """num_tokens in `seconds`; `works`: what they cost at least, step by step, on `machine`, measured beside the run.
 
-    Shares are of the time of all steps, None where it was not taken apart.
+    outside_s, sampling_s: of the seconds, those outside the forward and those of the sampler; None if not taken apart.
     """
+
+    num_tokens: int
+    seconds: float
+    works: Sequence[Work]
+    machine: Machine
+    outside_s: float | None = None
+    sampling_s: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def roofline(self) -> float:
+        """Tokens per second that the machine allows."""
+        return self.num_tokens / sum(work.seconds(self.machine) for work in self.works)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a table; each property is the median over the runs, shares each of its own run."""
 
     engine: str
     what: str
-    tokens_per_s: float
-    num_tokens: int
-    works: Sequence[Work]
-    scheduler_share: float | None = None
-    sampling_share: float | None = None
+    runs: Sequence[Run]
 
-    def roofline(self, machine: Machine) -> float:
-        """Tokens per second that `machine` allows."""
-        return self.num_tokens / sum(work.seconds(machine) for work in self.works)
+    @property
+    def tokens_per_s(self) -> float:
+        return median(run.rate for run in self.runs)
+
+    @property
+    def roofline(self) -> float:
+        return median(run.roofline for run in self.runs)
+
+    @property
+    def share(self) -> float:
+        """Of the roofline."""
+        return median(run.rate / run.roofline for run in self.runs)
+
+    @property
+    def scheduler_share(self) -> float | None:
+        """Of the time of all steps; None where it was not taken apart."""
+        return _share_of(self.runs, [run.outside_s for run in self.runs])
+
+    @property
+    def sampling_share(self) -> float | None:
+        """As scheduler_share."""
+        return _share_of(self.runs, [run.sampling_s for run in self.runs])
 
 
 @dataclass(frozen=True)
@@ -63,10 +102,11 @@ class PrefixHit:
 
 
 class Bench:
-    """One opened model, our decoder of it, and seeded prompts."""
+    """One opened model, our decoder of it, and seeded prompts. measure: says how fast the machine is now."""
 
-    def __init__(self, opened: OpenedModel, options: Options) -> None:
+    def __init__(self, opened: OpenedModel, options: Options, measure: Callable[[], Machine]) -> None:
         self.opened, self.config, self.options = opened, opened.config, options
+        self._measure, self._machine = measure, measure()
         self._rng = np.random.default_rng(options.seed)
         self._model = load_model(opened.config, opened.weights, torch.float32, torch.device("cpu"))
         if options.compile:
@@ -84,21 +124,26 @@ class Bench:
     def decode(self, batch: int) -> Figure:
         """`batch` ragged prompts, already prefilled, get `new_tokens` tokens each."""
         o = self.options
-        runs = []
-        for _ in range(o.repeats):
+
+        def run() -> list[Step]:
             prompts = self._ragged(batch)
             engine = self._engine(2 * o.prompt_len + o.new_tokens, batch)
             engine.preload(prompts)
-            runs.append([step for step in engine.serve(prompts, o.new_tokens)[0] if step.decode])
-        return _of_runs(f"decode, batch {batch}", runs, [decode_work(self.config, s.seq_lens) for s in runs[0]])
+            return [step for step in engine.serve(prompts, o.new_tokens)[0] if step.decode]
+
+        runs = [self._timed(run, lambda s: decode_work(self.config, s.seq_lens)) for _ in range(o.repeats)]
+        return Figure("memserve", f"decode, batch {batch}", runs)
 
     def prefill(self, length: int) -> Figure:
         """One prompt of `length` tokens, up to its first token."""
-        engine, runs = self._engine(length, 1), []
-        for _ in range(self.options.repeats):
+        engine, work = self._engine(length, 1), prefill_work(self.config, length)
+
+        def run() -> list[Step]:
             engine.forget()
-            runs.append(engine.serve(self._prompts([length]), 1)[0])
-        return _of_runs(f"prefill, {length} tokens", runs, [prefill_work(self.config, length)])
+            return engine.serve(self._prompts([length]), 1)[0]
+
+        runs = [self._timed(run, lambda _: work) for _ in range(self.options.repeats)]
+        return Figure("memserve", f"prefill, {length} tokens", runs)
 
     def of_hugging_face(self) -> list[Figure]:
         """The same figures of transformers: decode once for each batch, prefill as often as ours."""
@@ -106,16 +151,37 @@ class Bench:
         baseline.generate(self._prompts([40]), 3)
         for batch in o.batches:
             prompts = self._ragged(batch)
-            _, steps_s, _ = baseline.generate(prompts, o.new_tokens)
+            (_, steps_s, _), machine = self._beside(lambda p=prompts: baseline.generate(p, o.new_tokens))  # type: ignore[misc]
             lengths = np.array([len(prompt) for prompt in prompts])
             works = [decode_work(self.config, lengths + i + 1) for i in range(len(steps_s))]
-            rate = batch * len(steps_s) / sum(steps_s)
-            figures.append(Figure("hf", f"decode, batch {batch}", rate, batch * len(steps_s), works))
+            figures.append(
+                Figure("hf", f"decode, batch {batch}", [Run(batch * len(steps_s), sum(steps_s), works, machine)])
+            )
         for length in o.prefill:
-            first_s = median(baseline.generate(self._prompts([length]), 2)[0] for _ in range(o.repeats))
-            works = [prefill_work(self.config, length)]
-            figures.append(Figure("hf", f"prefill, {length} tokens", length / first_s, length, works))
+            works, runs = [prefill_work(self.config, length)], []
+            for _ in range(o.repeats):
+                prompts = self._prompts([length])
+                (first_s, _, _), machine = self._beside(lambda p=prompts: baseline.generate(p, 2))  # type: ignore[misc]
+                runs.append(Run(length, first_s, works, machine))
+            figures.append(Figure("hf", f"prefill, {length} tokens", runs))
         return figures
+
+    def _timed(self, run: Callable[[], list[Step]], work: Callable[[Step], Work]) -> Run:
+        steps, machine = self._beside(run)
+        return Run(
+            sum(step.num_tokens for step in steps),
+            _sum(steps, lambda s: s.total_s),
+            [work(step) for step in steps],
+            machine,
+            _outside_s(steps),
+            _sum(steps, lambda s: s.sampling_s),
+        )
+
+    def _beside(self, run: Callable[[], T]) -> tuple[T, Machine]:
+        """What `run` returns, and the machine as it was meanwhile: the mean of just before and just after."""
+        before, result = self._machine, run()
+        self._machine = self._measure()
+        return result, before.mean_with(self._machine)
 
     def prefix_hits(self) -> list[PrefixHit]:
         """The first token's time with a part of the prompt cached; cases in turn, so that noise meets all alike."""
@@ -163,20 +229,9 @@ class Bench:
         return [self._rng.integers(0, self.config.vocab_size, n, dtype=np.int32) for n in lengths]
 
 
-def _of_runs(what: str, runs: Sequence[Sequence[Step]], works: Sequence[Work]) -> Figure:
-    """The median rate of the runs; `works` are those of the first."""
-    rates = [_sum(run, lambda s: s.num_tokens) / _sum(run, lambda s: s.total_s) for run in runs]
-    every = [step for run in runs for step in run]
-    total_s = _sum(every, lambda s: s.total_s)
-    return Figure(
-        "memserve",
-        what,
-        median(rates),
-        sum(step.num_tokens for step in runs[0]),
-        works,
-        _outside_s(every) / total_s,
-        _sum(every, lambda s: s.sampling_s) / total_s,
-    )
+def _share_of(runs: Sequence[Run], parts_s: Sequence[float | None]) -> float | None:
+    known = [seconds for seconds in parts_s if seconds is not None]
+    return sum(known) / sum(run.seconds for run in runs) if len(known) == len(runs) else None
 
 
 def _outside_s(steps: Sequence[Step]) -> float:

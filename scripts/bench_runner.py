@@ -8,15 +8,16 @@
 
 decode: prompts of 512 tokens on average, drawn between 7/8 and 9/8 of that, 64 tokens generated for each; tokens a
 second over the decode steps, whole steps: schedule, forward, sample, commit. prefill: one prompt, up to its first
-token. roofline.py says what the roofline is; it is measured before and after each shape, and the better of the two
-counts. Every figure of ours is the median of --repeats runs; Hugging Face decodes once for each batch, after a warm-up.
+token. roofline.py says what the roofline is. A machine that is shared changes from minute to minute, so the roofline is
+measured before and after every run, and a run's share is of the mean of these two. Every figure is the median of
+--repeats runs; Hugging Face decodes once for each batch, after a warm-up.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from bench_figures import Bench, Figure, Options, PrefixHit
 from rich.console import Console
 from rich.table import Table
-from roofline import Machine, measure_machine
+from roofline import measure_machine
 
 from memserve.metrics.output import environment
 from memserve.model.model_config import ModelConfig
@@ -45,7 +46,6 @@ class Result:
     """Everything measured on one shape. warm_up_s: first steps of every kind, compilation included."""
 
     shape: str
-    machine: Machine
     warm_up_s: float
     figures: Sequence[Figure] = ()
     hits: Sequence[PrefixHit] = ()
@@ -54,14 +54,12 @@ class Result:
 
 def run_shape(shape: str, args: argparse.Namespace) -> Result:
     """Raises ValueError for a shape that is none and for what the model cannot do."""
-    bench = Bench(_open(shape, args.seed), _options(args))
-    before = measure_machine()
+    bench = Bench(_open(shape, args.seed), _options(args), measure_machine)
     warm_up_s = bench.warm_up()
     if args.hits:
-        return Result(shape, before, warm_up_s, hits=bench.prefix_hits(), radix_over_none=bench.radix_over_none())
+        return Result(shape, warm_up_s, hits=bench.prefix_hits(), radix_over_none=bench.radix_over_none())
     figures = [*map(bench.decode, args.batches), *map(bench.prefill, args.prefill)]
-    figures += [] if args.no_hf else bench.of_hugging_face()
-    return Result(shape, before.best_of(measure_machine()), warm_up_s, figures)
+    return Result(shape, warm_up_s, figures + ([] if args.no_hf else bench.of_hugging_face()))
 
 
 def _open(shape: str, seed: int) -> OpenedModel:
@@ -75,10 +73,9 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def show(console: Console, result: Result) -> None:
-    m = result.machine
     console.print(
-        f"\n[bold]{result.shape}[/bold]  GEMM {m.gemm_flops / 1e9:.0f} GFLOP/s, reading {m.read_bytes / 1e9:.1f} GB/s, "
-        f"{torch.get_num_threads()} threads; first steps {result.warm_up_s:.1f} s"
+        f"\n[bold]{result.shape}[/bold]  {_range(result.figures)}{torch.get_num_threads()} threads; "
+        f"first steps {result.warm_up_s:.1f} s"
     )
     if result.figures:
         console.print(_table(result))
@@ -90,27 +87,45 @@ def show(console: Console, result: Result) -> None:
         console.print(f"  throughput without hits, index=radix over index=none: {result.radix_over_none:.4f}")
 
 
+def _range(figures: Sequence[Figure]) -> str:
+    machines = [run.machine for figure in figures for run in figure.runs]
+    if not machines:
+        return ""
+    gemm, reading = [m.gemm_flops / 1e9 for m in machines], [m.read_bytes / 1e9 for m in machines]
+    return f"GEMM {min(gemm):.0f} to {max(gemm):.0f} GFLOP/s, reading {min(reading):.1f} to {max(reading):.1f} GB/s, "
+
+
 def _table(result: Result) -> Table:
     table = Table()
     for name in ("", "engine", "tokens/s", "roofline", "share", "sched + index", "sampling"):
         table.add_column(name, justify="left" if name in ("", "engine") else "right", no_wrap=True)
     for f in sorted(result.figures, key=lambda f: [g.what for g in result.figures].index(f.what)):
-        roofline = f.roofline(result.machine)
         parts = ["" if x is None else f"{x:.1%}" for x in (f.scheduler_share, f.sampling_share)]
-        rates = (f"{f.tokens_per_s:.1f}", f"{roofline:.1f}", f"{f.tokens_per_s / roofline:.2f}")
+        rates = (f"{f.tokens_per_s:.1f}", f"{f.roofline:.1f}", f"{f.share:.2f}")
         table.add_row(f.what, f.engine, *rates, *parts)
     return table
 
 
 def as_json(result: Result) -> dict[str, Any]:
     """What --out writes of one shape; rates in tokens per second, times in seconds."""
-    figures = []
-    for figure in result.figures:
-        fields = asdict(figure)
-        del fields["works"]
-        roofline = figure.roofline(result.machine)
-        figures.append(fields | {"roofline_tokens_per_s": roofline, "share": figure.tokens_per_s / roofline})
-    return asdict(result) | {"figures": figures}
+    figures = [_figure_as_json(figure) for figure in result.figures]
+    return asdict(replace(result, figures=())) | {"figures": figures}
+
+
+def _figure_as_json(figure: Figure) -> dict[str, Any]:
+    runs = [
+        {"tokens_per_s": run.rate, "roofline_tokens_per_s": run.roofline, **asdict(run.machine)} for run in figure.runs
+    ]
+    return {
+        "engine": figure.engine,
+        "what": figure.what,
+        "tokens_per_s": figure.tokens_per_s,
+        "roofline_tokens_per_s": figure.roofline,
+        "share": figure.share,
+        "scheduler_share": figure.scheduler_share,
+        "sampling_share": figure.sampling_share,
+        "runs": runs,
+    }
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

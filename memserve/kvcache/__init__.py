@@ -5,10 +5,12 @@ from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.block_pool import BlockPool, PoolStats
 from memserve.kvcache.errors import BrokenInvariant, NotHeld, OutOfBlocks, StaleAddress
 from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
+from memserve.kvcache.hash_index import HashIndex
 from memserve.kvcache.index import Index, Match, NullIndex
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
 from memserve.kvcache.mempool import AddressMatch, MemPool
 from memserve.kvcache.radix import RadixIndex, RadixNode
+from memserve.kvcache.ticket import Ticket, TicketState
 
 __all__ = [
     "FIFO",
@@ -24,6 +26,7 @@ __all__ = [
     "CostAware",
     "DiscreteLayout",
     "Eviction",
+    "HashIndex",
     "Holder",
     "Index",
     "Layout",
@@ -37,4 +40,6 @@ __all__ = [
     "RadixIndex",
     "RadixNode",
     "StaleAddress",
+    "Ticket",
+    "TicketState",
 ]

@@ -17,6 +17,7 @@ from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
 from memserve.kvcache.errors import NotHeld, StaleAddress
 from memserve.kvcache.layout import CacheGeometry, Layout
+from memserve.kvcache.ticket import Ticket, TicketState
 
 Tokens = np.ndarray | Sequence[int]
 
@@ -52,6 +53,7 @@ class MemPool:
         self.geometry = geometry
         self.layout = layout
         self.incarnation = incarnation
+        self._num_tickets = 0
         device = torch.device(device)
         self.arena = Arena(layout, geometry, num_blocks, device)
         pinned = device.type != "cpu" and num_dram_blocks > 0
@@ -124,15 +126,15 @@ class MemPool:
         """Drops a prompt's cached data; returns how many blocks left the index."""
         return self.blocks.delete(as_tokens(tokens))
 
-    def swap_out(self, num_blocks: int) -> np.ndarray:
+    def swap_out(self, num_blocks: int) -> Ticket:
         """Moves up to `num_blocks` cached blocks that nobody uses to DRAM, those that eviction would take first.
 
-        Returns where they lie now, int64 [n]: as many as were movable and DRAM had free. The index follows them.
+        The ticket's addrs say where they lie now: as many as were movable and DRAM had free. The index follows them.
         """
-        return self.addresses(self.blocks.swap_out(_count(num_blocks)))
+        return self._swapped(self.blocks.swap_out(_count(num_blocks)))
 
-    def swap_in(self, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
-        """Brings blocks that `holder` holds from DRAM back to HBM; returns all of them as they are now, int64 [n].
+    def swap_in(self, addrs: np.ndarray, *, holder: Holder) -> Ticket:
+        """Brings blocks that `holder` holds from DRAM back to HBM; the ticket's addrs are all of them as they are now.
 
         Those in HBM stay. The old addresses of the others are stale unless somebody else holds them. Raises
         OutOfBlocks, NotHeld or StaleAddress, with nothing moved.
@@ -140,7 +142,11 @@ class MemPool:
         blocks = self.resolve(addrs)
         if not np.isin(blocks, self.blocks.allocator.held_by(holder)).all():
             raise NotHeld(f"{holder} swaps in blocks that it does not hold")
-        return self.addresses(self.blocks.swap_in(blocks, holder))
+        return self._swapped(self.blocks.swap_in(blocks, holder))
+
+    def _swapped(self, blocks: np.ndarray) -> Ticket:
+        self._num_tickets += 1
+        return Ticket((self.incarnation, self._num_tickets), self.addresses(blocks), TicketState.DONE)
 
     def addresses(self, blocks: np.ndarray) -> np.ndarray:
         """The present addresses, int64 [n], of block numbers (int32 [n])."""

@@ -8,9 +8,12 @@ import math
 import torch
 from torch.nn import functional
 
-# Up to this many rows a float32 product on a CPU is bound by reading the weight, and `Linear` works in groups.
+# Up to MAX_GROUPED_ROWS rows a float32 product on a CPU is bound by reading the weight, and `Linear` works in groups
+# of about GROUP_SIZE of its rows, MIN_GROUPS at least. Up to MAX_COLUMNS, x goes in as columns of the product.
 MAX_GROUPED_ROWS = 48
-NUM_GROUPS = 4
+MAX_COLUMNS = 4
+MIN_GROUPS = 4
+GROUP_SIZE = 768
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,18 +49,29 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.register_buffer("bias", bias)
-        groups = NUM_GROUPS if weight.shape[0] % NUM_GROUPS == 0 else 1
-        self._grouped_GIO = weight.view(groups, -1, weight.shape[1]).transpose(1, 2)
+        groups = _num_groups(weight.shape[0])
+        self._grouped_GOI = weight.view(groups, -1, weight.shape[1])
         self._can_group = groups > 1 and weight.device.type == "cpu" and weight.dtype == torch.float32
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """[T, I] -> [T, O]."""
         if not self._can_group or torch.compiler.is_compiling() or len(x_TI) > MAX_GROUPED_ROWS:
             return functional.linear(x_TI, self.weight, self.bias)
+        x_GTI = x_TI.expand(len(self._grouped_GOI), *x_TI.shape)
+        if len(x_TI) <= MAX_COLUMNS:
+            y_TGO = torch.bmm(self._grouped_GOI, x_GTI.transpose(1, 2)).permute(2, 0, 1)
+        else:
+            y_TGO = torch.bmm(x_GTI, self._grouped_GOI.transpose(1, 2)).transpose(0, 1)
         # A chunk that samples nothing has no rows, so the width is named.
-        y_GTO = torch.bmm(x_TI.expand(len(self._grouped_GIO), *x_TI.shape), self._grouped_GIO)
-        y_TO = y_GTO.transpose(0, 1).reshape(len(x_TI), self.weight.shape[0])
+        y_TO = y_TGO.reshape(len(x_TI), self.weight.shape[0])
         return y_TO if self.bias is None else y_TO.add_(self.bias)
+
+
+def _num_groups(num_rows: int) -> int:
+    """How many equal groups: near as many as GROUP_SIZE asks for, MIN_GROUPS at least; 1 where none is near."""
+    wanted = max(MIN_GROUPS, -(-num_rows // GROUP_SIZE))
+    near = (n for n in range(max(MIN_GROUPS, wanted // 4), 4 * wanted + 1) if num_rows % n == 0)
+    return min(near, key=lambda n: abs(n - wanted), default=1)
 
 
 def swiglu(gate_up_TO: torch.Tensor) -> torch.Tensor:

@@ -199,7 +199,7 @@ def contents(pool, addrs):
 
 def test_swap_out_moves_the_coldest_and_the_index_follows():
     pool, tokens, addrs = filled()
-    moved = pool.swap_out(2)
+    moved = pool.swap_out(2).addrs
     assert contents(pool, moved) == [4, 3] and (address.medium_of(moved) == Medium.DRAM).all()
     found = pool.match(tokens)
     assert found.num_tokens == 16 and contents(pool, found.addrs) == [1, 2, 3, 4]
@@ -217,7 +217,7 @@ def test_swap_in_brings_back_what_its_holder_holds():
     with pytest.raises(NotHeld):
         pool.swap_in(found, holder=A)
     pool.retain(found, holder=A)
-    here = pool.swap_in(found, holder=A)
+    here = pool.swap_in(found, holder=A).addrs
     assert (address.medium_of(here) == Medium.HBM).all() and contents(pool, here) == [1, 2, 3, 4]
     assert pool.match(tokens).addrs.tolist() == here.tolist() and pool.stats().num_free_dram == 4
     pool.check()
@@ -237,7 +237,7 @@ def test_alloc_moves_cached_blocks_down_before_it_evicts_any():
 def test_a_block_in_use_never_moves():
     pool, tokens, addrs = filled()
     pool.retain(addrs[:3], holder=B)
-    assert len(pool.swap_out(4)) == 1
+    assert len(pool.swap_out(4).addrs) == 1
     assert pool.match(tokens).addrs[:3].tolist() == addrs[:3].tolist()
     pool.check()
 
@@ -251,7 +251,7 @@ def test_dram_can_be_allocated_by_name_and_has_its_own_end():
     pool.free_mem(addrs, holder=B)
     with pytest.raises(ValueError, match="7"):
         pool.alloc_mem(1, 7, holder=B)
-    assert make_pool().swap_out(3).tolist() == []
+    assert make_pool().swap_out(3).addrs.tolist() == []
 
 
 def double_insert(pool, addrs):

@@ -29,9 +29,8 @@ def script(name: str) -> ModuleType:
 
 def test_both_engines_generate_the_same_tokens() -> None:
     opened = open_random_model(CONFIG, seed=1)
-    bench = script("bench_figures").Bench(
-        opened, script("bench_figures").Options([2], [], 16, 6, 4, "sdpa", False, 1, 0)
-    )
+    options = script("bench_figures").Options([2], [], 16, 6, 4, "sdpa", False, 1, 0)
+    bench = script("bench_figures").Bench(opened, options, lambda: script("roofline").Machine(1e11, 1e10))
     prompts = [np.arange(n, dtype=np.int32) % 40 for n in (9, 14)]
     steps, ours = bench._engine(32, 2).serve(prompts, 6)
     first_s, steps_s, theirs = script("hf_baseline").HFBaseline(CONFIG, opened.weights).generate(prompts, 6)
@@ -62,7 +61,7 @@ def test_the_roofline_counts_weights_kv_and_operations() -> None:
     machine = roofline.Machine(gemm_flops=1e3, read_bytes=1e12)
     assert decode.seconds(machine) == decode.flops / 1e3
     assert decode.seconds(roofline.Machine(1e12, 1e3)) == decode.num_bytes / 1e3
-    assert machine.best_of(roofline.Machine(2e3, 1.0)) == roofline.Machine(2e3, 1e12)
+    assert machine.mean_with(roofline.Machine(3e3, 3e12)) == roofline.Machine(2e3, 2e12)
 
 
 def test_it_writes_a_share_of_the_roofline_for_every_figure(
