@@ -59,6 +59,8 @@ def resolve(composed: DictConfig) -> RunConfig:
         raise ConfigError(f"{', '.join(sorted(missing))}: expected a value")
     cfg = cast(RunConfig, merged)
     check_config(cfg)
+    if cfg.model.attention == "auto":
+        cfg.model.attention = "sparse" if (cfg.model.device, cfg.model.dtype) == ("cpu", "float32") else "sdpa"
     for name in TARGETS:
         check_target(name, cast(dict[str, Any], OmegaConf.to_container(merged[name])))
     OmegaConf.set_readonly(merged, True)

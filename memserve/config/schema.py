@@ -18,7 +18,7 @@ class ModelConfigNode:
     random: dict[str, Any] | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    attention: str = "sdpa"
+    attention: str = "auto"
     compile: bool = False
     max_context: int | None = None
     num_threads: int | None = None

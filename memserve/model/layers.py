@@ -10,7 +10,7 @@ from torch.nn import functional
 
 # Up to MAX_GROUPED_ROWS rows a float32 product on a CPU is bound by reading the weight, and `Linear` works in groups
 # of about GROUP_SIZE of its rows, MIN_GROUPS at least. Up to MAX_COLUMNS, x goes in as columns of the product.
-MAX_GROUPED_ROWS = 48
+MAX_GROUPED_ROWS = 128
 MAX_COLUMNS = 4
 MIN_GROUPS = 4
 GROUP_SIZE = 768

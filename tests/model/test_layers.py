@@ -7,7 +7,7 @@ from torch.nn import functional
 from memserve.model.layers import Linear, RMSNorm, swiglu
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 2, 8, 31, 48, 49, 200])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 4, 5, 31, 128, 129, 200])
 @pytest.mark.parametrize(("num_out", "num_in"), [(96, 40), (97, 40), (160, 33)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_equals_torch_at_any_number_of_rows(num_rows, num_out, num_in, bias) -> None:
