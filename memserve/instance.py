@@ -192,7 +192,7 @@ class Instance:
             attempt=message.attempt,
             session_id=message.session_id,
             arrival_ns=message.arrival_ns,
-            seed=sampling_seed(message.params, self._seed, message.request_id),
+            seed=drawn_seed(self._seed, message.request_id),
             max_num_tokens=len(prompt) + self.limits.max_tokens(len(prompt), message.params),
         )
         stop = message.params.stop
@@ -232,9 +232,7 @@ class Instance:
         self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, stats))
 
 
-def sampling_seed(params: SamplingParams, engine_seed: int, request_id: str) -> int:
-    """The request's own seed, or one drawn from the engine's seed and the request's id: 63 bits, equal everywhere."""
-    if params.seed is not None:
-        return params.seed
+def drawn_seed(engine_seed: int, request_id: str) -> int:
+    """The seed of a request that brings none: of the engine's seed and the request's id; 63 bits, equal everywhere."""
     digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -162,7 +162,7 @@ class Request:
     attempt: int = 0
     session_id: str = ""
     arrival_ns: int = 0
-    seed: int = 0  # of its random numbers: params.seed, or drawn by the instance from its own seed and the id
+    seed: int = 0  # of its random numbers, unless params bring one; drawn by the instance from its own seed and the id
     phase: Phase = Phase.WAITING
     num_cached: int = 0
     num_computed: int = 0
@@ -176,6 +176,8 @@ class Request:
     block_table: IntBuffer = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.params.seed is not None:
+            self.seed = self.params.seed
         self.tokens = IntBuffer(self.prompt)
         self.block_table = IntBuffer(np.empty(0, dtype=np.int32))
 

@@ -4,8 +4,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from memserve.instance import drawn_seed
 from memserve.messages import Dispatch, Message, Tokens, pack_times, pack_tokens, unpack_times, unpack_tokens
-from memserve.request import IntBuffer, SamplingParams
+from memserve.request import IntBuffer, Request, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,14 @@ def test_an_int_buffer_grows_and_forgets():
     buffer.truncate(2)
     buffer.append(9)
     assert buffer.view.tolist() == [1, 2, 9] and buffer.view.flags.c_contiguous
+
+
+def test_a_requests_own_seed_wins_over_the_one_drawn_for_it():
+    prompt = np.arange(3, dtype=np.int32)
+    assert Request("r", prompt, SamplingParams(seed=5), seed=9).seed == 5
+    assert Request("r", prompt, SamplingParams(), seed=9).seed == 9
+
+
+def test_drawn_seeds_differ_by_engine_seed_and_request():
+    seeds = {drawn_seed(s, r) for s in (0, 1) for r in ("a", "b")}
+    assert len(seeds) == 4 and all(0 <= s < 2**63 for s in seeds)

@@ -7,7 +7,6 @@ scheduled the batch appends the tokens and advances `num_computed` afterwards.
 Shape legend: R requests, E hidden size, S sampled rows, V vocabulary; kv[L, 2, N, B, K, D] as in kvcache/layout.py.
 """
 
-import hashlib
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -20,7 +19,7 @@ from memserve.model.batch import ForwardBatch, build_forward_batch
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
 from memserve.model.sampler import Sampler, SamplingRow
-from memserve.request import Request, SamplingParams, ScheduledBatch, StepOutput, TokenLogprobs
+from memserve.request import Request, ScheduledBatch, StepOutput, TokenLogprobs
 
 Logprobs = list[TokenLogprobs | None] | None
 Result = TypeVar("Result")
@@ -31,19 +30,11 @@ def geometry(config: ModelConfig, block_size: int, dtype: torch.dtype) -> CacheG
     return CacheGeometry(config.num_layers, block_size, config.num_kv_heads, config.head_dim, dtype)
 
 
-def sampling_seed(params: SamplingParams, engine_seed: int, request_id: str) -> int:
-    """The request's own seed, or one drawn from the engine's seed and the request's id: 63 bits, equal everywhere."""
-    if params.seed is not None:
-        return params.seed
-    digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 class ModelRunner:
     """One instance's compute: a model, which runners may share, over one cache, which they do not.
 
     kv: the pool's view [L, 2, N, B, K, D] in either layout, of the model's dtype and on its device.
-    attention: the backend's word, see memserve/model/attention.  seed: of requests that bring none of their own.
+    attention: the backend's word, see memserve/model/attention.
 
     Raises ValueError if the cache does not fit the model.
     """
@@ -55,7 +46,6 @@ class ModelRunner:
         block_size: int,
         attention: str = "sdpa",
         sampler: Sampler | None = None,
-        seed: int = 0,
     ) -> None:
         _check_cache(model, kv, block_size)
         self.model = model
@@ -63,7 +53,6 @@ class ModelRunner:
         self._kv, self._kv_layers = kv, kv.unbind(0)
         self._attention: type[Attention] = attention_backend(attention)
         self._sampler = sampler if sampler is not None else Sampler()
-        self._seed = seed
         if model.decode_graph is not None:
             model.decode_graph.warm_up(kv)
 
@@ -114,7 +103,7 @@ class ModelRunner:
         """int32 [S] tokens of the sampled rows, and their logprobs if any of `requests`, which own those rows, asks."""
         positions = step.positions[step.sample_rows] + 1
         rows = [
-            SamplingRow(r.params, sampling_seed(r.params, self._seed, r.request_id), int(p))
+            SamplingRow(r.params, r.seed, int(p))
             for r, p in zip(requests, positions, strict=True)
         ]
         return self._sampler.sample(logits_SV, rows)

@@ -8,8 +8,8 @@ import torch
 import transformers
 from mini_engine import LAYOUTS, MiniEngine, model_of
 
-from memserve.model.runner import ModelRunner, geometry, sampling_seed
-from memserve.request import SamplingParams, ScheduledBatch
+from memserve.model.runner import ModelRunner, geometry
+from memserve.request import ScheduledBatch
 
 NUM_OUTPUT = 12
 
@@ -169,10 +169,3 @@ def test_an_unknown_attention_backend_is_refused_with_the_words_there_are(model)
 def test_geometry_is_the_models(model) -> None:
     g = geometry(model.config, 32, torch.float32)
     assert (g.num_layers, g.block_size, g.num_kv_heads, g.head_dim) == (3, 32, 2, 16)
-
-
-def test_a_request_without_a_seed_draws_one_from_the_engines_seed_and_its_id() -> None:
-    unseeded = SamplingParams(temperature=1.0)
-    assert sampling_seed(SamplingParams(seed=5), 0, "a") == 5
-    seeds = {sampling_seed(unseeded, s, r) for s in (0, 1) for r in ("a", "b")}
-    assert len(seeds) == 4 and all(0 <= s < 2**63 for s in seeds)
