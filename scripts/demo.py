@@ -20,7 +20,7 @@ from memserve.model.tokenizer import Tokenizer
 
 SYSTEMS = {"caching off": "index=none", "caching on": "index=radix"}
 WORKLOAD = (
-    "workload.num_sessions=8",
+    "workload.num_sessions=6",
     "workload.max_turns=4",
     "workload.max_output_tokens=40",
     "workload/arrivals=closed_loop",
