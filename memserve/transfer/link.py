@@ -1,0 +1,38 @@
+"""LinkModel: how long a move between two instances takes, for clusters that live in one process. Knows no bytes."""
+
+import math
+from dataclasses import dataclass
+
+from memserve.clock import to_ns
+
+
+@dataclass(frozen=True)
+class LinkModel:
+    """seconds = latency_s * network calls + bytes / (gb_per_s * 1e9), calls one after the other.
+
+    The paper's own model has no latency term (Eq. 2), which makes every granularity cost the same.
+    message_latency_s: of a control message, one way.  contention: moves that leave one instance, or reach one, wait for
+    each other; without it each pair of instances has a link of its own. Raises ValueError for what is no link.
+    """
+
+    latency_s: float
+    gb_per_s: float
+    message_latency_s: float = 0.0
+    contention: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("latency_s", "message_latency_s"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name}={value}: expected a finite number >= 0")
+        if not self.gb_per_s > 0:
+            raise ValueError(f"gb_per_s={self.gb_per_s}: expected a number > 0")
+
+    def duration_ns(self, num_calls: int, num_bytes: int) -> int:
+        """Nanoseconds from the first call to the last byte."""
+        return to_ns(self.latency_s * num_calls + num_bytes / (self.gb_per_s * 1e9))
+
+    @property
+    def message_ns(self) -> int:
+        """Nanoseconds that a control message takes."""
+        return to_ns(self.message_latency_s)

@@ -1,0 +1,73 @@
+"""Transport: moves rows of bytes from one endpoint's memory to another's. Knows endpoints by number, and no KV.
+
+An endpoint attaches its memories once. Whoever writes posts moves and polls for those that have arrived whole; the
+order of moves between two endpoints is kept. A posted move is always completed, unless one of its ends is gone.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+MoveId = tuple[int, int, int]  # (endpoint that posts it, ticket, part of the ticket)
+
+
+@dataclass(frozen=True)
+class Move:
+    """Rows of one memory to rows of another, seen as [num_rows, row_bytes].
+
+    source, target: (endpoint, number of its memory).  source_rows, target_rows: int64 [n].
+    call_starts: int64 [num_calls], the row with which each network call begins.  packed: gathered into one buffer
+    before the call and scattered after it.
+    """
+
+    source: tuple[int, int]
+    target: tuple[int, int]
+    row_bytes: int
+    source_rows: np.ndarray
+    target_rows: np.ndarray
+    call_starts: np.ndarray
+    packed: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.row_bytes * len(self.source_rows)
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.call_starts)
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A move whose bytes are all in place; when it was begun and ended on the wire."""
+
+    move_id: MoveId
+    begun_ns: int
+    ended_ns: int
+
+
+class Transport(ABC):
+    """One way to move bytes."""
+
+    @abstractmethod
+    def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
+        """Makes an endpoint's memories (contiguous tensors; None: there is nothing behind the rows) known."""
+
+    @abstractmethod
+    def detach(self, endpoint: int) -> None:
+        """Forgets an endpoint that is gone: what it had posted stops, what others write to it reaches nothing."""
+
+    @abstractmethod
+    def post(self, move_id: MoveId, move: Move, ready_ns: int) -> None:
+        """Begins a move as soon as the source is ready. The caller keeps both ends' rows until it has arrived."""
+
+    @abstractmethod
+    def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:
+        """The moves posted by `endpoint` that have arrived since the last call, in order."""
+
+    @abstractmethod
+    def next_time_ns(self) -> int | None:
+        """When the next move will arrive, on a virtual clock; None when none is under way."""
