@@ -222,6 +222,7 @@ class BlockPool:
         num_new = self.index.num_blocks - before
         self.allocator.retain(canonical[len(canonical) - num_new :], INDEX)
         better = (canonical >= self.num_blocks) & (blocks < self.num_blocks)
+        better &= (self.allocator.refcounts[blocks] & 1) == 0  # a block is cached in one place only
         return self._take_over(canonical, blocks, better) if better.any() else canonical
 
     def _take_over(self, canonical: np.ndarray, blocks: np.ndarray, better: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ class MemPool:
         This is what turns active KV into historical KV (section 4.2). The index becomes one more holder. `holder`
         keeps what it holds and also takes the canonical blocks it did not have, so that it can rely on them.
         Raises StaleAddress, NotHeld for a block that `holder` does not hold, and ValueError for a block given twice or
-        cached under another prefix, with nothing inserted.
+        one to be cached that is cached under another prefix, with nothing inserted.
         """
         blocks, array = self.resolve(addrs), as_tokens(tokens)
         held = self.blocks.allocator.held_by(_named(holder))
@@ -137,11 +137,13 @@ class MemPool:
         """Brings blocks that `holder` holds from DRAM back to HBM; the ticket's addrs are all of them as they are now.
 
         Those in HBM stay. The old addresses of the others are stale unless somebody else holds them. Raises
-        OutOfBlocks, NotHeld or StaleAddress, with nothing moved.
+        OutOfBlocks, NotHeld, StaleAddress, and ValueError for a block given twice, with nothing moved.
         """
         blocks = self.resolve(addrs)
-        if not np.isin(blocks, self.blocks.allocator.held_by(holder)).all():
+        if not np.isin(blocks, self.blocks.allocator.held_by(_named(holder))).all():
             raise NotHeld(f"{holder} swaps in blocks that it does not hold")
+        if len(np.unique(blocks)) != len(blocks):
+            raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: expected each once")
         return self._swapped(self.blocks.swap_in(blocks, holder))
 
     def _swapped(self, blocks: np.ndarray) -> Ticket:
