@@ -1,24 +1,48 @@
 """What an index must answer, spelled out: a dict from each cached block prefix to its block."""
 
+import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 
 BLOCK = 4  # tokens in a block
+ATTENTION_TOKENS, HORIZON = 3.7, 2.0  # of the cost-aware order: small enough to matter, and without equal keys
+
+
+@dataclass
+class Use:
+    """born, last_used: index operations, counted from 1. start: tokens before the node that the block lies in."""
+
+    born: int
+    last_used: int
+    start: int
+    num_uses: int = 1
+
+
+ORDERS = {
+    "lru": lambda use: (use.last_used,),
+    "lfu": lambda use: (use.num_uses, use.last_used),
+    "fifo": lambda use: (use.born,),
+    "cost_aware": lambda use: (use.last_used + HORIZON * math.log2(1 + use.start / ATTENTION_TOKENS),),
+}
 
 
 class BruteForceIndex:
-    """Every cached prefix, and when it was last used. Evicts the oldest leaf, the deepest of equally old ones.
+    """Every cached prefix and how it was used. Evicts the first leaf of the order, the deepest of equal ones.
 
-    refcounts: anything that maps a block to its number of holders, the index included.
+    refcounts: anything that maps a block to its number of holders, the index included.  has_nodes: blocks lie in nodes
+    as in a path-compressed tree, cut where a request left an edge; else each is a node of its own.
     """
 
-    def __init__(self, refcounts, block_size=BLOCK):
+    def __init__(self, refcounts, block_size=BLOCK, order="lru", has_nodes=True):
         self.refcounts = refcounts
         self.block_size = block_size
+        self.has_nodes = has_nodes
         self.blocks = {}  # prefix tuple -> block
         self.used = {}
         self.clock = 0
+        self._key = ORDERS[order]
 
     def prefixes(self, tokens, limit=None):
         size = self.block_size
@@ -31,15 +55,25 @@ class BruteForceIndex:
         for prefix in self.prefixes(tokens, limit):
             if prefix not in self.blocks:
                 break
-            self.used[prefix] = self.clock
-            found.append(self.blocks[prefix])
-        return found
+            self.used[prefix].last_used = self.clock
+            self.used[prefix].num_uses += 1
+            found.append(prefix)
+        if found and self.has_nodes:
+            self._cut_after(found[-1])
+        return [self.blocks[prefix] for prefix in found]
+
+    def _cut_after(self, end):
+        for prefix, use in self.used.items():
+            if prefix[: len(end)] == end != prefix and use.start == self.used[end].start:
+                use.start = len(end)
 
     def insert(self, tokens, blocks):
-        found = self.match(tokens)
-        for prefix, block in list(zip(self.prefixes(tokens), blocks, strict=True))[len(found) :]:
-            self.blocks[prefix], self.used[prefix] = block, self.clock
-        return [self.blocks[p] for p in self.prefixes(tokens)]
+        num_found, path = len(self.match(tokens)), self.prefixes(tokens)
+        for i, (prefix, block) in list(enumerate(zip(path, blocks, strict=True)))[num_found:]:
+            self.blocks[prefix] = block
+            start = num_found if self.has_nodes else i
+            self.used[prefix] = Use(self.clock, self.clock, start * self.block_size)
+        return [self.blocks[p] for p in path]
 
     def children(self, prefix):
         size = len(prefix) + self.block_size
@@ -52,9 +86,21 @@ class BruteForceIndex:
             leaves = [p for p, block in self.blocks.items() if p not in inner and self.refcounts[block] == 1]
             if not leaves:
                 break
-            oldest = min(leaves, key=lambda p: self.used[p])
-            gone.append(self.blocks.pop(oldest))
-            del self.used[oldest]
+            first = min(leaves, key=lambda p: self._key(self.used[p]))
+            gone.append(self.blocks.pop(first))
+            del self.used[first]
+        return gone
+
+    def coldest(self, count, movable):
+        """Blocks for which movable(block) holds and which nobody else holds: the first `count`, of any depth."""
+        alone = [p for p, block in self.blocks.items() if movable(block) and self.refcounts[block] == 1]
+        alone.sort(key=lambda p: (self._key(self.used[p]), -len(p)))
+        return [self.blocks[p] for p in alone[:count]]
+
+    def clear(self):
+        gone = list(self.blocks.values())
+        self.blocks.clear()
+        self.used.clear()
         return gone
 
     def delete(self, tokens):

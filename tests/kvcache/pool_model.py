@@ -1,0 +1,155 @@
+"""What a MemPool must hold and answer, spelled out: blocks as objects, their holders as lists, room made by the book.
+
+A block that moves keeps its object and gets an address that the model cannot know: None, until the machine has asked
+the pool for it. So an operation may move blocks and evict one of them a moment later, and nothing is guessed.
+"""
+
+from collections import Counter
+from itertools import count
+
+from kvcache.brute_force import BruteForceIndex
+
+from memserve.kvcache import Medium
+
+HBM, DRAM = Medium.HBM, Medium.DRAM
+
+
+class Block:
+    """medium and addr: where it is now. kv: the number that all of its KV must read as."""
+
+    def __init__(self, medium, kv, addr=None):
+        self.medium, self.kv, self.addr = medium, kv, addr
+
+
+class PoolModel:
+    """held: holder -> blocks, in the order taken. dead: addresses of freed blocks. sizes: medium -> blocks."""
+
+    def __init__(self, num_blocks, num_dram_blocks, **index):
+        self.sizes = {HBM: num_blocks, DRAM: num_dram_blocks}
+        self.index = BruteForceIndex(self, **index)
+        self.held = {}
+        self.dead = []
+        self.num_evicted = self.num_swapped_out = self.num_swapped_in = 0
+        self._scratch = count(-1, -1)
+
+    def __getitem__(self, block):
+        """The block's number of holders, the index included."""
+        return self.refcounts()[block]
+
+    def refcounts(self):
+        return Counter(b for blocks in [*self.held.values(), self.index.blocks.values()] for b in blocks)
+
+    def alive(self, medium):
+        return [block for block in self.refcounts() if block.medium is medium]
+
+    def free(self, medium):
+        return self.sizes[medium] - len(self.alive(medium))
+
+    def evictable(self, medium):
+        counts = self.refcounts()
+        return [b for b in self.index.blocks.values() if counts[b] == 1 and b.medium is medium]
+
+    def mine(self, holder):
+        return self.held.get(holder, [])
+
+    def of_others(self, holder):
+        """Blocks in use that this holder does not hold."""
+        return [block for block in self.refcounts() if block not in self.mine(holder)]
+
+    # -- holders --------------------------------------------------------------------------------------------------
+
+    def alloc(self, holder, addrs, medium):
+        """New blocks at these addresses, each with KV of its own."""
+        blocks = [Block(medium, next(self._scratch), addr) for addr in addrs]
+        self.take(holder, blocks)
+        return blocks
+
+    def take(self, holder, blocks):
+        """The holder takes what it does not hold yet."""
+        mine = self.held.setdefault(holder, [])
+        mine += [block for block in blocks if block not in mine]
+        self._forget_empty()
+
+    def drop(self, holder, blocks):
+        self.held[holder] = [block for block in self.mine(holder) if block not in blocks]
+        self._forget_empty()
+        self.bury(blocks)
+
+    def bury(self, blocks):
+        """Addresses of blocks that nobody holds any more are dead for good."""
+        counts = self.refcounts()
+        self.dead += [block.addr for block in blocks if not counts[block] and block.addr is not None]
+
+    def _forget_empty(self):
+        self.held = {holder: blocks for holder, blocks in self.held.items() if blocks}
+
+    # -- index ----------------------------------------------------------------------------------------------------
+
+    def may_insert(self, tokens, blocks):
+        """Whether each block is given once, and those to be cached are cached nowhere yet."""
+        path, cached = self.index.prefixes(tokens), set(self.index.blocks.values())
+        new = [b for b, prefix in zip(blocks, path, strict=True) if prefix not in self.index.blocks]
+        return len(set(blocks)) == len(blocks) and not cached & set(new)
+
+    def insert(self, holder, tokens, blocks):
+        """The canonical blocks: those cached first, but the caller's where that one is in HBM and theirs in DRAM."""
+        cached = set(self.index.blocks.values())
+        canonical = self.index.insert(tokens, blocks)
+        for i, prefix in enumerate(self.index.prefixes(tokens)):
+            if canonical[i].medium is DRAM and blocks[i].medium is HBM and blocks[i] not in cached:
+                old, canonical[i] = canonical[i], blocks[i]
+                self.index.blocks[prefix] = blocks[i]
+                self.bury([old])
+        self.take(holder, canonical)
+        return canonical
+
+    # -- room and moves -------------------------------------------------------------------------------------------
+
+    def room_for(self, num_blocks, medium):
+        """Makes room as alloc_mem has to; whether `num_blocks` are free then."""
+        if num_blocks > self.free(medium) + len(self.evictable(medium)):
+            return False
+        while (short := num_blocks - self.free(medium)) > 0:
+            if medium is HBM and self.swap_out(short):
+                continue
+            gone = self.index.evict(short)
+            self.num_evicted += len(gone)
+            self.bury(gone)
+            if not gone:
+                return False
+        return True
+
+    def swap_out(self, num_blocks):
+        """The cached blocks that eviction would take first, moved as far as DRAM has room; in that order."""
+        moved = self.index.coldest(min(num_blocks, self.free(DRAM)), lambda block: block.medium is HBM)
+        self.num_swapped_out += len(moved)
+        self.dead += [block.addr for block in moved if block.addr is not None]
+        for block in moved:
+            block.medium, block.addr = DRAM, None
+        return moved
+
+    def swap_in(self, holder, blocks):
+        """The holder's blocks as they are then: copies in HBM of those in DRAM. None where there is no room."""
+        below = [block for block in blocks if block.medium is DRAM]
+        if not self.room_for(len(below), HBM):
+            return None
+        self.num_swapped_in += len(below)
+        return self._moved(holder, blocks, below, HBM)
+
+    def move_out(self, holder, blocks):
+        """As a request's preemption: those in HBM that no other request uses lie in DRAM then. None: no room."""
+        others = {b for other, held in self.held.items() if other != holder for b in held}
+        alone = [block for block in blocks if block.medium is HBM and block not in others]
+        if not self.room_for(len(alone), DRAM):
+            return None
+        self.num_swapped_out += len(alone)
+        return self._moved(holder, blocks, alone, DRAM)
+
+    def _moved(self, holder, blocks, leaving, medium):
+        """`blocks`, with copies in `medium` of those `leaving`; the holder and the index have the copies then."""
+        copies = {block: Block(medium, block.kv) for block in leaving}
+        self.take(holder, copies.values())
+        for prefix, block in self.index.blocks.items():
+            self.index.blocks[prefix] = copies.get(block, block)
+        self.drop(holder, leaving)
+        return [copies.get(block, block) for block in blocks]
