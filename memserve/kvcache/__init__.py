@@ -9,7 +9,8 @@ from memserve.kvcache.hash_index import HashIndex
 from memserve.kvcache.index import Index, Match, NullIndex
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
 from memserve.kvcache.mempool import AddressMatch, MemPool
-from memserve.kvcache.radix import RadixIndex, RadixNode
+from memserve.kvcache.radix import RadixIndex
+from memserve.kvcache.radix_tree import RadixNode
 from memserve.kvcache.ticket import Ticket, TicketState
 
 __all__ = [

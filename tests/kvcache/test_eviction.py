@@ -60,7 +60,7 @@ def test_cost_aware_refuses_values_out_of_range(value):
 def test_splitting_a_node_keeps_its_place_and_its_depth():
     index = index_of(LRU(), tokens(1, 2, 3, 4))
     index.match(tokens(1, 2))
-    [head] = index._root.children.values()
+    [head] = index._tree.root.children.values()
     [tail] = head.children.values()
     assert (head.num_tokens_before, tail.num_tokens_before, head.born, tail.born) == (0, 2, 1, 1)
     assert tail.last_used == 1 and head.last_used == 2
