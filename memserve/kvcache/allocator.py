@@ -5,9 +5,10 @@
 A block's life: free -> alloc(holder) -> retain / release by any number of holders -> free again when the last one lets
 go, its generation one higher. The ledger says who holds what, so "who keeps this block alive" always has an answer.
 The index is the one holder of many scattered blocks: it is kept as a bit of the count, every other holder as a list.
+Arrays are read and written at `_places(blocks)`: NumPy does so four times faster at indices of its own integer type.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class Allocator:
         }
         self._num_index_only = {Medium.HBM: 0, Medium.DRAM: 0}
         self._ledger: dict[Holder, IntBuffer] = {}
-        self._place = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)  # scratch: never cleared, always verified
+        self._order = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)  # scratch: never cleared, always verified
 
     @property
     def num_free(self) -> int:
@@ -96,7 +97,7 @@ class Allocator:
             capacity = self.num_dram_blocks if medium else self.num_blocks
             raise OutOfBlocks(f"{num_blocks} blocks asked for, {free.size} of {capacity} free in {medium.name}")
         blocks = free.pop(num_blocks)
-        self.refcounts[blocks] = _weight(holder)
+        self.refcounts[_places(blocks)] = _weight(holder)
         if holder == INDEX:
             self._num_index_only[medium] += num_blocks
         else:
@@ -107,36 +108,49 @@ class Allocator:
         """One more holder of blocks that are in use. Raises NotHeld if any is free, or the index has it already."""
         if not len(blocks):
             return
-        counts = self.refcounts[blocks]
-        if not counts.all():
+        places = _places(blocks)
+        counts = self.refcounts[places]
+        if np.count_nonzero(counts) < len(counts):
             raise NotHeld(f"{holder} retains free blocks {blocks[counts == 0].tolist()}")
         if holder == INDEX:
-            if (counts & 1).any():
+            if np.count_nonzero(counts & 1):
                 raise NotHeld(f"{holder} retains blocks {blocks[(counts & 1) == 1].tolist()} a second time")
         else:
             self._tally(blocks, counts == 1, -1)
             self._note(blocks, holder)
-        self.refcounts[blocks] = counts + _weight(holder)
+        self.refcounts[places] = counts + _weight(holder)
 
     def release(self, blocks: np.ndarray, holder: Holder) -> None:
         """Gives up `holder`'s hold. Raises NotHeld, with nothing released, unless it holds every one of them once."""
         if not len(blocks):
             return
         held = self._ledger.get(holder)
-        if held is not None and len(held) == len(blocks) and (held.view == blocks).all():
+        if held is not None and len(held) == len(blocks) and held.view.tobytes() == blocks.tobytes():
             self.release_all(holder)
             return
-        end = len(self.refcounts)
-        if blocks.min() < 0 or blocks.max() >= end or self._repeats(blocks):
+        places, end = _places(blocks), len(self.refcounts)
+        outside = places.view(np.uintp) >= end  # a negative number is a large one there
+        if np.count_nonzero(outside) or self._repeats(places):
             raise NotHeld(f"{holder} releases {blocks.tolist()}: numbers outside [0, {end}) or repeated")
         if holder == INDEX:
-            counts = self.refcounts[blocks]
-            if not (counts & 1).all():
+            counts = self.refcounts[places]
+            if np.count_nonzero(counts & 1) < len(counts):
                 raise NotHeld(f"{holder} does not hold {blocks[(counts & 1) == 0].tolist()}")
             self._tally(blocks, counts == 1, -1)
         else:
-            self._strike(blocks, holder)
+            self._strike(blocks, places, holder)
         self._drop(blocks, _weight(holder))
+
+    def evicted(self, blocks: np.ndarray) -> None:
+        """Frees blocks that the index let go of by its own choice, each of which it alone held."""
+        if not len(blocks):
+            return
+        places = _places(blocks)
+        assert np.count_nonzero(self.refcounts[places] == 1) == len(blocks), "the index evicts what others hold"
+        self.refcounts[places] = 0
+        in_dram = self._free_places(blocks, places)
+        self._num_index_only[Medium.DRAM] -= in_dram
+        self._num_index_only[Medium.HBM] -= len(blocks) - in_dram
 
     def release_all(self, holder: Holder) -> int:
         """Gives up everything `holder` holds; returns how many blocks that was. The fast path of a request's end."""
@@ -163,6 +177,10 @@ class Allocator:
             yield INDEX
         yield from self._ledger
 
+    def named_holders(self) -> KeysView[Holder]:
+        """Everyone but the index who holds a block, without a look at the blocks."""
+        return self._ledger.keys()
+
     def holders_of(self, block: int) -> list[Holder]:
         """Everyone who holds this block."""
         return [h for h in self.holders() if block in self.held_by(h)]
@@ -174,23 +192,23 @@ class Allocator:
         elif len(blocks):
             self._ledger[holder] = IntBuffer(blocks)
 
-    def _repeats(self, blocks: np.ndarray) -> bool:
-        """Whether a block stands in `blocks` twice: then only its last place is read back."""
-        order = np.arange(len(blocks), dtype=np.int32)
-        self._place[blocks] = order
-        return bool((self._place[blocks] != order).any())
+    def _repeats(self, places: np.ndarray) -> bool:
+        """Whether a block stands there twice: then only the last is read back."""
+        order = np.arange(len(places), dtype=np.int32)
+        self._order[places] = order
+        return bool(self._order[places].tobytes() != order.tobytes())
 
-    def _strike(self, blocks: np.ndarray, holder: Holder) -> None:
+    def _strike(self, blocks: np.ndarray, places: np.ndarray, holder: Holder) -> None:
         """Removes blocks from the ledger's entry, all or none."""
         held = self._ledger[holder].view if holder in self._ledger else _EMPTY
-        self._place[held] = np.arange(len(held), dtype=np.int32)
-        places = self._place[blocks]  # of blocks that are not held: whatever was left there
-        found = places < len(held)
-        found[found] = held[places[found]] == blocks[found]
+        self._order[_places(held)] = np.arange(len(held), dtype=np.int32)
+        order = self._order[places]  # of blocks that are not held: whatever was left there
+        found = order < len(held)
+        found[found] = held[order[found]] == blocks[found]
         if not found.all():
             raise NotHeld(f"{holder} does not hold {blocks[~found].tolist()}")
         stays = np.ones(len(held), dtype=bool)
-        stays[places] = False
+        stays[order] = False
         kept = held[stays]
         if len(kept):
             self._ledger[holder] = IntBuffer(kept)
@@ -199,18 +217,27 @@ class Allocator:
 
     def _drop(self, blocks: np.ndarray, weight: int) -> None:
         """Counts one holder less; frees the blocks that have none left."""
-        counts = self.refcounts[blocks] - weight
-        self.refcounts[blocks] = counts
-        in_use = np.count_nonzero(counts)
-        if in_use:
+        places = _places(blocks)
+        counts = self.refcounts[places] - weight
+        self.refcounts[places] = counts
+        if np.count_nonzero(counts):
             self._tally(blocks, counts == 1, +1)
-            blocks = blocks[counts == 0]
-        self.generations[blocks] += 1
-        if self.num_dram_blocks:
-            in_dram = blocks >= self.num_blocks
-            self._free[Medium.DRAM].push(blocks[in_dram])
-            blocks = blocks[~in_dram]
-        self._free[Medium.HBM].push(blocks)
+            gone = counts == 0
+            blocks, places = blocks[gone], places[gone]
+        if len(blocks):
+            self._free_places(blocks, places)
+
+    def _free_places(self, blocks: np.ndarray, places: np.ndarray) -> int:
+        """Puts blocks without a holder back, their addresses stale from now on; returns how many lie in DRAM."""
+        self.generations[places] += 1
+        if not self.num_dram_blocks:
+            self._free[Medium.HBM].push(blocks)
+            return 0
+        in_dram = blocks >= self.num_blocks
+        gone = blocks[in_dram]
+        self._free[Medium.DRAM].push(gone)
+        self._free[Medium.HBM].push(blocks[~in_dram])
+        return len(gone)
 
     def _tally(self, blocks: np.ndarray, index_only: np.ndarray, sign: int) -> None:
         """Counts blocks (bool [n] says which of them) that begin or cease to be held by the index alone."""
@@ -245,3 +272,7 @@ class Allocator:
 
 def _weight(holder: Holder) -> int:
     return 1 if holder == INDEX else 2
+
+
+def _places(blocks: np.ndarray) -> np.ndarray:
+    return blocks.astype(np.intp)

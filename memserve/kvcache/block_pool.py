@@ -192,7 +192,7 @@ class BlockPool:
 
     def _evict(self, num_blocks: int) -> int:
         gone = self.index.evict(num_blocks)
-        self.allocator.release(gone, INDEX)
+        self.allocator.evicted(gone)
         self._num_evicted += len(gone)
         return len(gone)
 
@@ -221,6 +221,8 @@ class BlockPool:
         canonical = self.index.insert(tokens, blocks)
         num_new = self.index.num_blocks - before
         self.allocator.retain(canonical[len(canonical) - num_new :], INDEX)
+        if not self.allocator.num_dram_blocks:
+            return canonical
         better = (canonical >= self.num_blocks) & (blocks < self.num_blocks)
         better &= (self.allocator.refcounts[blocks] & 1) == 0  # a block is cached in one place only
         return self._take_over(canonical, blocks, better) if better.any() else canonical
