@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from memserve import LLM, SamplingParams
+from memserve import LLM, SamplingParams, llm
+from memserve.cluster.build import build_engine
 from memserve.model.llama import load_model
 from memserve.model.model_path import open_model
 from memserve.model.near_ties import find_divergence
@@ -18,20 +19,38 @@ NUM_TOKENS = 64
 PARAMS = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
+WARM = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights_loaded_once():
+    """Every case with the same model has the same Llama object; pools and schedulers are its own."""
+    engines = {}
+
+    def build_once(cfg):
+        key = (cfg.model.path, cfg.model.dtype)
+        if key not in engines:
+            engines[key] = build_engine(cfg)
+        return engines[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "build_engine", build_once)
+        yield
+
+
 def hf_answers(model, prompts):
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
+    """All prompts in one batch, padded on the left."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    out = model.generate(
+        torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]),
+        attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in padding]),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[:, longest:].tolist()
 
 
 @functools.cache
@@ -50,15 +69,20 @@ def assert_same_tokens(path, prompts, ours, theirs):
             assert divergence.is_near_tie, divergence
 
 
-def answers(path, prompts, rounds=1, **options):
-    """The last round's answers; with a cache, later rounds are served from it."""
-    llm = LLM(path, num_blocks=options.pop("num_blocks", 400), **options)
-    for _ in range(rounds):
-        outputs = llm.generate(prompts, PARAMS)
-    llm.instance.check()
-    if rounds > 1 and options.get("index") != "none" and options["block_size"] <= 16:
+def served(path, prompts, is_warm=False, **options):
+    """The answers, and the LLM that gave them. is_warm: the prompts were served before; with an index, cached then."""
+    engine = LLM(path, num_blocks=options.pop("num_blocks", 400), **options)
+    if is_warm and options.get("index") != "none":
+        engine.generate(prompts, WARM)
+    outputs = engine.generate(prompts, PARAMS)
+    engine.instance.check()
+    if is_warm and options.get("index") != "none" and options["block_size"] <= 16:
         assert all(o.num_cached > 0 for o in outputs if len(o.prompt_token_ids) > options["block_size"])
-    return [o.token_ids for o in outputs]
+    return [o.token_ids for o in outputs], engine
+
+
+def answers(path, prompts, is_warm=False, **options):
+    return served(path, prompts, is_warm, **options)[0]
 
 
 # Every pair of values of two options occurs in some row (an orthogonal array of strength two).
@@ -79,6 +103,26 @@ PAIRWISE = [
     ("radix", 16, 16, "discrete", "sdpa", 1, 400),
     ("none", 32, 7, "aggregated", "reference", 8, 6),
 ]
+
+# Pools so small that requests preempt each other and cached blocks move; with the two small models.
+TIERED = {
+    "preempted by swapping": {
+        "preemption": "swap", "swap": "always", "eviction": "lru", "layout": "discrete", "attention": "sdpa",
+        "block_size": 4, "num_blocks": 34, "num_dram_blocks": 60, "chunk_size": 16,
+    },
+    "preempted by swapping, large blocks, never swapped in": {
+        "preemption": "swap", "swap": "never", "eviction": "lfu", "layout": "aggregated", "attention": "sparse",
+        "block_size": 16, "num_blocks": 9, "num_dram_blocks": 12,
+    },
+    "preempted by recomputing, swapped in": {
+        "preemption": "recompute", "swap": "always", "eviction": "cost_aware", "layout": "aggregated",
+        "attention": "reference", "block_size": 4, "num_blocks": 34, "num_dram_blocks": 200,
+    },
+    "preempted by recomputing, a small DRAM": {
+        "preemption": "recompute", "swap": "always", "eviction": "fifo", "layout": "discrete", "attention": "sdpa",
+        "block_size": 5, "num_blocks": 27, "num_dram_blocks": 7, "chunk_size": 7,
+    },
+}  # fmt: skip
 
 
 def shared_prompts(vocab_size, seed=0):
@@ -110,28 +154,37 @@ def random_llama(tmp_path_factory):
     return str(path), prompts, hf_answers(model, prompts)
 
 
+@pytest.fixture(scope="module")
+def stories(stories260k):
+    path = str(stories260k)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = open_model(path).tokenizer
+    texts = ["Once upon a time", "Once upon a time, there was a little", "One day, Tom and his dog", "The"]
+    prompts = [tokenizer.encode(text).tolist() for text in texts]
+    return path, prompts, hf_answers(model, prompts)
+
+
 @pytest.mark.parametrize("row", PAIRWISE, ids=lambda row: "-".join(map(str, row)))
 def test_a_random_llama_answers_as_transformers_does(random_llama, row):
     path, prompts, expected = random_llama
     options = dict(zip(COLUMNS, row, strict=True))
-    assert_same_tokens(path, prompts, answers(path, prompts, rounds=2, **options), expected)
+    assert_same_tokens(path, prompts, answers(path, prompts, is_warm=True, **options), expected)
 
 
 @pytest.mark.parametrize("row", PAIRWISE, ids=lambda row: "-".join(map(str, row)))
-def test_a_small_trained_model_answers_as_transformers_does(stories260k, row):
-    path = str(stories260k)
-    prompts, expected = stories_reference(path)
+def test_a_small_trained_model_answers_as_transformers_does(stories, row):
+    path, prompts, expected = stories
     options = dict(zip(COLUMNS, row, strict=True))
-    assert_same_tokens(path, prompts, answers(path, prompts, rounds=2, **options), expected)
+    assert_same_tokens(path, prompts, answers(path, prompts, is_warm=True, **options), expected)
 
 
-@functools.cache
-def stories_reference(path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = LLM(path, num_blocks=8).tokenizer
-    texts = ["Once upon a time", "Once upon a time, there was a little", "One day, Tom and his dog", "The"]
-    prompts = [tokenizer.encode(text).tolist() for text in texts]
-    return prompts, hf_answers(model, prompts)
+@pytest.mark.parametrize("name", TIERED)
+@pytest.mark.parametrize("model", ["random_llama", "stories"])
+def test_requests_that_preempt_and_swap_are_answered_as_by_transformers(request, model, name):
+    path, prompts, expected = request.getfixturevalue(model)
+    ours, engine = served(path, prompts, is_warm=True, **TIERED[name])
+    assert_same_tokens(path, prompts, ours, expected)
+    assert engine.instance.scheduler.counts.preemptions > 0 and engine.instance.pool.num_swapped > 0
 
 
 ODD_CONFIGS = {
@@ -157,20 +210,24 @@ def test_odd_shapes_of_every_family_answer_as_transformers_does(name, block_size
     torch.manual_seed(3)
     model = save(transformers.AutoModelForCausalLM.from_config(ODD_CONFIGS[name]), tmp_path)
     prompts = shared_prompts(173, seed=2)
-    ours = answers(str(tmp_path), prompts, rounds=2, block_size=block_size, chunk_size=11)
+    ours = answers(str(tmp_path), prompts, is_warm=True, block_size=block_size, chunk_size=11)
     assert_same_tokens(str(tmp_path), prompts, ours, hf_answers(model, prompts))
 
 
 SMOLLM2 = {
     "as it comes": {"block_size": 16},
     "without caching": {"block_size": 16, "index": "none"},
-    "served from the cache": {"block_size": 16, "rounds": 2},
+    "served from the cache": {"block_size": 16, "is_warm": True},
     "small chunks": {"block_size": 16, "chunk_size": 16, "attention": "sparse"},
-    "aggregated blocks": {"block_size": 32, "layout": "aggregated", "rounds": 2},
+    "swapped in from DRAM": {
+        "block_size": 32, "layout": "aggregated", "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True,
+    },
     "one token a block": {"block_size": 1, "num_blocks": 1200},
-    "too few blocks for all": {"block_size": 4, "num_blocks": 50, "chunk_size": 32},
+    "preempted to DRAM": {
+        "block_size": 4, "num_blocks": 50, "num_dram_blocks": 30, "chunk_size": 32, "preemption": "swap",
+    },
     "one after the other": {"block_size": 16, "max_running": 1, "attention": "reference"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -201,4 +258,7 @@ def smollm2():
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_smollm2_answers_as_transformers_does(smollm2, name):
     path, prompts, expected = smollm2
-    assert_same_tokens(path, prompts, answers(path, prompts, **SMOLLM2[name]), expected)
+    ours, engine = served(path, prompts, **SMOLLM2[name])
+    assert_same_tokens(path, prompts, ours, expected)
+    assert engine.instance.pool.num_swapped > 0 or "DRAM" not in name
+    assert engine.instance.scheduler.counts.preemptions > 0 or "preempted" not in name
