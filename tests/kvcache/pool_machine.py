@@ -120,10 +120,12 @@ class PoolMachine(PoolPair):
             self.compute(new, path[len(found) :])
             self.insert(holder, tokens, [*found, *new])
 
-    @rule(holder=holders, tokens=prompts, mask=masks, turn=st.integers(0, 7))
-    def insert_any(self, holder, tokens, mask, turn):
-        """What the holder has, in any order and medium, as the KV of any prompt; refused if some is another's."""
+    @rule(holder=holders, tokens=prompts, cached=st.integers(-6, 6), mask=masks, turn=st.integers(0, 7))
+    def insert_any(self, holder, tokens, cached, mask, turn):
+        """What the holder has, in any order and medium, as the KV of any prompt, cached or not; refused if it must."""
         mine = chosen(self.model.mine(holder), mask)
+        if 0 <= cached < len(self.model.index.blocks):
+            tokens = list(self.model.index.blocks)[cached]
         path = self.model.index.prefixes(tokens)[: len(mine)]
         blocks = [*mine[turn:], *mine[:turn]][: len(path)]
         if path and not self.model.may_insert(path[-1], blocks):
