@@ -20,6 +20,7 @@ from memserve.clock import Stopwatch
 from memserve.cluster.step_time import StepTime
 from memserve.instance import Instance
 from memserve.messages import Finished, Message, Tokens
+from memserve.metrics.occupancy import Occupancy
 from memserve.request import ScheduledBatch, StepOutput
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.workload.player import SessionPlayer
@@ -47,6 +48,9 @@ class Node:
     begin_is_due: bool = False
     epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
     commit_ns: int = 0  # measured cost of the last commit, charged to the next step
+
+    def __post_init__(self) -> None:
+        self.occupancy = Occupancy(self.instance.label, self.instance.pool)
 
 
 @dataclass
@@ -94,6 +98,7 @@ class EmulatedCluster:
         batch = node.instance.schedule(self.now_ns)
         self._send(node)
         if batch is None:
+            node.occupancy.offer(self.now_ns)
             return
         output = None
         if self.step_time.is_measured:
@@ -117,6 +122,7 @@ class EmulatedCluster:
         watch = Stopwatch()
         node.instance.commit(step.batch, step.output, step.ends_ns)
         node.commit_ns = watch.stop_ns()
+        node.occupancy.offer(self.now_ns)
         self._send(node)
         self._wake(node)
 

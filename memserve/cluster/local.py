@@ -19,6 +19,7 @@ from memserve.compose import to_dict, to_yaml
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.messages import Dispatch, pack_tokens
+from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import InstanceStats, Report, build_report, median_of
@@ -35,10 +36,11 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Result:
-    """One run: its report and every request's timeline, in order of submission."""
+    """One run: its report, every request's timeline in order of submission, and the pools, instance by instance."""
 
     report: Report
     timelines: list[RequestTimeline]
+    occupancy: list[Sample]
 
 
 class LocalCluster:
@@ -61,7 +63,7 @@ class LocalCluster:
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report:
         """Plays the workload `repeats` times and returns the report; of several runs the medians and their spread.
 
-        output_dir: where config.yaml, report.json, requests.jsonl (of the last run) and env.json go; None writes none.
+        output_dir: where the files go (requests.jsonl and occupancy.jsonl: of the last run); None writes none.
         """
         results = [self.run_once(progress) for _ in range(self.cfg.repeats)]
         reports = [result.report for result in results]
@@ -73,6 +75,7 @@ class LocalCluster:
                 config_yaml=to_yaml(self.cfg),
                 report=report,
                 timelines=results[-1].timelines,
+                occupancy=results[-1].occupancy,
                 environment=environment({"seed": self.cfg.seed}, sys.argv),
             )
         tracking: Tracking = make(self.cfg.tracking)
@@ -103,7 +106,8 @@ class LocalCluster:
             turns_over_context=player.counts.turns_over_context,
             turns_not_sent=player.counts.turns_not_sent,
         )
-        return Result(report, timelines)
+        occupancy = [sample for node in nodes for sample in node.occupancy.samples(cluster.now_ns)]
+        return Result(report, timelines, occupancy)
 
     def _instances(self) -> list[Instance]:
         return [

@@ -1,4 +1,4 @@
-"""Output: the directory a run leaves behind: config.yaml, requests.jsonl, env.json and report.json. Knows no metric.
+"""Output: the directory of a run: requests.jsonl, occupancy.jsonl, config.yaml, env.json, report.json. Knows no metric.
 
 Each file appears whole or not at all, and report.json last: where there is a report, the rest is there too.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from memserve.clock import wall_time_s
+from memserve.metrics.occupancy import Sample, occupancy_lines
 from memserve.metrics.records import record_lines
 from memserve.metrics.report import Report
 from memserve.timeline import RequestTimeline
@@ -28,9 +29,10 @@ def write_output(
     config_yaml: str,
     report: Report,
     timelines: Iterable[RequestTimeline],
+    occupancy: Iterable[Sample],
     environment: Mapping[str, Any],
 ) -> Path:
-    """Writes the four files into `directory`, made if need be. Returns it.
+    """Writes the five files into `directory`, made if need be. Returns it.
 
     config_yaml: the resolved configuration as text.  environment: see `environment`.
     Raises OSError if it cannot write there; nothing half-written is left under the final names.
@@ -40,6 +42,7 @@ def write_output(
     (directory / "report.json").unlink(missing_ok=True)  # of an earlier run into the same place
     _write(directory / "config.yaml", [config_yaml])
     _write(directory / "requests.jsonl", record_lines(timelines))
+    _write(directory / "occupancy.jsonl", occupancy_lines(occupancy))
     _write(directory / "env.json", [_json(environment)])
     _write(directory / "report.json", [_json(report)])
     return directory

@@ -1,0 +1,128 @@
+"""Occupancy: who holds an instance's blocks, over its run; occupancy.jsonl. Knows no clock and no picture.
+
+An instance offers its pool after every change, and at most MAX_POINTS states are kept. Time is cut into buckets and the
+first state of each bucket is kept; when the list is full, buckets double in length. The first, and not a minimum,
+maximum or mean: a kept sample is one state that the pool was in, so its counts add up to the pool, and whatever falls
+into a bucket that has its sample costs one comparison. What is lost is a spike shorter than a bucket (about a
+thousandth of the run); the report's `peak_used_blocks` has that one.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from memserve.clock import to_s
+from memserve.kvcache.allocator import Allocator
+from memserve.kvcache.block_pool import BlockPool
+
+MAX_POINTS = 2000
+TIERS = ("hbm", "dram")
+KINDS = ("request", "both", "index", "transfer", "quarantine", "free")
+_APART = ("quarantine", "transfer")  # first words of holders that are shown as kinds; a block of several: the first
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Blocks of an instance at a time. Each tier has one count for each of KINDS; they sum to the tier's blocks.
+
+    request: held for requests alone.  both: for requests, and cached.  index: cached alone, so evictable.
+    transfer, quarantine: by such a holder, whoever else holds them.
+    """
+
+    instance: str
+    time_s: float
+    hbm: dict[str, int]
+    dram: dict[str, int]
+
+
+class Occupancy:
+    """The samples of one instance's pool, at most `max_points` of them (at least 2) and one more at the end."""
+
+    def __init__(self, instance: str, pool: BlockPool, max_points: int = MAX_POINTS) -> None:
+        if max_points < 2:
+            raise ValueError(f"max_points={max_points}: expected an integer >= 2")
+        self._instance = instance
+        self._pool = pool
+        self._max_points = max_points
+        self._bucket_ns = 1
+        self._due_ns = 0
+        self._points: list[tuple[int, Sample]] = []
+
+    def offer(self, now_ns: int) -> None:
+        """Keeps the pool's state if it is the first of its bucket. Times must not decrease."""
+        if now_ns < self._due_ns:
+            return
+        if len(self._points) == self._max_points:
+            self._thin()
+        self._points.append((now_ns, self._sample(now_ns)))
+        self._due_ns = (now_ns // self._bucket_ns + 1) * self._bucket_ns
+
+    def samples(self, end_ns: int) -> list[Sample]:
+        """Everything kept, in order of time, and the pool as it is now, at the run's end."""
+        return [sample for _, sample in self._points] + [self._sample(end_ns)]
+
+    def _thin(self) -> None:
+        """Doubles the buckets until at most half of the points are left."""
+        self._bucket_ns = max(self._bucket_ns, self._points[-1][0] // self._max_points)
+        while len(self._points) > self._max_points // 2:
+            self._bucket_ns *= 2
+            firsts: dict[int, tuple[int, Sample]] = {}
+            for point in self._points:
+                firsts.setdefault(point[0] // self._bucket_ns, point)
+            self._points = list(firsts.values())
+
+    def _sample(self, now_ns: int) -> Sample:
+        hbm, dram = count_blocks(self._pool)
+        return Sample(self._instance, to_s(now_ns), hbm, dram)
+
+
+def count_blocks(pool: BlockPool) -> tuple[dict[str, int], dict[str, int]]:
+    """The blocks of HBM and of DRAM by kind. From the allocator's counters: looks at no block of HBM but those held by
+    a transfer or in quarantine.
+    """
+    a = pool.allocator
+    dram_indexed = int(np.count_nonzero(a.refcounts[a.num_blocks :] & 1)) if a.num_dram_blocks else 0
+    hbm_indexed = pool.index.num_blocks - dram_indexed
+    hbm = _by_kind(a.num_blocks, a.num_free, a.num_index_only, hbm_indexed)
+    dram = _by_kind(a.num_dram_blocks, a.num_free_dram, a.num_index_only_dram, dram_indexed)
+    _set_apart(a, hbm, dram)
+    return hbm, dram
+
+
+def _by_kind(num_blocks: int, num_free: int, num_index_only: int, num_indexed: int) -> dict[str, int]:
+    counts = dict.fromkeys(KINDS, 0)
+    counts |= {"index": num_index_only, "both": num_indexed - num_index_only, "free": num_free}
+    counts["request"] = num_blocks - num_free - num_indexed
+    return counts
+
+
+def _set_apart(allocator: Allocator, hbm: dict[str, int], dram: dict[str, int]) -> None:
+    """Moves the blocks of transfers and of the quarantine from the kinds that they were counted as."""
+    taken = np.empty(0, dtype=np.int32)
+    holders = [holder for holder in allocator.named_holders() if holder[0] in _APART]
+    for holder in sorted(holders, key=lambda h: _APART.index(str(h[0]))):
+        blocks = np.setdiff1d(allocator.held_by(holder), taken)
+        taken = np.concatenate([taken, blocks])
+        for tier, members in (
+            (hbm, blocks[blocks < allocator.num_blocks]),
+            (dram, blocks[blocks >= allocator.num_blocks]),
+        ):
+            num_cached = int(np.count_nonzero(allocator.refcounts[members] & 1))
+            tier["both"] -= num_cached
+            tier["request"] -= len(members) - num_cached
+            tier[str(holder[0])] += len(members)
+
+
+def occupancy_lines(samples: Iterable[Sample]) -> Iterator[str]:
+    """The lines of occupancy.jsonl, each with its line end."""
+    for sample in samples:
+        yield json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load_occupancy(directory: Path | str) -> list[Sample]:
+    """The samples in a run's output directory. Raises OSError if it has no occupancy.jsonl."""
+    text = (Path(directory) / "occupancy.jsonl").read_text(encoding="utf-8")
+    return [Sample(**json.loads(line)) for line in text.splitlines()]
