@@ -8,6 +8,14 @@
 | `Abort`    | global scheduler -> instance           | stop this attempt and free what it holds                     |
 | `Tokens`   | instance -> global scheduler -> client | new tokens, with the time of each                            |
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
+| `HandoffFailed` | instance -> global scheduler      | the attempt's KV did not reach its decode instance           |
+| `Redirect` | global scheduler -> instance           | hand the attempt to another decode instance                  |
+| `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
+| `Grant`, `Wait`, `Refuse` | receiving -> sending pool | the answers to `Ask`                                       |
+| `Done`     | sending pool -> receiving pool         | every byte is in place                                       |
+| `Inserted` | receiving pool -> sending pool         | published; the sender's call completes                       |
+| `Abandon`  | either pool -> the other               | the ticket has failed                                        |
+| `AbortAck` | sending pool -> receiving pool         | nothing more will be written under this ticket               |
 
 Token ids travel as little-endian int32 bytes and times as int64 bytes, so that a message means the same in every
 process and no list of Python integers is built on the way.
@@ -40,6 +48,7 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True):
     tokens: bytes
     params: SamplingParams
     arrival_ns: int
+    decode: int | None = None  # incarnation of the decode instance, for a prefill instance
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -62,7 +71,9 @@ class RequestStats(msgspec.Struct, frozen=True):
     """What an instance counted for one attempt. Token counts; times in nanoseconds on the cluster's clock.
 
     num_cached_local: prompt tokens found in the instance's own index at first admission. num_computed: tokens
-    prefilled, those computed again after a preemption included.
+    prefilled, those computed again after a preemption included; num_computed_on_decode: of them, by a decode instance.
+    decode_instance: who generated all but the first token, "" if the same. granted_ns, received_ns: when it granted the
+    hand-off, and when it had all of the KV.
     """
 
     instance: str
@@ -74,6 +85,10 @@ class RequestStats(msgspec.Struct, frozen=True):
     num_computed: int
     num_generated: int
     num_preemptions: int
+    num_computed_on_decode: int = 0
+    decode_instance: str = ""
+    granted_ns: int | None = None
+    received_ns: int | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
@@ -86,7 +101,91 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     stats: RequestStats | None
 
 
-Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished
+class HandoffFailed(msgspec.Struct, frozen=True, tag=True):
+    """`refused`: the decode instance can never take it, another might."""
+
+    request_id: str
+    attempt: int
+    refused: bool
+    reason: str
+
+
+class Redirect(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    attempt: int
+    decode: int
+
+
+class Geometry(msgspec.Struct, frozen=True):
+    """What both ends of a transfer must agree on."""
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    layout: str
+
+
+class Ask(msgspec.Struct, frozen=True, tag=True):
+    """Room for num_blocks blocks that hold the KV of `tokens`, in `medium`.
+
+    ticket: (incarnation of the sender, its number there), as in every message between pools.  insert: the receiver
+    indexes the whole blocks.  best_effort: decline instead of waiting.  pinned: keep the blocks after insertion until
+    they are freed by name.  private: carried for the user, untouched.
+    """
+
+    ticket: tuple[int, int]
+    tokens: bytes
+    num_blocks: int
+    medium: int
+    insert: bool
+    best_effort: bool
+    pinned: bool
+    private: bytes
+    geometry: Geometry
+
+
+class Grant(msgspec.Struct, frozen=True, tag=True):
+    """addrs: int64 bytes, where the last blocks go; the first num_held tokens, whole blocks, are held already.
+
+    num_blocks: of the receiver's pool, in HBM and DRAM.
+    """
+
+    ticket: tuple[int, int]
+    addrs: bytes
+    num_held: int
+    num_blocks: tuple[int, int]
+
+
+class Wait(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+
+
+class Refuse(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+    reason: str
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+
+
+class Inserted(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+
+
+class Abandon(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+    reason: str
+
+
+class AbortAck(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+
+
+PoolMessage = Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck
+Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffFailed | Redirect | PoolMessage
 
 
 def pack_tokens(tokens: np.ndarray) -> bytes:

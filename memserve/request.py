@@ -97,6 +97,8 @@ class Role(enum.StrEnum):
     """What an instance does. COLOCATED prefills and decodes."""
 
     COLOCATED = "colocated"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 class FinishReason(enum.StrEnum):
@@ -106,6 +108,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORTED = "aborted"
     REFUSED = "refused"
+    TRANSFER_FAILED = "transfer_failed"
 
     @property
     def succeeded(self) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.kvcache.address import Medium
+
 
 class TicketState(enum.StrEnum):
     OPEN = "open"
@@ -32,3 +34,58 @@ class Ticket:
     @property
     def ended(self) -> bool:
         return self.state is not TicketState.OPEN
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """deadline_ns: from the grant to the end of a ticket.  patience_ns: from the Ask to the grant.  retry_ns: between
+    repeats of a message that was not answered.
+    """
+
+    deadline_ns: int
+    patience_ns: int
+    retry_ns: int
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """What the receiver does with the blocks.
+
+    insert: it indexes the whole ones.  medium: where it allocates.  best_effort: it declines instead of waiting for
+    room.  pinned: they stay held under the ticket until somebody frees them.
+    """
+
+    insert: bool = False
+    medium: Medium = Medium.HBM
+    best_effort: bool = False
+    pinned: bool = False
+
+
+@dataclass
+class TransferCounts:
+    """What one pool has sent. tokens: valid ones, apart from bytes.  elapsed_ns: moves on the wire, added up.
+
+    declined: refused for lack of room, best effort only.  failed: ended without being inserted, for another reason.
+    """
+
+    tokens: int = 0
+    bytes: int = 0
+    calls: int = 0
+    elapsed_ns: int = 0
+    declined: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A ticket whose KV is all here. tokens: int32 [t].  blocks: int32 [n], held under the ticket until it is settled.
+    num_held: tokens that were here before.  Times in ns.
+    """
+
+    ticket_id: tuple[int, int]
+    tokens: np.ndarray
+    blocks: np.ndarray
+    num_held: int
+    private: bytes
+    granted_ns: int
+    received_ns: int

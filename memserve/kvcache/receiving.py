@@ -1,0 +1,242 @@
+"""Receiving: the tickets under which others write into one pool. Performs the receiver's half of protocol.py.
+
+    Ask -> the held prefix is retained, the rest allocated -> Grant .. Done -> published -> Arrival .. settle
+
+The blocks are held by ("transfer", sender's incarnation, n) from the grant until the arrival is settled, or until the
+sender is known to have stopped writing.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memserve.kvcache.address import Medium
+from memserve.kvcache.address_book import AddressBook
+from memserve.kvcache.allocator import Holder
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.errors import OutOfBlocks
+from memserve.kvcache.protocol import Action, ReceiverEvent, ReceiverState, receiver_step
+from memserve.kvcache.sending import DECLINED, Send
+from memserve.kvcache.ticket import Arrival, Timeouts
+from memserve.messages import (
+    Abandon,
+    Ask,
+    Geometry,
+    Grant,
+    Inserted,
+    PoolMessage,
+    Refuse,
+    Wait,
+    pack_times,
+    unpack_tokens,
+)
+
+TicketId = tuple[int, int]
+NUM_REMEMBERED = 4096  # ended tickets, so that a repeated message gets its answer again
+_NEVER_NS = int(np.iinfo(np.int64).max)
+
+
+@dataclass
+class Incoming:
+    """blocks: int32 [n] once granted, those that were held first."""
+
+    ask: Ask
+    state: ReceiverState = ReceiverState.NONE
+    blocks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    num_held: int = 0
+    granted_ns: int = 0
+    deadline_ns: int = _NEVER_NS
+    reason: str = ""
+
+    @property
+    def holder(self) -> Holder:
+        return ("transfer", *self.ask.ticket)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return unpack_tokens(self.ask.tokens)
+
+
+class Receiving:
+    """Incoming tickets of one pool. headroom_blocks: HBM blocks that a grant leaves free for what runs here."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        book: AddressBook,
+        geometry: Geometry,
+        timeouts: Timeouts,
+        headroom_blocks: int,
+        send: Send,
+    ) -> None:
+        self.tickets: dict[TicketId, Incoming] = {}
+        self._pool, self._book, self._geometry = pool, book, geometry
+        self._timeouts, self._headroom_blocks, self._send = timeouts, headroom_blocks, send
+        self._over: OrderedDict[TicketId, ReceiverState] = OrderedDict()
+        self._arrivals: list[Arrival] = []
+
+    def receive(self, message: PoolMessage, now_ns: int) -> None:
+        """Takes a message of a sender."""
+        if isinstance(message, Ask):
+            self._take_ask(message, now_ns)
+            return
+        incoming = self.tickets.get(message.ticket)
+        event = ReceiverEvent(type(message).__name__)
+        if incoming is not None:
+            incoming.reason = message.reason if isinstance(message, Abandon) else ""
+            self.event(incoming, event, now_ns)
+        elif event is ReceiverEvent.DONE and self._over.get(message.ticket) is ReceiverState.DONE:
+            self._send(message.ticket[0], Inserted(message.ticket))
+
+    def event(self, incoming: Incoming, event: ReceiverEvent, now_ns: int) -> None:
+        """Steps the automaton."""
+        incoming.state, actions = receiver_step(incoming.state, event)
+        for action in actions:
+            self._perform(incoming, action, now_ns)
+        if incoming.state is ReceiverState.ENDED:
+            self.tickets.pop(incoming.ask.ticket, None)
+            self._remember(incoming.ask.ticket, ReceiverState.ENDED)
+
+    def let_time_pass(self, now_ns: int) -> None:
+        """Ends outcomes whose deadline is over, reminds senders that are silent, and grants what fits by now."""
+        for incoming in list(self.tickets.values()):
+            if now_ns >= incoming.deadline_ns:
+                incoming.deadline_ns = now_ns + self._timeouts.retry_ns
+                if incoming.state is ReceiverState.QUARANTINED:
+                    self._send(incoming.ask.ticket[0], Abandon(incoming.ask.ticket, incoming.reason))
+                else:
+                    incoming.reason = "not all of the KV came within the deadline"
+                    self.event(incoming, ReceiverEvent.DEADLINE, now_ns)
+        self.grant_waiting(now_ns)
+
+    def grant_waiting(self, now_ns: int) -> None:
+        """Grants waiting Asks in the order in which they came, as far as there is room."""
+        for incoming in list(self.tickets.values()):
+            if incoming.state is ReceiverState.WAITING:
+                if not self._allocate(incoming):
+                    return
+                self.event(incoming, ReceiverEvent.ROOM, now_ns)
+
+    def settle(self, arrival: Arrival) -> None:
+        """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`)."""
+        incoming = self.tickets.pop(arrival.ticket_id)
+        if not incoming.ask.pinned:
+            self._pool.release_all(incoming.holder)
+        self._remember(arrival.ticket_id, ReceiverState.DONE)
+
+    def drain_arrivals(self) -> list[Arrival]:
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    @staticmethod
+    def next_time_ns(incoming: Incoming) -> int | None:
+        """When time alone does something to a ticket."""
+        return None if incoming.deadline_ns == _NEVER_NS else incoming.deadline_ns
+
+    def _take_ask(self, ask: Ask, now_ns: int) -> None:
+        if ask.ticket in self.tickets:
+            self.event(self.tickets[ask.ticket], ReceiverEvent.ASK_AGAIN, now_ns)
+            return
+        if ask.ticket in self._over:
+            done = self._over[ask.ticket] is ReceiverState.DONE
+            answer = Inserted(ask.ticket) if done else Refuse(ask.ticket, "the ticket has ended")
+            self._send(ask.ticket[0], answer)
+            return
+        incoming = Incoming(ask, reason=self._why_never(ask))
+        self.tickets[ask.ticket] = incoming
+        first_come = not any(i.state is ReceiverState.WAITING for i in self.tickets.values())
+        if not incoming.reason and (first_come or ask.best_effort) and self._allocate(incoming):
+            self.event(incoming, ReceiverEvent.ASK_FITS, now_ns)
+        elif incoming.reason or ask.best_effort:
+            incoming.reason = incoming.reason or f"{DECLINED}: no room for {ask.num_blocks} blocks"
+            self.event(incoming, ReceiverEvent.ASK_REFUSED, now_ns)
+        else:
+            self.event(incoming, ReceiverEvent.ASK_WAITS, now_ns)
+
+    def _why_never(self, ask: Ask) -> str:
+        """Why an Ask can never be granted here, or ""."""
+        for name in ask.geometry.__struct_fields__:
+            theirs, ours = getattr(ask.geometry, name), getattr(self._geometry, name)
+            if theirs != ours:
+                return f"{name}={theirs!r}: the receiver has {name}={ours!r}"
+        capacity = self._pool.allocator.num_dram_blocks if ask.medium == Medium.DRAM else self._pool.num_blocks
+        if ask.num_blocks > capacity:
+            return f"{ask.num_blocks} blocks: the receiver has {capacity} in {Medium(ask.medium).name}"
+        return ""
+
+    def _allocate(self, incoming: Incoming) -> bool:
+        """Retains the prefix that is held and allocates the rest; False, with nothing held, without room."""
+        ask, pool = incoming.ask, self._pool
+        held = np.empty(0, dtype=np.int32)
+        if ask.insert:
+            held = pool.match(incoming.tokens).blocks
+        pool.retain(held, incoming.holder)
+        try:
+            num_new = ask.num_blocks - len(held)
+            if ask.medium == Medium.HBM and not ask.best_effort:
+                self._keep_headroom(num_new, len(held))
+            new = pool.alloc(num_new, incoming.holder, Medium(ask.medium))
+        except OutOfBlocks:
+            pool.release_all(incoming.holder)
+            return False
+        incoming.blocks = np.concatenate([held, new])
+        incoming.num_held = len(held) * pool.block_size
+        return True
+
+    def _keep_headroom(self, num_new: int, num_held: int) -> None:
+        """Raises OutOfBlocks if the running requests would be left with less than the headroom."""
+        available = self._pool.num_available
+        idle = available + num_held >= self._pool.num_blocks
+        if not idle and available - num_new < self._headroom_blocks:
+            raise OutOfBlocks(f"{num_new} blocks would leave less than {self._headroom_blocks} of {available}")
+
+    def _perform(self, incoming: Incoming, action: Action, now_ns: int) -> None:
+        ticket_id = incoming.ask.ticket
+        match action:
+            case Action.ALLOCATE:  # done by whoever found that it fits
+                incoming.granted_ns, incoming.deadline_ns = now_ns, now_ns + self._timeouts.deadline_ns
+            case Action.GRANT:
+                self._grant(incoming)
+            case Action.WAIT:
+                self._send(ticket_id[0], Wait(ticket_id))
+            case Action.REFUSE:
+                self._send(ticket_id[0], Refuse(ticket_id, incoming.reason))
+            case Action.PUBLISH:
+                self._publish(incoming, now_ns)
+            case Action.INSERTED:
+                self._send(ticket_id[0], Inserted(ticket_id))
+            case Action.FAIL:
+                incoming.deadline_ns = now_ns + self._timeouts.retry_ns
+            case Action.ABANDON:
+                self._send(ticket_id[0], Abandon(ticket_id, incoming.reason))
+            case Action.RELEASE:
+                self._pool.release_all(incoming.holder)
+            case _:
+                raise AssertionError(f"a receiver does not {action}")
+
+    def _grant(self, incoming: Incoming) -> None:
+        allocator = self._pool.allocator
+        addrs = self._book.addresses(incoming.blocks[incoming.num_held // self._pool.block_size :])
+        sizes = (allocator.num_blocks, allocator.num_dram_blocks)
+        self._send(incoming.ask.ticket[0], Grant(incoming.ask.ticket, pack_times(addrs), incoming.num_held, sizes))
+
+    def _publish(self, incoming: Incoming, now_ns: int) -> None:
+        """Insertion, the third step: only now does anybody here see the KV."""
+        tokens, blocks = incoming.tokens, incoming.blocks
+        incoming.deadline_ns = _NEVER_NS
+        if incoming.ask.insert:
+            num_full = len(tokens) // self._pool.block_size
+            canonical = self._pool.publish(tokens[: num_full * self._pool.block_size], blocks[:num_full])
+            theirs = canonical[~np.isin(canonical, blocks)]
+            self._pool.retain(theirs, incoming.holder)
+        ask = incoming.ask
+        arrival = Arrival(
+            ask.ticket, tokens, blocks, incoming.num_held, ask.private, incoming.granted_ns, received_ns=now_ns
+        )
+        self._arrivals.append(arrival)
+
+    def _remember(self, ticket_id: TicketId, state: ReceiverState) -> None:
+        self._over[ticket_id] = state
+        if len(self._over) > NUM_REMEMBERED:
+            self._over.popitem(last=False)

@@ -1,0 +1,212 @@
+"""Sending: the tickets that one pool writes under. Performs the sender's half of protocol.py; knows no request.
+
+    start -> Ask .. Grant -> moves are posted as blocks become ready -> drained -> Done .. Inserted -> ticket DONE
+
+The source blocks are held by ("transfer", own incarnation, n) from `start` until the last posted move has drained.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memserve.kvcache import address
+from memserve.kvcache.address import Medium
+from memserve.kvcache.allocator import Holder
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.granularity import End, Granularity, Stretch
+from memserve.kvcache.protocol import Action, SenderEvent, SenderState, sender_step
+from memserve.kvcache.ticket import Ticket, TicketState, Timeouts, TransferCounts
+from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, PoolMessage, Refuse, unpack_times
+from memserve.transfer.transport import Arrived, Transport
+
+Send = Callable[[int, PoolMessage], None]
+DECLINED = "declined"  # how a refusal for lack of room begins
+
+
+@dataclass
+class Outgoing:
+    """ready, posted: int64 [L], leading blocks of each layer that are final, and that were handed to the transport.
+
+    targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
+    target_sizes: blocks of the receiver's pool in HBM and in DRAM.
+    """
+
+    ticket: Ticket
+    peer: int
+    ask: Ask
+    blocks: np.ndarray
+    ready: np.ndarray
+    posted: np.ndarray
+    deadline_ns: int
+    retry_ns: int
+    state: SenderState = SenderState.ASKED
+    targets: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    target_sizes: tuple[int, int] = (0, 0)
+    num_held: int = 0
+    num_parts: int = 0
+    num_under_way: int = 0
+
+    @property
+    def holder(self) -> Holder:
+        return ("transfer", *self.ticket.ticket_id)
+
+    @property
+    def first_block(self) -> int:
+        """The first block that the receiver lacks."""
+        return len(self.blocks) - len(self.targets)
+
+
+class Sending:
+    """Outgoing tickets of one pool. send: takes (incarnation, message)."""
+
+    def __init__(
+        self, pool: BlockPool, transport: Transport, granularity: Granularity, timeouts: Timeouts, send: Send
+    ) -> None:
+        self.counts = TransferCounts()
+        self.tickets: dict[tuple[int, int], Outgoing] = {}
+        self._pool, self._transport, self._granularity = pool, transport, granularity
+        self._timeouts, self._send = timeouts, send
+        self._ended: list[Ticket] = []
+
+    def start(self, peer: int, ask: Ask, blocks: np.ndarray, num_layers: int, now_ns: int, *, ready: bool) -> Ticket:
+        """Asks `peer`. ready: all blocks (int32 [n]) are final; else `mark_ready` says when."""
+        ticket = Ticket(ask.ticket, np.empty(0, dtype=np.int64))
+        posted = np.zeros(num_layers, dtype=np.int64)
+        deadline_ns, retry_ns = now_ns + self._timeouts.patience_ns, now_ns + self._timeouts.retry_ns
+        out = Outgoing(
+            ticket, peer, ask, blocks.copy(), posted + (len(blocks) if ready else 0), posted, deadline_ns, retry_ns
+        )
+        self._pool.retain(out.blocks, out.holder)
+        self.tickets[ask.ticket] = out
+        self._send(peer, ask)
+        return ticket
+
+    def mark_ready(self, ticket_id: tuple[int, int], num_blocks: int, layer: int, ready_ns: int) -> None:
+        """The first `num_blocks` blocks are final in `layer` since ready_ns."""
+        out = self.tickets.get(ticket_id)
+        if out is not None:
+            out.ready[layer] = max(int(out.ready[layer]), num_blocks)
+            if out.state is SenderState.SENDING:
+                self._post(out, ready_ns)
+
+    def receive(self, receiver: int, message: PoolMessage, now_ns: int) -> None:
+        """Takes an answer of the receiver."""
+        out = self.tickets.get(message.ticket)
+        event = SenderEvent(type(message).__name__)
+        if out is None:  # it ended here: whoever still waits learns that nothing more will be written
+            _, actions = sender_step(SenderState.ENDED, event)
+            for action in actions:
+                self._send(receiver, Abandon(message.ticket, "it had ended") if action is Action.ABANDON
+                           else AbortAck(message.ticket))  # fmt: skip
+            return
+        if isinstance(message, Grant) and out.state is SenderState.ASKED:
+            out.targets, out.num_held = unpack_times(message.addrs), message.num_held
+            out.target_sizes = message.num_blocks
+            out.deadline_ns = now_ns + self._timeouts.deadline_ns
+        reason = message.reason if isinstance(message, Refuse | Abandon) else ""
+        self.event(out, event, now_ns, reason)
+
+    def arrived(self, arrived: Arrived, now_ns: int) -> None:
+        """A posted move is complete."""
+        out = self.tickets[arrived.move_id[:2]]
+        out.num_under_way -= 1
+        self.counts.elapsed_ns += arrived.ended_ns - arrived.begun_ns
+        self._check_drained(out, now_ns)
+
+    def let_time_pass(self, now_ns: int) -> None:
+        """Ends tickets whose deadline is over; asks again for answers that are missing."""
+        for out in list(self.tickets.values()):
+            if out.state is not SenderState.DRAINING and now_ns >= out.deadline_ns:
+                waited = "grant" if out.state is SenderState.ASKED else "end"
+                self.event(out, SenderEvent.DEADLINE, now_ns, f"no {waited} of the transfer within its deadline")
+            elif now_ns >= out.retry_ns:
+                out.retry_ns = now_ns + self._timeouts.retry_ns
+                if out.state is SenderState.ASKED:
+                    self._send(out.peer, out.ask)
+                elif out.state is SenderState.SENT:
+                    self._send(out.peer, Done(out.ask.ticket))
+
+    def event(self, out: Outgoing, event: SenderEvent, now_ns: int, reason: str = "") -> None:
+        """Steps the automaton."""
+        out.state, actions = sender_step(out.state, event)
+        for action in actions:
+            self._perform(out, action, now_ns, reason)
+        if out.state is SenderState.SENDING or out.state is SenderState.DRAINING:
+            self._check_drained(out, now_ns)
+
+    def drain_ended(self) -> list[Ticket]:
+        """Tickets whose outcome is known since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @staticmethod
+    def next_time_ns(out: Outgoing) -> int | None:
+        """When time alone does something to a ticket."""
+        return None if out.state is SenderState.DRAINING else min(out.deadline_ns, out.retry_ns)
+
+    def _perform(self, out: Outgoing, action: Action, now_ns: int, reason: str) -> None:
+        ticket_id = out.ask.ticket
+        match action:
+            case Action.POST:
+                self._post(out, now_ns)
+            case Action.SUCCEED:
+                self._end(out, TicketState.DONE, "")
+                self.counts.tokens += len(out.ask.tokens) // 4 - out.num_held
+            case Action.FAIL:
+                self._end(out, TicketState.FAILED, reason)
+                if reason.startswith(DECLINED):
+                    self.counts.declined += 1
+                else:
+                    self.counts.failed += 1
+            case Action.RELEASE:
+                self._pool.release_all(out.holder)
+                del self.tickets[ticket_id]
+            case Action.DONE:
+                out.retry_ns = now_ns + self._timeouts.retry_ns
+                self._send(out.peer, Done(ticket_id))
+            case Action.ABANDON:
+                self._send(out.peer, Abandon(ticket_id, reason))
+            case Action.ABORT_ACK:
+                self._send(out.peer, AbortAck(ticket_id))
+            case _:
+                raise AssertionError(f"a sender does not {action}")
+
+    def _end(self, out: Outgoing, state: TicketState, reason: str) -> None:
+        out.ticket.state, out.ticket.reason, out.ticket.addrs = state, reason, out.targets
+        self._ended.append(out.ticket)
+
+    def _post(self, out: Outgoing, ready_ns: int) -> None:
+        """Hands to the transport what is ready and not posted yet."""
+        for stretch in self._granularity.stretches(out.posted, out.ready, len(out.blocks)):
+            layer = slice(None) if stretch.layer is None else stretch.layer
+            out.posted[layer] = stretch.stop
+            missing = Stretch(max(stretch.start, out.first_block), stretch.stop, stretch.layer)
+            if missing.start < missing.stop:
+                self._post_stretch(out, missing, ready_ns)
+
+    def _post_stretch(self, out: Outgoing, stretch: Stretch, ready_ns: int) -> None:
+        """One move for each pair of media that the blocks lie in."""
+        num_hbm, num_dram = self._pool.num_blocks, self._pool.allocator.num_dram_blocks
+        sizes, first = (num_hbm, num_dram), (0, num_hbm)
+        blocks = out.blocks[stretch.start : stretch.stop]
+        addrs = out.targets[stretch.start - out.first_block : stretch.stop - out.first_block]
+        from_dram, to_dram = blocks >= num_hbm, address.medium_of(addrs) == Medium.DRAM
+        for source in Medium:
+            for target in Medium:
+                chosen = (from_dram == (source is Medium.DRAM)) & (to_dram == (target is Medium.DRAM))
+                if not chosen.any():
+                    continue
+                here = End((out.ask.ticket[0], int(source)), sizes[source], blocks[chosen] - first[source])
+                there = End((out.peer, int(target)), out.target_sizes[target], address.block_of(addrs[chosen]))
+                move = self._granularity.move(here, there, stretch.layer)
+                self._transport.post((*out.ask.ticket, out.num_parts), move, ready_ns)
+                out.num_parts += 1
+                out.num_under_way += 1
+                self.counts.bytes += move.num_bytes
+                self.counts.calls += move.num_calls
+
+    def _check_drained(self, out: Outgoing, now_ns: int) -> None:
+        everything = out.state is SenderState.DRAINING or bool((out.posted == len(out.blocks)).all())
+        if out.num_under_way == 0 and everything and out.state in (SenderState.SENDING, SenderState.DRAINING):
+            self.event(out, SenderEvent.DRAINED, now_ns)

@@ -1,0 +1,160 @@
+"""Transfers: one pool's end of the transfer protocol (section 4.3): what it sends and what it receives.
+
+Sans-IO: time and messages come in, messages are left in an outbox. A message that is lost is asked for again, and one
+that comes twice changes nothing. Knows no request; whoever called is told by tickets, whoever receives by arrivals.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from memserve.kvcache.address_book import AddressBook
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
+from memserve.kvcache.receiving import Incoming, Receiving
+from memserve.kvcache.sending import Outgoing, Sending
+from memserve.kvcache.ticket import Arrival, Ticket, Timeouts, TransferCounts, TransferOptions
+from memserve.messages import Ask, Geometry, PoolMessage, pack_tokens
+from memserve.transfer.transport import Transport
+
+_FROM_SENDER = ("Ask", "Done", "AbortAck")
+
+
+class Transfers:
+    """One instance's tickets. geometry: what peers must share.  headroom_blocks: HBM blocks that a grant leaves free
+    for what runs here.  The transport knows the instance by its incarnation; its memory 0 is HBM and 1 is DRAM.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        book: AddressBook,
+        geometry: Geometry,
+        transport: Transport,
+        granularity: Granularity,
+        timeouts: Timeouts,
+        headroom_blocks: int = 0,
+    ) -> None:
+        self.geometry, self.granularity = geometry, granularity
+        self._pool, self._book, self._transport = pool, book, transport
+        self._outbox: list[tuple[int, PoolMessage]] = []
+        self._sending = Sending(pool, transport, granularity, timeouts, self._send)
+        self._receiving = Receiving(pool, book, geometry, timeouts, headroom_blocks, self._send)
+        self._num_tickets = 0
+
+    @property
+    def incarnation(self) -> int:
+        return self._book.incarnation
+
+    @property
+    def counts(self) -> TransferCounts:
+        """What this pool has sent."""
+        return self._sending.counts
+
+    @property
+    def num_open(self) -> int:
+        """Tickets of either side that still hold blocks or wait for an outcome."""
+        return len(self._sending.tickets) + len(self._receiving.tickets)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks of failed tickets under which something may still be read or written."""
+        failed = [o.blocks for o in self._sending.tickets.values() if o.state is SenderState.DRAINING]
+        failed += [i.blocks for i in self._receiving.tickets.values() if i.state is ReceiverState.QUARANTINED]
+        return sum(map(len, failed))
+
+    def start(
+        self,
+        peer: int,
+        tokens: np.ndarray,
+        blocks: np.ndarray,
+        options: TransferOptions,
+        private: bytes,
+        now_ns: int,
+        *,
+        ready: bool = True,
+    ) -> Ticket:
+        """Asks `peer` for room for the KV of `tokens` (int32 [n]) in `blocks` (int32, all that hold it, in order).
+
+        ready: the blocks are final; else `mark_ready` says when. Raises ValueError for a transfer to itself and for a
+        number of blocks that does not fit the tokens.
+        """
+        needed = self._pool.blocks_for(len(tokens))
+        if peer == self.incarnation:
+            raise ValueError(f"transfer to instance {peer}: expected another instance")
+        if not needed or len(blocks) != needed:
+            raise ValueError(f"{len(blocks)} blocks for {len(tokens)} tokens: expected {needed}, at least 1")
+        self._num_tickets += 1
+        ask = Ask(
+            (self.incarnation, self._num_tickets), pack_tokens(tokens), needed, int(options.medium), options.insert,
+            options.best_effort, options.pinned, private, self.geometry,
+        )  # fmt: skip
+        return self._sending.start(peer, ask, blocks, self.geometry.num_layers, now_ns, ready=ready)
+
+    def mark_ready(self, ticket: Ticket, num_blocks: int, layer: int, ready_ns: int) -> None:
+        """The ticket's first `num_blocks` blocks are final in `layer` since ready_ns."""
+        self._sending.mark_ready(ticket.ticket_id, num_blocks, layer, ready_ns)
+
+    def is_granted(self, ticket: Ticket) -> bool:
+        """Whether the receiver has made room."""
+        out = self._sending.tickets.get(ticket.ticket_id)
+        return out is not None and out.state is not SenderState.ASKED
+
+    def cancel(self, ticket: Ticket, reason: str, now_ns: int) -> None:
+        """Ends a ticket's outcome now, as its deadline would; nothing if it has ended."""
+        out = self._sending.tickets.get(ticket.ticket_id)
+        if out is not None and not ticket.ended:
+            self._sending.event(out, SenderEvent.DEADLINE, now_ns, reason)
+
+    def settle(self, arrival: Arrival) -> None:
+        """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`)."""
+        self._receiving.settle(arrival)
+
+    def receive(self, sender: int, message: PoolMessage, now_ns: int) -> None:
+        """Takes one message of another pool, `sender` its incarnation."""
+        if type(message).__name__ in _FROM_SENDER or message.ticket[0] != self.incarnation:
+            self._receiving.receive(message, now_ns)
+        else:
+            self._sending.receive(sender, message, now_ns)
+
+    def poll(self, now_ns: int) -> list[Ticket]:
+        """Lets time pass: moves that arrived, deadlines, repeats, waiting Asks. Returns the tickets that have ended."""
+        for arrived in self._transport.poll(self.incarnation, now_ns):
+            self._sending.arrived(arrived, now_ns)
+        self._sending.let_time_pass(now_ns)
+        self._receiving.let_time_pass(now_ns)
+        return self._sending.drain_ended()
+
+    def peer_gone(self, incarnation: int, now_ns: int) -> None:
+        """There is proof that an instance's process is gone: it neither writes nor answers any more."""
+        for out in [o for o in self._sending.tickets.values() if o.peer == incarnation]:
+            self._sending.event(out, SenderEvent.PEER_GONE, now_ns, f"instance {incarnation} is gone")
+        for incoming in [i for i in self._receiving.tickets.values() if i.ask.ticket[0] == incarnation]:
+            self._receiving.event(incoming, ReceiverEvent.PEER_GONE, now_ns)
+
+    def drain_arrivals(self) -> list[Arrival]:
+        """What has arrived since the last call; each is held until `settle`."""
+        return self._receiving.drain_arrivals()
+
+    def drain_outbox(self) -> list[tuple[int, PoolMessage]]:
+        """(incarnation, message) pairs to deliver."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def next_time_ns(self) -> int | None:
+        """When `poll` has something to do because of time alone; None when never."""
+        times = [self._sending.next_time_ns(o) for o in self._sending.tickets.values()]
+        times += [self._receiving.next_time_ns(i) for i in self._receiving.tickets.values()]
+        return min((t for t in times if t is not None), default=None)
+
+    def check(self) -> None:
+        """Raises unless every ticket holds its blocks."""
+        entries: list[Outgoing | Incoming] = [*self._sending.tickets.values(), *self._receiving.tickets.values()]
+        for entry in entries:
+            if not isinstance(entry, Incoming) or entry.state is not ReceiverState.WAITING:
+                held = Counter(self._pool.allocator.held_by(entry.holder).tolist())
+                assert not Counter(entry.blocks.tolist()) - held, f"{entry.holder} lost blocks"
+
+    def _send(self, peer: int, message: PoolMessage) -> None:
+        self._outbox.append((peer, message))
