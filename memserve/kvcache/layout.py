@@ -57,6 +57,14 @@ class Layout(ABC):
     def regions_per_block(self, geometry: CacheGeometry) -> int:
         """Contiguous regions that make up one block (2L or 1)."""
 
+    @abstractmethod
+    def regions_per_layer(self) -> int:
+        """Contiguous regions that make up one block's keys and values in one layer (2 or 1)."""
+
+    @abstractmethod
+    def strides_bytes(self, geometry: CacheGeometry, num_blocks: int) -> tuple[int, int, int]:
+        """Bytes from a layer to the next, from keys to values, and from a block to the next, in an arena."""
+
 
 class DiscreteLayout(Layout):
     """vLLM's layout, "original" in the paper: every layer has its own key and value array; 2L regions a block."""
@@ -73,6 +81,13 @@ class DiscreteLayout(Layout):
     def regions_per_block(self, geometry: CacheGeometry) -> int:
         return 2 * geometry.num_layers
 
+    def regions_per_layer(self) -> int:
+        return 2
+
+    def strides_bytes(self, geometry: CacheGeometry, num_blocks: int) -> tuple[int, int, int]:
+        array_bytes = num_blocks * geometry.layer_block_bytes
+        return 2 * array_bytes, array_bytes, geometry.layer_block_bytes
+
 
 class AggregatedLayout(Layout):
     """The paper's aggregated blocks ("akin to huge pages"): all layers of a block lie together; 1 region a block."""
@@ -88,3 +103,9 @@ class AggregatedLayout(Layout):
 
     def regions_per_block(self, geometry: CacheGeometry) -> int:
         return 1
+
+    def regions_per_layer(self) -> int:
+        return 1
+
+    def strides_bytes(self, geometry: CacheGeometry, num_blocks: int) -> tuple[int, int, int]:
+        return 2 * geometry.layer_block_bytes, geometry.layer_block_bytes, geometry.block_bytes
