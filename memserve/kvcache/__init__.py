@@ -3,10 +3,12 @@
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.block_pool import BlockPool, PoolStats
-from memserve.kvcache.errors import BrokenInvariant, NotHeld, OutOfBlocks, StaleAddress
+from memserve.kvcache.errors import BrokenInvariant, MissedEvents, NotHeld, OutOfBlocks, StaleAddress
+from memserve.kvcache.events import EventKind, IndexEvent, IndexSnapshot
 from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
 from memserve.kvcache.hash_index import HashIndex
 from memserve.kvcache.index import Index, Match, NullIndex
+from memserve.kvcache.index_follower import IndexFollower
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
 from memserve.kvcache.mempool import AddressMatch, MemPool
 from memserve.kvcache.radix import RadixIndex
@@ -26,14 +28,19 @@ __all__ = [
     "CacheGeometry",
     "CostAware",
     "DiscreteLayout",
+    "EventKind",
     "Eviction",
     "HashIndex",
     "Holder",
     "Index",
+    "IndexEvent",
+    "IndexFollower",
+    "IndexSnapshot",
     "Layout",
     "Match",
     "Medium",
     "MemPool",
+    "MissedEvents",
     "NotHeld",
     "NullIndex",
     "OutOfBlocks",

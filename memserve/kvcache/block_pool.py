@@ -11,6 +11,7 @@ import numpy as np
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.errors import BrokenInvariant, OutOfBlocks
+from memserve.kvcache.events import EventRecorder, IndexEvent, IndexSnapshot
 from memserve.kvcache.index import Index, Match
 
 
@@ -73,6 +74,7 @@ class BlockPool:
         self.block_size = block_size
         self.allocator = Allocator(num_blocks, num_dram_blocks)
         self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)
+        self._events = EventRecorder(block_size, num_blocks)
         self._copier = copier or NothingToCopy()
         self._num_evicted = 0
         self._num_allocated = 0
@@ -246,6 +248,17 @@ class BlockPool:
         gone = self.index.clear()
         self.allocator.release(gone, INDEX)
         return len(gone)
+
+    def follow(self) -> IndexSnapshot:
+        """What the index holds now. From the first call on its changes are recorded for `drain_events`; a follower
+        that missed some calls again.
+        """
+        self.index.log = self._events
+        return self._events.snapshot(self.index.iter_prefixes())
+
+    def drain_events(self) -> list[IndexEvent]:
+        """The index's changes since the last call, oldest first; none unless somebody follows."""
+        return self._events.drain()
 
     def stats(self) -> PoolStats:
         """How full the pool is, and what it has done."""

@@ -13,5 +13,9 @@ class NotHeld(Exception):
     """A holder gave back a block that it does not hold: a double free, or somebody else's block."""
 
 
+class MissedEvents(Exception):
+    """An index's follower got an event too far ahead: some were lost. It needs a snapshot; nothing was changed."""
+
+
 class BrokenInvariant(AssertionError):
     """`check()` found the books wrong. Always a bug in memserve."""

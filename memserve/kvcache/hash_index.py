@@ -50,6 +50,14 @@ class HashEntry:
         if parent is not None:
             parent.children[digest] = self
 
+    def path(self) -> bytes:
+        """The tokens from the first block of the prefix to this one's end."""
+        parts, entry = [self.tokens], self.parent
+        while entry is not None:
+            parts.append(entry.tokens)
+            entry = entry.parent
+        return b"".join(reversed(parts))
+
     def use(self, now: int) -> None:
         self.last_used = now
         self.num_uses += 1
@@ -99,6 +107,7 @@ class HashIndex(Index):
         self._num_operations += 1
         data, parent = tokens.tobytes(), None
         path: list[HashEntry] = []
+        new: list[int] = []
         for digest, block in zip(self._digests(data, len(tokens)), blocks.tolist(), strict=True):
             entry = self._entries.get(digest)
             if entry is None:
@@ -106,12 +115,15 @@ class HashIndex(Index):
                 own = data[start : start + self._block_bytes]
                 entry = HashEntry(digest, own, start // 4, block, parent, self._num_operations)
                 self._entries[digest] = entry
+                new.append(block)
             else:
                 entry.use(self._num_operations)
             path.append(entry)
             parent = entry
         if parent is not None and not parent.children:
             self._leaves.offer(parent)
+        if new:
+            self.log.inserted(path[-1], new)
         return _blocks_of(path)
 
     def delete(self, tokens: np.ndarray) -> np.ndarray:
@@ -124,7 +136,7 @@ class HashIndex(Index):
         while start.parent is not None and len(start.parent.children) == 1:
             start = start.parent
         gone = list(_subtree(start))
-        for entry in gone:
+        for entry in reversed(gone):
             self._remove(entry)
         return _blocks_of(gone)
 
@@ -144,6 +156,7 @@ class HashIndex(Index):
     def clear(self) -> np.ndarray:
         gone = _blocks_of(list(self._entries.values()))
         self._reset()
+        self.log.cleared()
         return gone
 
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -180,6 +193,7 @@ class HashIndex(Index):
 
     def _remove(self, entry: HashEntry) -> None:
         """Forgets an entry. Its parent, when that became a leaf, can go next."""
+        self.log.removed(entry, [entry.block])
         del self._entries[entry.digest]
         self._leaves.forget(entry)
         if entry.parent is not None:

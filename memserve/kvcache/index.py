@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.kvcache.events import EventLog, NobodyFollows
+
 _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
@@ -23,7 +25,9 @@ class Match:
 
 
 class Index(ABC):
-    """What a pool asks of an index."""
+    """What a pool asks of an index. `log`: told of everything that enters, leaves or moves."""
+
+    log: EventLog = NobodyFollows()
 
     @abstractmethod
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:

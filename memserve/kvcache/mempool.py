@@ -16,6 +16,7 @@ from memserve.kvcache.allocator import INDEX, Holder
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
 from memserve.kvcache.errors import NotHeld, StaleAddress
+from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.ticket import Ticket, TicketState
 
@@ -172,6 +173,14 @@ class MemPool:
         if not good.all():
             raise StaleAddress(f"{address.describe(int(addrs[~good][0]))}: freed since, or not of this pool")
         return blocks
+
+    def follow(self) -> IndexSnapshot:
+        """What the index holds now; from the first call on `drain_events` has its changes. For an IndexFollower."""
+        return self.blocks.follow()
+
+    def drain_events(self) -> list[IndexEvent]:
+        """The index's changes since the last call, oldest first; none unless somebody follows."""
+        return self.blocks.drain_events()
 
     def stats(self) -> PoolStats:
         return self.blocks.stats()

@@ -74,6 +74,7 @@ class RadixIndex(Index):
             self._leaves.offer(leaf)
             if self._is_tiered:
                 self._place(leaf)
+            self.log.inserted(leaf, new)
         return blocks_of(nodes)
 
     def delete(self, tokens: np.ndarray) -> np.ndarray:
@@ -85,7 +86,10 @@ class RadixIndex(Index):
         start = nodes.pop()
         while nodes and len(nodes[-1].children) == 1:
             start = nodes.pop()
-        gone = blocks_of(list(subtree(start)))
+        below = list(subtree(start))
+        gone = blocks_of(below)
+        for node in reversed(below):
+            self.log.removed(node, node.blocks)
         self._remove(start)
         self._forget(gone)
         return gone
@@ -128,12 +132,15 @@ class RadixIndex(Index):
     def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
         place = dict(zip(blocks.tolist(), moved_to.tolist(), strict=True))
         for node in {id(n): n for n in (self._node_of.pop(b) for b in place)}.values():
-            node.blocks = np.array([place.get(b, b) for b in node.blocks.tolist()], dtype=np.int32)
+            before = node.blocks
+            node.blocks = np.array([place.get(b, b) for b in before.tolist()], dtype=np.int32)
             self._place(node)
+            self.log.moved(node, before, node.blocks)
 
     def clear(self) -> np.ndarray:
         gone = blocks_of(list(subtree(self._tree.root)))
         self._reset()
+        self.log.cleared()
         return gone
 
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -188,6 +195,7 @@ class RadixIndex(Index):
         count = len(tail) - (int(in_use[-1]) + 1 if len(in_use) else 0)
         if not count:
             return NO_BLOCKS
+        self.log.removed(leaf, tail[-count:])
         cut = self._tree.trim(leaf, count)[::-1]
         self._forget(cut)
         return cut
