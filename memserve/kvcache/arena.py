@@ -4,27 +4,49 @@ import numpy as np
 import torch
 
 from memserve.kvcache.layout import CacheGeometry, Layout
+from memserve.kvcache.regions import regions_of, row_bytes_of
+from memserve.transfer.block_copy import copy_rows
+from memserve.transfer.shared_memory import SharedHandle, SharedMemory, available_bytes
 
 
 class Arena:
     """`num_blocks` blocks of `geometry` laid out by `layout` on `device`, zero-filled; page-locked if `pinned`.
 
     tensor: the contiguous memory, shaped by the layout.  kv: the same as [L, 2, N, B, K, D], a strided view.
-    Raises MemoryError, naming the bytes asked for, when they cannot be had.
+    shared: by which another process maps the same bytes; None for a device's memory, page-locked memory, or none.
+    Raises MemoryError, naming the bytes asked for, when they cannot be had; a host's are compared with what is
+    available before any is touched.
     """
 
     def __init__(
         self, layout: Layout, geometry: CacheGeometry, num_blocks: int, device: torch.device, *, pinned: bool = False
     ) -> None:
+        self.layout, self.geometry, self.num_blocks = layout, geometry, num_blocks
         self.num_bytes = num_blocks * geometry.block_bytes
+        self._memory: SharedMemory | None = None
         try:
-            self.tensor = torch.zeros(
-                layout.shape(geometry, num_blocks), dtype=geometry.dtype, device=device, pin_memory=pinned
-            )
-        except RuntimeError as error:
-            gib = self.num_bytes / 2**30
-            raise MemoryError(f"{num_blocks} KV blocks need {gib:.2f} GiB on {device}: {error}") from error
+            self.tensor = self._allocated(device, pinned)
+        except (RuntimeError, OSError) as error:
+            raise MemoryError(f"{self._wish(device)}: {error}") from error
         self.kv = layout.view(self.tensor)
+
+    @property
+    def shared(self) -> SharedHandle | None:
+        return None if self._memory is None else self._memory.handle
+
+    def _allocated(self, device: torch.device, pinned: bool) -> torch.Tensor:
+        shape, dtype = self.layout.shape(self.geometry, self.num_blocks), self.geometry.dtype
+        if device.type == "cpu":
+            available = available_bytes()
+            if available is not None and self.num_bytes > available:
+                raise MemoryError(f"{self._wish(device)}: {available / 2**30:.2f} GiB are available")
+        if device.type != "cpu" or pinned or not self.num_bytes:
+            return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+        self._memory = SharedMemory(self.num_bytes)
+        return self._memory.bytes.view(dtype).view(shape)
+
+    def _wish(self, device: torch.device) -> str:
+        return f"{self.num_blocks} KV blocks need {self.num_bytes} bytes ({self.num_bytes / 2**30:.2f} GiB) on {device}"
 
 
 class TwoTiers:
@@ -39,13 +61,15 @@ class TwoTiers:
         if not len(source):
             return
         (from_arena, from_blocks), (to_arena, to_blocks) = self._locate(source), self._locate(target)
-        moved = from_arena.kv[:, :, from_blocks].to(to_arena.kv.device, non_blocking=True)
-        to_arena.kv[:, :, to_blocks] = moved
+        row_bytes = min(row_bytes_of(arena.layout, arena.geometry) for arena in self._arenas)
+        from_rows, to_rows = (
+            regions_of(arena.layout, arena.geometry, arena.num_blocks, blocks, row_bytes=row_bytes).rows
+            for arena, blocks in ((from_arena, from_blocks), (to_arena, to_blocks))
+        )
+        copy_rows(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
 
-    def _locate(self, blocks: np.ndarray) -> tuple[Arena, torch.Tensor]:
+    def _locate(self, blocks: np.ndarray) -> tuple[Arena, np.ndarray]:
         """The arena of blocks of one medium, and their numbers in it."""
         in_dram = bool(blocks[0] >= self._num_hbm_blocks)
         assert ((blocks >= self._num_hbm_blocks) == in_dram).all(), "blocks of two media in one copy"
-        arena = self._arenas[in_dram]
-        numbers = blocks.astype(np.int64) - (self._num_hbm_blocks if in_dram else 0)
-        return arena, torch.from_numpy(numbers).to(arena.kv.device)
+        return self._arenas[in_dram], blocks - (self._num_hbm_blocks if in_dram else 0)

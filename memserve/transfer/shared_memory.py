@@ -1,0 +1,70 @@
+"""Shared memory: bytes that another process of this host can map, without a name in any file system.
+
+A memfd (an unlinked temporary file where the system has none): it goes with its last user, and /dev/shm, often tiny in
+a container, is not involved. Knows no KV. The owner keeps one file descriptor open for as long as it lives.
+"""
+
+import os
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class SharedHandle:
+    """Names memory to another process of this host and user: `num_bytes` behind descriptor `fd` of process `pid`."""
+
+    pid: int
+    fd: int
+    num_bytes: int
+
+    def attach(self) -> torch.Tensor:
+        """The same bytes, uint8 [num_bytes]; they stay mapped while the tensor lives.
+
+        Linux only. Raises OSError when the owner is gone or belongs to somebody else.
+        """
+        path = Path(f"/proc/{self.pid}/fd/{self.fd}")
+        if path.stat().st_size < self.num_bytes:
+            raise OSError(f"{path}: expected at least {self.num_bytes} bytes, as when it was shared")
+        return _mapped(str(path), self.num_bytes)
+
+
+class SharedMemory:
+    """`num_bytes` (>= 1) zero bytes.  bytes: uint8 [num_bytes].  handle: what another process attaches to.
+
+    The descriptor closes with this object, and the memory goes with the last tensor that looks at it. Raises OSError.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        fd = _unnamed_file()
+        try:
+            os.ftruncate(fd, num_bytes)
+            self.bytes = _mapped(f"/dev/fd/{fd}", num_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.handle = SharedHandle(os.getpid(), fd, num_bytes)
+        weakref.finalize(self, os.close, fd)
+
+
+def available_bytes() -> int | None:
+    """Memory that this host can still give without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _unnamed_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("memserve", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _mapped(path: str, num_bytes: int) -> torch.Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
