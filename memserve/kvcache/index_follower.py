@@ -86,7 +86,9 @@ class IndexFollower:
         self._num_blocks[event.medium] -= missing
         while missing:
             leaf = nodes.pop()
-            missing -= len(self._tree.trim(leaf, min(missing, len(leaf.blocks))))
+            cut = min(missing, len(leaf.blocks))
+            self._tree.trim(leaf, cut)
+            missing -= cut
             if not len(leaf.blocks):
                 self._tree.remove(leaf)
 

@@ -195,10 +195,11 @@ class RadixIndex(Index):
         count = len(tail) - (int(in_use[-1]) + 1 if len(in_use) else 0)
         if not count:
             return NO_BLOCKS
-        self.log.removed(leaf, tail[-count:])
-        cut = self._tree.trim(leaf, count)[::-1]
+        cut = tail[-count:]
+        self.log.removed(leaf, cut)
+        self._tree.trim(leaf, count)
         self._forget(cut)
-        return cut
+        return cut[::-1]
 
     def _remove(self, node: RadixNode) -> None:
         """Takes a node and all below it out of the tree; their heap entries are dropped when they come up."""

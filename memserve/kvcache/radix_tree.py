@@ -97,15 +97,12 @@ class RadixTree:
         head.children[node.key[:step]] = node
         return head
 
-    def trim(self, leaf: RadixNode, num_blocks: int) -> np.ndarray:
-        """Cuts blocks off a leaf's tail and returns them. One left empty keeps its key, by which its parent knows it,
-        and must be removed.
-        """
+    def trim(self, leaf: RadixNode, num_blocks: int) -> None:
+        """Cuts blocks off a leaf's tail. One left empty keeps its key, by which its parent knows it, until removed."""
         keep = len(leaf.blocks) - num_blocks
-        cut, leaf.blocks = leaf.blocks[keep:], leaf.blocks[:keep]
+        leaf.blocks = leaf.blocks[:keep]
         if keep:
             leaf.key = leaf.key[: keep * self.block_bytes]
-        return cut
 
     def remove(self, node: RadixNode) -> RadixNode:
         """Takes a node out, and so all below it; returns its parent."""
