@@ -9,8 +9,9 @@ from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
 from memserve.kvcache.hash_index import HashIndex
 from memserve.kvcache.index import Index, Match, NullIndex
 from memserve.kvcache.index_follower import IndexFollower
+from memserve.kvcache.inspect import BlockStory
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
-from memserve.kvcache.mempool import AddressMatch, MemPool
+from memserve.kvcache.mempool import AddressMatch, MemPool, Placement
 from memserve.kvcache.radix import RadixIndex
 from memserve.kvcache.radix_tree import RadixNode
 from memserve.kvcache.ticket import Ticket, TicketState
@@ -24,6 +25,7 @@ __all__ = [
     "AggregatedLayout",
     "Allocator",
     "BlockPool",
+    "BlockStory",
     "BrokenInvariant",
     "CacheGeometry",
     "CostAware",
@@ -44,6 +46,7 @@ __all__ = [
     "NotHeld",
     "NullIndex",
     "OutOfBlocks",
+    "Placement",
     "PoolStats",
     "RadixIndex",
     "RadixNode",

@@ -2,7 +2,9 @@
 
 
 class OutOfBlocks(Exception):
-    """Fewer blocks are free or evictable than asked for. Nothing was allocated or evicted."""
+    """Fewer blocks are free or evictable than asked for. Nothing was allocated; what was only cached may have moved or
+    gone on the way, where some of it turned out to lie above blocks in use.
+    """
 
 
 class StaleAddress(Exception):

@@ -4,23 +4,34 @@ Whoever calls it names a holder, and a block lives as long as somebody holds it.
 another instance's, another medium's or a freed block's raises StaleAddress and changes nothing.
 """
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from memserve.kvcache import address
 from memserve.kvcache.address import Medium
+from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import INDEX, Holder
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
-from memserve.kvcache.errors import NotHeld, StaleAddress
+from memserve.kvcache.errors import NotHeld, OutOfBlocks
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
+from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.ticket import Ticket, TicketState
 
 Tokens = np.ndarray | Sequence[int]
+
+
+class Placement(enum.StrEnum):
+    """Where `alloc_mem` may take blocks, where one medium is not enough of an answer.
+
+    MIXED: HBM's free blocks first, then DRAM, and only then what is cached in HBM makes room.
+    """
+
+    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,6 @@ class MemPool:
         device: torch.device | str = "cpu",
         incarnation: int = 0,
     ) -> None:
-        if not 0 <= incarnation <= address.MAX_INCARNATION:
-            raise ValueError(f"incarnation={incarnation}: expected 0 to {address.MAX_INCARNATION}")
         self.geometry = geometry
         self.layout = layout
         self.incarnation = incarnation
@@ -66,6 +75,7 @@ class MemPool:
             num_dram_blocks=num_dram_blocks,
             copier=TwoTiers(self.arena, self.dram, num_blocks),
         )
+        self._book = AddressBook(self.blocks.allocator, incarnation)
 
     @property
     def block_size(self) -> int:
@@ -76,12 +86,28 @@ class MemPool:
         """The cache in HBM as [L, 2, N, B, K, D], a strided view of the arena."""
         return self.arena.kv
 
-    def alloc_mem(self, num_blocks: int, medium: Medium = Medium.HBM, *, holder: Holder) -> np.ndarray:
+    def alloc_mem(self, num_blocks: int, medium: Medium | Placement = Medium.HBM, *, holder: Holder) -> np.ndarray:
         """Addresses, int64 [num_blocks], of new blocks held by `holder`. What is only cached makes room as needed.
 
-        Raises OutOfBlocks with nothing allocated; ValueError for a negative number, an unknown medium or a bad holder.
+        With Placement.MIXED those in HBM come first. Raises OutOfBlocks with nothing allocated; ValueError for a
+        negative number, an unknown medium or a bad holder.
         """
-        return self.addresses(self.blocks.alloc(_count(num_blocks), _named(holder), Medium(medium)))
+        count, holder = _count(num_blocks), _named(holder)
+        if medium == Placement.MIXED:
+            return self.addresses(self._alloc_mixed(count, holder))
+        return self.addresses(self.blocks.alloc(count, holder, Medium(medium)))
+
+    def _alloc_mixed(self, count: int, holder: Holder) -> np.ndarray:
+        """DRAM's part first: making room in HBM would fill it."""
+        books = self.blocks.allocator
+        wanted = max(0, count - books.num_free)
+        in_dram = self.blocks.alloc(min(wanted, books.num_free_dram + books.num_index_only_dram), holder, Medium.DRAM)
+        try:
+            in_hbm = self.blocks.alloc(count - len(in_dram), holder)
+        except OutOfBlocks:
+            self.blocks.release(in_dram, holder)
+            raise
+        return np.concatenate([in_hbm, in_dram])
 
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld."""
@@ -153,26 +179,26 @@ class MemPool:
 
     def addresses(self, blocks: np.ndarray) -> np.ndarray:
         """The present addresses, int64 [n], of block numbers (int32 [n])."""
-        generations = self.blocks.allocator.generations[blocks]
-        hbm = address.encode(self.incarnation, Medium.HBM, generations, blocks)
-        if not self.blocks.allocator.num_dram_blocks:
-            return hbm
-        dram = address.encode(self.incarnation, Medium.DRAM, generations, blocks - self.blocks.num_blocks)
-        return np.where(blocks < self.blocks.num_blocks, hbm, dram)
+        return self._book.addresses(blocks)
 
     def resolve(self, addrs: np.ndarray) -> np.ndarray:
         """Block numbers, int32 [n], of addresses (int64 [n]). Raises StaleAddress, naming the first bad one."""
-        addrs = np.asarray(addrs)
-        if addrs.dtype != np.int64 or addrs.ndim != 1:
-            raise ValueError(f"addresses of dtype {addrs.dtype}, shape {addrs.shape}: expected int64 [n]")
-        in_dram = address.medium_of(addrs) == Medium.DRAM
-        blocks = address.block_of(addrs) + np.where(in_dram, self.blocks.num_blocks, 0).astype(np.int32)
-        known = blocks < len(self.blocks.allocator.refcounts)
-        present = self.addresses(np.where(known, blocks, 0))
-        good = known & (present == addrs)
-        if not good.all():
-            raise StaleAddress(f"{address.describe(int(addrs[~good][0]))}: freed since, or not of this pool")
-        return blocks
+        return self._book.resolve(addrs)
+
+    def explain(self, addr: int) -> BlockStory:
+        """Who holds the block of an address, and which tokens it caches; a free or stale one is named as such."""
+        return explain(int(addr), self.blocks, self._book)
+
+    def describe(self) -> str:
+        """What fits, in one line: `4096 blocks of 16 tokens = 65,536 tokens, 1.41 GiB in HBM; 0 in DRAM`."""
+        parts = [
+            f"{a.num_blocks} blocks of {self.block_size} tokens = {a.num_blocks * self.block_size:,} tokens, "
+            f"{a.num_bytes / 2**30:.2f} GiB in {medium.name}"
+            if a.num_blocks
+            else f"0 in {medium.name}"
+            for medium, a in ((Medium.HBM, self.arena), (Medium.DRAM, self.dram))
+        ]
+        return "; ".join(parts)
 
     def follow(self) -> IndexSnapshot:
         """What the index holds now; from the first call on `drain_events` has its changes. For an IndexFollower."""

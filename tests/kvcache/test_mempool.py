@@ -17,6 +17,7 @@ from memserve.kvcache import (
     address,
 )
 from memserve.kvcache.address import Medium
+from memserve.kvcache.mempool import Placement
 
 A, B = ("request", "a", 0), ("request", "b", 0)
 GEOMETRY = CacheGeometry(num_layers=2, block_size=4, num_kv_heads=1, head_dim=2, dtype=torch.float32)
@@ -282,3 +283,57 @@ def test_misuse_raises_and_leaves_the_books_in_order(misuse):
         misuse(pool, addrs)
     pool.check()
     assert pool.stats().num_free == 6
+
+
+def test_mixed_takes_hbm_first_then_dram_and_all_or_nothing():
+    pool = MemPool(GEOMETRY, DiscreteLayout(), 3, RadixIndex, num_dram_blocks=2)
+    pool.alloc_mem(1, holder=A)
+    addrs = pool.alloc_mem(3, Placement.MIXED, holder=B)
+    assert address.medium_of(addrs).tolist() == [Medium.HBM, Medium.HBM, Medium.DRAM]
+    with pytest.raises(OutOfBlocks):
+        pool.alloc_mem(2, Placement.MIXED, holder=B)
+    assert pool.stats().num_free_dram == 1 and len(pool.blocks.allocator.held_by(B)) == 3
+    pool.free_mem(addrs, holder=B)
+    assert pool.alloc_mem(4, "mixed", holder=B).shape == (4,)
+    pool.check()
+
+
+def test_mixed_evicts_only_when_both_media_are_full():
+    pool, tokens, _ = filled(num_blocks=4, num_dram_blocks=2)
+    pool.alloc_mem(2, Placement.MIXED, holder=B)
+    assert pool.match(tokens).num_tokens == 16
+    pool.alloc_mem(1, Placement.MIXED, holder=B)
+    assert pool.match(tokens).num_tokens == 12
+    pool.check()
+
+
+def test_explain_says_who_holds_a_block_and_what_it_caches():
+    pool = make_pool()
+    addrs = pool.alloc_mem(3, holder=A)
+    pool.insert(list(range(10, 18)), addrs[:2], holder=A)
+    cached, private = (str(pool.explain(addrs[i])) for i in (1, 2))
+    assert cached == (
+        "instance 3, medium 0, block 1, generation 0: in use, held by index, request/a/0, "
+        "caches tokens [14, 15, 16, 17] at [4, 8) of their prompt"
+    )
+    assert private.endswith("in use, held by request/a/0, not cached")
+    assert pool.explain(addrs[1]).tokens.tolist() == list(range(10, 18))
+    pool.free_mem(addrs, holder=A)
+    assert pool.explain(addrs[0]).holders == (("index",),) and pool.explain(addrs[2]).state == "stale"
+    assert pool.explain(pool.addresses(np.array([5]))[0]).state == "free"
+    assert pool.explain(make_pool(incarnation=4).alloc_mem(1, holder=A)[0]).state == "not of this pool"
+    pool.check()
+
+
+def test_a_stale_address_cannot_be_swapped_in():
+    pool, _, _ = filled()
+    addrs = pool.swap_out(2).addrs
+    pool.blocks.clear()
+    with pytest.raises(StaleAddress):
+        pool.swap_in(addrs, holder=A)
+    pool.check()
+
+
+def test_a_pool_says_what_fits():
+    assert make_pool().describe() == "8 blocks of 4 tokens = 32 tokens, 0.00 GiB in HBM; 0 in DRAM"
+    assert filled()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 0.00 GiB in DRAM")
