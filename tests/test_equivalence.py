@@ -1,12 +1,13 @@
 """With HashRunner, every way to run a request gives the same answer: the whole product, in seconds."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from mini_cluster import Options, hash_answer, hash_instance, serve
 
-from memserve.kvcache import AggregatedLayout, DiscreteLayout
+from memserve.kvcache import FIFO, LFU, LRU, AggregatedLayout, CostAware, DiscreteLayout
 from memserve.sched.preemption import Recompute, SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
 from memserve.sched.swap_policy import Always, Never
@@ -53,44 +54,85 @@ def test_answers_are_the_same_in_the_whole_product(index, block_size):
             layout=layout(),
         )
         instance = hash_instance(options)
-        assert serve(instance, PROMPTS, MAX_TOKENS, check=pressure) == EXPECTED, (chunk, batch, layout, pressure)
+        names = list(PROMPTS)[: {1: 14, 8: 24, 32: 40}[batch]]
+        answers = serve(instance, {name: PROMPTS[name] for name in names}, MAX_TOKENS, check=pressure)
+        assert answers == {name: EXPECTED[name] for name in names}, (chunk, batch, layout, pressure)
         assert instance.pool.stats().num_free + instance.pool.stats().num_indexed == instance.pool.num_blocks
 
 
-TIERS = [(b, chunk, 8, layout, share) for b in (1, 4, 16) for share in (0.3, 3.0)
-         for chunk, layout in ((16, DiscreteLayout), (None, AggregatedLayout))]  # fmt: skip
+FEW = dict(list(PROMPTS.items())[:12])
+EVICTIONS = {"lru": LRU, "lfu": LFU, "fifo": FIFO, "cost_aware": lambda: CostAware(8.0, 2.0)}
+WAYS = {"recompute": Recompute, "swap": SwapOut, "always": Always, "never": Never}
+TIERED = list(itertools.product((1, 4, 16, 32), (DiscreteLayout, AggregatedLayout), (0.5, 3.0)))
 
 
-@pytest.mark.parametrize("preemption", [Recompute, SwapOut])
-@pytest.mark.parametrize("swap", [Always, Never])
-@pytest.mark.parametrize("index", ["radix", "none"])
-def test_answers_are_the_same_however_kv_moves_between_hbm_and_dram(preemption, swap, index):
-    swapped = preempted = 0
-    for block_size, chunk, batch, layout, share in TIERS:
-        longest = -(-(90 + MAX_TOKENS) // block_size)
-        instance = hash_instance(
-            index=index,
-            block_size=block_size,
-            num_blocks=longest + longest // 2,
-            num_dram_blocks=int(share * longest) + 1,
-            chunk_size=chunk,
-            token_budget=max(batch, chunk or 128),
-            max_running=batch,
-            layout=layout(),
-            preemption=preemption(),
-            swap=swap(),
-        )
-        answers = serve(instance, PROMPTS, MAX_TOKENS, check=block_size == 4)
-        assert answers == EXPECTED, (block_size, chunk, batch, layout, share)
-        again = {f"again-{name}": prompt for name, prompt in PROMPTS.items()}
-        assert list(serve(instance, again, MAX_TOKENS, check=False).values()) == list(EXPECTED.values())
-        stats = instance.pool.stats()
-        assert stats.num_free + stats.num_evictable == stats.num_blocks
-        assert stats.num_free_dram + stats.num_evictable_dram == stats.num_dram_blocks
-        swapped += stats.num_swapped_in
-        preempted += instance.scheduler.counts.preemptions
-    assert preempted > 0
-    assert (swapped > 0) == (preemption is SwapOut or (swap is Always and index == "radix"))
+def serve_twice_in_too_small_a_pool(block_size, layout, dram_share, **options):
+    """HBM holds one and a half of the longest requests, DRAM that share of one. The counts, where nothing is wrong."""
+    longest = -(-(90 + MAX_TOKENS) // block_size)
+    instance = hash_instance(
+        block_size=block_size,
+        num_blocks=longest + longest // 2,
+        num_dram_blocks=math.ceil(dram_share * longest),
+        chunk_size=16 if layout is DiscreteLayout else None,
+        token_budget=128,
+        max_running=8,
+        layout=layout(),
+        **options,
+    )
+    expected = {name: EXPECTED[name] for name in FEW}
+    assert serve(instance, FEW, MAX_TOKENS, check=block_size == 4) == expected, (block_size, layout, dram_share)
+    again = {f"again-{name}": prompt for name, prompt in FEW.items()}
+    assert list(serve(instance, again, MAX_TOKENS, check=False).values()) == list(expected.values())
+    instance.check()
+    stats = instance.pool.stats()
+    assert stats.num_free + stats.num_evictable == stats.num_blocks
+    assert stats.num_free_dram + stats.num_evictable_dram == stats.num_dram_blocks
+    counts = instance.scheduler.counts
+    return np.array([counts.preemptions, stats.num_evicted, stats.num_swapped_out, stats.num_swapped_in])
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize("swap", ["always", "never"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_answers_are_the_same_in_the_whole_product_of_ways_between_hbm_and_dram(preemption, swap, eviction):
+    total = np.zeros(4, dtype=int)
+    for block_size, layout, share in TIERED:
+        options = {"preemption": WAYS[preemption](), "swap": WAYS[swap](), "eviction": EVICTIONS[eviction]()}
+        total += serve_twice_in_too_small_a_pool(block_size, layout, share, **options)
+    preempted, evicted, swapped_out, swapped_in = total
+    assert preempted > 0 and evicted > 0 and swapped_out > 0
+    assert (swapped_in > 0) == (preemption == "swap" or swap == "always")
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_answers_are_the_same_in_every_eviction_order_without_dram(eviction):
+    total = np.zeros(4, dtype=int)
+    for block_size, layout in itertools.product((1, 4, 16, 32), (DiscreteLayout, AggregatedLayout)):
+        total += serve_twice_in_too_small_a_pool(block_size, layout, 0, eviction=EVICTIONS[eviction]())
+    assert total[0] > 0 and total[1] > 0 and not total[2:].any()
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_without_an_index_only_preemption_uses_dram(preemption):
+    total = np.zeros(4, dtype=int)
+    for block_size, layout, share in TIERED:
+        options = {"index": "none", "preemption": WAYS[preemption]()}
+        total += serve_twice_in_too_small_a_pool(block_size, layout, share, **options)
+    assert total[0] > 0 and total[1] == 0 and (total[2:] > 0).tolist() == [preemption == "swap"] * 2
+
+
+def test_no_round_of_requests_is_spared_preemption_swaps_and_evictions():
+    instance = hash_instance(block_size=4, num_blocks=45, num_dram_blocks=50, preemption=SwapOut(), max_running=8)
+    for name, prompt in list(PROMPTS.items())[:16]:
+        before = np.array(pressure(instance))
+        four = {f"{name}-{i}": np.append(prompt, i) for i in range(4)}
+        assert serve(instance, four, 60, check=False) == {n: hash_answer(p, 60) for n, p in four.items()}
+        assert (np.array(pressure(instance)) > before).all() or name == "r0", "the first has nothing to evict"
+
+
+def pressure(instance):
+    stats = instance.pool.stats()
+    return instance.scheduler.counts.preemptions, stats.num_evicted, stats.num_swapped_out, stats.num_swapped_in
 
 
 def test_the_pool_under_pressure_did_preempt_and_evict():
