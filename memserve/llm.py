@@ -28,7 +28,7 @@ OPTIONS = {
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",
-    "num_dram_blocks": "kvcache.num_dram_blocks",
+    **{name: f"kvcache.{name}" for name in ("num_dram_blocks", "hbm_bytes", "dram_bytes")},
 }
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
+from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance, Runner
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
@@ -82,9 +83,10 @@ def _device(word: str) -> torch.device:
 
 def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incarnation: int) -> Instance:
     """One instance with its own pool, scheduler and runner."""
-    block_size, num_blocks = cfg.kvcache.block_size, cfg.kvcache.num_hbm_blocks
+    block_size = cfg.kvcache.block_size
+    num_blocks, num_dram_blocks = _capacity(cfg, engine)
     if cfg.tokens == "workload":
-        pool = BlockPool(num_blocks, block_size, index_factory(cfg), num_dram_blocks=cfg.kvcache.num_dram_blocks)
+        pool = BlockPool(num_blocks, block_size, index_factory(cfg), num_dram_blocks=num_dram_blocks)
         runner: Runner = TraceRunner(engine.vocab_size)
     else:
         mempool = MemPool(
@@ -92,7 +94,7 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
             make(cfg.layout),
             num_blocks,
             index_factory(cfg),
-            num_dram_blocks=cfg.kvcache.num_dram_blocks,
+            num_dram_blocks=num_dram_blocks,
             device=cfg.model.device if engine.model else "cpu",
             incarnation=incarnation,
         )
@@ -116,6 +118,19 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
         tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
         seed=cfg.seed,
     )
+
+
+def _capacity(cfg: RunConfig, engine: Engine) -> tuple[int, int]:
+    """Blocks in HBM and in DRAM. Raises ConfigError for bytes that hold not even one block."""
+    kv = cfg.kvcache
+    counts = [kv.num_hbm_blocks or 0, kv.num_dram_blocks]
+    for i, (name, value) in enumerate((("hbm_bytes", kv.hbm_bytes), ("dram_bytes", kv.dram_bytes))):
+        if value is not None:
+            block_bytes = _geometry(cfg, engine).block_bytes
+            counts[i] = parse_bytes(value) // block_bytes
+            if not counts[i]:
+                raise ConfigError(f"kvcache.{name}={value}: expected at least the {block_bytes} bytes of one block")
+    return counts[0], counts[1]
 
 
 def _geometry(cfg: RunConfig, engine: Engine) -> CacheGeometry:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memserve.config.schema import RunConfig
+from memserve.config.sizes import parse_bytes
 from memserve.request import Role
 
 CHOICES = {
@@ -31,11 +32,9 @@ def check_config(cfg: RunConfig) -> None:
     _require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
     _require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
-    _require(cfg.kvcache.num_hbm_blocks >= 1, "kvcache.num_hbm_blocks", cfg.kvcache.num_hbm_blocks, "an integer >= 1")
-    _require(
-        cfg.kvcache.num_dram_blocks >= 0, "kvcache.num_dram_blocks", cfg.kvcache.num_dram_blocks, "an integer >= 0"
-    )
-    if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not cfg.kvcache.num_dram_blocks:
+    _check_capacity(cfg)
+    has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
+    if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not has_dram:
         raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
@@ -43,6 +42,32 @@ def check_config(cfg: RunConfig) -> None:
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
+
+
+def _check_capacity(cfg: RunConfig) -> None:
+    """Each medium is given in blocks or in bytes."""
+    kv = cfg.kvcache
+    _require(kv.num_hbm_blocks is None or kv.num_hbm_blocks >= 1, "kvcache.num_hbm_blocks", kv.num_hbm_blocks,
+             "an integer >= 1")  # fmt: skip
+    _require(kv.num_dram_blocks >= 0, "kvcache.num_dram_blocks", kv.num_dram_blocks, "an integer >= 0")
+    for name in ("hbm_bytes", "dram_bytes"):
+        value = getattr(kv, name)
+        if value is None:
+            continue
+        try:
+            parse_bytes(value)
+        except ValueError as error:
+            raise ConfigError(f"kvcache.{name}={error}") from error
+        if cfg.tokens == "workload":
+            raise ConfigError(f"kvcache.{name}={value} contradicts tokens=workload: its blocks have no bytes")
+    if kv.hbm_bytes is not None and kv.num_hbm_blocks is not None:
+        raise ConfigError(f"kvcache.hbm_bytes={kv.hbm_bytes} contradicts kvcache.num_hbm_blocks={kv.num_hbm_blocks}: "
+                          "expected one of them, and null for the other")  # fmt: skip
+    if kv.hbm_bytes is None and kv.num_hbm_blocks is None:
+        raise ConfigError("kvcache.num_hbm_blocks=null and kvcache.hbm_bytes=null: expected one of them")
+    if kv.dram_bytes is not None and kv.num_dram_blocks:
+        raise ConfigError(f"kvcache.dram_bytes={kv.dram_bytes} contradicts kvcache.num_dram_blocks="
+                          f"{kv.num_dram_blocks}: expected one of them, and 0 blocks beside bytes")  # fmt: skip
 
 
 def _check_model(cfg: RunConfig) -> None:

@@ -26,11 +26,13 @@ class ModelConfigNode:
 
 @dataclass
 class KVCacheConfig:
-    """Sizes of an instance's pool. block_size in tokens."""
+    """Sizes of an instance's pool. block_size in tokens; each medium in blocks, or in bytes (integers or 512MiB)."""
 
     block_size: int = 16
-    num_hbm_blocks: int = 2048
+    num_hbm_blocks: int | None = 2048
     num_dram_blocks: int = 0
+    hbm_bytes: Any = None
+    dram_bytes: Any = None
 
 
 @dataclass

@@ -1,0 +1,40 @@
+import pytest
+
+from memserve.cluster.build import build_engine, build_instance
+from memserve.compose import load_config
+from memserve.config.checks import ConfigError
+from memserve.config.sizes import parse_bytes
+from memserve.request import Role
+
+SIMULATED = ["exec=simulated", "kvcache.num_hbm_blocks=null"]
+
+
+@pytest.mark.parametrize(
+    ("written", "num_bytes"),
+    [(4096, 4096), ("4096", 4096), ("512MiB", 2**29), ("2 GiB", 2**31), ("1.5GB", 1_500_000_000), ("0", 0)],
+)
+def test_sizes_are_read_as_people_write_them(written, num_bytes):
+    assert parse_bytes(written) == num_bytes
+
+
+@pytest.mark.parametrize("written", ["", "MiB", "-1", "1e9", "1GiBs", "1gib", True, 1.5e300])
+def test_what_is_no_size_is_refused(written):
+    with pytest.raises(ValueError, match="expected bytes"):
+        parse_bytes(written)
+
+
+def built(*words):
+    cfg = load_config([*SIMULATED, *words])
+    return build_instance(cfg, build_engine(cfg), "one", Role.COLOCATED, 0)
+
+
+def test_bytes_give_as_many_blocks_as_fit():
+    blocks = built("tokens=hash", "kvcache.hbm_bytes=1MiB", "kvcache.dram_bytes=300000").scheduler.pool
+    block_bytes = 2 * 2 * 16 * 8  # layers, keys and values, tokens, int64
+    assert blocks.num_blocks == 2**20 // block_bytes
+    assert blocks.allocator.num_dram_blocks == 300000 // block_bytes
+
+
+def test_bytes_that_hold_no_block_are_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match="hbm_bytes=100: expected at least the 512 bytes of one block"):
+        built("tokens=hash", "kvcache.hbm_bytes=100")
