@@ -14,13 +14,16 @@ class Evictable(Protocol):
     """What a policy may look at.
 
     born, last_used: the index operations (counted from 1) that inserted the node and last used it.  num_uses: how often
-    it was used, its insertion included.  num_tokens_before: tokens of the prefix before it.
+    it was used, its insertion included.  num_tokens_before, num_tokens_end: tokens before it, and with its own.
     """
 
     born: int
     last_used: int
     num_uses: int
     num_tokens_before: int
+
+    @property
+    def num_tokens_end(self) -> int: ...
 
 
 class Eviction(ABC):
@@ -75,10 +78,13 @@ class CostAware(Eviction):
 
 
 class DeepestFirst(Eviction):
-    """Another order, in which the deeper of two equal nodes goes first; where any node may go, not only leaves."""
+    """Another order, in which the deeper of two equal nodes goes first; where any node may go, not only leaves.
+
+    Depth is where a node ends: cutting its head off leaves that as it is, and its key must never shrink.
+    """
 
     def __init__(self, order: Eviction) -> None:
         self._order = order
 
     def key(self, node: Evictable) -> tuple[float, ...]:
-        return (*self._order.key(node), -node.num_tokens_before)
+        return (*self._order.key(node), -node.num_tokens_end)

@@ -58,6 +58,10 @@ class HashEntry:
             entry = entry.parent
         return b"".join(reversed(parts))
 
+    @property
+    def num_tokens_end(self) -> int:
+        return self.num_tokens_before + len(self.tokens) // 4
+
     def use(self, now: int) -> None:
         self.last_used = now
         self.num_uses += 1

@@ -29,6 +29,10 @@ class RadixNode:
         self.num_tokens_before: int = 0 if parent is None else parent.num_tokens_before + len(parent.key) // 4
         self.queued = 0
 
+    @property
+    def num_tokens_end(self) -> int:
+        return self.num_tokens_before + len(self.key) // 4
+
     def path(self) -> bytes:
         """The tokens from the root to this node's end."""
         keys, node = [self.key], self.parent

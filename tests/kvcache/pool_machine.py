@@ -124,8 +124,9 @@ class PoolMachine(PoolPair):
     def insert_any(self, holder, tokens, cached, mask, turn):
         """What the holder has, in any order and medium, as the KV of any prompt, cached or not; refused if it must."""
         mine = chosen(self.model.mine(holder), mask)
-        if 0 <= cached < len(self.model.index.blocks):
-            tokens = list(self.model.index.blocks)[cached]
+        if 0 <= cached < len(self.model.index.blocks):  # in DRAM and long ones first
+            by_depth = sorted(self.model.index.blocks.items(), key=lambda item: (-item[1].medium, -len(item[0])))
+            tokens = by_depth[cached][0]
         path = self.model.index.prefixes(tokens)[: len(mine)]
         blocks = [*mine[turn:], *mine[:turn]][: len(path)]
         if path and not self.model.may_insert(path[-1], blocks):

@@ -41,9 +41,12 @@ EVICTIONS = {
 class PoolPair(RuleBasedStateMachine):
     """One pool of any kind, its model, and the comparison. The rules are the subclass's."""
 
+    indexes = (RadixIndex, RadixIndex, RadixIndex, HashIndex)
+    evictions = tuple(EVICTIONS)
+
     @initialize(
-        index=st.sampled_from([RadixIndex, RadixIndex, RadixIndex, HashIndex]),
-        eviction=st.sampled_from(sorted(EVICTIONS)),
+        index=st.runner().flatmap(lambda machine: st.sampled_from(machine.indexes)),
+        eviction=st.runner().flatmap(lambda machine: st.sampled_from(machine.evictions)),
         layout=st.sampled_from([DiscreteLayout, AggregatedLayout]),
         num_dram_blocks=st.sampled_from([3, 8, 0]),
     )

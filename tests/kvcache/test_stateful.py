@@ -1,19 +1,28 @@
-"""Random sequences of every operation, 10,000 steps of them, against the brute-force model: the same ones each time.
+"""Random sequences of every operation, 10,000 steps and more, against the brute-force model: the same ones each time.
 
 `make fuzz MINUTES=5` runs fresh ones (fuzz.py).
 """
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
 from kvcache.pool_machine import PoolMachine
+from kvcache.pool_pair import EVICTIONS
 
-settings_of_ci = settings(
-    max_examples=100,
-    stateful_step_count=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+from memserve.kvcache import HashIndex, RadixIndex
 
-TestPool = PoolMachine.TestCase
-TestPool.settings = settings_of_ci
+STEPS_AN_EXAMPLE = 100
+
+
+@pytest.mark.parametrize("eviction", EVICTIONS)
+@pytest.mark.parametrize(("index", "num_examples"), [(RadixIndex, 32), (HashIndex, 12)])
+def test_a_pool_agrees_with_the_model_after_every_step(index, num_examples, eviction):
+    machine = type("Pool", (PoolMachine,), {"indexes": (index,), "evictions": (eviction,)})
+    rules = settings(
+        max_examples=num_examples,
+        stateful_step_count=STEPS_AN_EXAMPLE,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(seed(1)(machine), settings=rules)
