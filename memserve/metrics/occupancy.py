@@ -3,8 +3,8 @@
 An instance offers its pool after every change, and at most MAX_POINTS states are kept. Time is cut into buckets and the
 first state of each bucket is kept; when the list is full, buckets double in length. The first, and not a minimum,
 maximum or mean: a kept sample is one state that the pool was in, so its counts add up to the pool, and whatever falls
-into a bucket that has its sample costs one comparison. What is lost is a spike shorter than a bucket (about a
-thousandth of the run); the report's `peak_used_blocks` has that one.
+into a bucket that has its sample costs one comparison. What is lost is a spike shorter than a bucket (at most about a
+250th of the run); the report's `peak_used_blocks` has that one.
 """
 
 import json
@@ -18,7 +18,7 @@ from memserve.clock import to_s
 from memserve.kvcache.allocator import Allocator
 from memserve.kvcache.block_pool import BlockPool
 
-MAX_POINTS = 2000
+MAX_POINTS = 1000
 TIERS = ("hbm", "dram")
 KINDS = ("request", "both", "index", "transfer", "quarantine", "free")
 _APART = ("quarantine", "transfer")  # first words of holders that are shown as kinds; a block of several: the first
