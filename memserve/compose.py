@@ -18,7 +18,7 @@ from memserve.config.schema import RunConfig
 
 TARGETS = (
     "mode", "policy", "index", "eviction", "queue", "preemption", "swap", "layout", "cost_model", "workload",
-    "tracking",
+    "tracking", "granularity", "link", "decode_policy",
 )  # fmt: skip
 
 

@@ -3,38 +3,43 @@
 A driver owns time and moves messages; it calls, in this order and as often as it likes:
 
     receive(message)            any time; takes effect at the next `schedule`
+    receive_from_peer(...)      a message of another instance's pool: answers take effect at once, requests for room and
+                                what publishes KV at the next `schedule`
+    poll(now_ns)                lets time pass for transfers
     schedule(now_ns)            reads the inbox, picks the step's batch -> ScheduledBatch | None
     forward(batch)              computes it -> StepOutput
     commit(batch, output, ...)  enters results, checks ends, writes Tokens and Finished to the outbox
-    drain_outbox()              what to send
+    drain_outbox()              what to send to the global scheduler; drain_peer_outbox() to other instances
 
 so that the same instance runs in virtual time, in a torchrun rank, and inside `LLM`.
 """
 
-import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from memserve.handoff import HandedOver, Handoffs
 from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.ticket import Arrival, Ticket, TicketState
 from memserve.messages import (
     Abort,
     Dispatch,
     Finished,
+    HandoffFailed,
     Message,
-    RequestStats,
+    PoolMessage,
+    Redirect,
     Tokens,
     pack_times,
     pack_tokens,
     unpack_tokens,
 )
-from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Request, Role, SamplingParams, ScheduledBatch, StepOutput
+from memserve.request import FinishReason, Phase, Request, Role, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
+from memserve.served import Served, drawn_seed, stop_strings
 
 
 class Runner(Protocol):
@@ -43,36 +48,11 @@ class Runner(Protocol):
     def forward(self, batch: ScheduledBatch) -> StepOutput: ...
 
 
-class _StopStrings:
-    """Watches one answer's text for its stop strings."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._checker = StopChecker(stop)
-
-    def ended_by(self, tokens: np.ndarray) -> bool:
-        """Whether one of the strings is complete with these new tokens (int32 [n])."""
-        for token in tokens.tolist():
-            self._checker.push(self._detokenizer.push(token))
-        return self._checker.stopped
-
-
-@dataclass
-class _Served:
-    """What the instance keeps about a request beside the scheduler's books. Times in ns; None before the event."""
-
-    request: Request
-    queued_ns: int
-    stop_strings: _StopStrings | None
-    first_scheduled_ns: int | None = None
-    prefill_end_ns: int | None = None
-
-
 class Instance:
     """`label` names it in the cluster. `eos_token_ids` end an answer unless it ignores them.
 
     `tokenizer` turns tokens into text for stop strings; None refuses requests that have any. `seed` feeds the random
-    numbers of requests that bring no seed of their own.
+    numbers of requests that bring no seed of their own. `handoffs`: of an instance that is one of several.
     """
 
     def __init__(
@@ -86,6 +66,7 @@ class Instance:
         eos_token_ids: Collection[int] = (),
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
+        handoffs: Handoffs | None = None,
     ) -> None:
         self.label = label
         self.role = role
@@ -95,7 +76,10 @@ class Instance:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self._seed = seed
-        self._served: dict[str, _Served] = {}
+        self.handoffs = handoffs
+        self._began_ns = 0
+        self._peer_inbox: list[tuple[int, PoolMessage]] = []
+        self._served: dict[str, Served] = {}
         self._inbox: list[Message] = []
         self._outbox: list[Message] = []
 
@@ -105,15 +89,35 @@ class Instance:
 
     @property
     def has_inbox(self) -> bool:
-        return bool(self._inbox)
+        return bool(self._inbox or self._peer_inbox)
 
     @property
     def num_unfinished(self) -> int:
         return len(self._served)
 
     def receive(self, message: Message) -> None:
-        """Takes a Dispatch or an Abort; it is read at the next `schedule`."""
+        """Takes a Dispatch, an Abort or a Redirect; it is read at the next `schedule`."""
         self._inbox.append(message)
+
+    def receive_from_peer(self, sender: int, message: PoolMessage, now_ns: int) -> None:
+        """Takes a message of another instance's pool. What answers a ticket of ours is read at once."""
+        assert self.handoffs is not None, "a colocated instance has no peers"
+        if message.ticket[0] == self.handoffs.transfers.incarnation:
+            self.handoffs.transfers.receive(sender, message, now_ns)
+            self.poll(now_ns)
+        else:
+            self._peer_inbox.append((sender, message))
+
+    def poll(self, now_ns: int) -> None:
+        """Lets time pass: moves arrive, deadlines pass, tickets end, requests that waited for a grant may go on."""
+        if self.handoffs is None:
+            return
+        for ticket in self.handoffs.transfers.poll(now_ns):
+            request = self.handoffs.ended(ticket)
+            if request is not None:
+                self._handed_off(request, ticket)
+        for request in self.scheduler.running:
+            request.on_hold = request.on_hold and not self.handoffs.granted(request)
 
     def schedule(self, now_ns: int) -> ScheduledBatch | None:
         """Reads the inbox and picks the next batch; None when there is nothing to compute."""
@@ -124,9 +128,15 @@ class Instance:
                     self._accept(message, now_ns)
                 case Abort():
                     self._abort(message, now_ns)
+                case Redirect():
+                    self._redirect(message, now_ns)
                 case _:
                     raise TypeError(f"an instance takes no {type(message).__name__}")
+        self._read_peers(now_ns)
+        self._began_ns = now_ns
         batch = self.scheduler.schedule()
+        if self._ask_for_admitted(now_ns) and batch is None:
+            batch = self.scheduler.schedule()
         if batch is not None:
             for request in batch.requests:
                 served = self._served[request.request_id]
@@ -139,9 +149,11 @@ class Instance:
 
     def commit(self, batch: ScheduledBatch, output: StepOutput, times_ns: np.ndarray) -> None:
         """Enters the results. times_ns: int64 [num_steps], when each of the batch's steps ended."""
-        sampled = batch.samples
+        sampled, ended_ns = batch.samples, int(times_ns[-1])
         self.scheduler.commit(batch, output)
         for row, request in enumerate(batch.requests):
+            if self.handoffs is not None:
+                self.handoffs.computed(request, self._began_ns, ended_ns)
             if not sampled[row]:
                 continue
             served = self._served[request.request_id]
@@ -158,19 +170,30 @@ class Instance:
                     None if logprobs is None else [logprobs],
                 )
             )
-            reason = self._ended(served, output.token_ids[row])
+            reason = served.ended(output.token_ids[row], self._eos_token_ids)
             if reason is not None:
-                self._finish(served, reason, "")
+                self._finish(served, reason, "", ended_ns)
+            elif served.decode is not None:
+                self._hand_off(served, ended_ns)
+        self.poll(ended_ns)
 
     def drain_outbox(self) -> list[Message]:
         """Messages for the global scheduler since the last call."""
         out, self._outbox = self._outbox, []
         return out
 
+    def drain_peer_outbox(self) -> list[tuple[int, PoolMessage]]:
+        """(incarnation, message) pairs for other instances since the last call."""
+        return [] if self.handoffs is None else self.handoffs.transfers.drain_outbox()
+
     def check(self) -> None:
         """Raises unless every book of this instance agrees with the others."""
-        self.scheduler.check()
-        assert self.scheduler.num_unfinished == len(self._served), "requests were lost between instance and scheduler"
+        handing_off = [s.request for s in self._served.values() if s.request.phase is Phase.HANDING_OFF]
+        self.scheduler.check(handing_off)
+        num_known = self.scheduler.num_unfinished + len(handing_off)
+        assert num_known == len(self._served), "requests were lost between instance and scheduler"
+        if self.handoffs is not None:
+            self.handoffs.transfers.check()
 
     def check_request(self, prompt: np.ndarray, params: SamplingParams) -> None:
         """Raises RequestRefused, a ValueError, for what this instance can never serve."""
@@ -195,44 +218,83 @@ class Instance:
             seed=drawn_seed(self._seed, message.request_id),
             max_num_tokens=len(prompt) + self.limits.max_tokens(len(prompt), message.params),
         )
-        stop = message.params.stop
-        stops = _StopStrings(self._tokenizer, stop) if self._tokenizer is not None and stop else None
-        self._served[message.request_id] = _Served(request, now_ns, stops)
+        stops = stop_strings(self._tokenizer, message.params)
+        self._served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
         self.scheduler.add(request)
 
     def _abort(self, message: Abort, now_ns: int) -> None:
         served = self._served.get(message.request_id)
-        if served is not None and served.request.attempt == message.attempt:  # else it has ended meanwhile
-            self._finish(served, FinishReason.ABORTED, "cancelled by the client")
+        if served is not None and served.request.attempt == message.attempt:
+            self._finish(served, FinishReason.ABORTED, "cancelled by the client", now_ns)
+        elif self.handoffs is not None:  # it has ended meanwhile, or is on its way here
+            self.handoffs.note_aborted(message.request_id, message.attempt)
 
-    def _ended(self, served: _Served, new_tokens: np.ndarray) -> FinishReason | None:
-        """Why the answer is complete with these tokens, or None."""
-        request, last = served.request, int(new_tokens[-1])
-        if last in request.params.stop_token_ids or (not request.params.ignore_eos and last in self._eos_token_ids):
-            return FinishReason.STOP
-        if served.stop_strings is not None and served.stop_strings.ended_by(new_tokens):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if request.num_tokens >= request.max_num_tokens else None
-
-    def _finish(self, served: _Served, reason: FinishReason, detail: str) -> None:
+    def _finish(self, served: Served, reason: FinishReason, detail: str, now_ns: int) -> None:
         request = served.request
+        if self.handoffs is not None:
+            self.handoffs.finished(request, served.prefill, reason, now_ns)
         self.scheduler.finish(request, reason)
         del self._served[request.request_id]
-        stats = RequestStats(
-            instance=self.label,
-            queued_ns=served.queued_ns,
-            first_scheduled_ns=served.first_scheduled_ns,
-            prefill_end_ns=served.prefill_end_ns,
-            num_prompt=request.num_prompt,
-            num_cached_local=request.num_cached,
-            num_computed=request.num_prefilled,
-            num_generated=request.num_generated,
-            num_preemptions=request.num_preemptions,
-        )
-        self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, stats))
+        self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, served.stats(self.label)))
 
+    def _ask_for_admitted(self, now_ns: int) -> bool:
+        """By layer, the hand-off is asked for before the first chunk. True if a request need not wait for a grant."""
+        go_on = False
+        for request in self.scheduler.drain_admitted():
+            served = self._served[request.request_id]
+            assert self.handoffs is not None and served.decode is not None
+            if request.max_num_tokens == request.num_prompt + 1:  # its only token is the prefill's
+                request.on_hold, go_on = False, True
+            else:
+                self.handoffs.admitted(request, served.decode, now_ns)
+        return go_on
 
-def drawn_seed(engine_seed: int, request_id: str) -> int:
-    """The seed of a request that brings none: of the engine's seed and the request's id; 63 bits, equal everywhere."""
-    digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    def _hand_off(self, served: Served, now_ns: int) -> None:
+        """The first token is there: the rest is the decode instance's."""
+        assert self.handoffs is not None and served.decode is not None
+        self.scheduler.hand_off(served.request)
+        self.handoffs.prefilled(served.request, served.decode, served.stats(self.label), now_ns)
+
+    def _handed_off(self, request: Request, ticket: Ticket) -> None:
+        """A hand-off has ended: forgotten here, or kept until the global scheduler says what becomes of it."""
+        if ticket.state is TicketState.DONE:
+            self.scheduler.finish(request, FinishReason.LENGTH)
+            del self._served[request.request_id]
+        else:
+            refused = request.phase is Phase.HANDING_OFF and ticket.refused
+            self._outbox.append(HandoffFailed(request.request_id, request.attempt, refused, ticket.reason))
+
+    def _redirect(self, message: Redirect, now_ns: int) -> None:
+        served = self._served.get(message.request_id)
+        if served is not None and served.request.attempt == message.attempt and self.handoffs is not None:
+            served.decode = message.decode
+            self.handoffs.redirect(message.request_id, message.decode, served.stats(self.label), now_ns)
+
+    def _read_peers(self, now_ns: int) -> None:
+        """Room is made, and what has arrived becomes requests here, between two steps alone."""
+        if self.handoffs is None:
+            return
+        inbox, self._peer_inbox = self._peer_inbox, []
+        for sender, message in inbox:
+            self.handoffs.transfers.receive(sender, message, now_ns)
+        self.poll(now_ns)
+        for arrival in self.handoffs.transfers.drain_arrivals():
+            word = self.handoffs.read(arrival)
+            if isinstance(word, HandedOver) and not self.handoffs.was_aborted(word):
+                self._adopt(word, arrival)
+            else:
+                self.handoffs.transfers.settle(arrival)
+
+    def _adopt(self, word: HandedOver, arrival: Arrival) -> None:
+        """A request whose prompt was prefilled elsewhere goes on here."""
+        assert self.handoffs is not None
+        request = self.handoffs.take_over(word, arrival)
+        stops = stop_strings(self._tokenizer, word.params)
+        if stops is not None:
+            stops.ended_by(request.output_token_ids)
+        self._served[word.request_id] = Served(
+            request, arrival.received_ns, stops, prefill=arrival.ticket_id[0], first_scheduled_ns=arrival.received_ns,
+            prefill_end_ns=arrival.received_ns, prefill_stats=word.stats, granted_ns=arrival.granted_ns,
+            received_ns=arrival.received_ns,
+        )  # fmt: skip
+        self.scheduler.adopt(request)

@@ -11,7 +11,9 @@
 | `HandoffFailed` | instance -> global scheduler      | the attempt's KV did not reach its decode instance           |
 | `Redirect` | global scheduler -> instance           | hand the attempt to another decode instance                  |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
-| `Grant`, `Wait`, `Refuse` | receiving -> sending pool | the answers to `Ask`                                       |
+| `Grant`    | receiving pool -> sending pool         | where it goes, and what is held already                      |
+| `Wait`     | receiving pool -> sending pool         | there is no room yet                                         |
+| `Refuse`   | receiving pool -> sending pool         | there never will be                                          |
 | `Done`     | sending pool -> receiving pool         | every byte is in place                                       |
 | `Inserted` | receiving pool -> sending pool         | published; the sender's call completes                       |
 | `Abandon`  | either pool -> the other               | the ticket has failed                                        |
@@ -168,7 +170,10 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
+    """`private` is the Ask's, or what the sender knew better by now."""
+
     ticket: tuple[int, int]
+    private: bytes
 
 
 class Inserted(msgspec.Struct, frozen=True, tag=True):

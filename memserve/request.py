@@ -4,7 +4,8 @@
     # [0, num_cached) reused | [num_cached, num_computed) computed here | [num_computed, num_tokens) to do
     # [0, num_prompt) prompt | [num_prompt, num_tokens) generated
 
-Phases: WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; any -> FINISHED by abort.
+Phases: WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; RUNNING -> HANDING_OFF on a prefill instance;
+any -> FINISHED by abort.
 """
 
 import enum
@@ -90,6 +91,7 @@ def _require_int(name: str, value: object, low: int, allowed: str, high: int | N
 class Phase(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    HANDING_OFF = "handing off"
     FINISHED = "finished"
 
 
@@ -174,6 +176,7 @@ class Request:
     num_prefilled: int = 0  # prefill tokens computed, recomputed ones included
     max_num_tokens: int = 0  # prompt and answer together, as far as params and context allow
     num_preemptions: int = 0
+    on_hold: bool = False  # admitted, but its first chunk waits for the grant of its hand-off
     finish_reason: FinishReason | None = None
     tokens: IntBuffer = field(init=False)
     block_table: IntBuffer = field(init=False)

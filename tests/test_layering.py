@@ -19,7 +19,7 @@ FLOORS = [
     {"kvcache"},  # 2: blocks
     {"model"},  # 3: tensors
     {"sched"},  # 4: decides; names no tensor
-    {"instance", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
+    {"instance", "handoff", "served", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
     {"compose", "cluster", "llm", "scripts"},  # 6: drivers
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
@@ -29,6 +29,7 @@ BESIDE = {
     "messages": {"request"},
     "timeline": {"request", "messages"},
     "config": {"request"},
+    "instance": {"handoff", "served"},
     "cluster": {"compose"},
     "llm": {"compose", "cluster"},
     "scripts": {"compose", "cluster", "llm"},

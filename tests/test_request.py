@@ -4,9 +4,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from memserve.instance import drawn_seed
 from memserve.messages import Dispatch, Message, Tokens, pack_times, pack_tokens, unpack_times, unpack_tokens
 from memserve.request import IntBuffer, Request, SamplingParams
+from memserve.served import drawn_seed
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from memserve.cluster.make import make
 from memserve.cluster.step_time import Measured, Modelled, StepTime
+from memserve.cluster.wiring import build_handoffs
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
@@ -33,6 +33,7 @@ from memserve.sched.admission import Limits
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.modes import Mode
 from memserve.trace_runner import TraceRunner
+from memserve.transfer.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,16 @@ def _device(word: str) -> torch.device:
     return device
 
 
-def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incarnation: int) -> Instance:
-    """One instance with its own pool, scheduler and runner."""
+def build_instance(
+    cfg: RunConfig, engine: Engine, label: str, role: Role, incarnation: int, transport: Transport | None = None
+) -> Instance:
+    """One instance with its own pool, scheduler and runner. transport: what its mode hands KV over with."""
     block_size = cfg.kvcache.block_size
     num_blocks, num_dram_blocks = _capacity(cfg, engine)
     if cfg.tokens == "workload":
         pool = BlockPool(num_blocks, block_size, index_factory(cfg), num_dram_blocks=num_dram_blocks)
         runner: Runner = TraceRunner(engine.vocab_size)
+        memories: list[torch.Tensor | None] = [None, None]
     else:
         mempool = MemPool(
             _geometry(cfg, engine),
@@ -99,6 +103,11 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
             incarnation=incarnation,
         )
         pool, runner = mempool.blocks, _runner(cfg, engine, mempool)
+        memories = [mempool.arena.tensor, mempool.dram.tensor]
+    handoffs = None
+    if transport is not None:
+        handoffs = build_handoffs(cfg, role, pool, incarnation, _geometry(cfg, engine), transport, memories)
+    mode: Mode = make(cfg.mode)
     scheduler = LocalScheduler(
         pool,
         make(cfg.queue),
@@ -107,6 +116,8 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,
+        publishes=mode.inserts(role),
+        holds_admitted=role is Role.PREFILL and handoffs is not None and handoffs.asks_at_admission,
     )
     return Instance(
         label,
@@ -117,6 +128,7 @@ def build_instance(cfg: RunConfig, engine: Engine, label: str, role: Role, incar
         eos_token_ids=eos_token_ids(engine),
         tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
         seed=cfg.seed,
+        handoffs=handoffs,
     )
 
 
@@ -170,11 +182,3 @@ def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
         needed = ", ".join(sorted(mode.roles))
         raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
     return [(f"{role}-{i}", role) for i, role in enumerate(roles)]
-
-
-def make(node: Any, **arguments: Any) -> Any:
-    """The object that a `_target_` node describes. Raises ConfigError with what its class says of a bad argument."""
-    try:
-        return instantiate(node, **arguments)
-    except InstantiationException as error:
-        raise ConfigError(str(error.__cause__ or error)) from error

@@ -6,9 +6,13 @@ leave at its virtual end, however long this process took to compute them:
     client --Submit--> global scheduler --Dispatch--> inbox
     begin: schedule (+ forward, when its duration is to be measured) -> [virtual duration] -> end: commit -> messages
 
-Events at the same nanosecond: clients first, then ends of steps, then begins, then in order of creation. Messages take
-no virtual time of their own. A macro-step (a batch repeated `num_steps` times) is computed only at its end, and a
-message that reaches the instance meanwhile cuts it at the next boundary between two of its steps.
+Between instances: a pool's messages take the link's message latency, its moves what the link model says, and a move's
+bytes are copied at the moment it arrives.
+
+Events at the same nanosecond: clients first, then what comes from other instances, ends of steps, begins, then in order
+of creation. Messages to and from the global scheduler take no virtual time of their own. A macro-step (a batch repeated
+`num_steps` times) is computed only at its end, and a message that reaches the instance meanwhile cuts it at the next
+boundary between two of its steps.
 """
 
 import heapq
@@ -19,13 +23,14 @@ import numpy as np
 from memserve.clock import Stopwatch
 from memserve.cluster.step_time import StepTime
 from memserve.instance import Instance
-from memserve.messages import Finished, Message, Tokens
+from memserve.messages import Finished, Message, PoolMessage, Tokens
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import ScheduledBatch, StepOutput
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
+from memserve.transfer.in_process import InProcess
 from memserve.workload.player import SessionPlayer
 
-_END, _BEGIN = 1, 2
+_PEER, _TIMER, _END, _BEGIN = 0, 1, 2, 3
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Node:
     begin_is_due: bool = False
     epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
     commit_ns: int = 0  # measured cost of the last commit, charged to the next step
+    timer_ns: int | None = None  # the next time at which its transfers want to be polled
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
@@ -55,15 +61,19 @@ class Node:
 
 @dataclass
 class EmulatedCluster:
-    """Runs `nodes` under `scheduler` for one `client` until every request has ended."""
+    """Runs `nodes` under `scheduler` for one `client` until every request has ended, and every transfer.
+
+    transport: of the nodes that transfer KV, which are known to it by their place in `nodes`.
+    """
 
     nodes: list[Node]
     scheduler: GlobalScheduler
     client: SessionPlayer
     step_time: StepTime
     macro_steps: bool
+    transport: InProcess | None = None
     now_ns: int = 0
-    _events: list[tuple[int, int, int, Node, int]] = field(default_factory=list)
+    _events: list[tuple[int, int, int, Node, int | tuple[int, PoolMessage]]] = field(default_factory=list)
     _num_events: int = 0
 
     def __post_init__(self) -> None:
@@ -81,16 +91,48 @@ class EmulatedCluster:
             for submit in self.client.poll(self.now_ns):
                 self._to_scheduler(submit)
         elif event_ns is not None:
-            self.now_ns, kind, _, node, epoch = heapq.heappop(self._events)
-            if kind == _BEGIN:
-                self._begin(node)
-            elif epoch == node.epoch:
-                self._end(node)
+            time_ns, kind, _, node, what = heapq.heappop(self._events)
+            if kind == _TIMER and not self._is_due(node, time_ns):
+                return True
+            self.now_ns = time_ns
+            self._handle(kind, node, what)
         elif self.scheduler.num_unfinished:
             raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
         else:
             return False
         return True
+
+    def _handle(self, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
+        if kind == _BEGIN:
+            self._begin(node)
+        elif kind == _TIMER:
+            node.timer_ns = None
+            self._poll(node)
+        elif isinstance(what, tuple):
+            node.instance.receive_from_peer(*what, self.now_ns)
+            self._arouse(node)
+            self._send(node)
+        elif what == node.epoch:
+            self._end(node)
+
+    def _is_due(self, node: Node, time_ns: int) -> bool:
+        """Whether anything still waits for a timer; what it was set for may have ended long ago."""
+        if time_ns != node.timer_ns:
+            return False
+        assert node.instance.handoffs is not None and self.transport is not None
+        waits_ns = node.instance.handoffs.transfers.next_time_ns()
+        arrives_ns = self.transport.next_time_ns()
+        if any(t is not None and t <= time_ns for t in (waits_ns, arrives_ns)):
+            return True
+        node.timer_ns = None
+        self._set_timer(node, waits_ns)
+        return False
+
+    def _poll(self, node: Node) -> None:
+        """Lets time pass for a node's transfers; it may have room, or a request to go on with, since."""
+        node.instance.poll(self.now_ns)
+        self._arouse(node)
+        self._send(node)
 
     def _begin(self, node: Node) -> None:
         node.begin_is_due = False
@@ -110,7 +152,7 @@ class EmulatedCluster:
             durations = self.step_time.durations_ns(batch)
         ends_ns = self.now_ns + np.cumsum(durations, dtype=np.int64)
         node.step = _Step(batch, self.now_ns, ends_ns, output)
-        self._push(int(ends_ns[-1]), _END, node)
+        self._push(int(ends_ns[-1]), _END, node, node.epoch)
 
     def _end(self, node: Node) -> None:
         step, node.step = node.step, None
@@ -130,10 +172,14 @@ class EmulatedCluster:
         """Lets an idle instance begin a step at this very time."""
         if node.step is None and not node.begin_is_due:
             node.begin_is_due = True
-            self._push(self.now_ns, _BEGIN, node)
+            self._push(self.now_ns, _BEGIN, node, node.epoch)
 
     def _deliver(self, node: Node, message: Message) -> None:
         node.instance.receive(message)
+        self._arouse(node)
+
+    def _arouse(self, node: Node) -> None:
+        """Something is new for a node: an idle one begins a step, a macro-step under way is cut."""
         if node.step is None:
             self._wake(node)
         elif node.step.batch.num_steps > 1:
@@ -146,11 +192,31 @@ class EmulatedCluster:
             step.batch = replace(step.batch, num_steps=num_steps)
             step.ends_ns = step.ends_ns[:num_steps]
             node.epoch += 1
-            self._push(int(step.ends_ns[-1]), _END, node)
+            self._push(int(step.ends_ns[-1]), _END, node, node.epoch)
 
     def _send(self, node: Node) -> None:
         for message in node.instance.drain_outbox():
             self._to_scheduler(message)
+        if self.transport is not None:
+            self._send_to_peers(node, self.transport)
+
+    def _send_to_peers(self, node: Node, transport: InProcess) -> None:
+        """Puts a node's messages on the wire, and notes when its transfers, or anybody's moves, want attention next."""
+        sender = self.nodes.index(node)
+        for peer, message in node.instance.drain_peer_outbox():
+            self._push(self.now_ns + transport.link.message_ns, _PEER, self.nodes[peer], (sender, message))
+        assert node.instance.handoffs is not None
+        self._set_timer(node, node.instance.handoffs.transfers.next_time_ns())
+        arrives_ns = transport.next_time_ns()
+        if arrives_ns is not None:
+            for endpoint in transport.waiting_endpoints:
+                self._set_timer(self.nodes[endpoint], arrives_ns)
+
+    def _set_timer(self, node: Node, time_ns: int | None) -> None:
+        """Polls a node at time_ns, or before."""
+        if time_ns is not None and (node.timer_ns is None or time_ns < node.timer_ns):
+            node.timer_ns = max(time_ns, self.now_ns)
+            self._push(node.timer_ns, _TIMER, node, 0)
 
     def _to_scheduler(self, message: Message) -> None:
         self.scheduler.receive(message, self.now_ns)
@@ -161,6 +227,6 @@ class EmulatedCluster:
             else:
                 self._deliver(self._by_label[destination], out)
 
-    def _push(self, time_ns: int, kind: int, node: Node) -> None:
+    def _push(self, time_ns: int, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
         self._num_events += 1
-        heapq.heappush(self._events, (time_ns, kind, self._num_events, node, node.epoch))
+        heapq.heappush(self._events, (time_ns, kind, self._num_events, node, what))

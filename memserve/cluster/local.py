@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from memserve.clock import monotonic_ns, to_s
-from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time, make
+from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time
 from memserve.cluster.emulated import EmulatedCluster, Node
+from memserve.cluster.make import make
+from memserve.cluster.wiring import build_global_scheduler, build_transport
 from memserve.compose import to_dict, to_yaml
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
@@ -22,11 +24,11 @@ from memserve.messages import Dispatch, pack_tokens
 from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
 from memserve.metrics.progress import Progress
-from memserve.metrics.report import InstanceStats, Report, build_report, median_of
+from memserve.metrics.report import InstanceStats, Report, TransferStats, build_report, median_of
 from memserve.metrics.tracking import Tracking
-from memserve.request import SamplingParams
-from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.request import Role, SamplingParams
 from memserve.timeline import RequestTimeline
+from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session, Workload
 
@@ -58,7 +60,7 @@ class LocalCluster:
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
-        self._instances()  # a pool that does not fit fails here
+        self._instances(build_transport(cfg))  # a pool that does not fit fails here
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report:
         """Plays the workload `repeats` times and returns the report; of several runs the medians and their spread.
@@ -86,12 +88,11 @@ class LocalCluster:
         """One run from empty pools, after a warm-up if it is measured; checks every instance's books at its end."""
         if self._step_time.is_measured:
             self._warm_up()
-        nodes = [Node(instance) for instance in self._instances()]
-        labels = [node.instance.label for node in nodes]
-        rng = np.random.default_rng(self.cfg.seed)
-        scheduler = GlobalScheduler(labels, make(self.cfg.policy), rng)
+        transport = build_transport(self.cfg)
+        nodes = [Node(instance) for instance in self._instances(transport)]
+        scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
         player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
-        cluster = EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps)
+        cluster = EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps, transport)
         started_ns = monotonic_ns()
         while cluster.advance():
             if progress is not None:
@@ -105,13 +106,16 @@ class LocalCluster:
             wall_s=to_s(monotonic_ns() - started_ns),
             turns_over_context=player.counts.turns_over_context,
             turns_not_sent=player.counts.turns_not_sent,
+            p_to_d=_transfers(nodes, Role.PREFILL),
+            d_to_p=_transfers(nodes, Role.DECODE),
+            quarantined_blocks=sum(h.transfers.num_quarantined for node in nodes if (h := node.instance.handoffs)),
         )
         occupancy = [sample for node in nodes for sample in node.occupancy.samples(cluster.now_ns)]
         return Result(report, timelines, occupancy)
 
-    def _instances(self) -> list[Instance]:
+    def _instances(self, transport: Transport | None) -> list[Instance]:
         return [
-            build_instance(self.cfg, self.engine, label, role, incarnation)
+            build_instance(self.cfg, self.engine, label, role, incarnation, transport)
             for incarnation, (label, role) in enumerate(self._roles)
         ]
 
@@ -134,6 +138,22 @@ def _fitting(instance: Instance, params: SamplingParams) -> Iterable[tuple[str, 
     for length in WARM_UP_PROMPTS:
         if length < most:
             yield f"warm-up-{length}", np.arange(length, dtype=np.int32) % limits.vocab_size
+
+
+def _transfers(nodes: Iterable[Node], role: Role) -> TransferStats:
+    """What the instances of a role have sent, together."""
+    handoffs = [h for node in nodes if node.instance.role is role and (h := node.instance.handoffs) is not None]
+    counts = [h.transfers.counts for h in handoffs]
+    others = [h for node in nodes if node.instance.role is not role and (h := node.instance.handoffs) is not None]
+    return TransferStats(
+        tokens=sum(c.tokens for c in counts),
+        bytes=sum(c.bytes for c in counts),
+        calls=sum(c.calls for c in counts),
+        seconds=to_s(sum(c.elapsed_ns for c in counts)),
+        declined=sum(c.declined for c in counts),
+        overtaken=sum(h.num_overtaken for h in others),
+        failed=sum(c.failed for c in counts),
+    )
 
 
 def _stats(node: Node) -> InstanceStats:

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ CHOICES = {
     "step_time": ("measured", "model"),
     "tokens": ("model", "hash", "workload"),
     "transport": ("in_process",),
-    "granularity": ("none",),
 }
+ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
 
@@ -39,6 +40,7 @@ def check_config(cfg: RunConfig) -> None:
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
         _require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
+    _check_transfer(cfg)
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
@@ -68,6 +70,16 @@ def _check_capacity(cfg: RunConfig) -> None:
     if kv.dram_bytes is not None and kv.num_dram_blocks:
         raise ConfigError(f"kvcache.dram_bytes={kv.dram_bytes} contradicts kvcache.num_dram_blocks="
                           f"{kv.num_dram_blocks}: expected one of them, and 0 blocks beside bytes")  # fmt: skip
+
+
+def _check_transfer(cfg: RunConfig) -> None:
+    for name in ("deadline_s", "patience_s", "retry_s"):
+        value = getattr(cfg.transfer, name)
+        _require(math.isfinite(value) and value > 0, f"transfer.{name}", value, "a finite number of seconds > 0")
+    _require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
+             f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
+    headroom = cfg.sched.decode_headroom_blocks
+    _require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
 
 
 def _check_model(cfg: RunConfig) -> None:

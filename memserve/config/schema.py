@@ -42,6 +42,17 @@ class SchedConfig:
     token_budget: int = 2048
     chunk_size: int | None = None
     max_running: int = 256
+    decode_headroom_blocks: int = 8
+
+
+@dataclass
+class TransferConfig:
+    """Deadlines of transfers between instances, in seconds, and what becomes of a request whose hand-off fails."""
+
+    deadline_s: float = 60.0
+    patience_s: float = 600.0
+    retry_s: float = 1.0
+    on_failure: str = "recompute"
 
 
 @dataclass
@@ -60,7 +71,10 @@ class RunConfig:
     tokens: str = MISSING
     macro_steps: bool = MISSING
     transport: str = MISSING
-    granularity: str = MISSING
+    granularity: Any = MISSING
+    link: Any = MISSING
+    decode_policy: Any = MISSING
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     seed: int = 0
     repeats: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -12,6 +12,8 @@ import enum
 
 
 class SenderState(enum.StrEnum):
+    """Of a ticket at its writer."""
+
     ASKED = "asked"
     SENDING = "sending"
     SENT = "sent"
@@ -20,6 +22,8 @@ class SenderState(enum.StrEnum):
 
 
 class SenderEvent(enum.StrEnum):
+    """What happens to a ticket at its writer: a message of the receiver, or something here."""
+
     GRANT = "Grant"
     WAIT = "Wait"
     REFUSE = "Refuse"
@@ -31,6 +35,8 @@ class SenderEvent(enum.StrEnum):
 
 
 class ReceiverState(enum.StrEnum):
+    """Of a ticket where it is written."""
+
     NONE = "none"
     WAITING = "waiting"
     GRANTED = "granted"

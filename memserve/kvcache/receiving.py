@@ -22,6 +22,7 @@ from memserve.kvcache.ticket import Arrival, Timeouts
 from memserve.messages import (
     Abandon,
     Ask,
+    Done,
     Geometry,
     Grant,
     Inserted,
@@ -48,6 +49,7 @@ class Incoming:
     granted_ns: int = 0
     deadline_ns: int = _NEVER_NS
     reason: str = ""
+    private: bytes = b""
 
     @property
     def holder(self) -> Holder:
@@ -85,6 +87,7 @@ class Receiving:
         event = ReceiverEvent(type(message).__name__)
         if incoming is not None:
             incoming.reason = message.reason if isinstance(message, Abandon) else ""
+            incoming.private = message.private if isinstance(message, Done) else incoming.private
             self.event(incoming, event, now_ns)
         elif event is ReceiverEvent.DONE and self._over.get(message.ticket) is ReceiverState.DONE:
             self._send(message.ticket[0], Inserted(message.ticket))
@@ -118,9 +121,14 @@ class Receiving:
                     return
                 self.event(incoming, ReceiverEvent.ROOM, now_ns)
 
-    def settle(self, arrival: Arrival) -> None:
-        """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`)."""
+    def settle(self, arrival: Arrival, heir: Holder | None) -> None:
+        """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).
+
+        heir: takes over everything that the ticket holds.
+        """
         incoming = self.tickets.pop(arrival.ticket_id)
+        if heir is not None:
+            self._pool.retain(self._pool.allocator.held_by(incoming.holder), heir)
         if not incoming.ask.pinned:
             self._pool.release_all(incoming.holder)
         self._remember(arrival.ticket_id, ReceiverState.DONE)
@@ -232,7 +240,7 @@ class Receiving:
             self._pool.retain(theirs, incoming.holder)
         ask = incoming.ask
         arrival = Arrival(
-            ask.ticket, tokens, blocks, incoming.num_held, ask.private, incoming.granted_ns, received_ns=now_ns
+            ask.ticket, tokens, blocks, incoming.num_held, incoming.private, incoming.granted_ns, received_ns=now_ns
         )
         self._arrivals.append(arrival)
 

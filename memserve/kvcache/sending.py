@@ -47,6 +47,9 @@ class Outgoing:
     num_parts: int = 0
     num_under_way: int = 0
 
+    def __post_init__(self) -> None:
+        self.private = self.ask.private
+
     @property
     def holder(self) -> Holder:
         return ("transfer", *self.ticket.ticket_id)
@@ -104,6 +107,7 @@ class Sending:
             out.targets, out.num_held = unpack_times(message.addrs), message.num_held
             out.target_sizes = message.num_blocks
             out.deadline_ns = now_ns + self._timeouts.deadline_ns
+        out.ticket.refused = isinstance(message, Refuse)
         reason = message.reason if isinstance(message, Refuse | Abandon) else ""
         self.event(out, event, now_ns, reason)
 
@@ -120,12 +124,14 @@ class Sending:
             if out.state is not SenderState.DRAINING and now_ns >= out.deadline_ns:
                 waited = "grant" if out.state is SenderState.ASKED else "end"
                 self.event(out, SenderEvent.DEADLINE, now_ns, f"no {waited} of the transfer within its deadline")
+            elif out.state is SenderState.SENDING:
+                self._check_drained(out, now_ns)  # nothing may have had to move at all
             elif now_ns >= out.retry_ns:
                 out.retry_ns = now_ns + self._timeouts.retry_ns
                 if out.state is SenderState.ASKED:
                     self._send(out.peer, out.ask)
                 elif out.state is SenderState.SENT:
-                    self._send(out.peer, Done(out.ask.ticket))
+                    self._send(out.peer, Done(out.ask.ticket, out.private))
 
     def event(self, out: Outgoing, event: SenderEvent, now_ns: int, reason: str = "") -> None:
         """Steps the automaton."""
@@ -143,7 +149,13 @@ class Sending:
     @staticmethod
     def next_time_ns(out: Outgoing) -> int | None:
         """When time alone does something to a ticket."""
-        return None if out.state is SenderState.DRAINING else min(out.deadline_ns, out.retry_ns)
+        match out.state:
+            case SenderState.DRAINING:
+                return None
+            case SenderState.SENDING:
+                return out.deadline_ns
+            case _:
+                return min(out.deadline_ns, out.retry_ns)
 
     def _perform(self, out: Outgoing, action: Action, now_ns: int, reason: str) -> None:
         ticket_id = out.ask.ticket
@@ -164,7 +176,7 @@ class Sending:
                 del self.tickets[ticket_id]
             case Action.DONE:
                 out.retry_ns = now_ns + self._timeouts.retry_ns
-                self._send(out.peer, Done(ticket_id))
+                self._send(out.peer, Done(ticket_id, out.private))
             case Action.ABANDON:
                 self._send(out.peer, Abandon(ticket_id, reason))
             case Action.ABORT_ACK:

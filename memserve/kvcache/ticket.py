@@ -23,13 +23,14 @@ class TicketState(enum.StrEnum):
 @dataclass(eq=False)
 class Ticket:
     """ticket_id: (incarnation of the instance that asked, its number there). addrs: int64 [n], where the data lies once
-    it is DONE. reason: why it FAILED, else "".
+    it is DONE. reason: why it FAILED, else "".  refused: because the receiver said so at once.
     """
 
     ticket_id: tuple[int, int]
     addrs: np.ndarray
     state: TicketState = TicketState.OPEN
     reason: str = ""
+    refused: bool = False
 
     @property
     def ended(self) -> bool:

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 
 from memserve.kvcache.address_book import AddressBook
+from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
@@ -107,9 +108,17 @@ class Transfers:
         if out is not None and not ticket.ended:
             self._sending.event(out, SenderEvent.DEADLINE, now_ns, reason)
 
-    def settle(self, arrival: Arrival) -> None:
-        """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`)."""
-        self._receiving.settle(arrival)
+    def tell(self, ticket: Ticket, private: bytes) -> None:
+        """What the receiver is to be told with `Done`, instead of what the Ask carried."""
+        if (out := self._sending.tickets.get(ticket.ticket_id)) is not None:
+            out.private = private
+
+    def settle(self, arrival: Arrival, heir: Holder | None = None) -> None:
+        """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).
+
+        heir: takes over everything that the ticket holds, first.
+        """
+        self._receiving.settle(arrival, heir)
 
     def receive(self, sender: int, message: PoolMessage, now_ns: int) -> None:
         """Takes one message of another pool, `sender` its incarnation."""

@@ -102,10 +102,7 @@ class ModelRunner:
     ) -> tuple[np.ndarray, Logprobs]:
         """int32 [S] tokens of the sampled rows, and their logprobs if any of `requests`, which own those rows, asks."""
         positions = step.positions[step.sample_rows] + 1
-        rows = [
-            SamplingRow(r.params, r.seed, int(p))
-            for r, p in zip(requests, positions, strict=True)
-        ]
+        rows = [SamplingRow(r.params, r.seed, int(p)) for r, p in zip(requests, positions, strict=True)]
         return self._sampler.sample(logits_SV, rows)
 
 

@@ -10,7 +10,8 @@ There is no prefill phase or decode phase: each step, every running request gets
 token budget allows. Blocks enter the index only in `commit`, after the forward that wrote them.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,30 +19,18 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
 from memserve.sched.admission import usable_prefix
+from memserve.sched.counts import SchedulerCounts
 from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.swap_policy import SwapPolicy
-
-
-@dataclass
-class SchedulerCounts:
-    """Tokens and events since the scheduler was made. `computed`: tokens prefilled, recomputed ones included.
-    `swaps_dropped`: preempted requests that had to be recomputed after all.
-    """
-
-    computed: int = 0
-    cached: int = 0
-    generated: int = 0
-    preemptions: int = 0
-    swaps_dropped: int = 0
-    steps: int = 0
 
 
 class LocalScheduler:
     """Continuous batching with chunked prefill over one instance's pool.
 
     token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
-    max_running: most requests admitted at once.
+    max_running: most requests admitted at once.  publishes: what is computed here enters the index.
+    holds_admitted: a request that is admitted waits, in `drain_admitted`, until its `on_hold` is taken off.
     """
 
     def __init__(
@@ -54,6 +43,8 @@ class LocalScheduler:
         token_budget: int,
         chunk_size: int | None,
         max_running: int,
+        publishes: bool = True,
+        holds_admitted: bool = False,
     ) -> None:
         self.pool = pool
         self.waiting: list[Request] = []
@@ -65,7 +56,10 @@ class LocalScheduler:
         self._token_budget = token_budget
         self._chunk_size = chunk_size or token_budget
         self._max_running = max_running
+        self._publishes = publishes
+        self._holds_admitted = holds_admitted
         self._preempted: list[Request] = []
+        self._admitted: list[Request] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -82,11 +76,11 @@ class LocalScheduler:
         for request in self._in_turn():
             if budget == 0:
                 break
-            if request.phase is Phase.RUNNING and self._grow(request):
+            if request.phase is Phase.RUNNING and not request.on_hold and self._grow(request):
                 budget -= self._take(batch, request, budget)
         while budget > 0 and len(self.running) < self._max_running and (head := self._next_waiting()) is not None:
             if self._admit(head):
-                budget -= self._take(batch, head, budget)
+                budget -= 0 if head.on_hold else self._take(batch, head, budget)
             elif self.running or not self._drop_swapped():
                 break
         self._drop_preempted(batch)
@@ -109,12 +103,28 @@ class LocalScheduler:
                 request.tokens.extend(row)
                 self.counts.generated += len(row)
 
+    def adopt(self, request: Request) -> None:
+        """Takes a request whose KV is in its block table already; it runs once there is room for one token more."""
+        request.phase = Phase.WAITING
+        self._preempted.append(request)
+
+    def hand_off(self, request: Request) -> None:
+        """Stops running a request; it keeps its blocks until it is finished."""
+        self._publish(request)
+        self.running.remove(request)
+        request.phase = Phase.HANDING_OFF
+
+    def drain_admitted(self) -> list[Request]:
+        """Requests admitted since the last call that are on hold."""
+        admitted, self._admitted = self._admitted, []
+        return admitted
+
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it is; its computed full blocks enter the index and its holds are given up."""
         if request.phase is Phase.RUNNING:
             self._publish(request)
             self.running.remove(request)
-        else:
+        elif request.phase is not Phase.HANDING_OFF:
             (self._preempted if request in self._preempted else self.waiting).remove(request)
         self.pool.release_all(request.holder)
         request.phase = Phase.FINISHED
@@ -143,15 +153,15 @@ class LocalScheduler:
         for request in batch.requests:
             self._cover(request, request.num_computed + batch.num_steps)
 
-    def check(self) -> None:
-        """Raises unless tables, holders and borders agree. For tests and fuzzing."""
+    def check(self, handing_off: Collection[Request] = ()) -> None:
+        """Raises unless tables, holders and borders agree; handing_off: what `hand_off` let go. For tests, fuzzing."""
         self.pool.check()
         for request in self.running:
             assert request.num_computed <= request.num_tokens
             assert len(request.block_table) >= self.pool.blocks_for(request.num_computed)
             held = self.pool.allocator.held_by(request.holder)
             assert np.isin(request.block_table.view, held).all(), f"{request.request_id} uses a block it does not hold"
-        names = {r.holder for r in (*self.running, *self._preempted)}
+        names = {r.holder for r in (*self.running, *self._preempted, *handing_off)}
         for _, blocks in self.pool.index.iter_prefixes():
             in_use = self.pool.allocator.refcounts[blocks] > 1
             assert not (in_use[1:] & ~in_use[:-1]).any(), "a cached block in use hangs below one that may be evicted"
@@ -263,6 +273,9 @@ class LocalScheduler:
         (self._preempted if request in self._preempted else self.waiting).remove(request)
         self.running.append(request)
         request.phase = Phase.RUNNING
+        request.on_hold = self._holds_admitted
+        if request.on_hold:
+            self._admitted.append(request)
 
     def _publish(self, request: Request) -> None:
         """Indexes the request's computed full blocks and retains those that somebody else computed first.
@@ -271,7 +284,7 @@ class LocalScheduler:
         """
         num_full = request.num_computed // self.pool.block_size
         num_tokens = num_full * self.pool.block_size
-        if num_tokens == request.num_published:
+        if not self._publishes or num_tokens == request.num_published:
             return
         blocks = request.block_table.view[:num_full]
         canonical = self.pool.publish(request.tokens.view[:num_tokens], blocks)

@@ -1,0 +1,83 @@
+"""Wiring: what connects a cluster's instances, built from a RunConfig: transport, transfers, global scheduler."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from memserve.clock import to_ns
+from memserve.cluster.make import make
+from memserve.config.checks import ConfigError
+from memserve.config.schema import RunConfig
+from memserve.handoff import Handoffs
+from memserve.kvcache.address_book import AddressBook
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.layout import CacheGeometry, Layout
+from memserve.kvcache.ticket import Timeouts
+from memserve.kvcache.transfers import Transfers
+from memserve.messages import Geometry
+from memserve.request import Role
+from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.sched.group import Group
+from memserve.sched.modes import Mode
+from memserve.transfer.in_process import InProcess
+from memserve.transfer.transport import Transport
+
+
+def build_transport(cfg: RunConfig) -> InProcess | None:
+    """What moves KV between the instances of this process; None where nothing is handed over."""
+    mode: Mode = make(cfg.mode)
+    return InProcess(make(cfg.link)) if mode.hand_off is not None else None
+
+
+def build_handoffs(
+    cfg: RunConfig,
+    role: Role,
+    pool: BlockPool,
+    incarnation: int,
+    geometry: CacheGeometry,
+    transport: Transport,
+    memories: Sequence[torch.Tensor | None],
+) -> Handoffs:
+    """One instance's transfers. memories: of its HBM and DRAM; None where nothing is stored."""
+    layout: Layout = make(cfg.layout)
+    transport.attach(incarnation, memories)
+    wire = Geometry(
+        geometry.num_layers,
+        geometry.block_size,
+        geometry.num_kv_heads,
+        geometry.head_dim,
+        str(geometry.dtype).removeprefix("torch."),
+        layout.name,
+    )
+    t = cfg.transfer
+    transfers = Transfers(
+        pool,
+        AddressBook(pool.allocator, incarnation),
+        wire,
+        transport,
+        _granularity(cfg, layout, geometry),
+        Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s)),
+        cfg.sched.decode_headroom_blocks if role is Role.DECODE else 0,
+    )
+    return Handoffs(transfers, make(cfg.mode))
+
+
+def _granularity(cfg: RunConfig, layout: Layout, geometry: CacheGeometry) -> Granularity:
+    try:
+        granularity: Granularity = make(cfg.granularity, _partial_=True)(layout, geometry)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return granularity
+
+
+def build_global_scheduler(
+    cfg: RunConfig, members: Sequence[tuple[str, Role]], rng: np.random.Generator
+) -> GlobalScheduler:
+    """Routes over the members (label, role) that take requests, and over those that decode for them."""
+    takers = [label for label, role in members if role is not Role.DECODE]
+    decoders = [(label, i) for i, (label, role) in enumerate(members) if role is Role.DECODE]
+    group = Group([d[0] for d in decoders], [d[1] for d in decoders], make(cfg.decode_policy)) if decoders else None
+    recompute = cfg.transfer.on_failure == "recompute"
+    return GlobalScheduler(takers, make(cfg.policy), rng, decode=group, recompute_failed=recompute)

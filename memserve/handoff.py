@@ -1,0 +1,194 @@
+"""Handoffs: how one instance performs its mode's transfers, request by request. Sans-IO; decides nothing.
+
+    prefill instance   admitted (by_layer) or prefilled -> ticket -> DONE: the request is decode's
+                                                                  -> FAILED: kept until it is redirected or aborted
+    decode instance    arrival -> a Request with its blocks -> local scheduler -> finished -> given back (PD-Caching-3)
+
+What travels as `private` beside the KV is one of the two words below, as msgpack.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
+from memserve.kvcache.transfers import Transfers
+from memserve.messages import RequestStats, pack_tokens, unpack_tokens
+from memserve.request import FinishReason, Request, SamplingParams
+from memserve.sched.modes import Mode
+
+NUM_REMEMBERED = 4096  # aborted attempts whose KV may still be on its way
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag=True):
+    """A request for its decode instance. tokens: int32 bytes, prompt and what was generated.  stats: of its prefill."""
+
+    request_id: str
+    attempt: int
+    session_id: str
+    arrival_ns: int
+    params: SamplingParams
+    seed: int
+    num_prompt: int
+    max_num_tokens: int
+    tokens: bytes
+    stats: RequestStats | None
+
+
+class GivenBack(msgspec.Struct, frozen=True, tag=True):
+    """The KV of a finished request, for the instance that prefilled it."""
+
+    session_id: str
+
+
+Word = HandedOver | GivenBack
+_words: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
+
+
+@dataclass
+class _Handoff:
+    """One request on its way: its ticket, and when a layer's blocks were last marked ready."""
+
+    request: Request
+    decode: int
+    ticket: Ticket
+
+
+class Handoffs:
+    """The transfers of one instance's requests. mode: says what is sent where, and what is indexed."""
+
+    def __init__(self, transfers: Transfers, mode: Mode) -> None:
+        self.transfers = transfers
+        self.num_overtaken = 0
+        self._mode = mode
+        self._on_the_way: dict[str, _Handoff] = {}
+        self._aborted: OrderedDict[tuple[str, int], None] = OrderedDict()
+
+    @property
+    def asks_at_admission(self) -> bool:
+        return self._mode.hand_off is not None and self.transfers.granularity.asks_at_admission
+
+    @property
+    def requests(self) -> list[Request]:
+        return [handoff.request for handoff in self._on_the_way.values()]
+
+    def admitted(self, request: Request, decode: int, now_ns: int) -> None:
+        """Asks for a request that is about to be prefilled; what is cached is ready in every layer at once."""
+        self.drop(request.request_id, "the request starts again", now_ns)
+        self._start(request, decode, now_ns, ready=False)
+        self._mark(request, request.num_computed // self._block_size, now_ns, now_ns)
+
+    def granted(self, request: Request) -> bool:
+        """Whether the decode instance has made room."""
+        return self.transfers.is_granted(self._on_the_way[request.request_id].ticket)
+
+    def computed(self, request: Request, began_ns: int, ended_ns: int) -> None:
+        """A chunk was computed: its layers are ready one after the other, evenly over the step."""
+        if request.request_id in self._on_the_way and self.asks_at_admission:
+            whole = request.num_computed >= request.num_prompt
+            num_blocks = len(self._blocks(request)) if whole else request.num_computed // self._block_size
+            self._mark(request, num_blocks, began_ns, ended_ns)
+
+    def prefilled(self, request: Request, decode: int, stats: RequestStats, now_ns: int) -> None:
+        """The prompt is computed and the first token there: what is not on its way yet is asked for now."""
+        if request.request_id not in self._on_the_way:
+            self._start(request, decode, now_ns, ready=True)
+        self.transfers.tell(self._on_the_way[request.request_id].ticket, self._word(request, stats))
+
+    def redirect(self, request_id: str, decode: int, stats: RequestStats, now_ns: int) -> None:
+        """Hands a request whose ticket has failed to another instance."""
+        request = self._on_the_way.pop(request_id).request
+        self._start(request, decode, now_ns, ready=True)
+        self.transfers.tell(self._on_the_way[request_id].ticket, self._word(request, stats))
+
+    def drop(self, request_id: str, reason: str, now_ns: int) -> None:
+        """Forgets a request's hand-off; an open ticket fails."""
+        handoff = self._on_the_way.pop(request_id, None)
+        if handoff is not None:
+            self.transfers.cancel(handoff.ticket, reason, now_ns)
+
+    def ended(self, ticket: Ticket) -> Request | None:
+        """The request whose hand-off this ticket was, if it still waits for it. A DONE one is forgotten here."""
+        for request_id, handoff in self._on_the_way.items():
+            if handoff.ticket is ticket:
+                if ticket.state is TicketState.DONE:
+                    del self._on_the_way[request_id]
+                return handoff.request
+        return None
+
+    def finished(self, request: Request, prefill: int | None, reason: FinishReason, now_ns: int) -> None:
+        """A request has ended here. prefill: the instance that prefilled it, if it was another."""
+        self.drop(request.request_id, f"the request ended: {reason}", now_ns)
+        if prefill is not None and reason.succeeded and self._mode.gives_back:
+            self._give_back(request, prefill, now_ns)
+
+    def _give_back(self, request: Request, prefill: int, now_ns: int) -> None:
+        """Step 5: sends the full blocks of a finished request to the instance that prefilled it, at its convenience."""
+        num_full = request.num_computed // self._block_size
+        if num_full > request.num_prompt // self._block_size:
+            self.transfers.start(
+                prefill,
+                request.tokens.view[: num_full * self._block_size],
+                request.block_table.view[:num_full],
+                TransferOptions(insert=True, best_effort=True),
+                msgspec.msgpack.encode(GivenBack(request.session_id)),
+                now_ns,
+            )
+
+    def read(self, arrival: Arrival) -> Word:
+        """What came with an arrival."""
+        return _words.decode(arrival.private)
+
+    def take_over(self, word: HandedOver, arrival: Arrival) -> Request:
+        """The request that has arrived; from now on it holds the blocks, not the ticket."""
+        tokens = unpack_tokens(word.tokens)
+        request = Request(
+            word.request_id, tokens[: word.num_prompt], word.params, attempt=word.attempt, session_id=word.session_id,
+            arrival_ns=word.arrival_ns, seed=word.seed, max_num_tokens=word.max_num_tokens,
+        )  # fmt: skip
+        request.tokens.extend(tokens[word.num_prompt :])
+        request.block_table.extend(arrival.blocks)
+        request.num_computed = request.prefill_end = word.num_prompt
+        self.transfers.settle(arrival, heir=request.holder)
+        return request
+
+    def note_aborted(self, request_id: str, attempt: int) -> None:
+        """An attempt that is not here was aborted: should its KV still come, nobody wants it."""
+        self._aborted[request_id, attempt] = None
+        if len(self._aborted) > NUM_REMEMBERED:
+            self._aborted.popitem(last=False)
+
+    def was_aborted(self, word: HandedOver) -> bool:
+        return (word.request_id, word.attempt) in self._aborted
+
+    @property
+    def _block_size(self) -> int:
+        return self.transfers.geometry.block_size
+
+    def _blocks(self, request: Request) -> np.ndarray:
+        """int32: the blocks that hold the prompt's KV."""
+        return request.block_table.view[: -(-request.num_prompt // self._block_size)]
+
+    def _start(self, request: Request, decode: int, now_ns: int, *, ready: bool) -> None:
+        hand_off = self._mode.hand_off
+        assert hand_off is not None, "this mode hands nothing over"
+        options, word = TransferOptions(insert=hand_off.insert), self._word(request, None)
+        ticket = self.transfers.start(decode, request.prompt, self._blocks(request), options, word, now_ns, ready=ready)
+        self._on_the_way[request.request_id] = _Handoff(request, decode, ticket)
+
+    def _mark(self, request: Request, num_blocks: int, began_ns: int, ended_ns: int) -> None:
+        ticket, num_layers = self._on_the_way[request.request_id].ticket, self.transfers.geometry.num_layers
+        for layer in range(num_layers):
+            ready_ns = began_ns + (ended_ns - began_ns) * (layer + 1) // num_layers
+            self.transfers.mark_ready(ticket, num_blocks, layer, ready_ns)
+
+    @staticmethod
+    def _word(request: Request, stats: RequestStats | None) -> bytes:
+        r, tokens = request, pack_tokens(request.tokens.view)
+        word = HandedOver(
+            r.request_id, r.attempt, r.session_id, r.arrival_ns, r.params, r.seed, r.num_prompt, r.max_num_tokens,
+            tokens, stats,
+        )  # fmt: skip
+        return msgspec.msgpack.encode(word)

@@ -1,0 +1,88 @@
+"""Served: what an instance keeps of a request beside the scheduler's books: event times, counts, stop strings."""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from memserve.messages import RequestStats
+from memserve.model.detokenizer import Detokenizer, StopChecker
+from memserve.model.tokenizer import Tokenizer
+from memserve.request import FinishReason, Request, SamplingParams
+
+
+class StopStrings:
+    """Watches one answer's text for its stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._checker = StopChecker(stop)
+
+    def ended_by(self, tokens: np.ndarray) -> bool:
+        """Whether one of the strings is complete with these new tokens (int32 [n])."""
+        for token in tokens.tolist():
+            self._checker.push(self._detokenizer.push(token))
+        return self._checker.stopped
+
+
+@dataclass
+class Served:
+    """What the instance keeps about a request beside the scheduler's books. Times in ns; None before the event."""
+
+    request: Request
+    queued_ns: int
+    stop_strings: StopStrings | None
+    decode: int | None = None  # the instance that is to decode it
+    prefill: int | None = None  # the instance that prefilled it
+    first_scheduled_ns: int | None = None
+    prefill_end_ns: int | None = None
+    prefill_stats: RequestStats | None = None  # of that instance
+    granted_ns: int | None = None
+    received_ns: int | None = None
+
+    def ended(self, new_tokens: np.ndarray, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Why the answer is complete with these tokens, or None."""
+        request, last = self.request, int(new_tokens[-1])
+        if last in request.params.stop_token_ids or (not request.params.ignore_eos and last in eos_token_ids):
+            return FinishReason.STOP
+        if self.stop_strings is not None and self.stop_strings.ended_by(new_tokens):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if request.num_tokens >= request.max_num_tokens else None
+
+    def stats(self, label: str) -> RequestStats:
+        """The request's counts; of one that another instance prefilled, both instances' together."""
+        request = self.request
+        if self.prefill_stats is not None:
+            return msgspec.structs.replace(
+                self.prefill_stats,
+                num_generated=request.num_generated,
+                num_preemptions=self.prefill_stats.num_preemptions + request.num_preemptions,
+                num_computed_on_decode=request.num_prefilled,
+                decode_instance=label,
+                granted_ns=self.granted_ns,
+                received_ns=self.received_ns,
+            )
+        return RequestStats(
+            instance=label,
+            queued_ns=self.queued_ns,
+            first_scheduled_ns=self.first_scheduled_ns,
+            prefill_end_ns=self.prefill_end_ns,
+            num_prompt=request.num_prompt,
+            num_cached_local=request.num_cached,
+            num_computed=request.num_prefilled,
+            num_generated=request.num_generated,
+            num_preemptions=request.num_preemptions,
+        )
+
+
+def stop_strings(tokenizer: Tokenizer | None, params: SamplingParams) -> StopStrings | None:
+    """The watcher of an answer that has stop strings."""
+    return StopStrings(tokenizer, params.stop) if tokenizer is not None and params.stop else None
+
+
+def drawn_seed(engine_seed: int, request_id: str) -> int:
+    """The seed of a request that brings none: of the engine's seed and the request's id; 63 bits, equal everywhere."""
+    digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

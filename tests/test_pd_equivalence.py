@@ -1,0 +1,84 @@
+"""Whatever the mode, granularity, layout, block size, chunk or pressure: the answers of colocated instances.
+
+On HashRunner a stale, lost, misplaced, early or foreign block changes the answer.
+"""
+
+import copy
+import functools
+import itertools
+
+import pytest
+from omegaconf import OmegaConf
+
+from memserve import LocalCluster, load_config
+
+MODES = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
+WORKLOAD = [
+    "exec=simulated", "tokens=hash", "workload=synthetic", "workload.num_sessions=4", "workload.num_turns=3",
+    "workload.prompt_tokens=50", "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2",
+    "workload.max_output_tokens=12", "workload.rate=200", "workload.think_time_s=0.05",
+]  # fmt: skip
+PRESSURE = {"roomy": 2048, "tight": 260, "scarce": 150}  # tokens of a pool; a request needs up to 140
+
+
+@functools.cache
+def composed(words):
+    return load_config([*WORKLOAD, *words])
+
+
+def answers(words, **changes):
+    """(tokens of every request, report). changes: options set without composing, which takes longer than a run."""
+    cfg = copy.deepcopy(composed(tuple(words)))
+    OmegaConf.set_readonly(cfg, False)
+    for name, value in changes.items():
+        OmegaConf.update(cfg, name.replace("__", "."), value)
+    cluster = LocalCluster(cfg)
+    result = cluster.run_once()
+    assert result.report["num_failed"] == 0 and result.report["quarantined_blocks"] == 0
+    return {t.request_id: t.token_ids.tolist() for t in result.timelines}, result.report
+
+
+@functools.cache
+def expected():
+    return answers(["cluster=colocated_1", "index=none"])[0]
+
+
+def pairs():
+    for granularity, layout in itertools.product(
+        ("by_layer", "by_request", "by_request_agg", "packed"), ("discrete", "aggregated")
+    ):
+        if (granularity, layout) != ("by_request_agg", "discrete"):
+            yield granularity, layout
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("granularity", "layout"), list(pairs()))
+def test_answers_are_the_same_in_the_full_product(mode, granularity, layout):
+    words = [f"mode={mode}", "cluster=1p1d", f"granularity={granularity}", f"layout={layout}"]
+    for block_size, chunk, (name, capacity) in itertools.product((1, 4, 16), (None, 16), PRESSURE.items()):
+        got, _ = answers(
+            words,
+            kvcache__block_size=block_size,
+            kvcache__num_hbm_blocks=-(-capacity // block_size) + 2,
+            sched__chunk_size=chunk,
+            sched__decode_headroom_blocks=1,
+        )
+        assert got == expected(), (name, block_size, chunk)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cluster", ["1p2d", "2p1d", "3p1d"])
+@pytest.mark.parametrize("policy", ["round_robin", "least_load", "session_affinity", "random"])
+def test_answers_are_the_same_on_more_instances_under_every_policy(mode, cluster, policy):
+    words = [f"mode={mode}", f"cluster={cluster}", f"policy={policy}", f"policy@decode_policy={policy}"]
+    granularity = "by_layer" if policy in ("least_load", "random") else "packed"
+    assert answers([*words, f"granularity={granularity}", "kvcache.num_hbm_blocks=40"])[0] == expected()
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_decode_instance_that_preempts_computes_the_same(preemption):
+    words = ["mode=pd_caching_3", "cluster=2p1d", "kvcache.num_hbm_blocks=11", "sched.decode_headroom_blocks=0"]
+    words += [f"preemption={preemption}", "kvcache.num_dram_blocks=20"]
+    got, report = answers(words)
+    assert got == expected()
+    assert report["preemptions"] > 0
