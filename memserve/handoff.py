@@ -8,6 +8,7 @@ What travels as `private` beside the KV is one of the two words below, as msgpac
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +16,7 @@ import numpy as np
 
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
-from memserve.messages import RequestStats, pack_tokens, unpack_tokens
+from memserve.messages import Ask, PoolMessage, RequestStats, pack_tokens, unpack_tokens
 from memserve.request import FinishReason, Request, SamplingParams
 from memserve.sched.modes import Mode
 
@@ -136,6 +137,20 @@ class Handoffs:
                 msgspec.msgpack.encode(GivenBack(request.session_id)),
                 now_ns,
             )
+
+    def receive(self, inbox: Collection[tuple[int, PoolMessage]], sessions: Collection[str], now_ns: int) -> None:
+        """Takes (sender, message) pairs. sessions: of the requests here; what is given back for them comes too late."""
+        for sender, message in inbox:
+            if isinstance(message, Ask):
+                word = _words.decode(message.private)
+                self.num_overtaken += isinstance(word, GivenBack) and word.session_id in sessions
+            self.transfers.receive(sender, message, now_ns)
+
+    def next_turn(self, session_id: str) -> None:
+        """A request of a session is here: what is on its way back for an earlier turn was overtaken."""
+        if session_id:
+            late = msgspec.msgpack.encode(GivenBack(session_id))
+            self.num_overtaken += sum(ask.private == late for ask in self.transfers.open_asks)
 
     def read(self, arrival: Arrival) -> Word:
         """What came with an arrival."""

@@ -137,10 +137,9 @@ class Instance:
         batch = self.scheduler.schedule()
         if self._ask_for_admitted(now_ns) and batch is None:
             batch = self.scheduler.schedule()
-        if batch is not None:
-            for request in batch.requests:
-                served = self._served[request.request_id]
-                served.first_scheduled_ns = now_ns if served.first_scheduled_ns is None else served.first_scheduled_ns
+        for request in batch.requests if batch is not None else ():
+            served = self._served[request.request_id]
+            served.first_scheduled_ns = now_ns if served.first_scheduled_ns is None else served.first_scheduled_ns
         return batch
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
@@ -218,6 +217,8 @@ class Instance:
             seed=drawn_seed(self._seed, message.request_id),
             max_num_tokens=len(prompt) + self.limits.max_tokens(len(prompt), message.params),
         )
+        if self.handoffs is not None:
+            self.handoffs.next_turn(message.session_id)
         stops = stop_strings(self._tokenizer, message.params)
         self._served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
         self.scheduler.add(request)
@@ -275,8 +276,7 @@ class Instance:
         if self.handoffs is None:
             return
         inbox, self._peer_inbox = self._peer_inbox, []
-        for sender, message in inbox:
-            self.handoffs.transfers.receive(sender, message, now_ns)
+        self.handoffs.receive(inbox, {s.request.session_id for s in self._served.values()}, now_ns)
         self.poll(now_ns)
         for arrival in self.handoffs.transfers.drain_arrivals():
             word = self.handoffs.read(arrival)

@@ -37,6 +37,7 @@ def main(words: Sequence[str]) -> None:
         cluster = LocalCluster(load_config([*WORKLOAD, *words, word]))
         with Progress(name) as progress:
             results[name] = cluster.run_once(progress)
+    console.print(f"pool of an instance: {cluster.memory}")
     print_conversation(results["caching on"], cluster.engine.tokenizer, console)
     reports: dict[str, Report] = {name: result.report for name, result in results.items()}
     print_comparison(reports, "the same conversations, without and with context caching", console)

@@ -25,6 +25,7 @@ def main(composed: DictConfig) -> None:
         cluster = LocalCluster(resolve(composed))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    print(f"pool of an instance: {cluster.memory}")
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     with Progress() as progress:
         report = cluster.run(output_dir, progress=progress)

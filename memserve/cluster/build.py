@@ -19,7 +19,7 @@ from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance, Runner
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.index import NullIndex
-from memserve.kvcache.layout import CacheGeometry
+from memserve.kvcache.layout import CacheGeometry, what_fits
 from memserve.kvcache.mempool import MemPool
 from memserve.model.byte_tokenizer import ByteTokenizer
 from memserve.model.llama import Llama, load_model
@@ -130,6 +130,11 @@ def build_instance(
         seed=cfg.seed,
         handoffs=handoffs,
     )
+
+
+def describe_pool(cfg: RunConfig, engine: Engine) -> str:
+    """What fits into an instance's pool, in one line."""
+    return what_fits(_geometry(cfg, engine), *_capacity(cfg, engine))
 
 
 def _capacity(cfg: RunConfig, engine: Engine) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from memserve.messages import Finished, Message, PoolMessage, Tokens
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import ScheduledBatch, StepOutput
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
+from memserve.transfer.faults import MessageFaults
 from memserve.transfer.in_process import InProcess
 from memserve.workload.player import SessionPlayer
 
@@ -63,7 +64,8 @@ class Node:
 class EmulatedCluster:
     """Runs `nodes` under `scheduler` for one `client` until every request has ended, and every transfer.
 
-    transport: of the nodes that transfer KV, which are known to it by their place in `nodes`.
+    transport: of the nodes that transfer KV, which are known to it by their place in `nodes`.  faults: of the messages
+    between them.
     """
 
     nodes: list[Node]
@@ -72,6 +74,7 @@ class EmulatedCluster:
     step_time: StepTime
     macro_steps: bool
     transport: InProcess | None = None
+    faults: MessageFaults | None = None
     now_ns: int = 0
     _events: list[tuple[int, int, int, Node, int | tuple[int, PoolMessage]]] = field(default_factory=list)
     _num_events: int = 0
@@ -204,7 +207,10 @@ class EmulatedCluster:
         """Puts a node's messages on the wire, and notes when its transfers, or anybody's moves, want attention next."""
         sender = self.nodes.index(node)
         for peer, message in node.instance.drain_peer_outbox():
-            self._push(self.now_ns + transport.link.message_ns, _PEER, self.nodes[peer], (sender, message))
+            due_ns = self.now_ns + transport.link.message_ns
+            times = [due_ns] if self.faults is None else self.faults.times_ns(type(message).__name__, due_ns)
+            for time_ns in times:
+                self._push(time_ns, _PEER, self.nodes[peer], (sender, message))
         assert node.instance.handoffs is not None
         self._set_timer(node, node.instance.handoffs.transfers.next_time_ns())
         arrives_ns = transport.next_time_ns()

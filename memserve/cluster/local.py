@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from memserve.clock import monotonic_ns, to_s
-from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time
+from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time, describe_pool
 from memserve.cluster.emulated import EmulatedCluster, Node
 from memserve.cluster.make import make
 from memserve.cluster.wiring import build_global_scheduler, build_transport
@@ -49,7 +49,7 @@ class LocalCluster:
     """Instances, global scheduler and client of one process, emulated or simulated.
 
     Loads the model and the workload. Raises ConfigError or ValueError, before anything runs, for what cannot be run as
-    configured.
+    configured. memory: what fits into an instance's pool, in one line.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -60,6 +60,7 @@ class LocalCluster:
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
+        self.memory = describe_pool(cfg, self.engine)
         self._instances(build_transport(cfg))  # a pool that does not fit fails here
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report:
@@ -88,18 +89,14 @@ class LocalCluster:
         """One run from empty pools, after a warm-up if it is measured; checks every instance's books at its end."""
         if self._step_time.is_measured:
             self._warm_up()
-        transport = build_transport(self.cfg)
-        nodes = [Node(instance) for instance in self._instances(transport)]
-        scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
-        player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
-        cluster = EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps, transport)
-        started_ns = monotonic_ns()
+        cluster, started_ns = self.cluster(), monotonic_ns()
+        player, nodes = cluster.client, cluster.nodes
         while cluster.advance():
             if progress is not None:
                 progress.update(player.counts.turns_ended, player.counts.num_turns, to_s(cluster.now_ns))
         for node in nodes:
             node.instance.check()
-        timelines = list(scheduler.timelines.values())
+        timelines = list(cluster.scheduler.timelines.values())
         report = build_report(
             timelines,
             [_stats(node) for node in nodes],
@@ -112,6 +109,14 @@ class LocalCluster:
         )
         occupancy = [sample for node in nodes for sample in node.occupancy.samples(cluster.now_ns)]
         return Result(report, timelines, occupancy)
+
+    def cluster(self) -> EmulatedCluster:
+        """The cluster with empty pools before its first event, for who wants to drive it alone (`advance`)."""
+        transport = build_transport(self.cfg)
+        nodes = [Node(instance) for instance in self._instances(transport)]
+        scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
+        player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
+        return EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps, transport)
 
     def _instances(self, transport: Transport | None) -> list[Instance]:
         return [

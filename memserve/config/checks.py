@@ -37,6 +37,9 @@ def check_config(cfg: RunConfig) -> None:
     has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
     if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not has_dram:
         raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
+    tiered = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes is not None
+    if tiered and cfg.index.get("_target_", "").endswith(".HashIndex"):
+        raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
         _require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")

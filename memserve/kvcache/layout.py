@@ -26,7 +26,8 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "block_size", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected an integer >= 1")
 
     @property
@@ -38,6 +39,17 @@ class CacheGeometry:
     def layer_block_bytes(self) -> int:
         """Bytes of one block's keys (or values) in one layer."""
         return self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def what_fits(geometry: CacheGeometry, num_hbm_blocks: int, num_dram_blocks: int) -> str:
+    """One line: `4096 blocks of 16 tokens = 65,536 tokens, 1.41 GiB in HBM; 0 in DRAM`."""
+    parts = []
+    for medium, count in (("HBM", num_hbm_blocks), ("DRAM", num_dram_blocks)):
+        size = f"{count} blocks of {geometry.block_size} tokens = {count * geometry.block_size:,} tokens"
+        parts.append(
+            f"{size}, {count * geometry.block_bytes / 2**30:.2f} GiB in {medium}" if count else f"0 in {medium}"
+        )
+    return "; ".join(parts)
 
 
 class Layout(ABC):

@@ -19,7 +19,7 @@ from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
 from memserve.kvcache.errors import NotHeld, OutOfBlocks
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.inspect import BlockStory, explain
-from memserve.kvcache.layout import CacheGeometry, Layout
+from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.ticket import Ticket, TicketState
 
 Tokens = np.ndarray | Sequence[int]
@@ -191,14 +191,7 @@ class MemPool:
 
     def describe(self) -> str:
         """What fits, in one line: `4096 blocks of 16 tokens = 65,536 tokens, 1.41 GiB in HBM; 0 in DRAM`."""
-        parts = [
-            f"{a.num_blocks} blocks of {self.block_size} tokens = {a.num_blocks * self.block_size:,} tokens, "
-            f"{a.num_bytes / 2**30:.2f} GiB in {medium.name}"
-            if a.num_blocks
-            else f"0 in {medium.name}"
-            for medium, a in ((Medium.HBM, self.arena), (Medium.DRAM, self.dram))
-        ]
-        return "; ".join(parts)
+        return what_fits(self.geometry, self.arena.num_blocks, self.dram.num_blocks)
 
     def follow(self) -> IndexSnapshot:
         """What the index holds now; from the first call on `drain_events` has its changes. For an IndexFollower."""

@@ -59,6 +59,11 @@ class Transfers:
         return len(self._sending.tickets) + len(self._receiving.tickets)
 
     @property
+    def open_asks(self) -> list[Ask]:
+        """Of the tickets under which others write here."""
+        return [incoming.ask for incoming in self._receiving.tickets.values()]
+
+    @property
     def num_quarantined(self) -> int:
         """Blocks of failed tickets under which something may still be read or written."""
         failed = [o.blocks for o in self._sending.tickets.values() if o.state is SenderState.DRAINING]

@@ -1,7 +1,8 @@
 """Moving bytes between the memories of instances: links, transports, copies and faults. Knows no KV and no block."""
 
+from memserve.transfer.faults import MessageFaults, StallingTransport
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
 
-__all__ = ["Arrived", "InProcess", "LinkModel", "Move", "MoveId", "Transport"]
+__all__ = ["Arrived", "InProcess", "LinkModel", "MessageFaults", "Move", "MoveId", "StallingTransport", "Transport"]

@@ -12,7 +12,7 @@ from memserve.kvcache.granularity import ByLayer, ByRequest, ByRequestAgg, Packe
 from memserve.kvcache.ticket import Timeouts
 from memserve.kvcache.transfers import Transfers
 from memserve.messages import Geometry
-from memserve.transfer import InProcess, LinkModel
+from memserve.transfer import LinkModel, StallingTransport
 
 B = 4
 SHAPE = CacheGeometry(num_layers=3, block_size=B, num_kv_heads=2, head_dim=4, dtype=torch.float32)
@@ -62,7 +62,7 @@ class Wires:
     """Delivers every message at once, in order, unless `lose` says otherwise."""
 
     def __init__(self, *, link=LINK, **options):
-        self.transport = InProcess(link)
+        self.transport = StallingTransport(link)
         self.pools = {}
         self.options = options
         self.now_ns = 0
