@@ -3,8 +3,7 @@
 A driver owns time and moves messages; it calls, in this order and as often as it likes:
 
     receive(message)            any time; takes effect at the next `schedule`
-    receive_from_peer(...)      a message of another instance's pool: answers take effect at once, requests for room and
-                                what publishes KV at the next `schedule`
+    receive_from_peer(...)      a message of another pool: an answer takes effect at once, others at the next `schedule`
     poll(now_ns)                lets time pass for transfers
     schedule(now_ns)            reads the inbox, picks the step's batch -> ScheduledBatch | None
     forward(batch)              computes it -> StepOutput
@@ -30,9 +29,6 @@ from memserve.messages import (
     Message,
     PoolMessage,
     Redirect,
-    Tokens,
-    pack_times,
-    pack_tokens,
     unpack_tokens,
 )
 from memserve.model.tokenizer import Tokenizer
@@ -40,6 +36,8 @@ from memserve.request import FinishReason, Phase, Request, Role, SamplingParams,
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.served import Served, drawn_seed, stop_strings
+
+_CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
 
 
 class Runner(Protocol):
@@ -156,19 +154,8 @@ class Instance:
             if not sampled[row]:
                 continue
             served = self._served[request.request_id]
-            if served.prefill_end_ns is None:
-                served.prefill_end_ns = int(times_ns[0])
             logprobs = output.logprobs[row] if output.logprobs else None
-            self._outbox.append(
-                Tokens(
-                    request.request_id,
-                    request.attempt,
-                    request.num_generated - batch.num_steps,
-                    pack_tokens(output.token_ids[row]),
-                    pack_times(times_ns),
-                    None if logprobs is None else [logprobs],
-                )
-            )
+            self._outbox.append(served.generated(output.token_ids[row], times_ns, logprobs))
             reason = served.ended(output.token_ids[row], self._eos_token_ids)
             if reason is not None:
                 self._finish(served, reason, "", ended_ns)
@@ -226,7 +213,7 @@ class Instance:
     def _abort(self, message: Abort, now_ns: int) -> None:
         served = self._served.get(message.request_id)
         if served is not None and served.request.attempt == message.attempt:
-            self._finish(served, FinishReason.ABORTED, "cancelled by the client", now_ns)
+            self._finish(served, *_CANCELLED, now_ns)
         elif self.handoffs is not None:  # it has ended meanwhile, or is on its way here
             self.handoffs.note_aborted(message.request_id, message.attempt)
 
@@ -282,14 +269,15 @@ class Instance:
             word = self.handoffs.read(arrival)
             if isinstance(word, HandedOver) and not self.handoffs.was_aborted(word):
                 self._adopt(word, arrival)
-            else:
-                self.handoffs.transfers.settle(arrival)
+                continue
+            self.handoffs.transfers.settle(arrival)
+            if isinstance(word, HandedOver):  # its prefill instance may have let go of it before it heard of the abort
+                self._outbox.append(Finished(word.request_id, word.attempt, *_CANCELLED, word.stats))
 
     def _adopt(self, word: HandedOver, arrival: Arrival) -> None:
         """A request whose prompt was prefilled elsewhere goes on here."""
         assert self.handoffs is not None
-        request = self.handoffs.take_over(word, arrival)
-        stops = stop_strings(self._tokenizer, word.params)
+        request, stops = self.handoffs.take_over(word, arrival), stop_strings(self._tokenizer, word.params)
         if stops is not None:
             stops.ended_by(request.output_token_ids)
         self._served[word.request_id] = Served(

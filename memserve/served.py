@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from memserve.messages import RequestStats
+from memserve.messages import RequestStats, Tokens, pack_times, pack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Request, SamplingParams
+from memserve.request import FinishReason, Request, SamplingParams, TokenLogprobs
 
 
 class StopStrings:
@@ -41,6 +41,16 @@ class Served:
     prefill_stats: RequestStats | None = None  # of that instance
     granted_ns: int | None = None
     received_ns: int | None = None
+
+    def generated(self, token_ids: np.ndarray, times_ns: np.ndarray, logprobs: TokenLogprobs | None) -> Tokens:
+        """The message of the request's last len(token_ids) tokens (int32 [n]), generated at times_ns (int64 [n])."""
+        r = self.request
+        if self.prefill_end_ns is None:
+            self.prefill_end_ns = int(times_ns[0])
+        return Tokens(
+            r.request_id, r.attempt, r.num_generated - len(token_ids), pack_tokens(token_ids), pack_times(times_ns),
+            None if logprobs is None else [logprobs],
+        )  # fmt: skip
 
     def ended(self, new_tokens: np.ndarray, eos_token_ids: Collection[int]) -> FinishReason | None:
         """Why the answer is complete with these tokens, or None."""

@@ -23,6 +23,7 @@ from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.ticket import Ticket, TicketState
 
 Tokens = np.ndarray | Sequence[int]
+_PLAIN = frozenset((str, int))
 
 
 class Placement(enum.StrEnum):
@@ -217,7 +218,7 @@ def _count(value: int, name: str = "num_blocks") -> int:
 
 def _named(holder: Holder) -> Holder:
     """Callers hold under names of their own: tuples of strings and integers, and not the index's."""
-    if not isinstance(holder, tuple) or not all(isinstance(part, str | int) for part in holder) or holder == INDEX:
+    if not isinstance(holder, tuple) or not _PLAIN.issuperset(map(type, holder)) or holder == INDEX:
         raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers other than {INDEX}")
     return holder
 

@@ -1,0 +1,136 @@
+"""A cluster of prefill and decode instances under faults, overload, aborts and bad words. Answers are HashRunner's."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from memserve import LocalCluster, load_config
+from memserve.config.checks import ConfigError
+from memserve.messages import Cancel
+from memserve.request import FinishReason
+from memserve.transfer import MessageFaults, StallingTransport
+
+KINDS = ("Ask", "Grant", "Wait", "Done", "Inserted", "Abandon", "AbortAck")
+WORKLOAD = [
+    "exec=simulated", "workload=synthetic", "workload.num_sessions=5", "workload.num_turns=2",
+    "workload.prompt_tokens=60", "workload.turn_tokens=20", "workload.max_output_tokens=10", "workload.rate=100",
+]  # fmt: skip
+PD = ["cluster=1p1d", "mode=pd_caching_3", "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5"]
+
+
+@functools.cache
+def local(*words):
+    return LocalCluster(load_config([*WORKLOAD, *words]))
+
+
+def play(cluster, each_event=lambda cluster: None):
+    """Until nothing is left to do; the timelines. Every instance's books are checked at the end."""
+    while cluster.advance():
+        each_event(cluster)
+    for node in cluster.nodes:
+        node.instance.check()
+        assert not node.instance.num_unfinished
+    return list(cluster.scheduler.timelines.values())
+
+
+@functools.cache
+def expected():
+    return {t.request_id: t.token_ids.tolist() for t in play(local("cluster=colocated_1", "index=none").cluster())}
+
+
+def assert_right(timelines):
+    """Every answer is right, or failed by name."""
+    for timeline in timelines:
+        if timeline.succeeded:
+            assert timeline.token_ids.tolist() == expected()[timeline.request_id]
+        else:
+            assert timeline.reason is FinishReason.TRANSFER_FAILED and timeline.detail
+
+
+def nothing_is_left(cluster):
+    for node in cluster.nodes:
+        transfers = node.instance.handoffs.transfers
+        assert transfers.num_open == transfers.num_quarantined == 0
+        held = [h for h in node.instance.pool.allocator.holders() if h != ("index",)]
+        assert not held
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["drop", "repeat", "delay"])
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+def test_answers_survive_any_kind_of_message_being_lost_repeated_or_overtaken(kind, fault, granularity):
+    cluster = local(*PD, f"granularity={granularity}").cluster()
+    rng = np.random.default_rng(0)
+    cluster.faults = MessageFaults(rng, **{fault: 0.7}, delay_ns=100_000_000, kinds=[kind], limit=20)
+    timelines = play(cluster)
+    assert_right(timelines)
+    assert all(timeline.succeeded for timeline in timelines)
+    nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("on_failure", ["recompute", "fail"])
+def test_a_stalled_writer_costs_a_new_attempt_or_a_named_failure(on_failure):
+    cluster = local(*PD, f"transfer.on_failure={on_failure}", "mode=pd_basic").cluster()
+    transport = StallingTransport(cluster.transport.link)
+    for node in cluster.nodes:
+        node.instance.handoffs.transfers._transport = node.instance.handoffs.transfers._sending._transport = transport
+    cluster.transport = transport
+    transport.stall(0, 2_000_000_000)
+    timelines = play(cluster)
+    assert_right(timelines)
+    assert any(t.attempt > 0 for t in timelines) == (on_failure == "recompute")
+    assert any(not t.succeeded for t in timelines) or on_failure == "recompute"
+    nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+@pytest.mark.parametrize("after_events", range(3, 60, 6))
+def test_a_client_may_cancel_at_any_moment(granularity, after_events):
+    cluster = local(*PD, f"granularity={granularity}").cluster()
+    state = {"events": 0}
+
+    def cancel(cluster):
+        state["events"] += 1
+        if state["events"] == after_events:
+            for request_id in list(cluster.scheduler.timelines):
+                cluster._to_scheduler(Cancel(request_id))
+
+    timelines = play(cluster, cancel)
+    for timeline in timelines:
+        tokens = timeline.token_ids.tolist()
+        assert timeline.reason is FinishReason.ABORTED or tokens == expected()[timeline.request_id]
+    nothing_is_left(cluster)
+
+
+def test_a_decode_instance_too_small_for_its_load_makes_hand_offs_wait_and_computes_nothing_twice():
+    words = ["cluster=3p1d", "mode=pd_basic", "kvcache.num_hbm_blocks=12", "sched.decode_headroom_blocks=2"]
+    cluster = local(*words, "workload.rate=10000", "workload.num_sessions=12").cluster()
+    most_waiting = []
+
+    def count(cluster):
+        most_waiting.append(sum(len(n.instance.handoffs.requests) for n in cluster.nodes))
+
+    timelines = play(cluster, count)
+    assert all(timeline.succeeded for timeline in timelines)
+    assert max(most_waiting) > 3
+    assert sum(t.stats.num_computed_on_decode for t in timelines) == 0
+    assert any(t.stats.granted_ns > t.stats.prefill_end_ns for t in timelines)
+    nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["mode=pd_basic"], "cluster.roles=['colocated'] with mode PDBasic: expected decode, prefill"),
+        (["cluster=1p1d"], "with mode Colocated: expected colocated"),
+        (["mode=pd_basic", "cluster.roles=[prefill,prefill]"], "expected decode, prefill"),
+        ([*PD, "granularity=by_request_agg"], "granularity=by_request_agg contradicts layout=discrete"),
+        ([*PD, "link.gb_per_s=0"], "gb_per_s=0"),
+        ([*PD, "link.latency_s=-1"], "latency_s=-1"),
+    ],
+)
+def test_contradictions_are_named_before_anything_runs(words, named):
+    with pytest.raises(ConfigError) as raised:
+        LocalCluster(load_config([*WORKLOAD, *words]))
+    assert named in str(raised.value)
