@@ -1,5 +1,5 @@
 # make setup   a virtual environment in .venv with the pinned versions and the demo's model; runs once, the others call it
-# make demo    a real 135M-parameter chat model answers conversations with and without context caching
+# make demo    a real 135M-parameter chat model answers conversations on two instances, in the paper's six ways
 # make test    lint, format, types, tests: what has to pass before a commit
 # make lint    the first three of those
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline

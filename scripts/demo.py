@@ -1,14 +1,16 @@
-"""A real chat model answers real conversations, with and without context caching, and a table says what caching did.
+"""The demo: a real 135M-parameter chat model answers conversations on two instances, in the paper's six ways.
 
-    python scripts/demo.py                # SmolLM2-135M-Instruct on the packaged conversations: `make demo`
-    python scripts/demo.py model=tiny     # any option of scripts/run.py
+    python scripts/demo.py [word ...]        # words as for run.py, e.g. workload.num_sessions=8
 
-Both runs play the same sessions; in each, the model's own answers become the history of the next turn.
+PD: each instance prefills and decodes, without context caching; PD-CC: with it. 1P1D: one instance prefills and hands
+over to one that decodes; C1, C2 and 1P1D-CC (C3) add caching at the prefill instance, at the decode instance, and
+the way back (section 5.1, Table 4). All play the same sessions, and the model's own answers become their history.
 """
 
 import sys
 from collections.abc import Sequence
 
+from compare import SYSTEMS
 from rich.console import Console
 
 from memserve.cluster.local import LocalCluster, Result
@@ -18,29 +20,33 @@ from memserve.metrics.report import Report
 from memserve.metrics.table import print_comparison
 from memserve.model.tokenizer import Tokenizer
 
-SYSTEMS = {"caching off": "index=none", "caching on": "index=radix"}
+NAMES = {"pd": "PD", "pd_cc": "PD-CC", "1p1d": "1P1D", "c1": "C1", "c2": "C2", "1p1d_cc": "1P1D-CC"}
 WORKLOAD = (
-    "workload.num_sessions=6",
-    "workload.max_turns=4",
-    "workload.max_output_tokens=40",
+    "workload.num_sessions=4",
+    "workload.max_turns=3",
+    "workload.max_output_tokens=32",
+    "workload.think_time_s=1",
     "workload/arrivals=closed_loop",
     "workload.rate=null",
     "workload.arrivals.concurrency=4",
+    "layout=aggregated",
+    "granularity=by_request_agg",
+    "kvcache.num_hbm_blocks=512",
     "model.num_threads=1",  # where cores are shared, a second thread makes every small product wait for its turn
 )
 
 
 def main(words: Sequence[str]) -> None:
-    console = Console()
+    console = Console(width=120)
     results: dict[str, Result] = {}
-    for name, word in SYSTEMS.items():
-        cluster = LocalCluster(load_config([*WORKLOAD, *words, word]))
-        with Progress(name) as progress:
-            results[name] = cluster.run_once(progress)
+    for system, own in SYSTEMS.items():
+        cluster = LocalCluster(load_config([*own, *WORKLOAD, *words]))
+        with Progress(NAMES[system]) as progress:
+            results[NAMES[system]] = cluster.run_once(progress)
     console.print(f"pool of an instance: {cluster.memory}")
-    print_conversation(results["caching on"], cluster.engine.tokenizer, console)
+    print_conversation(results["1P1D-CC"], cluster.engine.tokenizer, console)
     reports: dict[str, Report] = {name: result.report for name, result in results.items()}
-    print_comparison(reports, "the same conversations, without and with context caching", console)
+    print_comparison(reports, "the same conversations on two instances, in the paper's six ways", console)
     print_worth(results, console)
 
 
@@ -55,16 +61,14 @@ def print_conversation(result: Result, tokenizer: Tokenizer, console: Console) -
 
 
 def print_worth(results: dict[str, Result], console: Console) -> None:
-    """What caching was worth, and whether it changed any answer."""
-    off, on = (results[name] for name in SYSTEMS)
-    answers = {t.request_id: t.token_ids.tolist() for t in off.timelines}
-    same = sum(answers[t.request_id] == t.token_ids.tolist() for t in on.timelines)
-    ttft = on.report["ttft_s"]["mean"] / off.report["ttft_s"]["mean"]
-    computed = on.report["tokens"]["computed"] / off.report["tokens"]["computed"]
-    console.print(
-        f"caching computed {computed:.0%} of the prefill tokens, mean TTFT {ttft:.0%} of that without; "
-        f"{same} of {len(answers)} answers are the same tokens"
-    )
+    """What caching was worth in both settings, and whether any system changed any answer."""
+    answers = [{t.request_id: t.token_ids.tolist() for t in result.timelines} for result in results.values()]
+    same = sum(all(other.get(request_id) == tokens for other in answers) for request_id, tokens in answers[0].items())
+    for off, on in (("PD", "PD-CC"), ("1P1D", "1P1D-CC")):
+        computed = results[on].report["tokens"]["computed"] / results[off].report["tokens"]["computed"]
+        ttft = results[on].report["ttft_s"]["mean"] / results[off].report["ttft_s"]["mean"]
+        console.print(f"{on} computed {computed:.0%} of {off}'s prefill tokens; mean TTFT {ttft:.0%} of its")
+    console.print(f"{same} of {len(answers[0])} answers are the same tokens in all systems")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,16 @@ _COMPARED = (
         for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("JCT", "jct_s"))
         for statistic in ("mean", "P50", "P99")
     ),
+    _Row("second token mean", ("second_token_s", "mean"), "seconds"),
     _Row("hit ratio", ("hit_ratio",), "share"),
     _Row("prompt tokens", ("tokens", "prompt"), "count"),
     _Row("prefill tokens computed", ("tokens", "computed"), "count"),
+    _Row("tokens P -> D", ("transfers", "p_to_d", "tokens"), "count"),
+    _Row("MB P -> D", ("transfers", "p_to_d", "bytes"), "mega"),
+    _Row("network calls P -> D", ("transfers", "p_to_d", "calls"), "count"),
+    _Row("tokens D -> P", ("transfers", "d_to_p", "tokens"), "count"),
+    _Row("MB D -> P", ("transfers", "d_to_p", "bytes"), "mega"),
+    _Row("network calls D -> P", ("transfers", "d_to_p", "calls"), "count"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
@@ -76,11 +83,13 @@ def print_comparison(reports: Mapping[str, Report], title: str = "", console: Co
 
 
 def format_figure(value: float | None, unit: str) -> str:
-    """A figure with its unit: seconds (shown in s, ms or us), share (in %), count or number."""
+    """A figure with its unit: seconds (in s, ms or us), share (in %), mega (in millions), count or number."""
     if value is None:
         return NONE
     if unit == "seconds":
         return _format_seconds(value)
+    if unit == "mega":
+        value /= 1e6
     if unit == "share":
         return f"{100 * value:.1f} %"
     if unit == "count" and value == int(value):

@@ -3,7 +3,7 @@
 A new policy is one class with one method, named in the config by `policy._target_=my_package.MyPolicy`.
 """
 
-import zlib
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -77,8 +77,5 @@ class SessionAffinity(Policy):
 
 
 def _score(session_id: str, label: str) -> int:
-    """A 32-bit number that two processes agree on, well mixed (CRC alone is linear in its input)."""
-    mixed = zlib.crc32(f"{session_id}\0{label}".encode()) * 0x9E3779B1 & 0xFFFFFFFF
-    mixed ^= mixed >> 15
-    mixed = mixed * 0x85EBCA77 & 0xFFFFFFFF
-    return mixed ^ (mixed >> 13)
+    """A number of 64 bits that two processes agree on."""
+    return int.from_bytes(hashlib.blake2b(f"{session_id}\0{label}".encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,74 @@
+"""Systems side by side on one workload: a column each, medians and spread over the repeats.
+
+python scripts/compare.py                                    # PD, PD-CC, 1P1D, 1P1D-CC, C1, C2 on the chat workload
+python scripts/compare.py --systems pd,1p1d,1p1d_cc exec=simulated workload=synthetic workload.num_turns=3
+python scripts/compare.py --systems pd_cc,big:cluster=1p2d+mode=pd_caching_3 repeats=1 workload.rate=2
+
+A system is a word of the table below or NAME:words, joined by "+". Other arguments are words of run.py and hold for all
+of them. Every run starts from empty pools; a measured one is preceded by a warm-up that counts nowhere.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from memserve.cluster.local import LocalCluster
+from memserve.compose import load_config
+from memserve.metrics.progress import Progress
+from memserve.metrics.report import Report
+from memserve.metrics.table import print_comparison
+
+SYSTEMS = {  # two instances each; the paper's names (section 8.1 and Table 4)
+    "pd": ["cluster=colocated_2", "index=none", "policy=session_affinity"],
+    "pd_cc": ["cluster=colocated_2", "policy=session_affinity"],
+    "1p1d": ["cluster=1p1d", "mode=pd_basic"],
+    "c1": ["cluster=1p1d", "mode=pd_caching_1"],
+    "c2": ["cluster=1p1d", "mode=pd_caching_2"],
+    "1p1d_cc": ["cluster=1p1d", "mode=pd_caching_3"],
+}
+
+
+def words_of(system: str) -> tuple[str, list[str]]:
+    """The system's name and its words. Raises ValueError for a name that is in no table."""
+    name, colon, words = system.partition(":")
+    if colon:
+        return name, words.split("+")
+    if name not in SYSTEMS:
+        raise ValueError(f"--systems {name}: expected one of {', '.join(SYSTEMS)}, or NAME:word+word")
+    return name, SYSTEMS[name]
+
+
+def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = None) -> dict[str, Report]:
+    """The report of each system; out: a directory that gets an output directory for each.
+
+    Every system is composed and checked before the first one runs.
+    """
+    configured = {name: load_config([*own, "repeats=3", *words]) for name, own in map(words_of, systems)}
+    reports = {}
+    for name, cfg in configured.items():
+        with Progress(name) as progress:
+            reports[name] = LocalCluster(cfg).run(None if out is None else out / name, progress=progress)
+    return reports
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="joined by commas")
+    parser.add_argument("--out", type=Path, help="directory for every system's output directory and reports.json")
+    parser.add_argument("words", nargs="*")
+    args = parser.parse_args(argv)
+    try:
+        reports = compare(args.systems.split(","), args.words, args.out)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if args.out is not None:
+        (args.out / "reports.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    print_comparison(reports, " ".join(args.words) or "defaults", Console(width=max(100, 22 * len(reports) + 26)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

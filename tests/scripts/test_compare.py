@@ -1,0 +1,32 @@
+"""compare.py prints systems side by side, each the median of its repeats, and refuses unknown ones before it runs."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    return importlib.import_module("compare")
+
+
+def test_systems_stand_side_by_side_with_their_spread(compare, tmp_path, capsys):
+    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=2", "workload.num_turns=2", "repeats=2"]
+    systems = "pd,1p1d,c1,c2,1p1d_cc,wide:cluster=1p2d+mode=pd_caching_3"
+    compare.main(["--systems", systems, "--out", str(tmp_path), *words])
+    out = capsys.readouterr().out
+    assert "tokens P -> D" in out and "1p1d_cc" in out and "wide" in out
+    reports = json.loads((tmp_path / "reports.json").read_text(encoding="utf-8"))
+    assert reports["pd"]["transfers"]["p_to_d"]["tokens"] == 0 < reports["c2"]["transfers"]["p_to_d"]["tokens"]
+    assert reports["1p1d"]["repeats"] == 2 and (tmp_path / "wide" / "report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["--systems", "2p"], "2p: expected one of pd"), (["nonsense=1"], "nonsense")]
+)
+def test_what_is_no_system_and_no_word_is_named(compare, words, named):
+    with pytest.raises(SystemExit, match=named):
+        compare.main(words)
