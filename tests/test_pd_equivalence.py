@@ -67,8 +67,10 @@ def test_answers_are_the_same_in_the_full_product(mode, granularity, layout):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cluster", ["1p2d", "2p1d", "3p1d"])
-@pytest.mark.parametrize("policy", ["round_robin", "least_load", "session_affinity", "random"])
+@pytest.mark.parametrize(
+    ("cluster", "policy"),
+    [("1p2d", "random"), ("1p2d", "session_affinity"), ("2p1d", "least_load"), ("3p1d", "round_robin")],
+)
 def test_answers_are_the_same_on_more_instances_under_every_policy(mode, cluster, policy):
     words = [f"mode={mode}", f"cluster={cluster}", f"policy={policy}", f"policy@decode_policy={policy}"]
     granularity = "by_layer" if policy in ("least_load", "random") else "packed"
