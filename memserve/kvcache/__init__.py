@@ -14,7 +14,7 @@ from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLay
 from memserve.kvcache.mempool import AddressMatch, MemPool, Placement
 from memserve.kvcache.radix import RadixIndex
 from memserve.kvcache.radix_tree import RadixNode
-from memserve.kvcache.ticket import Ticket, TicketState
+from memserve.kvcache.ticket import Ticket, TicketState, Timeouts, TransferOptions
 
 __all__ = [
     "FIFO",
@@ -53,4 +53,6 @@ __all__ = [
     "StaleAddress",
     "Ticket",
     "TicketState",
+    "Timeouts",
+    "TransferOptions",
 ]

@@ -6,7 +6,7 @@ another instance's, another medium's or a freed block's raises StaleAddress and 
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,9 +18,13 @@ from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
 from memserve.kvcache.errors import NotHeld, OutOfBlocks
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
+from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
-from memserve.kvcache.ticket import Ticket, TicketState
+from memserve.kvcache.ticket import PLAIN, Ticket, TicketState, Timeouts, TransferOptions
+from memserve.kvcache.transfers import Transfers
+from memserve.messages import Geometry
+from memserve.transfer.transport import Transport
 
 Tokens = np.ndarray | Sequence[int]
 _PLAIN = frozenset((str, int))
@@ -65,6 +69,8 @@ class MemPool:
         self.layout = layout
         self.incarnation = incarnation
         self._num_tickets = 0
+        self._now_ns = 0
+        self._transfers: Transfers | None = None
         device = torch.device(device)
         self.arena = Arena(layout, geometry, num_blocks, device)
         pinned = device.type != "cpu" and num_dram_blocks > 0
@@ -177,6 +183,63 @@ class MemPool:
     def _swapped(self, blocks: np.ndarray) -> Ticket:
         self._num_tickets += 1
         return Ticket((self.incarnation, self._num_tickets), self.addresses(blocks), TicketState.DONE)
+
+    def connect(
+        self, transport: Transport, granularity: Granularity, timeouts: Timeouts, *, headroom_blocks: int = 0
+    ) -> None:
+        """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`."""
+        g = self.geometry
+        wire = Geometry(
+            g.num_layers,
+            g.block_size,
+            g.num_kv_heads,
+            g.head_dim,
+            str(g.dtype).removeprefix("torch."),
+            self.layout.name,
+        )
+        transport.attach(self.incarnation, [self.arena.tensor, self.dram.tensor])
+        self._transfers = Transfers(self.blocks, self._book, wire, transport, granularity, timeouts, headroom_blocks)
+
+    @property
+    def transfers(self) -> Transfers:
+        """This pool's end of the protocol: messages in and out, arrivals. Raises ValueError before `connect`."""
+        if self._transfers is None:
+            raise ValueError("this pool is connected to no other: call connect(transport, ...) first")
+        return self._transfers
+
+    def transfer(
+        self, instance: int, src_addrs: np.ndarray, *, flags: TransferOptions = PLAIN, private: bytes = b""
+    ) -> Ticket:
+        """Moves data to the pool of another instance, which allocates it there; its index sees nothing of it.
+
+        The blocks stay held by the ticket until it has ended; what `private` carries arrives untouched. Raises
+        StaleAddress, NotHeld for a free block, and ValueError for a transfer to itself or flags that insert.
+        """
+        if flags.insert:
+            raise ValueError("flags.insert: expected transfer_with_insert, which names the tokens")
+        unnamed = np.zeros(len(src_addrs) * self.block_size, dtype=np.int32)
+        return self.transfers.start(instance, unnamed, self.resolve(src_addrs), flags, private, self._now_ns)
+
+    def transfer_with_insert(
+        self,
+        instance: int,
+        tokens: Tokens,
+        src_addrs: np.ndarray,
+        *,
+        flags: TransferOptions = PLAIN,
+        private: bytes = b"",
+    ) -> Ticket:
+        """As `transfer`, of the KV of `tokens`: what the other index holds already is not sent, and it gets the rest.
+
+        Raises as `transfer`, and ValueError for a number of blocks that does not fit the tokens.
+        """
+        flags = replace(flags, insert=True)
+        return self.transfers.start(instance, as_tokens(tokens), self.resolve(src_addrs), flags, private, self._now_ns)
+
+    def poll(self, now_ns: int) -> list[Ticket]:
+        """Sets the time of the calls that follow, in ns; returns the tickets that have ended since the last call."""
+        self._now_ns = now_ns
+        return [] if self._transfers is None else self._transfers.poll(now_ns)
 
     def addresses(self, blocks: np.ndarray) -> np.ndarray:
         """The present addresses, int64 [n], of block numbers (int32 [n])."""

@@ -62,6 +62,9 @@ class TransferOptions:
     pinned: bool = False
 
 
+PLAIN = TransferOptions()
+
+
 @dataclass
 class TransferCounts:
     """What one pool has sent. tokens: valid ones, apart from bytes.  elapsed_ns: moves on the wire, added up.
