@@ -18,7 +18,7 @@ WORKLOAD = [
     "workload.prompt_tokens=50", "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2",
     "workload.max_output_tokens=12", "workload.rate=200", "workload.think_time_s=0.05",
 ]  # fmt: skip
-PRESSURE = {"roomy": 2048, "tight": 260, "scarce": 150}  # tokens of a pool; a request needs up to 140
+PRESSURE = {"roomy": 2048, "scarce": 150}  # tokens of a pool; a request needs up to 140
 
 
 @functools.cache
