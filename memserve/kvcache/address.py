@@ -32,11 +32,20 @@ class Medium(enum.IntEnum):
     DRAM = 1
 
 
-def encode(incarnation: int, medium: Medium, generations: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """Addresses, int64 [n], of `blocks` (int32 [n]) at their `generations` (int [n], taken modulo 2**22)."""
-    head = (incarnation << _INCARNATION_SHIFT) | (int(medium) << _MEDIUM_SHIFT)
-    generation_bits = (generations.astype(np.int64) & GENERATION_MASK) << BLOCK_BITS
-    addrs: np.ndarray = generation_bits | blocks | head
+def head(incarnation: int, medium: Medium) -> int:
+    """The bits that all addresses of an instance in one medium have in common."""
+    return (incarnation << _INCARNATION_SHIFT) | (int(medium) << _MEDIUM_SHIFT)
+
+
+def encode(heads: int | np.ndarray, generations: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Addresses, int64 [n], of `blocks` (int64 [n]) at their `generations` (int64 [n], taken modulo 2**22).
+
+    heads: of all of them, or of each (int64 [n]). In place, after the first operation: alloc_mem is mostly this.
+    """
+    addrs = generations & GENERATION_MASK
+    addrs <<= BLOCK_BITS
+    addrs |= blocks
+    addrs |= heads
     return addrs
 
 

@@ -58,7 +58,7 @@ class Allocator:
         self.num_blocks = num_blocks
         self.num_dram_blocks = num_dram_blocks
         self.refcounts = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)
-        self.generations = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)
+        self.generations = np.zeros(num_blocks + num_dram_blocks, dtype=np.int64)
         self._free = {
             Medium.HBM: _FreeStack(0, num_blocks),
             Medium.DRAM: _FreeStack(num_blocks, num_dram_blocks),

@@ -46,6 +46,11 @@ class IndexEvent(msgspec.Struct, frozen=True):
     end_block: int
     medium: Medium
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """The path as tokens, int32 [n]."""
+        return np.frombuffer(self.path, dtype="<i4")
+
 
 class IndexSnapshot(msgspec.Struct, frozen=True):
     """What an index held after event `seq`: events (all of them INSERTED) that rebuild it from nothing."""

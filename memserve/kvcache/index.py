@@ -7,7 +7,7 @@ evict: a block that nobody else holds.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from memserve.kvcache.events import EventLog, NobodyFollows
 _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Longest cached prefix: `blocks` int32 [num_tokens / block_size]. Holds nothing: retain before the next call."""
 
     blocks: np.ndarray

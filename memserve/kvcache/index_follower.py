@@ -51,8 +51,8 @@ class IndexFollower:
 
     def cached_length(self, tokens: np.ndarray) -> int:
         """How many of `tokens` (C-contiguous int32 [n]) the index has, from the first on, in any medium."""
-        walk = self._tree.walk(tokens.tobytes(), len(tokens) // self._block_size * self._tree.block_bytes)
-        return (walk.num_bytes + walk.shared) // 4
+        walk = self._tree.walk(tokens, len(tokens) - len(tokens) % self._block_size)
+        return walk.num_tokens + walk.shared
 
     def num_blocks(self, medium: Medium) -> int:
         """Blocks of the index that lie in a medium."""
@@ -68,20 +68,20 @@ class IndexFollower:
 
     def _insert(self, event: IndexEvent) -> None:
         """A snapshot names what two paths share twice; the second time it is there."""
-        tree, path = self._tree, event.path
-        nodes, num_bytes, inside, shared = tree.walk(path, len(path))
-        if num_bytes + shared == len(path):
+        tree, path = self._tree, event.tokens
+        nodes, num_tokens, inside, shared = tree.walk(path, len(path))
+        if num_tokens + shared == len(path):
             return
         if inside is not None:
             nodes.append(tree.split(inside, shared))
-            num_bytes += shared
-        num_new = event.end_block - num_bytes // tree.block_bytes
-        tree.grow(nodes[-1] if nodes else tree.root, path[num_bytes:], np.full(num_new, event.medium, np.int8), 0)
-        self._num_blocks[event.medium] += num_new
+            num_tokens += shared
+        media = np.full(event.end_block - num_tokens // self._block_size, event.medium, np.int8)
+        tree.grow(nodes[-1] if nodes else tree.root, path[num_tokens:].copy(), media, 0)
+        self._num_blocks[event.medium] += len(media)
 
     def _remove(self, event: IndexEvent) -> None:
         """The nodes here may be cut elsewhere than the index's."""
-        nodes = self._tree.walk(event.path, len(event.path)).nodes
+        nodes = self._tree.walk(event.tokens, len(event.tokens)).nodes
         missing = event.end_block - event.first_block
         self._num_blocks[event.medium] -= missing
         while missing:
@@ -93,7 +93,7 @@ class IndexFollower:
                 self._tree.remove(leaf)
 
     def _move(self, event: IndexEvent) -> None:
-        walk = self._tree.walk(event.path, len(event.path))
+        walk = self._tree.walk(event.tokens, len(event.tokens))
         for node in [*walk.nodes, *([walk.inside] if walk.inside is not None else [])]:
             before = node.num_tokens_before // self._block_size
             moved = node.blocks[max(event.first_block - before, 0) : max(event.end_block - before, 0)]

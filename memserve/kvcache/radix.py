@@ -51,24 +51,23 @@ class RadixIndex(Index):
         return self._num_blocks
 
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
-        nodes, num_bytes = self._use(*self._whole_blocks(tokens, limit))
-        return Match(blocks_of(nodes), num_bytes // 4)
+        nodes, num_tokens = self._use(tokens, self._whole_blocks(tokens, limit))
+        return Match(blocks_of(nodes), num_tokens)
 
     def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
-        walk = self._tree.walk(*self._whole_blocks(tokens, limit))
-        return (walk.num_bytes + walk.shared) // 4
+        walk = self._tree.walk(tokens, self._whole_blocks(tokens, limit))
+        return walk.num_tokens + walk.shared
 
     def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         if len(tokens) != len(blocks) * self._block_size:
             raise ValueError(
                 f"{len(tokens)} tokens for {len(blocks)} blocks: expected exactly {self._block_size} tokens a block"
             )
-        data = tokens.tobytes()
-        nodes, num_bytes = self._use(data, len(data))
-        if num_bytes < len(data):
+        nodes, num_tokens = self._use(tokens, len(tokens))
+        if num_tokens < len(tokens):
             parent = nodes[-1] if nodes else self._tree.root
-            new = np.array(blocks[num_bytes // self._tree.block_bytes :], dtype=np.int32)
-            leaf = self._tree.grow(parent, data[num_bytes:], new, self._num_operations)
+            new = np.array(blocks[num_tokens // self._block_size :], dtype=np.int32)
+            leaf = self._tree.grow(parent, tokens[num_tokens:].copy(), new, self._num_operations)
             nodes.append(leaf)
             self._num_blocks += len(new)
             self._leaves.offer(leaf)
@@ -78,9 +77,9 @@ class RadixIndex(Index):
         return blocks_of(nodes)
 
     def delete(self, tokens: np.ndarray) -> np.ndarray:
-        data, end = self._whole_blocks(tokens, None)
-        nodes, num_bytes = self._use(data, end)
-        never_cached = num_bytes < end and nodes and nodes[-1].children
+        end = self._whole_blocks(tokens, None)
+        nodes, num_tokens = self._use(tokens, end)
+        never_cached = num_tokens < end and nodes and nodes[-1].children
         if not nodes or never_cached:
             return NO_BLOCKS
         start = nodes.pop()
@@ -146,18 +145,18 @@ class RadixIndex(Index):
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return self._tree.iter_prefixes()
 
-    def _whole_blocks(self, tokens: np.ndarray, limit: int | None) -> tuple[bytes, int]:
-        """The tokens' bytes, and how many of them are in whole blocks within the limit."""
+    def _whole_blocks(self, tokens: np.ndarray, limit: int | None) -> int:
+        """How many of the tokens are in whole blocks within the limit."""
         length = len(tokens) if limit is None else min(len(tokens), limit)
-        return tokens.tobytes(), length // self._block_size * self._tree.block_bytes
+        return length - length % self._block_size
 
-    def _use(self, data: bytes, end: int) -> tuple[list[RadixNode], int]:
-        """The nodes of the longest cached prefix of data[:end], marked used, and its bytes.
+    def _use(self, tokens: np.ndarray, end: int) -> tuple[list[RadixNode], int]:
+        """The nodes of the longest cached prefix of tokens[:end], marked used, and its length.
 
         An edge of which only the head is used is split, so that its tail keeps its age.
         """
         self._num_operations += 1
-        nodes, num_bytes, inside, shared = self._tree.walk(data, end)
+        nodes, num_tokens, inside, shared = self._tree.walk(tokens, end)
         if inside is not None:
             nodes.append(self._tree.split(inside, shared))
             if self._is_tiered:
@@ -167,7 +166,7 @@ class RadixIndex(Index):
             node.num_uses += 1
         if nodes and not nodes[-1].children:
             self._leaves.offer(nodes[-1])
-        return nodes, num_bytes + shared
+        return nodes, num_tokens + shared
 
     def _place(self, node: RadixNode) -> None:
         """Notes where a node's blocks are found, and that some of them may be moved to DRAM."""

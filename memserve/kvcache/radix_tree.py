@@ -1,7 +1,9 @@
-"""RadixTree: a path-compressed tree over whole blocks of tokens. Knows keys and what lies at them; nothing of eviction.
+"""RadixTree: a path-compressed tree over whole blocks of tokens. Knows edges and what lies at them, not eviction.
 
-An edge is a run of blocks; a node's children are found by the bytes of their first block, and an edge is compared with
-one memcmp. RadixIndex keeps block numbers at its nodes, IndexFollower the medium of each block.
+An edge is a run of blocks; a node's children are found by the bytes of their first block, and the rest of an edge is
+compared at once. A node that is split leaves both halves as views of the same memory, so splitting copies no tokens;
+they take copies of their own once less than half of it is in use. RadixIndex keeps block numbers at its nodes,
+IndexFollower the medium of each block.
 """
 
 from collections.abc import Iterator
@@ -10,120 +12,150 @@ from typing import NamedTuple
 import numpy as np
 
 NO_BLOCKS = np.empty(0, dtype=np.int32)
+_SHORT = 1024  # tokens; up to here a copy to bytes and a memcmp take less than comparing the arrays
+_NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
 class RadixNode:
-    """`key`: the edge's tokens as int32 bytes. `blocks`: int [len(key) / block_bytes]. The rest is in `Evictable`."""
+    """`tokens`: the edge to it, int32 [n * block_size]. `blocks`: int [n], of those. The rest is in `Evictable`."""
 
     __slots__ = (
-        "blocks", "born", "children", "key", "last_used", "num_tokens_before", "num_uses", "parent", "queued",
+        "blocks", "born", "children", "last_used", "num_tokens_before", "num_uses", "parent", "queued", "tokens",
     )  # fmt: skip
 
-    def __init__(self, key: bytes, blocks: np.ndarray, parent: "RadixNode | None", born: int) -> None:
-        self.key = key
+    def __init__(
+        self, tokens: np.ndarray, blocks: np.ndarray, parent: "RadixNode | None", num_tokens_before: int, born: int
+    ) -> None:
+        self.tokens = tokens
         self.blocks = blocks
         self.parent = parent
         self.children: dict[bytes, RadixNode] = {}
         self.born = self.last_used = born
         self.num_uses = 1
-        self.num_tokens_before: int = 0 if parent is None else parent.num_tokens_before + len(parent.key) // 4
+        self.num_tokens_before = num_tokens_before
         self.queued = 0
 
     @property
     def num_tokens_end(self) -> int:
-        return self.num_tokens_before + len(self.key) // 4
+        return self.num_tokens_before + len(self.tokens)
 
     def path(self) -> bytes:
-        """The tokens from the root to this node's end."""
-        keys, node = [self.key], self.parent
+        """The tokens from the root to this node's end, as int32 bytes."""
+        edges, node = [self.tokens.tobytes()], self.parent
         while node is not None:
-            keys.append(node.key)
+            edges.append(node.tokens.tobytes())
             node = node.parent
-        return b"".join(reversed(keys))
+        return b"".join(reversed(edges))
 
 
 class Walk(NamedTuple):
-    """How far a prompt is in the tree: whole `nodes`, `num_bytes` long, then the first `shared` bytes of `inside`."""
+    """How far a prompt is in the tree: whole `nodes`, `num_tokens` long, then the first `shared` tokens of `inside`."""
 
     nodes: list[RadixNode]
-    num_bytes: int
+    num_tokens: int
     inside: RadixNode | None
     shared: int
 
 
 class RadixTree:
-    """Nodes under a root that has no key."""
+    """Nodes under a root that has no tokens."""
 
     def __init__(self, block_size: int) -> None:
-        self.block_bytes = 4 * block_size
-        self.root = RadixNode(b"", NO_BLOCKS, None, 0)
+        self.block_size = block_size
+        self.root = RadixNode(_NO_TOKENS, NO_BLOCKS, None, 0, 0)
 
-    def walk(self, data: bytes, end: int) -> Walk:
-        """Follows data[:end] (whole blocks of int32 bytes) as far as it goes; changes nothing."""
-        node, pos, step = self.root, 0, self.block_bytes
+    def walk(self, tokens: np.ndarray, end: int) -> Walk:
+        """Follows tokens[:end] (int32, whole blocks) as far as it goes; changes nothing."""
+        node, pos, size = self.root, 0, self.block_size
         nodes: list[RadixNode] = []
-        while pos < end and (child := node.children.get(data[pos : pos + step])) is not None:
-            key = child.key
-            if pos + len(key) > end or not data.startswith(key, pos):
-                return Walk(nodes, pos, child, self._shared_bytes(key, data, pos, end))
+        while pos < end and (child := node.children.get(tokens[pos : pos + size].tobytes())) is not None:
+            edge = child.tokens
+            stop = min(end, pos + len(edge))
+            shared = _num_shared(tokens[pos:stop], edge[: stop - pos])
+            if shared < len(edge):
+                return Walk(nodes, pos, child, shared - shared % size)
             nodes.append(child)
-            pos += len(key)
-            node = child
+            node, pos = child, stop
         return Walk(nodes, pos, None, 0)
 
-    def _shared_bytes(self, key: bytes, data: bytes, pos: int, end: int) -> int:
-        """Bytes of whole blocks that `key` and data[pos:end] have in common: one at least, found by bisection."""
-        step = self.block_bytes
-        same, most = 1, min(len(key), end - pos) // step
-        while same < most:
-            middle = (same + most + 1) // 2
-            if data.startswith(key[same * step : middle * step], pos + same * step):
-                same = middle
-            else:
-                most = middle - 1
-        return same * step
-
-    def grow(self, parent: RadixNode, key: bytes, blocks: np.ndarray, born: int) -> RadixNode:
-        """A new leaf below `parent`, which has no child that begins with the same block."""
-        leaf = RadixNode(key, blocks, parent, born)
-        parent.children[key[: self.block_bytes]] = leaf
+    def grow(self, parent: RadixNode, tokens: np.ndarray, blocks: np.ndarray, born: int) -> RadixNode:
+        """A new leaf below `parent`, which has no child that begins with the same block. Keeps both arrays."""
+        leaf = RadixNode(tokens, blocks, parent, parent.num_tokens_end, born)
+        parent.children[self._first_block(leaf)] = leaf
         return leaf
 
-    def split(self, node: RadixNode, head_bytes: int) -> RadixNode:
+    def split(self, node: RadixNode, num_tokens: int) -> RadixNode:
         """Cuts a node's edge; returns the new upper half. The lower half keeps its children, age and heap entry."""
-        step, parent = self.block_bytes, node.parent
-        num_head = head_bytes // step
-        assert parent is not None and 0 < num_head < len(node.blocks)
-        head = self.grow(parent, node.key[:head_bytes], node.blocks[:num_head].copy(), node.born)
+        parent, num_blocks = node.parent, num_tokens // self.block_size
+        assert parent is not None and 0 < num_blocks < len(node.blocks)
+        head = RadixNode(node.tokens[:num_tokens], node.blocks[:num_blocks], parent, node.num_tokens_before, node.born)
         head.last_used, head.num_uses = node.last_used, node.num_uses
-        node.key, node.blocks, node.parent = node.key[head_bytes:], node.blocks[num_head:].copy(), head
-        node.num_tokens_before += head_bytes // 4
-        head.children[node.key[:step]] = node
+        parent.children[self._first_block(head)] = head
+        node.tokens, node.blocks, node.parent = node.tokens[num_tokens:], node.blocks[num_blocks:], head
+        node.num_tokens_before += num_tokens
+        head.children[self._first_block(node)] = node
         return head
 
     def trim(self, leaf: RadixNode, num_blocks: int) -> None:
-        """Cuts blocks off a leaf's tail. One left empty keeps its key, by which its parent knows it, until removed."""
+        """Cuts blocks off a leaf's tail. One left empty keeps tokens, by which its parent knows it, until removed."""
         keep = len(leaf.blocks) - num_blocks
         leaf.blocks = leaf.blocks[:keep]
         if keep:
-            leaf.key = leaf.key[: keep * self.block_bytes]
+            leaf.tokens = leaf.tokens[: keep * self.block_size]
+            _tighten(leaf)
 
     def remove(self, node: RadixNode) -> RadixNode:
         """Takes a node out, and so all below it; returns its parent."""
         parent = node.parent
         assert parent is not None
-        del parent.children[node.key[: self.block_bytes]]
+        del parent.children[self._first_block(node)]
+        if _memory(parent) is _memory(node):
+            _tighten(parent)
         return parent
 
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Every maximal path: (tokens int32 [n * block_size], blocks int [n])."""
-        stack = [(self.root, b"", NO_BLOCKS)]
+        stack = [(self.root, _NO_TOKENS, NO_BLOCKS)]
         while stack:
-            node, key, blocks = stack.pop()
-            key, blocks = key + node.key, np.concatenate([blocks, node.blocks])
+            node, tokens, blocks = stack.pop()
+            tokens, blocks = np.concatenate([tokens, node.tokens]), np.concatenate([blocks, node.blocks])
             if not node.children and len(blocks):
-                yield np.frombuffer(key, dtype=np.int32), blocks
-            stack.extend((child, key, blocks) for child in node.children.values())
+                yield tokens, blocks
+            stack.extend((child, tokens, blocks) for child in node.children.values())
+
+    def _first_block(self, node: RadixNode) -> bytes:
+        return node.tokens[: self.block_size].tobytes()
+
+
+def _num_shared(wanted: np.ndarray, found: np.ndarray) -> int:
+    """Leading tokens that two arrays of one length have in common."""
+    if len(wanted) <= _SHORT and wanted.tobytes() == found.tobytes():
+        return len(wanted)
+    differs = wanted != found
+    first = int(differs.argmax())
+    return first if differs[first] else len(wanted)
+
+
+def _memory(node: RadixNode) -> np.ndarray:
+    """The array that owns the memory of a node's tokens."""
+    base: np.ndarray | None = node.tokens.base
+    return node.tokens if base is None else base
+
+
+def _tighten(lowest: RadixNode) -> None:
+    """Ends the sharing of memory of which the nodes that are left, `lowest` and those above it, use less than half."""
+    memory, num_used = _memory(lowest), 0
+    if 2 * len(lowest.tokens) >= len(memory):
+        return
+    sharers: list[RadixNode] = []
+    node: RadixNode | None = lowest
+    while node is not None and _memory(node) is memory:
+        sharers.append(node)
+        num_used += len(node.tokens)
+        node = node.parent
+    if 2 * num_used < len(memory):
+        for sharer in sharers:
+            sharer.tokens, sharer.blocks = sharer.tokens.copy(), sharer.blocks.copy()
 
 
 def subtree(node: RadixNode) -> Iterator[RadixNode]:

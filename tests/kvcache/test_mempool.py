@@ -40,9 +40,8 @@ def test_an_address_says_instance_medium_generation_and_block():
 
 
 def test_the_largest_fields_do_not_run_into_each_other():
-    blocks = np.array([address.MAX_BLOCKS - 1], dtype=np.int32)
-    generations = np.array([address.GENERATION_MASK], dtype=np.int32)
-    addrs = address.encode(address.MAX_INCARNATION, Medium.HBM, generations, blocks)
+    blocks, generations = np.array([address.MAX_BLOCKS - 1]), np.array([address.GENERATION_MASK])
+    addrs = address.encode(address.head(address.MAX_INCARNATION, Medium.HBM), generations, blocks)
     assert addrs[0] > 0 and address.block_of(addrs)[0] == blocks[0]
     assert address.incarnation_of(addrs)[0] == address.MAX_INCARNATION
     assert address.generation_of(addrs)[0] == address.GENERATION_MASK and address.medium_of(addrs)[0] == 0
