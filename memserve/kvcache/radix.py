@@ -203,7 +203,7 @@ class RadixIndex(Index):
     def _remove(self, node: RadixNode) -> None:
         """Takes a node and all below it out of the tree; their heap entries are dropped when they come up."""
         parent = self._tree.remove(node)
-        for gone in list(subtree(node)):
+        for gone in list(subtree(node)) if node.children else (node,):
             gone.parent = None
             self._leaves.forget(gone)
             self._in_hbm.forget(gone)
