@@ -63,6 +63,7 @@ class Handoffs:
     def __init__(self, transfers: Transfers, mode: Mode) -> None:
         self.transfers = transfers
         self.num_overtaken = 0
+        self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode = mode
         self._on_the_way: dict[str, _Handoff] = {}
         self._aborted: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -192,6 +193,8 @@ class Handoffs:
         options, word = TransferOptions(insert=hand_off.insert), self._word(request, None)
         ticket = self.transfers.start(decode, request.prompt, self._blocks(request), options, word, now_ns, ready=ready)
         self._on_the_way[request.request_id] = _Handoff(request, decode, ticket)
+        waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
+        self.peak_waiting = max(self.peak_waiting, waiting)
 
     def _mark(self, request: Request, num_blocks: int, began_ns: int, ended_ns: int) -> None:
         ticket, num_layers = self._on_the_way[request.request_id].ticket, self.transfers.geometry.num_layers

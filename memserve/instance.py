@@ -281,8 +281,7 @@ class Instance:
         if stops is not None:
             stops.ended_by(request.output_token_ids)
         self._served[word.request_id] = Served(
-            request, arrival.received_ns, stops, prefill=arrival.ticket_id[0], first_scheduled_ns=arrival.received_ns,
-            prefill_end_ns=arrival.received_ns, prefill_stats=word.stats, granted_ns=arrival.granted_ns,
-            received_ns=arrival.received_ns,
+            request, arrival.received_ns, stops, prefill=arrival.ticket_id[0], prefill_end_ns=arrival.received_ns,
+            prefill_stats=word.stats, granted_ns=arrival.granted_ns, received_ns=arrival.received_ns,
         )  # fmt: skip
         self.scheduler.adopt(request)

@@ -74,8 +74,9 @@ class RequestStats(msgspec.Struct, frozen=True):
 
     num_cached_local: prompt tokens found in the instance's own index at first admission. num_computed: tokens
     prefilled, those computed again after a preemption included; num_computed_on_decode: of them, by a decode instance.
-    decode_instance: who generated all but the first token, "" if the same. granted_ns, received_ns: when it granted the
-    hand-off, and when it had all of the KV.
+    num_preemptions_on_decode: of num_preemptions, there. decode_instance: who generated all but the first token, "" if
+    the same. granted_ns, received_ns, decode_scheduled_ns: when it granted the hand-off, had all of the KV, and began
+    its first step.
     """
 
     instance: str
@@ -91,6 +92,8 @@ class RequestStats(msgspec.Struct, frozen=True):
     decode_instance: str = ""
     granted_ns: int | None = None
     received_ns: int | None = None
+    num_preemptions_on_decode: int = 0
+    decode_scheduled_ns: int | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):

@@ -73,6 +73,8 @@ class Served:
                 decode_instance=label,
                 granted_ns=self.granted_ns,
                 received_ns=self.received_ns,
+                num_preemptions_on_decode=request.num_preemptions,
+                decode_scheduled_ns=self.first_scheduled_ns,
             )
         return RequestStats(
             instance=label,

@@ -20,11 +20,12 @@ from memserve.cluster.wiring import build_global_scheduler, build_transport
 from memserve.compose import to_dict, to_yaml
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
+from memserve.kvcache.ticket import TransferCounts
 from memserve.messages import Dispatch, pack_tokens
 from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
 from memserve.metrics.progress import Progress
-from memserve.metrics.report import InstanceStats, Report, TransferStats, build_report, median_of
+from memserve.metrics.report import InstanceStats, Report, build_report, median_of
 from memserve.metrics.tracking import Tracking
 from memserve.request import Role, SamplingParams
 from memserve.timeline import RequestTimeline
@@ -145,20 +146,16 @@ def _fitting(instance: Instance, params: SamplingParams) -> Iterable[tuple[str, 
             yield f"warm-up-{length}", np.arange(length, dtype=np.int32) % limits.vocab_size
 
 
-def _transfers(nodes: Iterable[Node], role: Role) -> TransferStats:
+def _transfers(nodes: Iterable[Node], role: Role) -> TransferCounts:
     """What the instances of a role have sent, together."""
-    handoffs = [h for node in nodes if node.instance.role is role and (h := node.instance.handoffs) is not None]
-    counts = [h.transfers.counts for h in handoffs]
-    others = [h for node in nodes if node.instance.role is not role and (h := node.instance.handoffs) is not None]
-    return TransferStats(
-        tokens=sum(c.tokens for c in counts),
-        bytes=sum(c.bytes for c in counts),
-        calls=sum(c.calls for c in counts),
-        seconds=to_s(sum(c.elapsed_ns for c in counts)),
-        declined=sum(c.declined for c in counts),
-        overtaken=sum(h.num_overtaken for h in others),
-        failed=sum(c.failed for c in counts),
-    )
+    total = TransferCounts()
+    for node in nodes:
+        if (handoffs := node.instance.handoffs) is not None:
+            if node.instance.role is role:
+                total += handoffs.transfers.counts
+            else:
+                total.overtaken += handoffs.num_overtaken
+    return total
 
 
 def _stats(node: Node) -> InstanceStats:
@@ -175,4 +172,5 @@ def _stats(node: Node) -> InstanceStats:
         num_blocks=pool.num_blocks,
         peak_used_blocks=pool.peak_used,
         num_indexed_blocks=pool.num_indexed,
+        peak_waiting_handoffs=0 if node.instance.handoffs is None else node.instance.handoffs.peak_waiting,
     )

@@ -15,8 +15,7 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.ticket import Timeouts
-from memserve.kvcache.transfers import Transfers
-from memserve.messages import Geometry
+from memserve.kvcache.transfers import Transfers, wire_geometry
 from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
@@ -43,19 +42,11 @@ def build_handoffs(
     """One instance's transfers. memories: of its HBM and DRAM; None where nothing is stored."""
     layout: Layout = make(cfg.layout)
     transport.attach(incarnation, memories)
-    wire = Geometry(
-        geometry.num_layers,
-        geometry.block_size,
-        geometry.num_kv_heads,
-        geometry.head_dim,
-        str(geometry.dtype).removeprefix("torch."),
-        layout.name,
-    )
     t = cfg.transfer
     transfers = Transfers(
         pool,
         AddressBook(pool.allocator, incarnation),
-        wire,
+        wire_geometry(geometry, layout),
         transport,
         _granularity(cfg, layout, geometry),
         Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s)),

@@ -42,6 +42,7 @@ class Granularity(ABC):
     """Both ends have the same layout and geometry: the handshake sees to it."""
 
     asks_at_admission = False
+    transfers_per_stretch = 1  # in the paper's count, where keys and values of a layer are two
 
     def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False) -> None:
         self._layout, self._geometry, self._merge = layout, geometry, merge
@@ -75,6 +76,7 @@ class ByLayer(Granularity):
     """Every layer's keys and values leave as soon as they are computed: transfer beside compute."""
 
     asks_at_admission = True
+    transfers_per_stretch = 2
 
     def stretches(self, posted: np.ndarray, ready: np.ndarray, num_blocks: int) -> list[Stretch]:
         return [Stretch(int(posted[i]), int(ready[i]), int(i)) for i in np.flatnonzero(ready > posted)]

@@ -22,8 +22,7 @@ from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.ticket import PLAIN, Ticket, TicketState, Timeouts, TransferOptions
-from memserve.kvcache.transfers import Transfers
-from memserve.messages import Geometry
+from memserve.kvcache.transfers import Transfers, wire_geometry
 from memserve.transfer.transport import Transport
 
 Tokens = np.ndarray | Sequence[int]
@@ -188,15 +187,7 @@ class MemPool:
         self, transport: Transport, granularity: Granularity, timeouts: Timeouts, *, headroom_blocks: int = 0
     ) -> None:
         """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`."""
-        g = self.geometry
-        wire = Geometry(
-            g.num_layers,
-            g.block_size,
-            g.num_kv_heads,
-            g.head_dim,
-            str(g.dtype).removeprefix("torch."),
-            self.layout.name,
-        )
+        wire = wire_geometry(self.geometry, self.layout)
         transport.attach(self.incarnation, [self.arena.tensor, self.dram.tensor])
         self._transfers = Transfers(self.blocks, self._book, wire, transport, granularity, timeouts, headroom_blocks)
 

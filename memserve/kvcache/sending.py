@@ -195,6 +195,7 @@ class Sending:
             out.posted[layer] = stretch.stop
             missing = Stretch(max(stretch.start, out.first_block), stretch.stop, stretch.layer)
             if missing.start < missing.stop:
+                self.counts.transfers += self._granularity.transfers_per_stretch
                 self._post_stretch(out, missing, ready_ns)
 
     def _post_stretch(self, out: Outgoing, stretch: Stretch, ready_ns: int) -> None:

@@ -7,7 +7,7 @@ ends are held by it.
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -67,17 +67,24 @@ PLAIN = TransferOptions()
 
 @dataclass
 class TransferCounts:
-    """What one pool has sent. tokens: valid ones, apart from bytes.  elapsed_ns: moves on the wire, added up.
+    """What was sent. tokens: valid ones, apart from bytes.  calls: network calls.  elapsed_ns: on the wire, added up.
 
-    declined: refused for lack of room, best effort only.  failed: ended without being inserted, for another reason.
+    transfers: as the paper counts them (Fig. 5), of KV that had to move: 2L for each chunk by layer, else 1 a ticket.
+    declined: refused for lack of room, best effort only.  overtaken: what it was sent for had happened already.
+    failed: ended without being inserted, for another reason.
     """
 
     tokens: int = 0
     bytes: int = 0
+    transfers: int = 0
     calls: int = 0
     elapsed_ns: int = 0
     declined: int = 0
+    overtaken: int = 0
     failed: int = 0
+
+    def __add__(self, other: "TransferCounts") -> "TransferCounts":
+        return TransferCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)

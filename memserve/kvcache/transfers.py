@@ -12,6 +12,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
 from memserve.kvcache.receiving import Incoming, Receiving
 from memserve.kvcache.sending import Outgoing, Sending
@@ -20,6 +21,12 @@ from memserve.messages import Ask, Geometry, PoolMessage, pack_tokens
 from memserve.transfer.transport import Transport
 
 _FROM_SENDER = ("Ask", "Done", "AbortAck")
+
+
+def wire_geometry(geometry: CacheGeometry, layout: Layout) -> Geometry:
+    """What the other end of a transfer must have too."""
+    g, dtype = geometry, str(geometry.dtype).removeprefix("torch.")
+    return Geometry(g.num_layers, g.block_size, g.num_kv_heads, g.head_dim, dtype, layout.name)
 
 
 class Transfers:

@@ -5,12 +5,14 @@
     # |                                                    |--- TPOT: the mean of the ITLs ------|
     # |--------------------------------------------- JCT ---------------------------------------------------|
     # |- dispatch -|---- queue ---|------- prefill --------|--------------------- decode -------------------|
+    # handed over:                  prefill end -> granted -> received -> first decode step
+    #                               |-grant wait-|- transfer -|- decode queue -|---- decode ----------------|
 
 A metric that a request does not have (no token, no second token, not finished) is None, never 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,13 +25,18 @@ class Phases:
     """Where a request's time went, in seconds; None where it never came so far. They add up to its JCT.
 
     dispatch: arrival until it reached the instance.  queue: until its first step began.  prefill: until the first
-    token.  decode: until the end; time lost to preemption is in it.
+    token.  grant_wait: until the decode instance had made room.  transfer: until it had all of the KV.  decode_queue:
+    until its first step there.  decode: until the end; time lost to preemption is in it.  The three before it are None
+    where one instance does both, and what ended before the prefill did (by layer) counts as 0.
     """
 
-    dispatch: float | None
-    queue: float | None
-    prefill: float | None
-    decode: float | None
+    dispatch: float | None = None
+    queue: float | None = None
+    prefill: float | None = None
+    grant_wait: float | None = None
+    transfer: float | None = None
+    decode_queue: float | None = None
+    decode: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +75,23 @@ def measure(timeline: RequestTimeline) -> RequestMetrics:
 def _phases(timeline: RequestTimeline) -> Phases:
     stats = timeline.stats
     if stats is None:
-        return Phases(None, None, None, None)
-    return Phases(
+        return Phases()
+    phases = Phases(
         dispatch=_between_s(timeline.arrival_ns, stats.queued_ns),
         queue=_between_s(stats.queued_ns, stats.first_scheduled_ns),
         prefill=_between_s(stats.first_scheduled_ns, stats.prefill_end_ns),
         decode=_between_s(stats.prefill_end_ns, timeline.finished_ns),
+    )
+    prefilled_ns = stats.prefill_end_ns
+    if prefilled_ns is None or stats.granted_ns is None or stats.received_ns is None:
+        return phases
+    granted_ns, received_ns = max(stats.granted_ns, prefilled_ns), max(stats.received_ns, prefilled_ns)
+    return replace(
+        phases,
+        grant_wait=_between_s(prefilled_ns, granted_ns),
+        transfer=_between_s(granted_ns, received_ns),
+        decode_queue=_between_s(received_ns, stats.decode_scheduled_ns),
+        decode=_between_s(stats.decode_scheduled_ns, timeline.finished_ns),
     )
 
 

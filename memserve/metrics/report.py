@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from memserve.clock import to_s
+from memserve.kvcache.ticket import TransferCounts
 from memserve.messages import RequestStats
 from memserve.metrics import formulas
 from memserve.timeline import RequestTimeline
@@ -21,20 +23,7 @@ PERCENTILES = (50, 90, 99)
 STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 
-@dataclass(frozen=True)
-class TransferStats:
-    """KV moved one way, summed over pairs of instances. All zero between colocated instances, which move nothing."""
-
-    tokens: int = 0
-    bytes: int = 0
-    calls: int = 0
-    seconds: float = 0.0
-    declined: int = 0
-    overtaken: int = 0
-    failed: int = 0
-
-
-_NO_TRANSFERS = TransferStats()
+_NO_TRANSFERS = TransferCounts()
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class InstanceStats:
     num_swapped_out_blocks, num_swapped_in_blocks: blocks moved to DRAM and back.  num_swaps_dropped: requests that were
     preempted to DRAM and had to be recomputed after all.
     num_blocks: size of its pool.  peak_used_blocks: most blocks that anyone held at a time.  num_indexed_blocks: blocks
-    in the index at the end.
+    in the index at the end.  peak_waiting_handoffs: most requests that waited at a time for a decode instance's room.
     """
 
     id: str
@@ -59,6 +48,7 @@ class InstanceStats:
     num_blocks: int = 0
     peak_used_blocks: int = 0
     num_indexed_blocks: int = 0
+    peak_waiting_handoffs: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +64,8 @@ def build_report(
     instances: Sequence[InstanceStats],
     *,
     wall_s: float,
-    p_to_d: TransferStats = _NO_TRANSFERS,
-    d_to_p: TransferStats = _NO_TRANSFERS,
+    p_to_d: TransferCounts = _NO_TRANSFERS,
+    d_to_p: TransferCounts = _NO_TRANSFERS,
     turns_over_context: int = 0,
     turns_not_sent: int = 0,
     quarantined_blocks: int = 0,
@@ -104,7 +94,7 @@ def build_report(
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
-        "transfers": {"p_to_d": asdict(p_to_d), "d_to_p": asdict(d_to_p)},
+        "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p)},
         "instances": rows,
         "skew": _skew(rows),
         "preemptions": sum(row["preemptions"] for row in rows),
@@ -170,7 +160,7 @@ def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:
         "cached_local": sum(stats.num_cached_local for stats in begun),
         "fetched": 0,  # between instances that hand nothing over
         "computed": sum(stats.num_computed for stats in begun),
-        "computed_on_decode": 0,
+        "computed_on_decode": sum(stats.num_computed_on_decode for stats in begun),
         "generated": sum(stats.num_generated for stats in begun),
     }
 
@@ -189,9 +179,9 @@ def _throughput(tokens: dict[str, int], num_succeeded: int, makespan_s: float | 
 
 
 def _instance(stats: InstanceStats, timelines: Sequence[RequestTimeline], makespan_s: float | None) -> Report:
-    """One row of `instances`: its own counts, and those of the requests it ended."""
-    mine = [timeline for timeline in timelines if timeline.instance == stats.id]
-    begun = _begun(mine)
+    """One row of `instances`: its own counts, and its part of the requests that it prefilled or decoded."""
+    begun = [part for whole in _begun(timelines) if (part := _part_of(stats.id, whole)) is not None]
+    refused = sum(t.instance == stats.id and (t.stats is None or t.stats.first_scheduled_ns is None) for t in timelines)
     tokens = _tokens(begun)
     counts = asdict(stats)
     busy_s = to_s(counts.pop("busy_ns"))
@@ -200,12 +190,36 @@ def _instance(stats: InstanceStats, timelines: Sequence[RequestTimeline], makesp
         "role": str(counts.pop("role")),
         "busy_s": busy_s,
         "utilisation": formulas.ratio(busy_s, makespan_s),
-        "num_requests": len(mine),
+        "num_requests": len(begun) + refused,
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "preemptions": sum(request.num_preemptions for request in begun),
         **counts,
     }
+
+
+def _part_of(instance: str, stats: RequestStats) -> RequestStats | None:
+    """What one instance did for a request: all of it, up to the first token, or what came after it; None: nothing."""
+    first_tokens = stats.num_generated if stats.decode_instance in ("", stats.instance) else 1
+    if stats.instance == instance:
+        preemptions = stats.num_preemptions - stats.num_preemptions_on_decode
+        return replace(stats, num_generated=first_tokens, num_preemptions=preemptions, num_computed_on_decode=0)
+    if stats.decode_instance != instance:
+        return None
+    return replace(
+        stats,
+        num_prompt=0,
+        num_cached_local=0,
+        num_computed=0,
+        num_generated=stats.num_generated - first_tokens,
+        num_preemptions=stats.num_preemptions_on_decode,
+    )
+
+
+def _transfers(counts: TransferCounts) -> dict[str, float]:
+    figures = asdict(counts)
+    seconds = to_s(figures.pop("elapsed_ns"))
+    return {**figures, "seconds": seconds}
 
 
 def _skew(rows: Sequence[Report]) -> dict[str, float | None]:

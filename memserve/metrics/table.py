@@ -40,11 +40,14 @@ _COMPARED = (
         for statistic in ("mean", "P50", "P99")
     ),
     _Row("second token mean", ("second_token_s", "mean"), "seconds"),
+    _Row("grant wait mean", ("phases_s", "grant_wait", "mean"), "seconds"),
+    _Row("transfer mean", ("phases_s", "transfer", "mean"), "seconds"),
     _Row("hit ratio", ("hit_ratio",), "share"),
     _Row("prompt tokens", ("tokens", "prompt"), "count"),
     _Row("prefill tokens computed", ("tokens", "computed"), "count"),
     _Row("tokens P -> D", ("transfers", "p_to_d", "tokens"), "count"),
     _Row("MB P -> D", ("transfers", "p_to_d", "bytes"), "mega"),
+    _Row("transfers P -> D", ("transfers", "p_to_d", "transfers"), "count"),
     _Row("network calls P -> D", ("transfers", "p_to_d", "calls"), "count"),
     _Row("tokens D -> P", ("transfers", "d_to_p", "tokens"), "count"),
     _Row("MB D -> P", ("transfers", "d_to_p", "bytes"), "mega"),
@@ -163,8 +166,10 @@ def _totals_table(report: Report) -> Table:
     rows = {
         "requests": _requests_text(report),
         "prompt tokens": f"{_count(tokens['prompt'])}: {_count(tokens['cached_local'])} cached, "
-        f"{_count(tokens['fetched'])} fetched, {_count(tokens['computed'])} computed",
+        f"{_count(tokens['fetched'])} fetched, {_count(tokens['computed'])} computed"
+        + (f", {_count(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
+        **_transfer_texts(report),
         "tokens generated": _count(tokens["generated"]),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
         "makespan": format_figure(report["makespan_s"], "seconds"),
@@ -185,6 +190,23 @@ def _totals_table(report: Report) -> Table:
     return table
 
 
+def _transfer_texts(report: Report) -> dict[str, str]:
+    """What moved each way, where anything did or should have."""
+    texts = {}
+    for label, key in (("P -> D", "p_to_d"), ("D -> P", "d_to_p")):
+        counts = report["transfers"][key]
+        if any(counts.values()):
+            lost = ", ".join(f"{_count(counts[k])} {k}" for k in ("declined", "overtaken", "failed") if counts[k])
+            texts[label] = (
+                f"{_count(counts['tokens'])} tokens, {format_figure(counts['bytes'], 'mega')} MB in "
+                f"{_count(counts['transfers'])} transfers, {_count(counts['calls'])} network calls, "
+                f"{format_figure(counts['seconds'], 'seconds')}{'; ' * bool(lost)}{lost}"
+            )
+    if report["quarantined_blocks"]:
+        texts["blocks in quarantine"] = _count(report["quarantined_blocks"])
+    return texts
+
+
 def _requests_text(report: Report) -> str:
     text = f"{_count(report['num_finished'])} of {_count(report['num_requests'])} finished"
     failures = ", ".join(f"{_count(n)} {reason}" for reason, n in report["failures"].items())
@@ -196,6 +218,9 @@ def _instance_table(report: Report) -> Table:
     table.add_column("instance", no_wrap=True)
     for heading in ("reqs", "busy", "in use", "hits", "computed", "output", "preempted", "evicted"):
         table.add_column(heading, justify="right", overflow="fold")
+    anybody_waited = any(row["peak_waiting_handoffs"] for row in report["instances"])
+    if anybody_waited:
+        table.add_column("most waiting", justify="right")
     for row in report["instances"]:
         table.add_row(
             row["id"],
@@ -207,6 +232,7 @@ def _instance_table(report: Report) -> Table:
             _count(row["tokens"]["generated"]),
             _count(row["preemptions"]),
             _count(row["num_evicted_blocks"]),
+            *([_count(row["peak_waiting_handoffs"])] if anybody_waited else []),
         )
     return table
 

@@ -1,5 +1,9 @@
-import pytest
+from dataclasses import astuple
 
+import pytest
+from msgspec.structs import replace
+
+from memserve.clock import to_ns
 from memserve.metrics.formulas import Phases, goodput, makespan_s, measure, skew
 
 
@@ -24,7 +28,7 @@ def test_a_request_without_tokens_has_no_latencies(make_timeline):
     assert (metrics.ttft, metrics.tpot, metrics.jct) == (None, None, None)
     assert metrics.phases == Phases(dispatch=0.5, queue=None, prefill=None, decode=None)
     timeline.stats = None
-    assert measure(timeline).phases == Phases(None, None, None, None)
+    assert measure(timeline).phases == Phases()
 
 
 def test_phases_add_up_to_the_completion_time(make_timeline):
@@ -32,6 +36,18 @@ def test_phases_add_up_to_the_completion_time(make_timeline):
     assert metrics.phases == Phases(dispatch=0.25, queue=0.5, prefill=1.0, decode=3.5)
     phases = metrics.phases
     assert phases.dispatch + phases.queue + phases.prefill + phases.decode == metrics.jct
+
+
+@pytest.mark.parametrize(("granted", "grant_wait", "transfer"), [(2.5, 0.5, 0.5), (1.5, 0.0, 1.0)])
+def test_a_request_that_was_handed_over_has_seven_phases_that_add_up(make_timeline, granted, grant_wait, transfer):
+    """By layer, the grant comes before the prefill's end."""
+    timeline = make_timeline(token_times=(2.0, 4.0, 5.0))
+    timeline.stats = replace(
+        timeline.stats, granted_ns=to_ns(granted), received_ns=to_ns(3.0), decode_scheduled_ns=to_ns(3.25)
+    )
+    metrics = measure(timeline)
+    assert metrics.phases == Phases(0.5, 0.5, 1.0, grant_wait, transfer, decode_queue=0.25, decode=1.75)
+    assert sum(astuple(metrics.phases)) == metrics.jct
 
 
 @pytest.mark.parametrize(

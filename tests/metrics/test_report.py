@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
-from memserve.metrics.report import GoodputBounds, InstanceStats, TransferStats, build_report, distribution, median_of
+from memserve.kvcache.ticket import TransferCounts
+from memserve.metrics.report import GoodputBounds, InstanceStats, build_report, distribution, median_of
 from memserve.request import FinishReason, Role
 
 INSTANCES = [
@@ -38,7 +40,7 @@ def test_the_keys_that_others_read_are_there(make_timeline):
     ]
     for way in ("p_to_d", "d_to_p"):
         assert list(report["transfers"][way]) == [
-            "tokens", "bytes", "calls", "seconds", "declined", "overtaken", "failed",
+            "tokens", "bytes", "transfers", "calls", "declined", "overtaken", "failed", "seconds",
         ]  # fmt: skip
     assert report["instances"][0].keys() >= {"id", "role", "busy_s"}
 
@@ -89,12 +91,29 @@ def test_a_run_without_requests_gives_nulls_and_valid_json():
 
 def test_transfers_pass_through_and_goodput_is_off_by_default(make_timeline):
     report = build_report(
-        [make_timeline()], INSTANCES, wall_s=1.0, p_to_d=TransferStats(tokens=5, calls=2), near_ties=1
+        [make_timeline()], INSTANCES, wall_s=1.0, p_to_d=TransferCounts(tokens=5, calls=2), near_ties=1
     )
     assert report["transfers"]["p_to_d"]["calls"] == 2 and report["transfers"]["d_to_p"]["calls"] == 0
     assert report["goodput"] is None and report["near_ties"] == 1
     bounded = build_report([make_timeline()], INSTANCES, wall_s=1.0, goodput_bounds=GoodputBounds(2.0, 2.0))
     assert bounded["goodput"] == {"ttft_s": 2.0, "tpot_s": 2.0, "share": 1.0}
+
+
+def test_a_request_counts_at_both_of_its_instances(make_timeline):
+    timeline = make_timeline(instance="prefill-0", num_preemptions=3)
+    timeline.stats = replace(
+        timeline.stats, decode_instance="decode-1", num_preemptions_on_decode=2, num_computed_on_decode=70
+    )
+    instances = [InstanceStats("prefill-0", Role.PREFILL, 0), InstanceStats("decode-1", Role.DECODE, 0)]
+    report = build_report([timeline], instances, wall_s=1.0)
+    prefill, decode = report["instances"]
+    for key in ("computed", "computed_on_decode", "generated", "prompt", "cached_local"):
+        assert prefill["tokens"][key] + decode["tokens"][key] == report["tokens"][key]
+    assert (prefill["tokens"]["computed"], decode["tokens"]["computed"]) == (60, 0)
+    assert (prefill["tokens"]["generated"], decode["tokens"]["generated"]) == (1, 2)
+    assert (prefill["preemptions"], decode["preemptions"]) == (1, 2)
+    assert (prefill["num_requests"], decode["num_requests"]) == (1, 1)
+    assert report["tokens"]["computed_on_decode"] == decode["tokens"]["computed_on_decode"] == 70
 
 
 def test_percentiles_interpolate_between_neighbours():

@@ -1,0 +1,57 @@
+"""Transfers and network calls are the paper's numbers (section 5.2, Fig. 5), in a run's report."""
+
+import pytest
+
+from memserve import LocalCluster, load_config
+from memserve.hash_runner import hash_geometry
+
+NUM_LAYERS = hash_geometry(16).num_layers
+WORDS = [
+    "exec=simulated", "cluster=1p1d", "mode=pd_basic", "workload=synthetic", "workload.num_sessions=5",
+    "workload.num_turns=1", "workload.prompt_tokens=70", "workload.max_output_tokens=4", "kvcache.block_size=16",
+]  # fmt: skip
+NUM_REQUESTS, NUM_BLOCKS = 5, 5  # of 70 tokens
+
+
+def sent(*words):
+    report = LocalCluster(load_config([*WORDS, *words])).run()
+    assert report["num_failed"] == 0
+    return report["transfers"]["p_to_d"]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "layout", "transfers", "calls"),
+    [
+        ("by_layer", "discrete", 2 * NUM_LAYERS, 2 * NUM_LAYERS * NUM_BLOCKS),
+        ("by_layer", "aggregated", 2 * NUM_LAYERS, 2 * NUM_LAYERS * NUM_BLOCKS),
+        ("by_request", "discrete", 1, 2 * NUM_LAYERS * NUM_BLOCKS),
+        ("by_request", "aggregated", 1, 2 * NUM_LAYERS * NUM_BLOCKS),
+        ("by_request_agg", "aggregated", 1, NUM_BLOCKS),
+        ("packed", "discrete", 1, 1),
+        ("packed", "aggregated", 1, 1),
+    ],
+)
+def test_transfers_a_request_and_network_calls_a_block(granularity, layout, transfers, calls):
+    counts = sent(f"granularity={granularity}", f"layout={layout}")
+    assert (counts["transfers"], counts["calls"]) == (transfers * NUM_REQUESTS, calls * NUM_REQUESTS)
+    assert counts["tokens"] == 70 * NUM_REQUESTS
+    assert counts["bytes"] == NUM_REQUESTS * NUM_BLOCKS * hash_geometry(16).block_bytes
+
+
+def test_by_layer_transfers_each_chunk():
+    """Chunks of 32, 32 and 6 tokens: 2L transfers each; a block is still sent once."""
+    counts = sent("granularity=by_layer", "sched.chunk_size=32")
+    assert counts["transfers"] == 3 * 2 * NUM_LAYERS * NUM_REQUESTS
+    assert counts["calls"] == 2 * NUM_LAYERS * NUM_BLOCKS * NUM_REQUESTS
+
+
+def test_a_contended_link_takes_longer_for_the_same_bytes():
+    words = ["cluster=3p1d", "granularity=by_request", "workload.rate=100000", "link.gb_per_s=0.00001"]
+    reports = [
+        LocalCluster(load_config([*WORDS, *words, f"link.contention={contention}"])).run()
+        for contention in ("false", "true")
+    ]
+    apart, shared = (report["transfers"]["p_to_d"] for report in reports)
+    assert apart["bytes"] == shared["bytes"] and apart["calls"] == shared["calls"]
+    waits = [report["phases_s"]["transfer"]["mean"] for report in reports]
+    assert waits[1] > 1.2 * waits[0]
