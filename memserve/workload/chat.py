@@ -61,7 +61,7 @@ class ChatWorkload(Workload):
     ) -> None:
         self._path = PACKAGED_CONVERSATIONS if path is None else Path(path)
         self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
-        require_instance("arrivals", arrivals, Arrivals)  # type: ignore[type-abstract]
+        require_instance("arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
         think_time_s = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
@@ -69,7 +69,8 @@ class ChatWorkload(Workload):
         self._max_turns = None if max_turns is None else require_count("max_turns", max_turns, 1)
         self._from_file = require_choice("output_length", output_length, ("free", "from_file")) == "from_file"
         self._tool_role = require_choice("tool_role", tool_role, ("user", "tool"))
-        self._skip_invalid = require_instance("skip_invalid", skip_invalid, bool)
+        require_instance("skip_invalid", skip_invalid, bool)
+        self._skip_invalid = skip_invalid
         self._params = SamplingParams(
             temperature=temperature,
             top_k=top_k,

@@ -1,9 +1,6 @@
 """Checks of workload options: each raises ValueError naming the option, its value and what is allowed."""
 
 import math
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 def require_count(name: str, value: object, minimum: int) -> int:
@@ -15,10 +12,15 @@ def require_count(name: str, value: object, minimum: int) -> int:
 
 def require_number(name: str, value: object, allowed: str, *, minimum: float, exclusive: bool = False) -> float:
     """`value` as a finite float, at least `minimum` (above it when `exclusive`)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < minimum or (exclusive and value == minimum):  # type: ignore[operator]
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value < minimum
+        or (exclusive and value == minimum)
+    ):
         raise ValueError(f"{name}={value!r}: expected {allowed}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -28,9 +30,8 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def require_instance(name: str, value: object, kind: type[T]) -> T:
-    """`value`, an object of `kind`: what a config group or a `_target_` node gives, a bool, ..."""
+def require_instance(name: str, value: object, kind: type[object]) -> None:
+    """`value` is an object of `kind`: what a config group or a `_target_` node gives, a bool, ..."""
     if not isinstance(value, kind):
         hint = "true or false" if kind is bool else f"an object of {kind.__name__} (config: workload/{name}=NAME)"
         raise ValueError(f"{name}={value!r}: expected {hint}")
-    return value

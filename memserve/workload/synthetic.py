@@ -56,7 +56,7 @@ class SyntheticWorkload(Workload):
     ) -> None:
         self._num_sessions = require_count("num_sessions", num_sessions, 1)
         self._num_turns = require_count("num_turns", num_turns, 1)
-        require_instance("arrivals", arrivals, Arrivals)  # type: ignore[type-abstract]
+        require_instance("arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
         self._prompt_tokens = _require_mean("prompt_tokens", prompt_tokens)
@@ -67,7 +67,8 @@ class SyntheticWorkload(Workload):
         if self._share_ratio > 1 and self._prefix_tokens == 0:
             raise ValueError(f"share_ratio={share_ratio} with prefix_tokens=0: nothing to share; expected both or none")
         self._max_output_tokens = require_count("max_output_tokens", max_output_tokens, 1)
-        self._lengths = require_instance("lengths", lengths, Lengths)  # type: ignore[type-abstract]
+        require_instance("lengths", lengths, Lengths)
+        self._lengths = lengths
         self._think_time_ns = to_ns(
             require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
         )
