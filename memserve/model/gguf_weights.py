@@ -4,6 +4,7 @@ The file is mapped; a tensor is dequantised when it is asked for, through the `g
 of a Llama's query and key projections interleaved for its own rotation: they are put back in Hugging Face order here.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 # Llama 3.1 and its successors stretch RoPE by these; a GGUF file keeps only the divisors that follow from them.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
+_LLAMA3_ROPE = RopeScaling("llama3", 1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
 _ROPE_DIVISORS = "rope_freqs.weight"
 
 
@@ -143,7 +144,7 @@ class GGUFWeights:
     def _llama3_scaling(self, head_dim: int) -> RopeScaling:
         """The scaling whose divisors are those of the file, or ValueError if there is none."""
         divisors = _to_torch(self._rope_divisors).double()
-        scaling = RopeScaling("llama3", round(float(divisors.max()), 3), **_LLAMA3_ROPE)  # type: ignore[arg-type]
+        scaling = replace(_LLAMA3_ROPE, factor=round(float(divisors.max()), 3))
         expected = _llama3_divisors(scaling, self._own("rope.freq_base", 10000.0), head_dim)
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-3):
             raise ValueError(f"{self.path}: {_ROPE_DIVISORS} is not Llama 3's rope scaling, the only one that is known")

@@ -5,6 +5,7 @@ Files are mapped, not read: a tensor is a view of the mapped pages until the mod
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class SafetensorsWeights:
             raise WeightFileError(f"{self._directory}: tensor {name!r} cannot be read: {error}") from error
         return tensor
 
-    def _read_index(self) -> dict[str, set[str] | None]:
+    def _read_index(self) -> Mapping[str, set[str] | None]:
         """File name -> the tensors to take from it, None for all of them."""
         if (self._directory / SINGLE_FILE).is_file():
             return {SINGLE_FILE: None}
@@ -61,9 +62,9 @@ class SafetensorsWeights:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise WeightFileError(f"{path}: expected JSON with a 'weight_map': {error!r}") from error
-        names_by_file: dict[str, set[str] | None] = defaultdict(set)
+        names_by_file: defaultdict[str, set[str]] = defaultdict(set)
         for name, file in weight_map.items():
-            names_by_file[file].add(name)  # type: ignore[union-attr]
+            names_by_file[file].add(name)
         missing = [file for file in names_by_file if not (self._directory / file).is_file()]
         if missing:
             raise WeightFileError(
