@@ -175,10 +175,11 @@ class WeightsInCacheKey(CustomGraphPass):
 @contextmanager
 def _compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
     """Inductor's settings for the graph. Without oneDNN: its packed weights cannot be cached on disk."""
-    onednn_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # its context manager warns wherever there is no Intel GPU
+    onednn: Any = torch.backends.mkldnn  # torch types its switches as the descriptors behind them
+    onednn_enabled = onednn.enabled
+    onednn.enabled = False  # not by its context manager, which warns wherever there is no Intel GPU
     try:
         with inductor.patch(settings):
             yield
     finally:
-        torch.backends.mkldnn.enabled = onednn_enabled
+        onednn.enabled = onednn_enabled
