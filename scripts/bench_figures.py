@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -151,7 +152,7 @@ class Bench:
         baseline.generate(self._prompts([40]), 3)
         for batch in o.batches:
             prompts = self._ragged(batch)
-            (_, steps_s, _), machine = self._beside(lambda p=prompts: baseline.generate(p, o.new_tokens))  # type: ignore[misc]
+            (_, steps_s, _), machine = self._beside(partial(baseline.generate, prompts, o.new_tokens))
             lengths = np.array([len(prompt) for prompt in prompts])
             works = [decode_work(self.config, lengths + i + 1) for i in range(len(steps_s))]
             figures.append(
@@ -161,7 +162,7 @@ class Bench:
             works, runs = [prefill_work(self.config, length)], []
             for _ in range(o.repeats):
                 prompts = self._prompts([length])
-                (first_s, _, _), machine = self._beside(lambda p=prompts: baseline.generate(p, 2))  # type: ignore[misc]
+                (first_s, _, _), machine = self._beside(partial(baseline.generate, prompts, 2))
                 runs.append(Run(length, first_s, works, machine))
             figures.append(Figure("hf", f"prefill, {length} tokens", runs))
         return figures
