@@ -77,14 +77,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _require_number(name: str, value: object, low: float, high: float, allowed: str) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    if not ok or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: expected {allowed}")
+    if not low <= value <= high:
         raise ValueError(f"{name}={value!r}: expected {allowed}")
 
 
 def _require_int(name: str, value: object, low: int, allowed: str, high: int | None = None) -> None:
-    ok = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not ok or value < low or (high is not None and value > high):  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={value!r}: expected {allowed}")
+    if value < low or (high is not None and value > high):
         raise ValueError(f"{name}={value!r}: expected {allowed}")
 
 
