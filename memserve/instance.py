@@ -106,6 +106,12 @@ class Instance:
         else:
             self._peer_inbox.append((sender, message))
 
+    def peer_gone(self, incarnation: int, now_ns: int) -> None:
+        """Another instance's process is gone: what is under way between the two has failed."""
+        if self.handoffs is not None:
+            self.handoffs.transfers.peer_gone(incarnation, now_ns)
+            self.poll(now_ns)
+
     def poll(self, now_ns: int) -> None:
         """Lets time pass: moves arrive, deadlines pass, tickets end, requests that waited for a grant may go on."""
         if self.handoffs is None:
@@ -250,7 +256,7 @@ class Instance:
             del self._served[request.request_id]
         else:
             refused = request.phase is Phase.HANDING_OFF and ticket.refused
-            self._outbox.append(HandoffFailed(request.request_id, request.attempt, refused, ticket.reason))
+            self._outbox.append(HandoffFailed(request.request_id, request.attempt, self.label, refused, ticket.reason))
 
     def _redirect(self, message: Redirect, now_ns: int) -> None:
         served = self._served.get(message.request_id)

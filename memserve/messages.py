@@ -107,10 +107,11 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class HandoffFailed(msgspec.Struct, frozen=True, tag=True):
-    """`refused`: the decode instance can never take it, another might."""
+    """`instance`: who keeps the KV. `refused`: the decode instance can never take it, another might."""
 
     request_id: str
     attempt: int
+    instance: str
     refused: bool
     reason: str
 

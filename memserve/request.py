@@ -113,6 +113,7 @@ class FinishReason(enum.StrEnum):
     ABORTED = "aborted"
     REFUSED = "refused"
     TRANSFER_FAILED = "transfer_failed"
+    INSTANCE_LOST = "instance_lost"
 
     @property
     def succeeded(self) -> bool:

@@ -16,6 +16,7 @@ boundary between two of its steps.
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,6 +56,9 @@ class Node:
     epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
     commit_ns: int = 0  # measured cost of the last commit, charged to the next step
     timer_ns: int | None = None  # the next time at which its transfers want to be polled
+    is_gone: bool = False
+    is_stopped: bool = False
+    deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
@@ -78,6 +82,7 @@ class EmulatedCluster:
     now_ns: int = 0
     _events: list[tuple[int, int, int, Node, int | tuple[int, PoolMessage]]] = field(default_factory=list)
     _num_events: int = 0
+    _calls: list[tuple[int, int, Callable[[], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._by_label = {node.instance.label: node for node in self.nodes}
@@ -87,23 +92,74 @@ class EmulatedCluster:
 
         Raises RuntimeError if requests are unfinished and nothing will ever happen to them.
         """
+        call_ns = self._calls[0][0] if self._calls else None
         client_ns = self.client.next_time_ns()
         event_ns = self._events[0][0] if self._events else None
-        if client_ns is not None and (event_ns is None or client_ns <= event_ns):
-            self.now_ns = max(self.now_ns, client_ns)
+        times_ns = [time_ns for time_ns in (call_ns, client_ns, event_ns) if time_ns is not None]
+        if not times_ns:
+            if self.scheduler.num_unfinished:
+                raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
+            return False
+        first_ns = min(times_ns)
+        if first_ns == call_ns:
+            _, _, call = heapq.heappop(self._calls)
+            self.now_ns = max(self.now_ns, first_ns)
+            call()
+        elif first_ns == client_ns:
+            self.now_ns = max(self.now_ns, first_ns)
             for submit in self.client.poll(self.now_ns):
                 self._to_scheduler(submit)
-        elif event_ns is not None:
-            time_ns, kind, _, node, what = heapq.heappop(self._events)
-            if kind == _TIMER and not self._is_due(node, time_ns):
-                return True
-            self.now_ns = time_ns
-            self._handle(kind, node, what)
-        elif self.scheduler.num_unfinished:
-            raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
         else:
-            return False
+            self._next_event()
         return True
+
+    def _next_event(self) -> None:
+        time_ns, kind, _, node, what = heapq.heappop(self._events)
+        if node.is_gone or (kind == _TIMER and not self._is_due(node, time_ns)):
+            return
+        self.now_ns = time_ns
+        if node.is_stopped:
+            node.deferred.append((kind, what))
+        else:
+            self._handle(kind, node, what)
+
+    def call_at(self, time_ns: int, call: Callable[[], None]) -> None:
+        """Calls `call` at a moment of virtual time, before anything else that happens then: faults on a schedule."""
+        self._num_events += 1
+        heapq.heappush(self._calls, (max(time_ns, self.now_ns), self._num_events, call))
+
+    def crash(self, label: str) -> None:
+        """An instance's process dies now, with all it has; the others, and the global scheduler, get proof of it."""
+        node = self._by_label[label]
+        assert not node.is_gone, f"{label} is gone already"
+        incarnation = self.nodes.index(node)
+        node.is_gone, node.step = True, None
+        if self.transport is not None:
+            self.transport.detach(incarnation)
+        self.scheduler.instance_gone(label, self.now_ns)
+        self._from_scheduler()
+        for other in self.nodes:
+            if not other.is_gone:
+                other.instance.peer_gone(incarnation, self.now_ns)
+                self._arouse(other)
+                self._send(other)
+
+    def stop(self, label: str) -> None:
+        """An instance does nothing until `resume`; what it has put on the wire goes on. Nobody is told."""
+        self._by_label[label].is_stopped = True
+
+    def resume(self, label: str) -> None:
+        """A stopped instance goes on with everything that has come meanwhile."""
+        node = self._by_label[label]
+        node.is_stopped = False
+        if node.step is not None:
+            node.step.ends_ns = np.maximum(node.step.ends_ns, self.now_ns)
+        deferred, node.deferred = node.deferred, []
+        for kind, what in deferred:
+            self._push(self.now_ns, kind, node, what)
+        node.timer_ns = None
+        if node.instance.handoffs is not None:
+            self._poll(node)
 
     def _handle(self, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
         if kind == _BEGIN:
@@ -178,6 +234,8 @@ class EmulatedCluster:
             self._push(self.now_ns, _BEGIN, node, node.epoch)
 
     def _deliver(self, node: Node, message: Message) -> None:
+        if node.is_gone:
+            return
         node.instance.receive(message)
         self._arouse(node)
 
@@ -226,6 +284,9 @@ class EmulatedCluster:
 
     def _to_scheduler(self, message: Message) -> None:
         self.scheduler.receive(message, self.now_ns)
+        self._from_scheduler()
+
+    def _from_scheduler(self) -> None:
         for destination, out in self.scheduler.drain_outbox():
             if destination == CLIENT:
                 assert isinstance(out, Tokens | Finished)

@@ -96,7 +96,8 @@ class LocalCluster:
             if progress is not None:
                 progress.update(player.counts.turns_ended, player.counts.num_turns, to_s(cluster.now_ns))
         for node in nodes:
-            node.instance.check()
+            if not node.is_gone:
+                node.instance.check()
         timelines = list(cluster.scheduler.timelines.values())
         report = build_report(
             timelines,
@@ -106,7 +107,9 @@ class LocalCluster:
             turns_not_sent=player.counts.turns_not_sent,
             p_to_d=_transfers(nodes, Role.PREFILL),
             d_to_p=_transfers(nodes, Role.DECODE),
-            quarantined_blocks=sum(h.transfers.num_quarantined for node in nodes if (h := node.instance.handoffs)),
+            quarantined_blocks=sum(
+                h.transfers.num_quarantined for node in nodes if (h := node.instance.handoffs) and not node.is_gone
+            ),
         )
         occupancy = [sample for node in nodes for sample in node.occupancy.samples(cluster.now_ns)]
         return Result(report, timelines, occupancy)

@@ -141,6 +141,11 @@ class Sending:
         if out.state is SenderState.SENDING or out.state is SenderState.DRAINING:
             self._check_drained(out, now_ns)
 
+    def peer_gone(self, incarnation: int, now_ns: int) -> None:
+        """Whoever was asked by these tickets is gone."""
+        for out in [o for o in self.tickets.values() if o.peer == incarnation]:
+            self.event(out, SenderEvent.PEER_GONE, now_ns, f"instance {incarnation} is gone")
+
     def drain_ended(self) -> list[Ticket]:
         """Tickets whose outcome is known since the last call."""
         ended, self._ended = self._ended, []

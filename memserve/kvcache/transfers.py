@@ -50,6 +50,7 @@ class Transfers:
         self._sending = Sending(pool, transport, granularity, timeouts, self._send)
         self._receiving = Receiving(pool, book, geometry, timeouts, headroom_blocks, self._send)
         self._num_tickets = 0
+        self._gone: set[int] = set()
 
     @property
     def incarnation(self) -> int:
@@ -103,7 +104,10 @@ class Transfers:
             (self.incarnation, self._num_tickets), pack_tokens(tokens), needed, int(options.medium), options.insert,
             options.best_effort, options.pinned, private, self.geometry,
         )  # fmt: skip
-        return self._sending.start(peer, ask, blocks, self.geometry.num_layers, now_ns, ready=ready)
+        ticket = self._sending.start(peer, ask, blocks, self.geometry.num_layers, now_ns, ready=ready)
+        if peer in self._gone:
+            self._sending.peer_gone(peer, now_ns)
+        return ticket
 
     def mark_ready(self, ticket: Ticket, num_blocks: int, layer: int, ready_ns: int) -> None:
         """The ticket's first `num_blocks` blocks are final in `layer` since ready_ns."""
@@ -133,7 +137,9 @@ class Transfers:
         self._receiving.settle(arrival, heir)
 
     def receive(self, sender: int, message: PoolMessage, now_ns: int) -> None:
-        """Takes one message of another pool, `sender` its incarnation."""
+        """Takes one message of another pool, `sender` its incarnation. What a dead one said last comes too late."""
+        if sender in self._gone:
+            return
         if type(message).__name__ in _FROM_SENDER or message.ticket[0] != self.incarnation:
             self._receiving.receive(message, now_ns)
         else:
@@ -149,8 +155,8 @@ class Transfers:
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """There is proof that an instance's process is gone: it neither writes nor answers any more."""
-        for out in [o for o in self._sending.tickets.values() if o.peer == incarnation]:
-            self._sending.event(out, SenderEvent.PEER_GONE, now_ns, f"instance {incarnation} is gone")
+        self._gone.add(incarnation)
+        self._sending.peer_gone(incarnation, now_ns)
         for incoming in [i for i in self._receiving.tickets.values() if i.ask.ticket[0] == incarnation]:
             self._receiving.event(incoming, ReceiverEvent.PEER_GONE, now_ns)
 

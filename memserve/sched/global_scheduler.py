@@ -3,6 +3,7 @@
     Submit -> policy -> Dispatch to an instance -> Tokens, ordered by index, repeats dropped -> client
     Cancel -> Abort to that instance; Finished from it ends the request -> client
     HandoffFailed -> Redirect to another decode instance, or the request again as its next attempt, or its failure
+    instance gone -> what was there is served again elsewhere, or fails by name
 
 It is given the time and messages, and leaves (destination, message) pairs in an outbox. It also keeps each request's
 timeline, since every event of a request passes here.
@@ -32,7 +33,7 @@ from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest
 from memserve.timeline import RequestTimeline
 
 CLIENT = "client"
-MAX_ATTEMPTS = 3  # of a request whose hand-offs fail
+MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
 
 
 @dataclass
@@ -50,7 +51,7 @@ class GlobalScheduler:
     """Routes over `labels`, the instances that take requests. `timelines` holds every request submitted, in order.
 
     decode: the decode instances that prefill instances hand over to, if they do.  recompute_failed: a request whose
-    hand-off failed is served again, up to MAX_ATTEMPTS times; else it fails.
+    hand-off failed, or whose instance is gone, is served again, up to MAX_ATTEMPTS times; else it fails.
     """
 
     def __init__(
@@ -104,9 +105,29 @@ class GlobalScheduler:
             raise ValueError(f"request_id={message.request_id!r} was submitted before: expected a new one")
         timeline = RequestTimeline(message.request_id, message.session_id, message.arrival_ns, len(message.tokens) // 4)
         routed = _Routed(message, timeline)
-        self._dispatch(routed, now_ns)
         self.timelines[message.request_id] = timeline
         self._live[message.request_id] = routed
+        if (missing := self._missing_role()) is None:
+            self._dispatch(routed, now_ns)
+        else:
+            self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, f"no {missing} is left"), now_ns)
+
+    def instance_gone(self, label: str, now_ns: int) -> None:
+        """There is proof that an instance's process is gone. What it says from now on is of attempts given up."""
+        row, decode_row = self._group.remove(label), None if self._decode is None else self._decode.remove(label)
+        for routed in list(self._live.values()):
+            is_decoding = self._decode is not None and routed.timeline.num_output > 1  # it has left its first instance
+            lost = routed.row == row and not is_decoding
+            lost |= decode_row is not None and routed.decode_row == decode_row
+            if lost:
+                self._abort(routed)
+                self._try_again(routed, FinishReason.INSTANCE_LOST, f"instance {label} is gone", now_ns)
+
+    def _missing_role(self) -> str | None:
+        """The kind of instance of which none is left, if one that is needed is."""
+        if not self._group.rows():
+            return "instance that takes requests"
+        return "decode instance" if self._decode is not None and not self._decode.rows() else None
 
     def _dispatch(self, routed: _Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it."""
@@ -159,6 +180,8 @@ class GlobalScheduler:
         self._outbox.append((CLIENT, message))
 
     def _give_up_rows(self, routed: _Routed) -> None:
+        if routed.timeline.dispatched_ns is None:
+            return
         self._group.forget(routed.row, routed.timeline.num_prompt)
         if self._decode is not None and routed.decode_row is not None:
             self._decode.forget(routed.decode_row, routed.timeline.num_prompt)
@@ -170,11 +193,12 @@ class GlobalScheduler:
     def _handoff_failed(self, message: HandoffFailed, now_ns: int) -> None:
         """Another decode instance, or another attempt, or the end."""
         routed, decode = self._current(message.request_id, message.attempt), self._decode
-        if routed is None:
+        if routed is None:  # it was served all the same, or given up: nobody waits for it there
+            self._outbox.append((message.instance, Abort(message.request_id, message.attempt)))
             return
         assert decode is not None and routed.decode_row is not None, "only prefill instances hand over"
         routed.tried.add(routed.decode_row)
-        if message.refused and len(routed.tried) < len(decode.labels):
+        if message.refused and decode.rows(routed.tried):
             m = routed.submit
             request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
             decode.forget(routed.decode_row, routed.timeline.num_prompt)
@@ -183,10 +207,21 @@ class GlobalScheduler:
             self._outbox.append((self._group.labels[routed.row], redirect))
             return
         self._abort(routed)
-        if self._recompute_failed and not message.refused and routed.timeline.attempt + 1 < MAX_ATTEMPTS:
-            self._give_up_rows(routed)
-            routed.timeline.attempt += 1
-            self._dispatch(routed, now_ns)
+        if message.refused:
+            self._end(routed, _failed(routed, FinishReason.TRANSFER_FAILED, message.reason), now_ns)
         else:
-            end = Finished(message.request_id, message.attempt, FinishReason.TRANSFER_FAILED, message.reason, None)
-            self._end(routed, end, now_ns)
+            self._try_again(routed, FinishReason.TRANSFER_FAILED, message.reason, now_ns)
+
+    def _try_again(self, routed: _Routed, reason: FinishReason, detail: str, now_ns: int) -> None:
+        """The next attempt, or the end for want of one."""
+        more = self._recompute_failed and routed.timeline.attempt + 1 < MAX_ATTEMPTS
+        if not more or self._missing_role() is not None:
+            self._end(routed, _failed(routed, reason, detail), now_ns)
+            return
+        self._give_up_rows(routed)
+        routed.timeline.attempt += 1
+        self._dispatch(routed, now_ns)
+
+
+def _failed(routed: _Routed, reason: FinishReason, detail: str) -> Finished:
+    return Finished(routed.submit.request_id, routed.timeline.attempt, reason, detail, None)

@@ -16,10 +16,23 @@ class Group:
         self._num_requests = np.zeros(len(labels), dtype=np.int64)
         self._num_tokens = np.zeros(len(labels), dtype=np.int64)
         self._num_routed = 0
+        self._gone: set[int] = set()
+
+    def remove(self, label: str) -> int | None:
+        """An instance is gone for good: nothing is routed to it any more. Its row, None for one of another group."""
+        if label not in self.labels:
+            return None
+        row = self.labels.index(label)
+        self._gone.add(row)
+        return row
+
+    def rows(self, tried: Collection[int] = ()) -> list[int]:
+        """Who can take a request, without the rows that were tried."""
+        return [row for row in range(len(self.labels)) if row not in tried and row not in self._gone]
 
     def snapshot(self, tried: Collection[int] = ()) -> ClusterSnapshot:
         """What the policy sees now, without the rows that were tried."""
-        rows = [row for row in range(len(self.labels)) if row not in tried]
+        rows = self.rows(tried)
         labels = [self.labels[row] for row in rows]
         return ClusterSnapshot(labels, self._num_requests[rows], self._num_tokens[rows], self._num_routed)
 

@@ -34,6 +34,7 @@ class InProcess(Transport):
 
     def detach(self, endpoint: int) -> None:
         self._memories.pop(endpoint, None)
+        self._arrived.pop(endpoint, None)
         self._under_way = [entry for entry in self._under_way if entry[3].source[0] != endpoint]
         heapq.heapify(self._under_way)
 
