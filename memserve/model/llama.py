@@ -1,7 +1,8 @@
 """Llama: the decoder of Llama 2/3, Mistral, SmolLM2, Qwen2 and Qwen3, top to bottom. Knows no request and no sampling.
 
 A packed batch of tokens goes through `embed`, every `DecoderLayer` in turn, and `logits` of the rows that are sampled.
-How KV is stored and read is the business of the `Attention` that is passed in.
+How KV is stored and read is the business of the `Attention` that is passed in. Where the model is split over ranks,
+sizes here are this rank's and its `Shard` joins the parts (parallel.py).
 
 Shape legend: T tokens, E hidden size, H query heads, K kv heads, D head dim, V vocabulary, S sampled rows.
 """
@@ -14,6 +15,7 @@ from memserve.model.decode_graph import DecodeGraph
 from memserve.model.layers import Linear, RMSNorm, swiglu
 from memserve.model.loader import Loader
 from memserve.model.model_config import ModelConfig
+from memserve.model.parallel import WHOLE, Shard
 from memserve.model.rope import RotaryEmbedding, rotate
 from memserve.model.weights import WeightSource
 
@@ -30,7 +32,7 @@ class SelfAttention(torch.nn.Module):
         rows = {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim}
         rows["v_proj"] = rows["k_proj"]
         self.qkv = load.linear(prefix, rows, c.hidden_size, c.qkv_bias)
-        self.o = load.linear(prefix, {"o_proj": c.hidden_size}, c.num_heads * c.head_dim, c.o_bias)
+        self.o = load.summed_linear(f"{prefix}.o_proj", c.hidden_size, c.num_heads * c.head_dim, c.o_bias)
         self.qk_norm = RMSNorm(self._qk_norm_weight(load, prefix), c.rms_norm_eps) if c.qk_norm else None
 
     def _qk_norm_weight(self, load: Loader, prefix: str) -> torch.Tensor:
@@ -58,7 +60,9 @@ class MLP(torch.nn.Module):
         super().__init__()
         rows = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up = load.linear(prefix, rows, config.hidden_size, config.mlp_bias)
-        self.down = load.linear(prefix, {"down_proj": config.hidden_size}, config.intermediate_size, config.mlp_bias)
+        self.down = load.summed_linear(
+            f"{prefix}.down_proj", config.hidden_size, config.intermediate_size, config.mlp_bias
+        )
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         y_TE: torch.Tensor = self.down(swiglu(self.gate_up(x_TE)))
@@ -71,7 +75,7 @@ class DecoderLayer(torch.nn.Module):
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__()
         prefix = f"model.layers.{layer}"
-        self.number = layer
+        self.number, self._shard = layer, load.shard
         self.attention_norm = load.norm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
         self.attention = SelfAttention(config, load, f"{prefix}.self_attn")
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
@@ -88,30 +92,46 @@ class DecoderLayer(torch.nn.Module):
         return self.attention.qkv_of(self.attention_norm(x_TE), rotation)
 
     def after_attention(self, x_TE: torch.Tensor, attended_THD: torch.Tensor) -> torch.Tensor:
-        x_TE = x_TE + self.attention.o(attended_THD.flatten(1))
-        x_TE = x_TE + self.mlp(self.mlp_norm(x_TE))
+        x_TE = x_TE + self._shard.sum(self.attention.o(attended_THD.flatten(1)))
+        x_TE = x_TE + self._shard.sum(self.mlp(self.mlp_norm(x_TE)))
         return x_TE
 
 
 class Llama(torch.nn.Module):
-    """The whole decoder. One object serves any number of runners: it holds weights and nothing that changes."""
+    """The decoder. One object serves any number of runners: it holds weights and nothing that changes.
+
+    config: as this rank sees the model, see `Shard.config`.  shard: which part of it the rank holds.
+    """
 
     embedding_VE: torch.Tensor
 
     def __init__(self, config: ModelConfig, load: Loader) -> None:
         super().__init__()
-        self.config, self.dtype, self.device = config, load.dtype, load.device
+        self.config = config = load.shard.config(config)
+        self.dtype, self.device, self.shard = load.dtype, load.device, load.shard
         self.decode_graph: DecodeGraph | None = None
         shape = (config.vocab_size, config.hidden_size)
         self.register_buffer("embedding_VE", load.tensor("model.embed_tokens.weight", shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
         self.layers = torch.nn.ModuleList(DecoderLayer(config, load, i) for i in range(config.num_layers))
         self.norm = load.norm("model.norm", config.hidden_size, config.rms_norm_eps)
-        tied = config.tie_embeddings
-        self.head = Linear(self.embedding_VE if tied else load.tensor("lm_head.weight", shape))
+        self.head = Linear(self._head_PE(load))
+
+    def _head_PE(self, load: Loader) -> torch.Tensor:
+        """This rank's P rows of the head, [P, E]."""
+        if self.config.tie_embeddings:
+            return load.shard.part(self.embedding_VE, 0)
+        return load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
 
     def compile(self) -> None:
-        """Lets decode steps run as one compiled graph; it is built when a runner starts. See `DecodeGraph`."""
+        """Lets decode steps run as one compiled graph; it is built when a runner starts. See `DecodeGraph`.
+
+        Raises ValueError where that cannot be: on a model split over ranks, and see `DecodeGraph`.
+        """
+        if self.shard.size > 1:
+            raise ValueError(
+                f"model.compile=true: contradicts a model split over {self.shard.size} ranks, expected false"
+            )
         self.decode_graph = DecodeGraph(self)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
@@ -119,18 +139,22 @@ class Llama(torch.nn.Module):
         return functional.embedding(token_ids_T, self.embedding_VE)
 
     def logits(self, x_SE: torch.Tensor) -> torch.Tensor:
-        """[S, E], rows that left the last layer -> [S, V]."""
-        logits_SV: torch.Tensor = self.head(self.norm(x_SE))
-        return logits_SV
+        """[S, E], rows that left the last layer -> [S, V]; see `Shard.gather` for ranks that do not sample."""
+        return self.shard.gather(self.head(self.norm(x_SE)))
 
 
-def load_model(config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device) -> Llama:
+def load_model(
+    config: ModelConfig, source: WeightSource, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE
+) -> Llama:
     """Builds the decoder with the weights of `source`, converted to `dtype` on `device`, one tensor at a time.
 
-    Raises ValueError naming a tensor that is missing, has another shape than the config says, or has no place in the
-    decoder.
+    config: of the whole model.  shard: the part of it that this rank loads and computes. Nothing else is copied out of
+    safetensors files; other sources make a whole tensor, of which the part is kept.
+
+    Raises ValueError naming a size that does not divide by the number of ranks, before any tensor is read; or a tensor
+    that is missing, has another shape than the config says, or has no place in the decoder.
     """
-    load = Loader(source, dtype, device)
+    load = Loader(source, dtype, device, shard)
     model = Llama(config, load)
     load.check_all_used()
     return model

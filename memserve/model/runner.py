@@ -26,14 +26,18 @@ Result = TypeVar("Result")
 
 
 def geometry(config: ModelConfig, block_size: int, dtype: torch.dtype) -> CacheGeometry:
-    """What a pool needs to know of the model whose KV it holds, for blocks of `block_size` tokens of `dtype`."""
+    """What a pool needs to know of the model whose KV it holds, for blocks of `block_size` tokens of `dtype`.
+
+    Of a model split over ranks, `Llama.config` gives the geometry of each rank's pool.
+    """
     return CacheGeometry(config.num_layers, block_size, config.num_kv_heads, config.head_dim, dtype)
 
 
 class ModelRunner:
     """One instance's compute: a model, which runners may share, over one cache, which they do not.
 
-    kv: the pool's view [L, 2, N, B, K, D] in either layout, of the model's dtype and on its device.
+    model: whole, or this rank's part; the ranks of a group compute the same batches in the same order.
+    kv: the pool's view [L, 2, N, B, K, D] in either layout, of the model's dtype and on its device; K are its heads.
     attention: the backend's word, see memserve/model/attention.
 
     Raises ValueError if the cache does not fit the model.
@@ -52,7 +56,7 @@ class ModelRunner:
         self.block_size = block_size
         self._kv, self._kv_layers = kv, kv.unbind(0)
         self._attention: type[Attention] = attention_backend(attention)
-        self._sampler = sampler if sampler is not None else Sampler()
+        self._sampler = model.shard.sampler(sampler if sampler is not None else Sampler())
         if model.decode_graph is not None:
             model.decode_graph.warm_up(kv)
 

@@ -7,10 +7,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from parallel_models import Part
 from transformers import LlamaConfig, Qwen2Config
 
 from memserve.model.gguf_weights import GGUFWeights
+from memserve.model.llama import load_model
 from memserve.model.model_config import ModelConfig, RopeScaling
+from memserve.model.parallel import WHOLE
 from memserve.model.random_weights import RandomWeights
 from memserve.model.weights import WeightFileError
 
@@ -203,3 +206,19 @@ def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightFileError, match="none.gguf: no such file"):
         GGUFWeights(tmp_path / "none.gguf")
+
+
+def test_ranks_hold_their_parts_of_a_quantised_file(tmp_path: Path) -> None:
+    """Its rows are put in order, and its blocks dequantised, before they are parted."""
+    write_gguf(tmp_path / "m.gguf", LLAMA, Types.Q8_0)
+    weights = GGUFWeights(tmp_path / "m.gguf")
+    whole, *parts = (
+        load_model(weights.config, weights, torch.float32, torch.device("cpu"), shard)
+        for shard in (WHOLE, Part(0, 2), Part(1, 2))
+    )
+    num_q, num_kv = (n * LLAMA.head_dim for n in (LLAMA.num_heads, LLAMA.num_kv_heads))
+    for rank, part in enumerate(parts):
+        layer, expected = part.layers[1], whole.layers[1]
+        qkv = [rows.chunk(2)[rank] for rows in expected.attention.qkv.weight.split([num_q, num_kv, num_kv])]
+        assert torch.equal(layer.attention.qkv.weight, torch.cat(qkv))
+        assert torch.equal(layer.mlp.down.weight, expected.mlp.down.weight.chunk(2, 1)[rank])

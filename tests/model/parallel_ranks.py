@@ -1,0 +1,35 @@
+"""One rank of test_parallel: runs every case of every model split over as many ranks as it divides by.
+
+Called with rank, size, the directory to meet and to leave results in, and stories260K's directory if there is one.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parallel_models import CASES, KeepingSampler, answers, model_of
+from ranks import join
+
+from memserve.model.parallel import GroupShard
+
+
+def main(rank: int, size: int, directory: Path, stories: Path | None) -> None:
+    join(rank, size, directory)
+    groups = {n: dist.new_group(list(range(n))) for n in (2, 3, 4)}
+    for (name, num_ranks), cases in CASES.items():
+        if rank < num_ranks and (stories or name != "stories"):
+            model = model_of(name, stories, GroupShard(groups[num_ranks]))
+            results = {case: result(model, case) for case in cases}
+            torch.save(results, directory / f"{name}-{num_ranks}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def result(model, case: str) -> dict:
+    sampler = KeepingSampler()
+    tokens, engine = answers(model, case, sampler)
+    return {"tokens": tokens, "logits": sampler.logits, "kv": engine.kv.contiguous()}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) > 4 else None)
