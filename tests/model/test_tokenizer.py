@@ -11,7 +11,6 @@ from memserve.model.byte_tokenizer import END, ROLES, ByteTokenizer
 from memserve.model.chat_format import ChatTemplateError
 from memserve.model.tokenizer import HFTokenizer, Tokenizer
 
-STORIES = Path(__file__).parents[3] / "shared/models/stories260K"
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
@@ -147,9 +146,7 @@ def test_a_directory_reads_back_and_a_broken_one_is_named(tmp_path: Path) -> Non
         HFTokenizer.from_directory(tmp_path)
 
 
-def test_the_story_models_tokenizer_gives_its_known_ids() -> None:
-    if not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is not there; small trained tokenizers stand in for it in the other tests")
-    tokenizer = HFTokenizer.from_directory(STORIES, (2,))
+def test_the_story_models_tokenizer_gives_its_known_ids(stories260k: Path) -> None:
+    tokenizer = HFTokenizer.from_directory(stories260k, (2,))
     assert tokenizer.encode("Once upon a time").tolist() == [1, 403, 407, 261, 378]
     assert tokenizer.decode(tokenizer.encode("Zoë said: 世界")) == "Zoë said: 世界"
