@@ -164,6 +164,13 @@ class Allocator:
         self._drop(held.view, _weight(holder))
         return len(held)
 
+    def rename(self, holder: Holder, new_name: Holder) -> Holder:
+        """What `holder` holds is held under a new name from now on, which it returns. Neither is the index's."""
+        assert new_name not in self._ledger and INDEX not in (holder, new_name)
+        if holder in self._ledger:
+            self._ledger[new_name] = self._ledger.pop(holder)
+        return new_name
+
     def held_by(self, holder: Holder) -> np.ndarray:
         """int32 [n]: the blocks that `holder` holds, in the order in which it took them."""
         if holder == INDEX:

@@ -2,8 +2,8 @@
 
     Ask -> the held prefix is retained, the rest allocated -> Grant .. Done -> published -> Arrival .. settle
 
-The blocks are held by ("transfer", sender's incarnation, n) from the grant until the arrival is settled, or until the
-sender is known to have stopped writing.
+The blocks are held by ("transfer", sender's incarnation, n) from the grant until the arrival is settled; of a ticket
+that has failed by ("quarantine", sender's incarnation, n), until the sender is known to have stopped writing.
 """
 
 from collections import OrderedDict
@@ -51,9 +51,8 @@ class Incoming:
     reason: str = ""
     private: bytes = b""
 
-    @property
-    def holder(self) -> Holder:
-        return ("transfer", *self.ask.ticket)
+    def __post_init__(self) -> None:
+        self.holder: Holder = ("transfer", *self.ask.ticket)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -215,6 +214,8 @@ class Receiving:
             case Action.INSERTED:
                 self._send(ticket_id[0], Inserted(ticket_id))
             case Action.FAIL:
+                if incoming.state is ReceiverState.QUARANTINED:
+                    incoming.holder = self._pool.allocator.rename(incoming.holder, ("quarantine", *ticket_id))
                 incoming.deadline_ns = now_ns + self._timeouts.retry_ns
             case Action.ABANDON:
                 self._send(ticket_id[0], Abandon(ticket_id, incoming.reason))

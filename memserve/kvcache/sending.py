@@ -2,7 +2,8 @@
 
     start -> Ask .. Grant -> moves are posted as blocks become ready -> drained -> Done .. Inserted -> ticket DONE
 
-The source blocks are held by ("transfer", own incarnation, n) from `start` until the last posted move has drained.
+The source blocks are held by ("transfer", own incarnation, n) from `start` until the last posted move has drained; by
+("quarantine", own incarnation, n) after the ticket has failed.
 """
 
 from collections.abc import Callable
@@ -49,10 +50,7 @@ class Outgoing:
 
     def __post_init__(self) -> None:
         self.private = self.ask.private
-
-    @property
-    def holder(self) -> Holder:
-        return ("transfer", *self.ticket.ticket_id)
+        self.holder: Holder = ("transfer", *self.ticket.ticket_id)
 
     @property
     def first_block(self) -> int:
@@ -172,6 +170,8 @@ class Sending:
                 self.counts.tokens += len(out.ask.tokens) // 4 - out.num_held
             case Action.FAIL:
                 self._end(out, TicketState.FAILED, reason)
+                if out.state is SenderState.DRAINING:
+                    out.holder = self._pool.allocator.rename(out.holder, ("quarantine", *ticket_id))
                 if reason.startswith(DECLINED):
                     self.counts.declined += 1
                 else:

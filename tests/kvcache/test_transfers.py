@@ -8,6 +8,7 @@ from kvcache.transfer_pair import GRANULARITIES, LAYOUTS, REQUEST, SHAPE, TIMEOU
 from memserve.kvcache import Medium
 from memserve.kvcache.ticket import TicketState, TransferOptions
 from memserve.messages import AbortAck, Ask, Done, Grant, Inserted
+from memserve.metrics.occupancy import count_blocks
 from memserve.transfer import LinkModel
 
 INSERT = TransferOptions(insert=True)
@@ -17,7 +18,7 @@ COMBINATIONS = [(g, a) for g in GRANULARITIES for a in LAYOUTS if (g, a) != ("by
 
 
 def held_by_transfers(pool):
-    return [h for h in pool.blocks.allocator.holders() if h[0] == "transfer"]
+    return [h for h in pool.blocks.allocator.holders() if h[0] in ("transfer", "quarantine")]
 
 
 def send(wires, sender, receiver, num_tokens, options=PLAIN, **more):
@@ -224,7 +225,9 @@ def test_a_receiver_that_hears_nothing_quarantines_until_the_writer_has_stopped(
     wires.deliver()
     assert ticket.state is TicketState.FAILED
     assert d.transfers.num_quarantined == 2 and p.transfers.num_quarantined == 2
-    assert held_by_transfers(p) and held_by_transfers(d)
+    for pool in (d, p):
+        assert held_by_transfers(pool) == [("quarantine", 1, 1)]
+        assert count_blocks(pool.blocks)[0]["quarantine"] == 2
     wires.lose = lambda message: False
     wires.run(until_ns=500_000_000)
     assert d.transfers.num_quarantined == p.transfers.num_quarantined == 0
