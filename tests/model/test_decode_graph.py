@@ -1,43 +1,30 @@
 """DecodeGraph: the compiled decode step gives the tokens of the eager one, or refuses by name."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from mini_engine import MiniEngine
+from small_models import SMALL, random_model
 
 from memserve.model.decode_graph import MAX_REQUESTS, WeightsInCacheKey
-from memserve.model.llama import Llama, load_model
-from memserve.model.model_config import ModelConfig
-from memserve.model.random_weights import RandomWeights
+from memserve.model.llama import Llama
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
 needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="torch.compile finds no C++ compiler: install g++ or clang++")
-CONFIG = ModelConfig(
-    model_type="qwen3",
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=72,
-    num_layers=1,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=512,
-    qkv_bias=True,
-    qk_norm=True,
-    tie_embeddings=True,
-)
+CONFIG = replace(SMALL, num_layers=1)
 NUM_OUTPUT = 8
 
 
 def model(seed: int, dtype: torch.dtype = torch.float32) -> Llama:
-    return load_model(CONFIG, RandomWeights(CONFIG, seed), dtype, torch.device("cpu"))
+    return random_model(CONFIG, seed, dtype)
 
 
 def prompts(num: int) -> list[list[int]]:
     rng = np.random.default_rng(num)
-    return [rng.integers(0, 97, n).tolist() for n in rng.integers(1, 40, num)]
+    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in rng.integers(1, 40, num)]
 
 
 @needs_compiler

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import transformers
-from mini_engine import LAYOUTS, MiniEngine, model_of
+from mini_engine import LAYOUTS, MiniEngine
+from small_models import SMALL, five_prompts, random_model
 
 from memserve.model.runner import ModelRunner, geometry
 from memserve.request import ScheduledBatch
@@ -16,25 +16,12 @@ NUM_OUTPUT = 12
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(3)
-    config = transformers.Qwen3Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=72,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    return model_of(transformers.AutoModelForCausalLM.from_config(config).eval())
+    return random_model(SMALL, seed=3)
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    rng = np.random.default_rng(5)
-    return [rng.integers(0, 97, n).tolist() for n in (1, 33, 64, 7, 90)]
+    return five_prompts(SMALL.vocab_size)
 
 
 @pytest.fixture(scope="module")
