@@ -1,3 +1,5 @@
+"""Eviction orders on the tree: ties, inner nodes, splits; each one's own first is in test_index.py."""
+
 import numpy as np
 import pytest
 
@@ -16,15 +18,6 @@ def index_of(policy, *prompts):
         num_new = len(prompt) - index.peek(prompt)
         index.insert(prompt, np.arange(index.num_blocks - len(prompt) + num_new, index.num_blocks + num_new))
     return index
-
-
-def test_each_policy_has_its_own_first():
-    a, b, c = tokens(1), tokens(2), tokens(3)
-    for policy, first in [(LRU(), 1), (FIFO(), 0), (LFU(), 2)]:
-        index = index_of(policy, a, b, c)
-        for used in (a, a, b, b, c, a):
-            index.match(used)
-        assert index.evict(1).tolist() == [first], policy
 
 
 def test_lfu_breaks_ties_by_age():

@@ -1,30 +1,13 @@
-"""HashIndex answers as RadixIndex does: it is a baseline of speed, not of what is found."""
+"""What is HashIndex's own; what it answers as RadixIndex does is in test_index.py."""
 
 import functools
 
 import numpy as np
-import pytest
-from kvcache.brute_force import assert_agrees_with_brute_force
 
 from memserve.kvcache import BlockPool
-from memserve.kvcache.eviction import FIFO, LFU, LRU
 from memserve.kvcache.hash_index import HashIndex
 
 A = ("request", "a", 0)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_random_operations_agree_with_brute_force(seed):
-    assert_agrees_with_brute_force(HashIndex, seed)
-
-
-def test_a_block_goes_before_the_block_it_continues():
-    refcounts = np.ones(8, dtype=np.int32)
-    index = HashIndex(1, refcounts)
-    index.insert(np.array([1, 2, 3, 4], dtype=np.int32), np.arange(4, dtype=np.int32))
-    index.insert(np.array([9, 9], dtype=np.int32), np.array([4, 5], dtype=np.int32))
-    index.match(np.array([1, 2], dtype=np.int32))
-    assert index.evict(4).tolist() == [3, 2, 5, 4]
 
 
 def test_a_held_tail_keeps_what_is_before_it():
@@ -44,11 +27,6 @@ def test_the_same_block_after_other_tokens_is_no_hit():
     assert index.match(np.array([7, 7, 3, 4], dtype=np.int32)).num_tokens == 0
 
 
-def test_insert_refuses_tokens_that_do_not_fill_the_blocks():
-    with pytest.raises(ValueError, match="5 tokens for 1 blocks"):
-        HashIndex(4, np.zeros(4, dtype=np.int32)).insert(np.arange(5, dtype=np.int32), np.arange(1, dtype=np.int32))
-
-
 def test_a_pool_evicts_through_it():
     pool = BlockPool(4, 2, functools.partial(HashIndex))
     tokens = np.arange(6, dtype=np.int32)
@@ -66,14 +44,3 @@ def test_its_keys_are_the_same_in_every_process():
         "a8b2f5ace066b0ffd5f2150532e06618",
         "35ce1b7dc4da8ce51a7591561b3595db",
     ]
-
-
-@pytest.mark.parametrize(("policy", "first"), [(LRU(), 1), (FIFO(), 0), (LFU(), 2)])
-def test_each_eviction_policy_has_its_own_first(policy, first):
-    index = HashIndex(1, np.ones(3, dtype=np.int32), policy)
-    prompts = [np.array([token], dtype=np.int32) for token in range(3)]
-    for block, prompt in enumerate(prompts):
-        index.insert(prompt, np.array([block], dtype=np.int32))
-    for used in (0, 0, 1, 1, 2, 0):
-        index.match(prompts[used])
-    assert index.evict(1).tolist() == [first]
