@@ -98,11 +98,13 @@ class KeepingSampler(Sampler):
         return super().sample(logits_RV, rows)
 
 
-def answers(model: Llama, case: str, sampler: Sampler | None = None) -> tuple[list[list[int]], MiniEngine]:
-    """The tokens of one way to compute the prompts, and the engine that did. All ranks of a group call this."""
-    prompts = prompts_for(model.config.vocab_size)
-    engine = MiniEngine(model, 4, "aggregated" if case == "chunks" else "discrete", scatter=True, sampler=sampler)
-    return _CASES[case](engine, prompts), engine
+def engine_for(model: Llama, case: str, sampler: Sampler | None = None) -> MiniEngine:
+    return MiniEngine(model, 4, "aggregated" if case == "chunks" else "discrete", scatter=True, sampler=sampler)
+
+
+def answers(engine: MiniEngine, case: str) -> list[list[int]]:
+    """The tokens of one way to compute the prompts. All ranks of a group call this, or their leader for all."""
+    return _CASES[case](engine, prompts_for(engine.vocab_size))
 
 
 def _chunks(engine: MiniEngine, prompts: Sequence[list[int]]) -> list[list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_models import CASES, KeepingSampler, answers, model_of
+from parallel_models import CASES, KeepingSampler, answers, engine_for, model_of
 from ranks import join
 
 from memserve.model.parallel import GroupShard
@@ -27,8 +27,8 @@ def main(rank: int, size: int, directory: Path, stories: Path | None) -> None:
 
 def result(model, case: str) -> dict:
     sampler = KeepingSampler()
-    tokens, engine = answers(model, case, sampler)
-    return {"tokens": tokens, "logits": sampler.logits, "kv": engine.kv.contiguous()}
+    engine = engine_for(model, case, sampler)
+    return {"tokens": answers(engine, case), "logits": sampler.logits, "kv": engine.kv.contiguous()}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Ended:
 
 def launch(program: str, size: int, directory: Path, *args: str) -> list[Ended]:
     """Runs tests/`program` as `size` ranks that meet in `directory`; each is given rank, size, `directory`, `args`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS / "model")))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "model")))}
     logs = [(directory / f"rank-{rank}.log").open("w+") for rank in range(size)]
     processes = [
         subprocess.Popen(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_models import CASES, RANDOM, WIDE, KeepingSampler, Part, answers, model_of, prompts_for
+from parallel_models import CASES, RANDOM, WIDE, KeepingSampler, Part, answers, engine_for, model_of, prompts_for
 from ranks import TESTS, launch
 from safetensors.torch import save_file
 
@@ -54,7 +54,8 @@ def whole_runs():
     def of(name: str, case: str) -> dict:
         if (name, case) not in kept:
             sampler = KeepingSampler()
-            tokens, engine = answers(model_of(name, STORIES), case, sampler)
+            engine = engine_for(model_of(name, STORIES), case, sampler)
+            tokens = answers(engine, case)
             kept[name, case] = {"tokens": tokens, "logits": sampler.logits, "kv": engine.kv.contiguous()}
         return kept[name, case]
 
