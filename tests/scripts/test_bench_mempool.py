@@ -1,7 +1,7 @@
 """The benchmark measures what it says: every prompt is cached as far as its row claims, and the oracle is exact."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,19 +10,10 @@ import pytest
 
 from memserve.kvcache import RadixIndex
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+Script = Callable[[str], ModuleType]
 
 
-@pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-
-def script(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-def test_a_prompt_is_cached_as_far_as_its_row_says() -> None:
+def test_a_prompt_is_cached_as_far_as_its_row_says(script: Script) -> None:
     figures = script("pool_figures")
     prompts, index = figures.Prompts(0), RadixIndex(16, np.ones(512, dtype=np.int32))
     cached = figures.filled(index, 512, 256, prompts)
@@ -47,7 +38,7 @@ def brute_force_lru(paths: list[list[int]], num_blocks: int) -> int:
     return num_found
 
 
-def test_the_pool_finds_exactly_what_the_oracle_and_brute_force_find() -> None:
+def test_the_pool_finds_exactly_what_the_oracle_and_brute_force_find(script: Script) -> None:
     replay = script("trace_replay")
     trace = replay.synthetic_trace(150, seed=3)
     largest = max(len(path) for path in trace.paths)
@@ -58,7 +49,7 @@ def test_the_pool_finds_exactly_what_the_oracle_and_brute_force_find() -> None:
     assert expected > 0
 
 
-def test_an_id_stands_for_two_blocks_of_its_own() -> None:
+def test_an_id_stands_for_two_blocks_of_its_own(script: Script) -> None:
     trace = script("trace_replay")._trace("t", [[0, 7], [0, 8], [7]])
     assert trace.prompts[0].tolist() == [*range(32), *range(224, 256)]
     assert trace.paths == [[0, 1, 2, 3], [0, 1, 4, 5], [6, 7]]  # the same id after another prefix is another block
@@ -66,7 +57,7 @@ def test_an_id_stands_for_two_blocks_of_its_own() -> None:
 
 
 def test_it_writes_every_figure_beside_its_goal_and_the_papers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, out = script("bench_mempool"), tmp_path / "bench.json"
     monkeypatch.setattr(bench, "MOONCAKE", tmp_path / "absent.jsonl")
@@ -80,7 +71,7 @@ def test_it_writes_every_figure_beside_its_goal_and_the_papers(
     assert "replay: synthetic conversations" in capsys.readouterr().out
 
 
-def test_a_trace_of_the_users_own_is_read(tmp_path: Path) -> None:
+def test_a_trace_of_the_users_own_is_read(script: Script, tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text('{"hash_ids": [1, 2]}\n{"hash_ids": [1, 3]}\n{"hash_ids": [4]}\n', encoding="utf-8")
     assert len(script("trace_replay").load_trace(path, 2).prompts) == 2
@@ -95,13 +86,15 @@ def test_a_trace_of_the_users_own_is_read(tmp_path: Path) -> None:
         (["--requests", "0"], "--requests=0"),
     ],
 )
-def test_options_out_of_range_are_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_out_of_range_are_named(
+    script: Script, words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         script("bench_mempool").main(words)
     assert named in capsys.readouterr().err
 
 
-def test_an_absent_or_empty_trace_is_an_error(tmp_path: Path) -> None:
+def test_an_absent_or_empty_trace_is_an_error(script: Script, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     for name in ("empty.jsonl", "absent.jsonl"):
         with pytest.raises(SystemExit, match=name):

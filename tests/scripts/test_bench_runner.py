@@ -1,7 +1,7 @@
 """The benchmark compares engines that give the same answers, against a roofline that counts what no step can avoid."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,22 +12,13 @@ import torch
 from memserve.model.model_config import ModelConfig
 from memserve.model.model_path import open_random_model
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+Script = Callable[[str], ModuleType]
 CONFIG = ModelConfig("llama", 40, 8, 12, 2, 2, 1, 4, 64, tie_embeddings=True)
 LAYER_WEIGHTS = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8)
 HEAD_WEIGHTS = 40 * 8
 
 
-@pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-
-
-def script(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-def test_both_engines_generate_the_same_tokens() -> None:
+def test_both_engines_generate_the_same_tokens(script: Script) -> None:
     opened = open_random_model(CONFIG, seed=1)
     options = script("bench_figures").Options([2], [], 16, 6, 4, "sdpa", False, 1, 0)
     bench = script("bench_figures").Bench(opened, options, lambda: script("roofline").Machine(1e11, 1e10))
@@ -40,7 +31,7 @@ def test_both_engines_generate_the_same_tokens() -> None:
     assert steps[-1].seq_lens.tolist() == [14, 19]
 
 
-def test_a_preloaded_prompt_computes_only_what_is_not_a_whole_block() -> None:
+def test_a_preloaded_prompt_computes_only_what_is_not_a_whole_block(script: Script) -> None:
     opened = open_random_model(CONFIG, seed=1)
     model = script("bench_figures").load_model(CONFIG, opened.weights, torch.float32, torch.device("cpu"))
     engine = script("step_bench").StepBench(model, 8, 4, "sdpa")
@@ -51,7 +42,7 @@ def test_a_preloaded_prompt_computes_only_what_is_not_a_whole_block() -> None:
     assert [step.num_tokens for step in engine.serve([prompt], 3)[0]] == [10, 1, 1]
 
 
-def test_the_roofline_counts_weights_kv_and_operations() -> None:
+def test_the_roofline_counts_weights_kv_and_operations(script: Script) -> None:
     roofline = script("roofline")
     decode = roofline.decode_work(CONFIG, np.array([3, 5]))
     assert decode.num_bytes == 4 * (LAYER_WEIGHTS + HEAD_WEIGHTS + 2 * 2 * 1 * 4 * 8)
@@ -65,7 +56,7 @@ def test_the_roofline_counts_weights_kv_and_operations() -> None:
 
 
 def test_it_writes_a_share_of_the_roofline_for_every_figure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench_runner, out = script("bench_runner"), tmp_path / "bench.json"
     machine = script("roofline").Machine(1e11, 1e10)
@@ -94,12 +85,14 @@ WHAT = ("decode, batch 1", "decode, batch 2", "prefill, 32 tokens")
         (["--repeats", "0"], "--repeats=0"),
     ],
 )
-def test_options_out_of_range_are_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_out_of_range_are_named(
+    script: Script, words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         script("bench_runner").main(words)
     assert named in capsys.readouterr().err
 
 
-def test_a_shape_that_is_none_is_named() -> None:
+def test_a_shape_that_is_none_is_named(script: Script) -> None:
     with pytest.raises(SystemExit, match="no-such-model"):
         script("bench_runner").main(["--shapes", "no-such-model"])

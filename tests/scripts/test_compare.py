@@ -1,16 +1,13 @@
 """compare.py prints systems side by side, each the median of its repeats, and refuses unknown ones before it runs."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    return importlib.import_module("compare")
+def compare(script):
+    return script("compare")
 
 
 def test_systems_stand_side_by_side_with_their_spread(compare, tmp_path, capsys):
