@@ -30,14 +30,20 @@ def send(wires, sender, receiver, num_tokens, options=PLAIN, **more):
     return ticket, blocks
 
 
+def arrived(wires, pool):
+    """Lets time pass until no ticket is open, none of them late; what reached the pool."""
+    wires.run(until_ns=900_000)
+    (arrival,) = pool.transfers.drain_arrivals()
+    return arrival
+
+
 @pytest.mark.parametrize(("granularity", "layout"), COMBINATIONS)
 @pytest.mark.parametrize("num_tokens", [1, B, B + 1, 5 * B - 1])
 def test_kv_arrives_bit_by_bit_in_the_paper_s_number_of_calls(granularity, layout, num_tokens):
     wires = Wires(granularity=granularity, layout=layout)
     p, d = wires.pool(1), wires.pool(2)
     ticket, blocks = send(wires, p, d, num_tokens, INSERT)
-    wires.run(until_ns=900_000)
-    (arrival,) = d.transfers.drain_arrivals()
+    arrival = arrived(wires, d)
     assert ticket.state is TicketState.DONE and wires.ended == [ticket]
     assert torch.equal(d.kv(arrival.blocks), p.kv(blocks))
     assert arrival.private == b"mine" and arrival.tokens.tolist() == list(range(num_tokens)) and arrival.num_held == 0
@@ -58,8 +64,7 @@ def test_only_what_the_receiver_lacks_is_sent_in_its_whole_blocks():
     d.blocks.publish(tokens(2 * B), d.fill(2 * B, seed=5))
     d.blocks.release_all(REQUEST)
     ticket, blocks = send(wires, p, d, 3 * B + 2, INSERT)
-    wires.run(until_ns=900_000)
-    (arrival,) = d.transfers.drain_arrivals()
+    arrival = arrived(wires, d)
     assert ticket.state is TicketState.DONE and arrival.num_held == 2 * B
     assert p.transfers.counts.tokens == B + 2
     assert p.transfers.counts.bytes == 2 * SHAPE.block_bytes
@@ -72,8 +77,7 @@ def test_a_plain_transfer_neither_uses_nor_fills_the_receivers_index():
     d.blocks.publish(tokens(2 * B), d.fill(2 * B))
     before = d.blocks.index.num_blocks
     send(wires, p, d, 3 * B)
-    wires.run(until_ns=900_000)
-    (arrival,) = d.transfers.drain_arrivals()
+    arrival = arrived(wires, d)
     assert arrival.num_held == 0 and p.transfers.counts.tokens == 3 * B and d.blocks.index.num_blocks == before
 
 
@@ -85,8 +89,7 @@ def test_either_end_may_lie_in_dram(source, target, granularity):
     p, d = wires.pool(1), wires.pool(2)
     blocks = np.concatenate([p.fill(B, seed=1), p.fill(2 * B, medium=source, seed=2)])
     p.transfers.start(2, tokens(3 * B), blocks, TransferOptions(medium=target), b"", 0)
-    wires.run(until_ns=900_000)
-    (arrival,) = d.transfers.drain_arrivals()
+    arrival = arrived(wires, d)
     assert (arrival.blocks >= d.blocks.num_blocks).all() == (target is Medium.DRAM)
     assert torch.equal(d.kv(arrival.blocks), p.kv(blocks))
 
@@ -102,8 +105,7 @@ def test_by_layer_sends_each_layer_when_it_is_ready_and_ends_with_the_last():
             p.transfers.mark_ready(ticket, num_blocks, layer, wires.now_ns)
     assert p.transfers.counts.calls == 2 * SHAPE.num_layers * 3
     assert not ticket.ended
-    wires.run(until_ns=900_000)
-    (arrival,) = d.transfers.drain_arrivals()
+    arrival = arrived(wires, d)
     assert ticket.state is TicketState.DONE and torch.equal(d.kv(arrival.blocks), p.kv(blocks))
 
 
@@ -160,8 +162,7 @@ def test_pinned_blocks_stay_held_after_they_are_settled():
     wires = Wires()
     p, d = wires.pool(1), wires.pool(2)
     send(wires, p, d, 2 * B, TransferOptions(insert=True, pinned=True))
-    wires.run(until_ns=900_000)
-    (arrival,) = d.transfers.drain_arrivals()
+    arrival = arrived(wires, d)
     d.transfers.settle(arrival)
     assert d.blocks.allocator.held_by(("transfer", 1, 1)).tolist() == arrival.blocks.tolist()
 
