@@ -50,13 +50,16 @@ class HashEntry:
         if parent is not None:
             parent.children[digest] = self
 
+    def prefix(self) -> list["HashEntry"]:
+        """The entries from the first block of the prefix to this one."""
+        entries = [self]
+        while (parent := entries[-1].parent) is not None:
+            entries.append(parent)
+        return entries[::-1]
+
     def path(self) -> bytes:
         """The tokens from the first block of the prefix to this one's end."""
-        parts, entry = [self.tokens], self.parent
-        while entry is not None:
-            parts.append(entry.tokens)
-            entry = entry.parent
-        return b"".join(reversed(parts))
+        return b"".join(entry.tokens for entry in self.prefix())
 
     @property
     def num_tokens_end(self) -> int:
@@ -166,11 +169,7 @@ class HashIndex(Index):
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for leaf in self._entries.values():
             if not leaf.children:
-                path = [leaf]
-                while (parent := path[-1].parent) is not None:
-                    path.append(parent)
-                path.reverse()
-                yield np.frombuffer(b"".join(entry.tokens for entry in path), dtype=np.int32), _blocks_of(path)
+                yield np.frombuffer(leaf.path(), dtype=np.int32), _blocks_of(leaf.prefix())
 
     def _find(self, tokens: np.ndarray, limit: int | None) -> list[HashEntry]:
         """The entries of the longest cached prefix of tokens[:limit]."""
