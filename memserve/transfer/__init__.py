@@ -3,6 +3,17 @@
 from memserve.transfer.faults import MessageFaults, StallingTransport
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.link import LinkModel
+from memserve.transfer.mapped import Mapped
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
 
-__all__ = ["Arrived", "InProcess", "LinkModel", "MessageFaults", "Move", "MoveId", "StallingTransport", "Transport"]
+__all__ = [
+    "Arrived",
+    "InProcess",
+    "LinkModel",
+    "Mapped",
+    "MessageFaults",
+    "Move",
+    "MoveId",
+    "StallingTransport",
+    "Transport",
+]

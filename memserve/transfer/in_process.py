@@ -32,6 +32,9 @@ class InProcess(Transport):
             raise ValueError(f"endpoint {endpoint} is attached already: expected a number never used before")
         self._memories[endpoint] = list(memories)
 
+    def knows(self, endpoint: int) -> bool:
+        return endpoint in self._memories
+
     def detach(self, endpoint: int) -> None:
         self._memories.pop(endpoint, None)
         self._arrived.pop(endpoint, None)
@@ -58,6 +61,11 @@ class InProcess(Transport):
 
     def next_time_ns(self) -> int | None:
         return self._under_way[0][0] if self._under_way else None
+
+    def close(self) -> None:
+        self._memories.clear()
+        self._under_way.clear()
+        self._arrived.clear()
 
     @property
     def waiting_endpoints(self) -> list[int]:

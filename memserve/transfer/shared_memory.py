@@ -50,6 +50,40 @@ class SharedMemory:
         weakref.finalize(self, os.close, fd)
 
 
+def handle_of(memory: torch.Tensor) -> SharedHandle | None:
+    """By what another process reaches all of a contiguous tensor, if it fills a SharedMemory that lives; else None."""
+    storage = memory.untyped_storage()
+    name = storage.filename if memory.device.type == "cpu" else None
+    if name is None or not name.startswith("/dev/fd/") or memory.storage_offset():
+        return None
+    file = Path(name)
+    if not file.exists() or file.stat().st_ino != _inode_at(memory.data_ptr()):  # closed; its number may be another's
+        return None
+    return SharedHandle(os.getpid(), int(file.name), memory.numel() * memory.itemsize)
+
+
+def reserve(handle: SharedHandle) -> None:
+    """Takes every page of this process's own shared memory now, contents unchanged, not at the first write to it.
+
+    Raises MemoryError, naming the bytes, when there are too few.
+    """
+    missing = handle.num_bytes - 512 * os.fstat(handle.fd).st_blocks
+    available = available_bytes()
+    wish = f"shared memory of {handle.num_bytes} bytes, of which {missing} are not in memory yet"
+    if available is not None and missing > available:
+        raise MemoryError(f"{wish}: {available} are available")
+    try:
+        os.posix_fallocate(handle.fd, 0, handle.num_bytes)
+    except OSError as error:
+        raise MemoryError(f"{wish}: {error}") from error
+
+
+def host_id() -> str:
+    """The same for processes that can map each other's shared memory: of one boot and one set of process numbers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+
+
 def available_bytes() -> int | None:
     """Memory that this host can still give without swapping; None where the system does not say."""
     try:
@@ -64,6 +98,16 @@ def _unnamed_file() -> int:
         return os.memfd_create("memserve", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
+
+
+def _inode_at(address: int) -> int | None:
+    """The inode of the file that is mapped at an address of this process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, inode = line.split(maxsplit=5)[:5]
+        first, end = (int(bound, 16) for bound in span.split("-"))
+        if first <= address < end:
+            return int(inode)
+    return None
 
 
 def _mapped(path: str, num_bytes: int) -> torch.Tensor:

@@ -42,7 +42,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Arrived:
-    """A move whose bytes are all in place; when it was begun and ended on the wire."""
+    """A move that is over: its bytes are all in place, or its target was detached and nothing more is written there.
+
+    begun_ns, ended_ns: when it was begun and ended on the wire.
+    """
 
     move_id: MoveId
     begun_ns: int
@@ -56,9 +59,17 @@ class Transport(ABC):
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
         """Makes an endpoint's memories (contiguous tensors; None: there is nothing behind the rows) known."""
 
+    def knows(self, endpoint: int) -> bool:
+        """Whether an endpoint is attached, as far as this process can tell."""
+        del endpoint
+        return True
+
     @abstractmethod
     def detach(self, endpoint: int) -> None:
-        """Forgets an endpoint that is gone: what it had posted stops, what others write to it reaches nothing."""
+        """Forgets an endpoint that is gone: what it had posted stops, what others write to it reaches nothing.
+
+        Nothing more is copied to or from its memories once this returns. What was posted to it counts as arrived.
+        """
 
     @abstractmethod
     def post(self, move_id: MoveId, move: Move, ready_ns: int) -> None:
@@ -71,3 +82,7 @@ class Transport(ABC):
     @abstractmethod
     def next_time_ns(self) -> int | None:
         """When the next move will arrive, on a virtual clock; None when none is under way."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends everything: what is under way stops, and nothing can be posted any more."""

@@ -1,0 +1,74 @@
+"""Directory: where the processes of one transport find each other's memories, in a store that all of them reach.
+
+Each publishes its endpoint once. Knows no move; how a memory is reached is the transport's business.
+"""
+
+import math
+
+import msgspec
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from memserve.transfer.transport import Move
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """num_bytes: -1 where nothing is behind the rows.  fd, inode: of shared memory; -1 where it is none."""
+
+    num_bytes: int
+    fd: int = -1
+    inode: int = -1
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """What a process tells the others.  host: see `shared_memory.host_id`.  device: that it alone may use, or ""."""
+
+    host: str
+    pid: int
+    memories: list[Memory]
+    device: str = ""
+
+
+class Directory:
+    """The endpoints under `kind`, a transport's name, in `store`."""
+
+    def __init__(self, store: Store, kind: str) -> None:
+        self._store = PrefixStore(f"memserve/{kind}", store)
+        self._known: dict[int, Endpoint] = {}
+
+    def publish(self, number: int, endpoint: Endpoint) -> None:
+        """Raises ValueError for a number that was ever used, and for a device that somebody else uses."""
+        if self._store.add(f"taken/{number}", 1) > 1:
+            raise ValueError(f"endpoint {number} is attached already: expected a number never used before")
+        if endpoint.device and self._store.add(f"device/{endpoint.device}", 1) > 1:
+            raise ValueError(f"endpoint {number} uses {endpoint.device}, as another does: expected a device of its own")
+        self._store.set(f"endpoint/{number}", msgspec.json.encode(endpoint).decode())
+        self._known[number] = endpoint
+
+    def find(self, number: int) -> Endpoint:
+        """Asks the store once an endpoint. Raises ValueError for one that is not attached."""
+        if number not in self._known:
+            if not self._store.check([f"endpoint/{number}"]):
+                raise ValueError(f"endpoint {number}: expected one that is attached")
+            self._known[number] = msgspec.json.decode(self._store.get(f"endpoint/{number}"), type=Endpoint)
+        return self._known[number]
+
+    def check(self, move: Move, own: int) -> None:
+        """Raises ValueError for a move that `own` cannot post: by its ends, their memories, or rows outside of them."""
+        source, target = move.source[0], move.target[0]
+        if source != own or target == own:
+            raise ValueError(f"a move from endpoint {source} to {target}: expected one from {own} to another")
+        if len(move.source_rows) != len(move.target_rows):
+            raise ValueError(
+                f"{len(move.source_rows)} source and {len(move.target_rows)} target rows: expected as many"
+            )
+        for (number, memory), rows in ((move.source, move.source_rows), (move.target, move.target_rows)):
+            memories = self.find(number).memories
+            if not 0 <= memory < len(memories):
+                raise ValueError(f"memory {memory} of endpoint {number}: it has {len(memories)}")
+            num_bytes = memories[memory].num_bytes
+            limit = math.inf if num_bytes < 0 else num_bytes // move.row_bytes
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
+                raise ValueError(
+                    f"rows {rows.min()} to {rows.max()} of {move.row_bytes} bytes in memory {memory} of endpoint "
+                    f"{number}: it has {limit}"
+                )
