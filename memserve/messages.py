@@ -18,6 +18,10 @@
 | `Inserted` | receiving pool -> sending pool         | published; the sender's call completes                       |
 | `Abandon`  | either pool -> the other               | the ticket has failed                                        |
 | `AbortAck` | sending pool -> receiving pool         | nothing more will be written under this ticket               |
+| `Reserve`  | a pool -> another                      | allocate blocks there, to be written later                   |
+| `Reserved` | that pool -> the first                 | where they are                                               |
+| `Release`  | the first pool -> the other            | free them                                                    |
+| `Released` | the other pool -> the first            | they are free                                                |
 
 Token ids travel as little-endian int32 bytes and times as int64 bytes, so that a message means the same in every
 process and no list of Python integers is built on the way.
@@ -138,7 +142,8 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
 
     ticket: (incarnation of the sender, its number there), as in every message between pools.  insert: the receiver
     indexes the whole blocks.  best_effort: decline instead of waiting.  pinned: keep the blocks after insertion until
-    they are freed by name.  private: carried for the user, untouched.
+    they are freed by name.  private: carried for the user, untouched.  addrs: int64 bytes, where it goes if the sender
+    has reserved that before; then it is written already and no Grant is waited for.
     """
 
     ticket: tuple[int, int]
@@ -150,6 +155,7 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     pinned: bool
     private: bytes
     geometry: Geometry
+    addrs: bytes = b""
 
 
 class Grant(msgspec.Struct, frozen=True, tag=True):
@@ -193,7 +199,39 @@ class AbortAck(msgspec.Struct, frozen=True, tag=True):
     ticket: tuple[int, int]
 
 
-PoolMessage = Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    ticket: tuple[int, int]
+    num_blocks: int
+    medium: int
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """addrs: int64 bytes.  num_blocks: of the pool that they are in, in HBM and DRAM."""
+
+    ticket: tuple[int, int]
+    addrs: bytes
+    num_blocks: tuple[int, int]
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """addrs: int64 bytes, of the reservation `ticket`.  all: the whole of it, and what may still be asked for."""
+
+    ticket: tuple[int, int]
+    addrs: bytes
+    all: bool
+
+
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """As the `Release` that it answers."""
+
+    ticket: tuple[int, int]
+    addrs: bytes
+    all: bool
+
+
+PoolMessage = (
+    Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck | Reserve | Reserved | Release | Released
+)
 Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffFailed | Redirect | PoolMessage
 
 

@@ -1,6 +1,6 @@
 """The KV cache: MemPool, its allocator, layouts and token-prefix index. Usable alone, in an engine of your own."""
 
-from memserve.kvcache.address import Medium
+from memserve.kvcache.address import Medium, Placement
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.block_pool import BlockPool, PoolStats
 from memserve.kvcache.errors import BrokenInvariant, MissedEvents, NotHeld, OutOfBlocks, StaleAddress
@@ -11,7 +11,7 @@ from memserve.kvcache.index import Index, Match, NullIndex
 from memserve.kvcache.index_follower import IndexFollower
 from memserve.kvcache.inspect import BlockStory
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
-from memserve.kvcache.mempool import AddressMatch, MemPool, Placement
+from memserve.kvcache.mempool import AddressMatch, MemPool
 from memserve.kvcache.radix import RadixIndex
 from memserve.kvcache.radix_tree import RadixNode
 from memserve.kvcache.ticket import Ticket, TicketState, Timeouts, TransferOptions

@@ -32,6 +32,15 @@ class Medium(enum.IntEnum):
     DRAM = 1
 
 
+class Placement(enum.StrEnum):
+    """Where `alloc_mem` may take blocks, where one medium is not enough of an answer.
+
+    MIXED: HBM's free blocks first, then DRAM, and only then what is cached in HBM makes room.
+    """
+
+    MIXED = "mixed"
+
+
 def head(incarnation: int, medium: Medium) -> int:
     """The bits that all addresses of an instance in one medium have in common."""
     return (incarnation << _INCARNATION_SHIFT) | (int(medium) << _MEDIUM_SHIFT)

@@ -30,6 +30,14 @@ class AddressBook:
         heads = np.where(in_dram, self._dram_head, self._hbm_head)
         return address.encode(heads, generations, places - num_hbm * in_dram)
 
+    def are_elsewhere(self, addrs: np.ndarray) -> bool:
+        """Whether addresses (int64 [n], n >= 1) name blocks of another instance, all of them of the same one."""
+        addrs = np.asarray(addrs)
+        if addrs.dtype != np.int64 or addrs.ndim != 1 or not len(addrs):
+            return False
+        owners = address.incarnation_of(addrs)
+        return bool(owners[0] != self.incarnation and (owners == owners[0]).all())
+
     def resolve(self, addrs: np.ndarray) -> np.ndarray:
         """Block numbers, int32 [n], of addresses (int64 [n]). Raises StaleAddress, naming the first bad one."""
         addrs = np.asarray(addrs)

@@ -12,7 +12,7 @@ from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
 from memserve.kvcache.errors import BrokenInvariant, OutOfBlocks
 from memserve.kvcache.events import EventRecorder, IndexEvent, IndexSnapshot
-from memserve.kvcache.index import Index, Match
+from memserve.kvcache.index import Index, Match, require_block_size
 
 
 class IndexFactory(Protocol):
@@ -59,7 +59,7 @@ class PoolStats:
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens in HBM, `num_dram_blocks` in DRAM, and the index over what they cache.
 
-    copier: moves contents between blocks; by default there are none to move.
+    copier: moves contents between blocks; by default there are none to move.  Raises ValueError for sizes out of range.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class BlockPool:
         num_dram_blocks: int = 0,
         copier: BlockCopier | None = None,
     ) -> None:
-        self.block_size = block_size
+        self.block_size = require_block_size(block_size)
         self.allocator = Allocator(num_blocks, num_dram_blocks)
         self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)
         self._events = EventRecorder(block_size, num_blocks)

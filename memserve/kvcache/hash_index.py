@@ -14,7 +14,7 @@ import numpy as np
 
 from memserve.kvcache.eviction import LRU, Eviction
 from memserve.kvcache.eviction_queue import EvictionQueue
-from memserve.kvcache.index import Index, Match
+from memserve.kvcache.index import Index, Match, require_block_size
 
 _DIGEST_BYTES = 16
 
@@ -81,7 +81,7 @@ class HashIndex(Index):
         num_hbm_blocks: int | None = None,
     ) -> None:
         del num_hbm_blocks  # its blocks stay where they are
-        self._block_size = block_size
+        self._block_size = require_block_size(block_size)
         self._block_bytes = 4 * block_size
         self._refcounts = refcounts
         self._eviction = eviction or LRU()

@@ -16,6 +16,13 @@ from memserve.kvcache.events import EventLog, NobodyFollows
 _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
 
+def require_block_size(value: int) -> int:
+    """Tokens in a block, an integer >= 1. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"block_size={value!r}: expected an integer >= 1")
+    return value
+
+
 class Match(NamedTuple):
     """Longest cached prefix: `blocks` int32 [num_tokens / block_size]. Holds nothing: retain before the next call."""
 

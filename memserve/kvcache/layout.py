@@ -28,7 +28,7 @@ class CacheGeometry:
         for name in ("num_layers", "block_size", "num_kv_heads", "head_dim"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected an integer >= 1")
+                raise ValueError(f"{name}={value!r}: expected an integer >= 1")
 
     @property
     def block_bytes(self) -> int:

@@ -4,38 +4,27 @@ Whoever calls it names a holder, and a block lives as long as somebody holds it.
 another instance's, another medium's or a freed block's raises StaleAddress and changes nothing.
 """
 
-import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import torch
 
-from memserve.kvcache.address import Medium
+from memserve.kvcache.address import Medium, Placement
 from memserve.kvcache.address_book import AddressBook
-from memserve.kvcache.allocator import INDEX, Holder
+from memserve.kvcache.allocator import Holder
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
-from memserve.kvcache.errors import NotHeld, OutOfBlocks
+from memserve.kvcache.errors import NotHeld
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.inputs import Tokens, as_tokens, count_of, named
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
+from memserve.kvcache.mixed import alloc_mixed
 from memserve.kvcache.ticket import PLAIN, Ticket, TicketState, Timeouts, TransferOptions
 from memserve.kvcache.transfers import Transfers, wire_geometry
 from memserve.transfer.transport import Transport
-
-Tokens = np.ndarray | Sequence[int]
-_PLAIN = frozenset((str, int))
-
-
-class Placement(enum.StrEnum):
-    """Where `alloc_mem` may take blocks, where one medium is not enough of an answer.
-
-    MIXED: HBM's free blocks first, then DRAM, and only then what is cached in HBM makes room.
-    """
-
-    MIXED = "mixed"
 
 
 @dataclass(frozen=True)
@@ -92,32 +81,49 @@ class MemPool:
         """The cache in HBM as [L, 2, N, B, K, D], a strided view of the arena."""
         return self.arena.kv
 
-    def alloc_mem(self, num_blocks: int, medium: Medium | Placement = Medium.HBM, *, holder: Holder) -> np.ndarray:
+    @overload
+    def alloc_mem(
+        self, num_blocks: int, medium: Medium | Placement = ..., *, instance: None = ..., holder: Holder
+    ) -> np.ndarray: ...
+
+    @overload
+    def alloc_mem(
+        self, num_blocks: int, medium: Medium | Placement = ..., *, instance: int, holder: Holder
+    ) -> Ticket: ...
+
+    def alloc_mem(
+        self,
+        num_blocks: int,
+        medium: Medium | Placement = Medium.HBM,
+        *,
+        instance: int | None = None,
+        holder: Holder,
+    ) -> np.ndarray | Ticket:
         """Addresses, int64 [num_blocks], of new blocks held by `holder`. What is only cached makes room as needed.
 
-        With Placement.MIXED those in HBM come first. Raises OutOfBlocks with nothing allocated; ValueError for a
-        negative number, an unknown medium or a bad holder.
+        With Placement.MIXED those in HBM come first.  instance: where; of another, returns a ticket whose addrs they
+        are once it is DONE, to be given as `dst_addrs` and freed by `free_mem` here. It fails where a call there would
+        raise. Raises OutOfBlocks with nothing allocated; ValueError for a negative number, an unknown medium or
+        instance, or a bad holder.
         """
-        count, holder = _count(num_blocks), _named(holder)
+        count, holder = count_of(num_blocks), named(holder)
+        if instance is not None and instance != self.incarnation:
+            if isinstance(medium, Placement):
+                raise ValueError(f"medium={medium} on instance {instance}: expected one medium for blocks elsewhere")
+            return self.transfers.reserve(self._peer(instance), count, medium, holder, self._now_ns)
         if medium == Placement.MIXED:
-            return self.addresses(self._alloc_mixed(count, holder))
+            return self.addresses(alloc_mixed(self.blocks, count, holder))
         return self.addresses(self.blocks.alloc(count, holder, Medium(medium)))
 
-    def _alloc_mixed(self, count: int, holder: Holder) -> np.ndarray:
-        """DRAM's part first: making room in HBM would fill it."""
-        books = self.blocks.allocator
-        wanted = max(0, count - books.num_free)
-        in_dram = self.blocks.alloc(min(wanted, books.num_free_dram + books.num_index_only_dram), holder, Medium.DRAM)
-        try:
-            in_hbm = self.blocks.alloc(count - len(in_dram), holder)
-        except OutOfBlocks:
-            self.blocks.release(in_dram, holder)
-            raise
-        return np.concatenate([in_hbm, in_dram])
-
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
-        """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld."""
-        self.blocks.release(self.resolve(addrs), _named(holder))
+        """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld.
+
+        Of addresses that `holder` has reserved on another instance: they are free when that has heard of it.
+        """
+        if self._transfers is not None and self._book.are_elsewhere(addrs):
+            self._transfers.free_reserved(addrs, named(holder), self._now_ns)
+            return
+        self.blocks.release(self.resolve(addrs), named(holder))
 
     def insert(self, tokens: Tokens, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
         """Maps a token prefix of whole blocks to its KV; returns the canonical addresses, int64 [n].
@@ -128,7 +134,7 @@ class MemPool:
         one to be cached that is cached under another prefix, with nothing inserted.
         """
         blocks, array = self.resolve(addrs), as_tokens(tokens)
-        held = self.blocks.allocator.held_by(_named(holder))
+        held = self.blocks.allocator.held_by(named(holder))
         if not np.isin(blocks, held).all():
             raise NotHeld(f"{holder} inserts blocks that it does not hold")
         num_found = self.blocks.index.peek(array) // self.block_size
@@ -141,7 +147,7 @@ class MemPool:
 
     def match(self, tokens: Tokens, limit: int | None = None) -> AddressMatch:
         """Longest cached prefix of tokens[:limit], in whole blocks. Holds nothing: `retain` before the next call."""
-        found = self.blocks.match(as_tokens(tokens), None if limit is None else _count(limit, "limit"))
+        found = self.blocks.match(as_tokens(tokens), None if limit is None else count_of(limit, "limit"))
         return AddressMatch(self.addresses(found.blocks), found.num_tokens)
 
     def retain(self, addrs: np.ndarray, *, holder: Holder) -> None:
@@ -150,7 +156,7 @@ class MemPool:
         Raises StaleAddress, NotHeld for a free block, and ValueError for one given twice or that `holder` has already.
         """
         blocks = self.resolve(addrs)
-        held = self.blocks.allocator.held_by(_named(holder))
+        held = self.blocks.allocator.held_by(named(holder))
         if len(np.unique(blocks)) != len(blocks) or np.isin(blocks, held).any():
             raise ValueError(f"{holder} retains blocks {blocks.tolist()}: expected each once, and none that it holds")
         self.blocks.retain(blocks, holder)
@@ -164,7 +170,7 @@ class MemPool:
 
         The ticket's addrs say where they lie now: as many as were movable and DRAM had free. The index follows them.
         """
-        return self._swapped(self.blocks.swap_out(_count(num_blocks)))
+        return self._swapped(self.blocks.swap_out(count_of(num_blocks)))
 
     def swap_in(self, addrs: np.ndarray, *, holder: Holder) -> Ticket:
         """Brings blocks that `holder` holds from DRAM back to HBM; the ticket's addrs are all of them as they are now.
@@ -173,7 +179,7 @@ class MemPool:
         OutOfBlocks, NotHeld, StaleAddress, and ValueError for a block given twice, with nothing moved.
         """
         blocks = self.resolve(addrs)
-        if not np.isin(blocks, self.blocks.allocator.held_by(_named(holder))).all():
+        if not np.isin(blocks, self.blocks.allocator.held_by(named(holder))).all():
             raise NotHeld(f"{holder} swaps in blocks that it does not hold")
         if len(np.unique(blocks)) != len(blocks):
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: expected each once")
@@ -199,33 +205,60 @@ class MemPool:
         return self._transfers
 
     def transfer(
-        self, instance: int, src_addrs: np.ndarray, *, flags: TransferOptions = PLAIN, private: bytes = b""
+        self,
+        instance: int,
+        src_addrs: np.ndarray,
+        dst_addrs: np.ndarray | None = None,
+        *,
+        flags: TransferOptions = PLAIN,
+        private: bytes = b"",
     ) -> Ticket:
-        """Moves data to the pool of another instance, which allocates it there; its index sees nothing of it.
+        """Moves data to the pool of another instance; its index sees nothing of it.
 
-        The blocks stay held by the ticket until it has ended; what `private` carries arrives untouched. Raises
-        StaleAddress, NotHeld for a free block, and ValueError for a transfer to itself or flags that insert.
+        dst_addrs: where to, of an earlier `alloc_mem` there; without them the other instance allocates on demand. The
+        blocks stay held by the ticket until it has ended; what `private` carries arrives untouched. Raises
+        StaleAddress, NotHeld for a free block, and ValueError for a transfer to itself, an unknown instance or flags
+        that insert.
         """
         if flags.insert:
             raise ValueError("flags.insert: expected transfer_with_insert, which names the tokens")
         unnamed = np.zeros(len(src_addrs) * self.block_size, dtype=np.int32)
-        return self.transfers.start(instance, unnamed, self.resolve(src_addrs), flags, private, self._now_ns)
+        return self._start(instance, unnamed, src_addrs, dst_addrs, flags, private)
 
     def transfer_with_insert(
         self,
         instance: int,
         tokens: Tokens,
         src_addrs: np.ndarray,
+        dst_addrs: np.ndarray | None = None,
         *,
         flags: TransferOptions = PLAIN,
         private: bytes = b"",
     ) -> Ticket:
         """As `transfer`, of the KV of `tokens`: what the other index holds already is not sent, and it gets the rest.
 
+        With `dst_addrs` everything is sent, since nobody is asked first.
         Raises as `transfer`, and ValueError for a number of blocks that does not fit the tokens.
         """
-        flags = replace(flags, insert=True)
-        return self.transfers.start(instance, as_tokens(tokens), self.resolve(src_addrs), flags, private, self._now_ns)
+        return self._start(instance, as_tokens(tokens), src_addrs, dst_addrs, replace(flags, insert=True), private)
+
+    def _start(
+        self,
+        instance: int,
+        tokens: np.ndarray,
+        src_addrs: np.ndarray,
+        dst_addrs: np.ndarray | None,
+        flags: TransferOptions,
+        private: bytes,
+    ) -> Ticket:
+        blocks, peer = self.resolve(src_addrs), self._peer(instance)
+        return self.transfers.start(peer, tokens, blocks, flags, private, self._now_ns, addrs=dst_addrs)
+
+    def _peer(self, instance: int) -> int:
+        """Raises ValueError for an instance that the transport does not know."""
+        if not self.transfers.knows(instance):
+            raise ValueError(f"instance={instance}: expected one that is connected to this pool, {self.incarnation}")
+        return instance
 
     def poll(self, now_ns: int) -> list[Ticket]:
         """Sets the time of the calls that follow, in ns; returns the tickets that have ended since the last call."""
@@ -262,26 +295,3 @@ class MemPool:
     def check(self) -> None:
         """Raises BrokenInvariant unless allocator, ledger and index agree."""
         self.blocks.check()
-
-
-def _count(value: int, name: str = "num_blocks") -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
-    return int(value)
-
-
-def _named(holder: Holder) -> Holder:
-    """Callers hold under names of their own: tuples of strings and integers, and not the index's."""
-    if not isinstance(holder, tuple) or not _PLAIN.issuperset(map(type, holder)) or holder == INDEX:
-        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers other than {INDEX}")
-    return holder
-
-
-def as_tokens(tokens: Tokens) -> np.ndarray:
-    """C-contiguous int32 [n] from an array or a list of token ids. Raises ValueError for anything else."""
-    array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"tokens of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
-    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"token ids from {array.min()} to {array.max()}: expected int32 >= 0")
-    return np.ascontiguousarray(array, dtype=np.int32)

@@ -1,6 +1,7 @@
 """The transfer protocol's two automata, as tables: what a ticket's sender and receiver do at every event (section 4.3).
 
     sender    ASKED -> SENDING -> SENT -> ENDED        or by DRAINING: failed, but its last posted call is under way
+              (from SENDING on at once, where the addresses were reserved before)
     receiver  WAITING -> GRANTED -> DONE               or by QUARANTINED: failed, but the sender may still write
 
 A ticket ends twice. Its outcome (SUCCEED, FAIL) ends by a deadline; its blocks, at either end, are released (RELEASE)
@@ -90,9 +91,11 @@ SENDER: SenderTable = {
     (S.ASKED, E.DEADLINE): (S.ENDED, (A.FAIL, A.RELEASE, A.ABANDON, A.ABORT_ACK)),
     (S.ASKED, E.PEER_GONE): (S.ENDED, (A.FAIL, A.RELEASE)),
     (S.SENDING, E.DRAINED): (S.SENT, (A.DONE,)),
+    (S.SENDING, E.REFUSE): (S.DRAINING, (A.FAIL,)),
     (S.SENDING, E.ABANDON): (S.DRAINING, (A.FAIL,)),
     (S.SENDING, E.DEADLINE): (S.DRAINING, (A.FAIL, A.ABANDON)),
     (S.SENDING, E.PEER_GONE): (S.DRAINING, (A.FAIL,)),
+    (S.SENT, E.REFUSE): (S.ENDED, (A.FAIL, A.RELEASE)),
     (S.SENT, E.INSERTED): (S.ENDED, (A.SUCCEED, A.RELEASE)),
     (S.SENT, E.ABANDON): (S.ENDED, (A.FAIL, A.RELEASE, A.ABORT_ACK)),
     (S.SENT, E.DEADLINE): (S.ENDED, (A.FAIL, A.RELEASE, A.ABANDON, A.ABORT_ACK)),

@@ -13,7 +13,7 @@ import numpy as np
 
 from memserve.kvcache.eviction import LRU, DeepestFirst, Eviction
 from memserve.kvcache.eviction_queue import EvictionQueue
-from memserve.kvcache.index import Index, Match
+from memserve.kvcache.index import Index, Match, require_block_size
 from memserve.kvcache.radix_tree import NO_BLOCKS, RadixNode, RadixTree, blocks_of, subtree
 
 
@@ -31,7 +31,7 @@ class RadixIndex(Index):
         eviction: Eviction | None = None,
         num_hbm_blocks: int | None = None,
     ) -> None:
-        self._block_size = block_size
+        self._block_size = require_block_size(block_size)
         self._refcounts = refcounts
         self._num_hbm_blocks = len(refcounts) if num_hbm_blocks is None else num_hbm_blocks
         self._is_tiered = self._num_hbm_blocks < len(refcounts)

@@ -17,6 +17,7 @@ from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.kvcache.protocol import Action, ReceiverEvent, ReceiverState, receiver_step
+from memserve.kvcache.reservations import Reservations
 from memserve.kvcache.sending import DECLINED, Send
 from memserve.kvcache.ticket import Arrival, Timeouts
 from memserve.messages import (
@@ -30,6 +31,7 @@ from memserve.messages import (
     Refuse,
     Wait,
     pack_times,
+    unpack_times,
     unpack_tokens,
 )
 
@@ -69,11 +71,13 @@ class Receiving:
         geometry: Geometry,
         timeouts: Timeouts,
         headroom_blocks: int,
+        reservations: Reservations,
         send: Send,
     ) -> None:
         self.tickets: dict[TicketId, Incoming] = {}
         self._pool, self._book, self._geometry = pool, book, geometry
         self._timeouts, self._headroom_blocks, self._send = timeouts, headroom_blocks, send
+        self._reservations = reservations
         self._over: OrderedDict[TicketId, ReceiverState] = OrderedDict()
         self._arrivals: list[Arrival] = []
 
@@ -167,6 +171,8 @@ class Receiving:
             theirs, ours = getattr(ask.geometry, name), getattr(self._geometry, name)
             if theirs != ours:
                 return f"{name}={theirs!r}: the receiver has {name}={ours!r}"
+        if ask.addrs and self._reservations.blocks_of(ask.ticket[0], unpack_times(ask.addrs)) is None:
+            return "dst_addrs: not all of them are reserved by the sender"
         capacity = self._pool.allocator.num_dram_blocks if ask.medium == Medium.DRAM else self._pool.num_blocks
         if ask.num_blocks > capacity:
             return f"{ask.num_blocks} blocks: the receiver has {capacity} in {Medium(ask.medium).name}"
@@ -175,6 +181,11 @@ class Receiving:
     def _allocate(self, incoming: Incoming) -> bool:
         """Retains the prefix that is held and allocates the rest; False, with nothing held, without room."""
         ask, pool = incoming.ask, self._pool
+        reserved = self._reservations.blocks_of(ask.ticket[0], unpack_times(ask.addrs)) if ask.addrs else None
+        if reserved is not None:
+            pool.retain(reserved, incoming.holder)
+            incoming.blocks = reserved
+            return True
         held = np.empty(0, dtype=np.int32)
         if ask.insert:
             held = pool.match(incoming.tokens).blocks

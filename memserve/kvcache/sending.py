@@ -70,8 +70,21 @@ class Sending:
         self._timeouts, self._send = timeouts, send
         self._ended: list[Ticket] = []
 
-    def start(self, peer: int, ask: Ask, blocks: np.ndarray, num_layers: int, now_ns: int, *, ready: bool) -> Ticket:
-        """Asks `peer`. ready: all blocks (int32 [n]) are final; else `mark_ready` says when."""
+    def start(
+        self,
+        peer: int,
+        ask: Ask,
+        blocks: np.ndarray,
+        num_layers: int,
+        now_ns: int,
+        *,
+        ready: bool,
+        target_sizes: tuple[int, int] | None = None,
+    ) -> Ticket:
+        """Asks `peer`. ready: all blocks (int32 [n]) are final; else `mark_ready` says when.
+
+        target_sizes: of the peer's pool, where the Ask brings addresses: what is ready leaves at once.
+        """
         ticket = Ticket(ask.ticket, np.empty(0, dtype=np.int64))
         posted = np.zeros(num_layers, dtype=np.int64)
         deadline_ns, retry_ns = now_ns + self._timeouts.patience_ns, now_ns + self._timeouts.retry_ns
@@ -81,6 +94,10 @@ class Sending:
         self._pool.retain(out.blocks, out.holder)
         self.tickets[ask.ticket] = out
         self._send(peer, ask)
+        if target_sizes is not None:
+            out.targets, out.target_sizes = unpack_times(ask.addrs), target_sizes
+            out.state, out.deadline_ns = SenderState.SENDING, now_ns + self._timeouts.deadline_ns
+            self._post(out, now_ns)
         return ticket
 
     def mark_ready(self, ticket_id: tuple[int, int], num_blocks: int, layer: int, ready_ns: int) -> None:
@@ -129,6 +146,8 @@ class Sending:
                 if out.state is SenderState.ASKED:
                     self._send(out.peer, out.ask)
                 elif out.state is SenderState.SENT:
+                    if out.ask.addrs:
+                        self._send(out.peer, out.ask)
                     self._send(out.peer, Done(out.ask.ticket, out.private))
 
     def event(self, out: Outgoing, event: SenderEvent, now_ns: int, reason: str = "") -> None:
@@ -138,6 +157,10 @@ class Sending:
             self._perform(out, action, now_ns, reason)
         if out.state is SenderState.SENDING or out.state is SenderState.DRAINING:
             self._check_drained(out, now_ns)
+
+    def is_writing_to(self, peer: int, addrs: np.ndarray) -> bool:
+        """Whether any of the peer's addresses is the target of a ticket that has not ended."""
+        return any(out.peer == peer and np.isin(addrs, out.targets).any() for out in self.tickets.values())
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """Whoever was asked by these tickets is gone."""

@@ -52,10 +52,12 @@ class Timeouts:
 class TransferOptions:
     """What the receiver does with the blocks.
 
-    insert: it indexes the whole ones.  medium: where it allocates.  best_effort: it declines instead of waiting for
-    room.  pinned: they stay held under the ticket until somebody frees them.
+    on_demand: it allocates when asked; without, only addresses that were reserved before are written.  insert: it
+    indexes the whole ones.  medium: where it allocates.  best_effort: it declines instead of waiting for room.
+    pinned: they stay held under the ticket until somebody frees them.
     """
 
+    on_demand: bool = True
     insert: bool = False
     medium: Medium = Medium.HBM
     best_effort: bool = False

@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 
+from memserve.kvcache.address import Medium, incarnation_of
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
@@ -15,9 +16,21 @@ from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
 from memserve.kvcache.receiving import Incoming, Receiving
+from memserve.kvcache.reservations import Reservations
 from memserve.kvcache.sending import Outgoing, Sending
 from memserve.kvcache.ticket import Arrival, Ticket, Timeouts, TransferCounts, TransferOptions
-from memserve.messages import Ask, Geometry, PoolMessage, pack_tokens
+from memserve.messages import (
+    Ask,
+    Geometry,
+    PoolMessage,
+    Refuse,
+    Release,
+    Released,
+    Reserve,
+    Reserved,
+    pack_times,
+    pack_tokens,
+)
 from memserve.transfer.transport import Transport
 
 _FROM_SENDER = ("Ask", "Done", "AbortAck")
@@ -48,7 +61,8 @@ class Transfers:
         self._pool, self._book, self._transport = pool, book, transport
         self._outbox: list[tuple[int, PoolMessage]] = []
         self._sending = Sending(pool, transport, granularity, timeouts, self._send)
-        self._receiving = Receiving(pool, book, geometry, timeouts, headroom_blocks, self._send)
+        self._reservations = Reservations(pool, book, timeouts, self._send)
+        self._receiving = Receiving(pool, book, geometry, timeouts, headroom_blocks, self._reservations, self._send)
         self._num_tickets = 0
         self._gone: set[int] = set()
 
@@ -63,8 +77,8 @@ class Transfers:
 
     @property
     def num_open(self) -> int:
-        """Tickets of either side that still hold blocks or wait for an outcome."""
-        return len(self._sending.tickets) + len(self._receiving.tickets)
+        """Tickets of either side that still hold blocks or wait for an outcome, and answers to reservations."""
+        return len(self._sending.tickets) + len(self._receiving.tickets) + self._reservations.num_open
 
     @property
     def open_asks(self) -> list[Ask]:
@@ -88,26 +102,57 @@ class Transfers:
         now_ns: int,
         *,
         ready: bool = True,
+        addrs: np.ndarray | None = None,
     ) -> Ticket:
         """Asks `peer` for room for the KV of `tokens` (int32 [n]) in `blocks` (int32, all that hold it, in order).
 
-        ready: the blocks are final; else `mark_ready` says when. Raises ValueError for a transfer to itself and for a
-        number of blocks that does not fit the tokens.
+        ready: the blocks are final; else `mark_ready` says when.  addrs: where they go, int64 [n] reserved before: no
+        grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
+        tokens, StaleAddress for addresses that are not reserved.
         """
         needed = self._pool.blocks_for(len(tokens))
         if peer == self.incarnation:
             raise ValueError(f"transfer to instance {peer}: expected another instance")
         if not needed or len(blocks) != needed:
             raise ValueError(f"{len(blocks)} blocks for {len(tokens)} tokens: expected {needed}, at least 1")
-        self._num_tickets += 1
+        if not options.on_demand and addrs is None:
+            raise ValueError("dst_addrs=None: expected addresses, or flags.on_demand")
+        if addrs is not None and len(addrs) != needed:
+            raise ValueError(f"{len(addrs)} dst_addrs for {needed} blocks: expected one each")
+        sizes = None if addrs is None else self._reservations.sizes_of(peer, addrs)
         ask = Ask(
-            (self.incarnation, self._num_tickets), pack_tokens(tokens), needed, int(options.medium), options.insert,
-            options.best_effort, options.pinned, private, self.geometry,
+            self._new_ticket(), pack_tokens(tokens), needed, int(options.medium), options.insert,
+            options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
-        ticket = self._sending.start(peer, ask, blocks, self.geometry.num_layers, now_ns, ready=ready)
+        layers = self.geometry.num_layers
+        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_sizes=sizes)
         if peer in self._gone:
             self._sending.peer_gone(peer, now_ns)
         return ticket
+
+    def knows(self, instance: int) -> bool:
+        """Whether the transport connects this pool with an instance that is not known to be gone."""
+        return self._transport.knows(instance) and instance not in self._gone
+
+    def reserve(self, peer: int, num_blocks: int, medium: Medium, holder: Holder, now_ns: int) -> Ticket:
+        """Asks `peer` for blocks in its pool, to be written later. The ticket's addrs say where, once it is DONE."""
+        ticket = self._reservations.reserve(peer, self._new_ticket(), num_blocks, medium, holder, now_ns)
+        if peer in self._gone:
+            self._reservations.peer_gone(peer)
+        return ticket
+
+    def free_reserved(self, addrs: np.ndarray, holder: Holder, now_ns: int) -> None:
+        """Gives up addresses of another instance. Raises StaleAddress for any that `holder` has not reserved, and
+        ValueError while a transfer writes there.
+        """
+        peer = int(incarnation_of(addrs[:1])[0])
+        if self._sending.is_writing_to(peer, addrs):
+            raise ValueError(f"addresses on instance {peer}: a transfer that has not ended writes there")
+        self._reservations.free(addrs, holder, now_ns)
+
+    def _new_ticket(self) -> tuple[int, int]:
+        self._num_tickets += 1
+        return self.incarnation, self._num_tickets
 
     def mark_ready(self, ticket: Ticket, num_blocks: int, layer: int, ready_ns: int) -> None:
         """The ticket's first `num_blocks` blocks are final in `layer` since ready_ns."""
@@ -140,7 +185,11 @@ class Transfers:
         """Takes one message of another pool, `sender` its incarnation. What a dead one said last comes too late."""
         if sender in self._gone:
             return
-        if type(message).__name__ in _FROM_SENDER or message.ticket[0] != self.incarnation:
+        if isinstance(message, Reserve | Reserved | Release | Released) or (
+            isinstance(message, Refuse) and self._reservations.is_mine(message)
+        ):
+            self._reservations.receive(sender, message, now_ns)
+        elif type(message).__name__ in _FROM_SENDER or message.ticket[0] != self.incarnation:
             self._receiving.receive(message, now_ns)
         else:
             self._sending.receive(sender, message, now_ns)
@@ -151,7 +200,8 @@ class Transfers:
             self._sending.arrived(arrived, now_ns)
         self._sending.let_time_pass(now_ns)
         self._receiving.let_time_pass(now_ns)
-        return self._sending.drain_ended()
+        self._reservations.let_time_pass(now_ns)
+        return self._sending.drain_ended() + self._reservations.drain_ended()
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """There is proof that an instance's process is gone: it neither writes nor answers any more."""
@@ -159,6 +209,7 @@ class Transfers:
         self._sending.peer_gone(incarnation, now_ns)
         for incoming in [i for i in self._receiving.tickets.values() if i.ask.ticket[0] == incarnation]:
             self._receiving.event(incoming, ReceiverEvent.PEER_GONE, now_ns)
+        self._reservations.peer_gone(incarnation)
 
     def drain_arrivals(self) -> list[Arrival]:
         """What has arrived since the last call; each is held until `settle`."""
@@ -171,7 +222,8 @@ class Transfers:
 
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
-        times = [self._sending.next_time_ns(o) for o in self._sending.tickets.values()]
+        times = [self._reservations.next_time_ns()]
+        times += [self._sending.next_time_ns(o) for o in self._sending.tickets.values()]
         times += [self._receiving.next_time_ns(i) for i in self._receiving.tickets.values()]
         return min((t for t in times if t is not None), default=None)
 

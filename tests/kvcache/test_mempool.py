@@ -171,11 +171,6 @@ def test_both_layouts_give_the_same_view_with_their_own_regions():
     assert make_pool(layout=AggregatedLayout()).arena.tensor[5].is_contiguous()
 
 
-def test_a_geometry_with_a_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="block_size=0"):
-        CacheGeometry(1, 0, 1, 1, torch.float32)
-
-
 def filled(num_blocks=4, num_dram_blocks=4):
     """A pool whose HBM is full of one cached prompt; its blocks say which they are."""
     pool = MemPool(GEOMETRY, DiscreteLayout(), num_blocks, RadixIndex, num_dram_blocks=num_dram_blocks)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from memserve.kvcache import CacheGeometry, DiscreteLayout, MemPool, NotHeld, RadixIndex, StaleAddress
+from memserve.kvcache import (
+    CacheGeometry,
+    DiscreteLayout,
+    Medium,
+    MemPool,
+    NotHeld,
+    Placement,
+    RadixIndex,
+    StaleAddress,
+    address,
+)
 from memserve.kvcache.granularity import ByRequest
 from memserve.kvcache.ticket import TicketState, Timeouts, TransferOptions
 from memserve.transfer import InProcess, LinkModel
@@ -16,21 +26,31 @@ A = ("request", "a", 0)
 @pytest.fixture
 def pools():
     transport = InProcess(LinkModel(latency_s=1e-6, gb_per_s=1.0))
-    made = [MemPool(SHAPE, DiscreteLayout(), 8, RadixIndex, incarnation=i) for i in (1, 2)]
+    made = [MemPool(SHAPE, DiscreteLayout(), 8, RadixIndex, num_dram_blocks=4, incarnation=i) for i in (1, 2)]
     for pool in made:
         pool.connect(transport, ByRequest(DiscreteLayout(), SHAPE), Timeouts(10**9, 10**9, 10**8))
         pool.kv.copy_(torch.randn(pool.kv.shape))
     return made
 
 
-def play(pools, until_ns=10**6):
-    """Delivers what the pools say until then; the tickets that ended."""
-    by_number, ended = {pool.incarnation: pool for pool in pools}, []
-    for now_ns in range(0, until_ns, 1000):
+def play(pools, until_ns=10**6, step_ns=1000, fault=("", ""), lose=lambda message: False):
+    """Delivers what is said for until_ns more; the tickets that ended. fault: what befalls the first of a kind."""
+    start_ns = pools[0]._now_ns
+    by_number, ended, late = {pool.incarnation: pool for pool in pools}, [], []
+    kind, how = fault
+    for now_ns in range(start_ns, start_ns + until_ns, step_ns):
+        for due_ns, sender, peer, message in [entry for entry in late if entry[0] <= now_ns]:
+            by_number[peer].transfers.receive(sender, message, due_ns)
+        late = [entry for entry in late if entry[0] > now_ns]
         for pool in pools:
             ended += pool.poll(now_ns)
             for peer, message in pool.transfers.drain_outbox():
-                by_number[peer].transfers.receive(pool.incarnation, message, now_ns)
+                hit = type(message).__name__ == kind
+                kind = "" if hit else kind
+                if hit and how != "lost":
+                    late.append((now_ns + until_ns // 2, pool.incarnation, peer, message))
+                if not lose(message) and not (hit and how != "twice"):
+                    by_number[peer].transfers.receive(pool.incarnation, message, now_ns)
     return ended
 
 
@@ -81,3 +101,124 @@ def test_a_pool_that_is_connected_to_no_other_says_so():
     pool = MemPool(SHAPE, DiscreteLayout(), 2, RadixIndex)
     with pytest.raises(ValueError, match="connected to no other"):
         pool.transfer(2, pool.alloc_mem(1, holder=A))
+
+
+def reserved(pools, num_blocks, medium=Medium.HBM, holder=A):
+    here, _ = pools
+    ticket = here.alloc_mem(num_blocks, medium, instance=2, holder=holder)
+    assert play(pools) == [ticket]
+    return ticket
+
+
+@pytest.mark.parametrize("medium", list(Medium))
+def test_blocks_allocated_on_another_instance_are_written_without_asking_again(pools, medium):
+    here, there = pools
+    ticket = reserved(pools, 3, medium)
+    assert ticket.state is TicketState.DONE and len(ticket.addrs) == 3
+    assert (address.incarnation_of(ticket.addrs) == 2).all() and (address.medium_of(ticket.addrs) == medium).all()
+    addrs = here.alloc_mem(3, holder=A)
+    sent = here.transfer_with_insert(2, list(range(12)), addrs, ticket.addrs, flags=TransferOptions(on_demand=False))
+    assert here.transfers.counts.calls > 0, "it waits for nobody"
+    assert play(pools) == [sent] and sent.state is TicketState.DONE
+    there.transfers.settle(there.transfers.drain_arrivals()[0])
+    assert there.match(list(range(12))).addrs.tolist() == ticket.addrs.tolist() == sent.addrs.tolist()
+    kv = there.kv if medium is Medium.HBM else there.dram.kv
+    numbers = address.block_of(ticket.addrs).tolist()
+    assert torch.equal(kv[:, :, numbers], here.kv[:, :, here.resolve(addrs)])
+    assert there.explain(int(ticket.addrs[0])).holders == (("index",), ("remote", 1, 1))
+    here.free_mem(ticket.addrs, holder=A)
+    play(pools)
+    assert there.explain(int(ticket.addrs[0])).holders == (("index",),)
+    assert here.transfers.num_open == there.transfers.num_open == 0
+
+
+def test_addresses_elsewhere_are_given_up_in_parts_and_used_no_more(pools):
+    here, there = pools
+    addrs = reserved(pools, 4).addrs
+    here.free_mem(addrs[1:3], holder=A)
+    play(pools)
+    assert there.stats().num_free == 6
+    mine = here.alloc_mem(2, holder=A)
+    with pytest.raises(StaleAddress, match="addresses on instance 2"):
+        here.transfer(2, mine, addrs[:2])
+    with pytest.raises(StaleAddress, match="reserved by"):
+        here.free_mem(addrs[1:2], holder=A)
+    with pytest.raises(StaleAddress, match="reserved by"):
+        here.free_mem(addrs[:1], holder=("request", "b", 0))
+    ticket = here.transfer(2, mine, addrs[[0, 3]])
+    with pytest.raises(ValueError, match="a transfer that has not ended writes there"):
+        here.free_mem(addrs[:1], holder=A)
+    play(pools)
+    assert ticket.state is TicketState.DONE
+    here.free_mem(addrs[[0, 3]], holder=A)
+    there.transfers.settle(there.transfers.drain_arrivals()[0])
+    play(pools)
+    assert there.stats().num_free == 8
+    there.check(), here.check()
+
+
+def test_what_another_instance_cannot_allocate_fails_by_name(pools):
+    ticket = reserved(pools, 9)
+    assert ticket.state is TicketState.FAILED and ticket.refused
+    assert "9 blocks in HBM asked for by ('remote', 1, 1)" in ticket.reason
+    assert pools[1].stats().num_free == 8 and pools[0].transfers.num_open == 0
+
+
+@pytest.mark.parametrize("kind", ["Reserve", "Reserved", "Release", "Released"])
+@pytest.mark.parametrize("fault", ["lost", "twice", "late"])
+def test_reservations_survive_messages_that_are_lost_repeated_or_late(pools, kind, fault):
+    here, there = pools
+    ticket = here.alloc_mem(3, instance=2, holder=A)
+    ended = play(pools, fault=(kind, fault), until_ns=10**9, step_ns=10**7)
+    assert ended == [ticket] and ticket.state is TicketState.DONE and there.stats().num_free == 5
+    here.free_mem(ticket.addrs, holder=A)
+    play(pools, fault=(kind, fault), until_ns=10**9, step_ns=10**7)
+    assert there.stats().num_free == 8
+    assert here.transfers.num_open == there.transfers.num_open == 0
+
+
+def test_a_reservation_nobody_answers_fails_and_what_was_granted_meanwhile_comes_back(pools):
+    here, there = pools
+    ticket = here.alloc_mem(3, instance=2, holder=A)
+    play(pools, lose=lambda message: type(message).__name__ == "Reserved", until_ns=2 * 10**9, step_ns=10**7)
+    assert ticket.state is TicketState.FAILED and "deadline" in ticket.reason
+    assert there.stats().num_free == 8 and here.transfers.num_open == 0
+
+
+@pytest.mark.parametrize("dead", [1, 2])
+def test_a_reservation_ends_with_either_of_its_instances(pools, dead):
+    here, there = pools
+    addrs = reserved(pools, 3).addrs
+    survivor, mine = there if dead == 1 else here, here.alloc_mem(3, holder=A)
+    survivor.transfers.peer_gone(dead, 0)
+    if survivor is there:
+        assert there.stats().num_free == 8
+    else:
+        for call in (lambda: here.transfer(2, mine, addrs), lambda: here.alloc_mem(1, instance=2, holder=A)):
+            with pytest.raises(ValueError, match="instance=2: expected one that is connected"):
+                call()
+        with pytest.raises(StaleAddress):
+            here.free_mem(addrs, holder=A)
+    survivor.check()
+
+
+def test_bad_words_about_other_instances_are_refused_by_name(pools):
+    here, _ = pools
+    mine = here.alloc_mem(2, holder=A)
+    for call in (
+        lambda: here.transfer(7, mine),
+        lambda: here.transfer_with_insert(7, list(range(8)), mine),
+        lambda: here.alloc_mem(1, instance=7, holder=A),
+    ):
+        with pytest.raises(ValueError, match="instance=7: expected one that is connected to this pool, 1"):
+            call()
+    with pytest.raises(ValueError, match=r"medium=mixed on instance 2"):
+        here.alloc_mem(1, Placement.MIXED, instance=2, holder=A)
+    with pytest.raises(ValueError, match=r"dst_addrs=None: expected addresses, or flags.on_demand"):
+        here.transfer(2, mine, flags=TransferOptions(on_demand=False))
+    with pytest.raises(ValueError, match="1 dst_addrs for 2 blocks"):
+        here.transfer(2, mine, reserved(pools, 1).addrs)
+    with pytest.raises(StaleAddress):
+        here.transfer(2, mine, mine)
+    assert here.alloc_mem(1, instance=1, holder=A).dtype == np.int64, "here is an instance too"
+    here.check()

@@ -10,8 +10,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.arena import Arena
 from memserve.kvcache.granularity import ByLayer, ByRequest, ByRequestAgg, Packed
 from memserve.kvcache.ticket import Timeouts
-from memserve.kvcache.transfers import Transfers
-from memserve.messages import Geometry
+from memserve.kvcache.transfers import Transfers, wire_geometry
 from memserve.transfer import LinkModel, StallingTransport
 
 B = 4
@@ -35,7 +34,7 @@ class Pool:
         for arena in self.arenas:
             arena.tensor.fill_(-incarnation)
         self.book = AddressBook(self.blocks.allocator, incarnation)
-        wire = Geometry(shape.num_layers, shape.block_size, shape.num_kv_heads, shape.head_dim, "float32", layout)
+        wire = wire_geometry(shape, plan)
         transport.attach(incarnation, [arena.tensor for arena in self.arenas])
         self.transfers = Transfers(
             self.blocks, self.book, wire, transport, GRANULARITIES[granularity](plan, shape), timeouts, headroom_blocks

@@ -1,0 +1,34 @@
+"""What comes in at MemPool's edge, checked: token ids, counts, names of holders. Raises ValueError naming the value."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from memserve.kvcache.allocator import INDEX, Holder
+
+Tokens = np.ndarray | Sequence[int]
+_PLAIN = frozenset((str, int))
+
+
+def count_of(value: int, name: str = "num_blocks") -> int:
+    """An integer >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
+    return int(value)
+
+
+def named(holder: Holder) -> Holder:
+    """Callers hold under names of their own: tuples of strings and integers, and not the index's."""
+    if not isinstance(holder, tuple) or not _PLAIN.issuperset(map(type, holder)) or holder == INDEX:
+        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers other than {INDEX}")
+    return holder
+
+
+def as_tokens(tokens: Tokens) -> np.ndarray:
+    """C-contiguous int32 [n] from an array or a list of token ids. Raises ValueError for anything else."""
+    array = np.asarray(tokens)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"tokens of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+        raise ValueError(f"token ids from {array.min()} to {array.max()}: expected int32 >= 0")
+    return np.ascontiguousarray(array, dtype=np.int32)
