@@ -69,25 +69,26 @@ class Followers:
     def __init__(self, shard: Shard, device: torch.device) -> None:
         assert shard.rank == LEADER, f"rank {shard.rank} follows"
         self._shard, self._device = shard, device
-        self._in_step = True
+        self._lost = ""  # why they can be told nothing more
 
     @contextmanager
     def told(self, message: WorkerMessage) -> Iterator[None]:
         """While the leader does its own part of `message`. If that fails half-way the group is of no use any more.
 
-        Raises GroupBroken if that has happened before, or if a follower has gone.
+        Raises GroupBroken if that has happened before, if they were stopped, or if one has gone.
         """
-        if not self._in_step:
-            raise GroupBroken("the leader left a batch half-way: its followers still wait in the middle of it")
-        self._in_step = False
+        if self._lost:
+            raise GroupBroken(self._lost)
+        self._lost = f"the leader left {type(message).__name__} half-way: its followers wait in the middle of it"
         _tell(self._shard, self._device, message)
         yield
-        self._in_step = True
+        self._lost = ""
 
     def stop(self) -> None:
         """Lets `follow` return on every follower. Raises GroupBroken as `told` does."""
         with self.told(StopFollowing()):
-            self._in_step = False
+            pass
+        self._lost = "the followers were stopped"
 
 
 class ParallelRunner:

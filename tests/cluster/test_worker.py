@@ -49,7 +49,7 @@ def test_a_rank_that_is_left_alone_is_told_by_name(tmp_path, story, told) -> Non
     assert {e.returncode for e in ended} == {0}, "\n".join(e.output for e in ended)
     assert [rank for rank, e in enumerate(ended) if "GroupBroken" in e.output] == told
     if story == "fail_half_way":
-        assert "left a batch half-way" in ended[0].output
+        assert "left Compute half-way" in ended[0].output
 
 
 def request_of(num_tokens: int, num_computed: int) -> Request:
@@ -92,5 +92,14 @@ def test_a_batch_that_is_left_half_way_is_the_last() -> None:
     layers = leader.forward_by_layer(ScheduledBatch([request_of(3, 0)], [3]))
     next(layers)
     layers.close()
-    with pytest.raises(GroupBroken, match="left a batch half-way"):
+    with pytest.raises(GroupBroken, match="left Compute half-way"):
+        leader.forward(ScheduledBatch([request_of(3, 0)], [3]))
+
+
+def test_followers_that_were_stopped_are_told_nothing_more() -> None:
+    model = model_of("qwen", None)
+    followers = Followers(WHOLE, model.device)
+    leader = ParallelRunner(engine_for(model, "chunks").runner, followers)
+    followers.stop()
+    with pytest.raises(GroupBroken, match="were stopped"):
         leader.forward(ScheduledBatch([request_of(3, 0)], [3]))
