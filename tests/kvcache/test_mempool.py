@@ -1,3 +1,5 @@
+"""MemPool: Table 1 in one medium, bad input, and what it says of itself; DRAM is in test_mempool_tiers.py."""
+
 import functools
 
 import numpy as np
@@ -17,7 +19,6 @@ from memserve.kvcache import (
     address,
 )
 from memserve.kvcache.address import Medium
-from memserve.kvcache.mempool import Placement
 
 A, B = ("request", "a", 0), ("request", "b", 0)
 GEOMETRY = CacheGeometry(num_layers=2, block_size=4, num_kv_heads=1, head_dim=2, dtype=torch.float32)
@@ -47,18 +48,13 @@ def test_the_largest_fields_do_not_run_into_each_other():
     assert address.generation_of(addrs)[0] == address.GENERATION_MASK and address.medium_of(addrs)[0] == 0
 
 
-def test_a_freed_address_is_stale_in_every_call():
+def test_a_stale_address_is_told_in_its_parts():
+    """That every call refuses it is in test_stale_addresses.py."""
     pool = make_pool()
     addrs = pool.alloc_mem(1, holder=A)
     pool.free_mem(addrs, holder=A)
-    for use in (
-        lambda: pool.free_mem(addrs, holder=A),
-        lambda: pool.retain(addrs, holder=B),
-        lambda: pool.insert(np.arange(4, dtype=np.int32), addrs, holder=A),
-    ):
-        with pytest.raises(StaleAddress, match="instance 3, medium 0, block 0, generation 0"):
-            use()
-    pool.check()
+    with pytest.raises(StaleAddress, match="instance 3, medium 0, block 0, generation 0"):
+        pool.free_mem(addrs, holder=A)
 
 
 def test_another_instances_address_is_refused():
@@ -171,84 +167,6 @@ def test_both_layouts_give_the_same_view_with_their_own_regions():
     assert make_pool(layout=AggregatedLayout()).arena.tensor[5].is_contiguous()
 
 
-def filled(num_blocks=4, num_dram_blocks=4):
-    """A pool whose HBM is full of one cached prompt; its blocks say which they are."""
-    pool = MemPool(GEOMETRY, DiscreteLayout(), num_blocks, RadixIndex, num_dram_blocks=num_dram_blocks)
-    tokens = np.arange(4 * num_blocks, dtype=np.int32)
-    addrs = pool.alloc_mem(num_blocks, holder=A)
-    for i in range(num_blocks):
-        pool.kv[:, :, i] = i + 1
-    pool.insert(tokens, addrs, holder=A)
-    pool.blocks.release_all(A)
-    return pool, tokens, addrs
-
-
-def contents(pool, addrs):
-    """The first element of each block, wherever it lies."""
-    arenas = {Medium.HBM: pool.arena, Medium.DRAM: pool.dram}
-    blocks, media = address.block_of(addrs), address.medium_of(addrs)
-    return [
-        int(arenas[Medium(m)].kv[0, 0, b].flatten()[0]) for b, m in zip(blocks.tolist(), media.tolist(), strict=True)
-    ]
-
-
-def test_swap_out_moves_the_coldest_and_the_index_follows():
-    pool, tokens, addrs = filled()
-    moved = pool.swap_out(2).addrs
-    assert contents(pool, moved) == [4, 3] and (address.medium_of(moved) == Medium.DRAM).all()
-    found = pool.match(tokens)
-    assert found.num_tokens == 16 and contents(pool, found.addrs) == [1, 2, 3, 4]
-    assert address.medium_of(found.addrs).tolist() == [0, 0, 1, 1]
-    with pytest.raises(StaleAddress):
-        pool.retain(addrs[2:], holder=B)
-    assert pool.stats().num_free == 2 and pool.stats().num_swapped_out == 2
-    pool.check()
-
-
-def test_swap_in_brings_back_what_its_holder_holds():
-    pool, tokens, _ = filled()
-    pool.swap_out(3)
-    found = pool.match(tokens).addrs
-    with pytest.raises(NotHeld):
-        pool.swap_in(found, holder=A)
-    pool.retain(found, holder=A)
-    here = pool.swap_in(found, holder=A).addrs
-    assert (address.medium_of(here) == Medium.HBM).all() and contents(pool, here) == [1, 2, 3, 4]
-    assert pool.match(tokens).addrs.tolist() == here.tolist() and pool.stats().num_free_dram == 4
-    pool.check()
-
-
-def test_alloc_moves_cached_blocks_down_before_it_evicts_any():
-    pool, tokens, _ = filled(num_dram_blocks=3)
-    pool.alloc_mem(3, holder=B)
-    assert pool.match(tokens).num_tokens == 16 and pool.stats().num_evicted == 0
-    pool.alloc_mem(1, holder=B)
-    assert pool.match(tokens).num_tokens == 12 and pool.stats().num_evicted == 1
-    with pytest.raises(OutOfBlocks, match="1 blocks in HBM asked for"):
-        pool.alloc_mem(1, holder=B)
-    pool.check()
-
-
-def test_a_block_in_use_never_moves():
-    pool, tokens, addrs = filled()
-    pool.retain(addrs[:3], holder=B)
-    assert len(pool.swap_out(4).addrs) == 1
-    assert pool.match(tokens).addrs[:3].tolist() == addrs[:3].tolist()
-    pool.check()
-
-
-def test_dram_can_be_allocated_by_name_and_has_its_own_end():
-    pool, _, _ = filled(num_dram_blocks=2)
-    addrs = pool.alloc_mem(2, Medium.DRAM, holder=B)
-    assert (address.medium_of(addrs) == Medium.DRAM).all()
-    with pytest.raises(OutOfBlocks, match="in DRAM"):
-        pool.alloc_mem(1, Medium.DRAM, holder=B)
-    pool.free_mem(addrs, holder=B)
-    with pytest.raises(ValueError, match="7"):
-        pool.alloc_mem(1, 7, holder=B)
-    assert make_pool().swap_out(3).addrs.tolist() == []
-
-
 def double_insert(pool, addrs):
     pool.insert([1, 2, 3, 4], addrs[:1], holder=A)
     pool.insert([5, 6, 7, 8], addrs[:1], holder=A)
@@ -279,28 +197,6 @@ def test_misuse_raises_and_leaves_the_books_in_order(misuse):
     assert pool.stats().num_free == 6
 
 
-def test_mixed_takes_hbm_first_then_dram_and_all_or_nothing():
-    pool = MemPool(GEOMETRY, DiscreteLayout(), 3, RadixIndex, num_dram_blocks=2)
-    pool.alloc_mem(1, holder=A)
-    addrs = pool.alloc_mem(3, Placement.MIXED, holder=B)
-    assert address.medium_of(addrs).tolist() == [Medium.HBM, Medium.HBM, Medium.DRAM]
-    with pytest.raises(OutOfBlocks):
-        pool.alloc_mem(2, Placement.MIXED, holder=B)
-    assert pool.stats().num_free_dram == 1 and len(pool.blocks.allocator.held_by(B)) == 3
-    pool.free_mem(addrs, holder=B)
-    assert pool.alloc_mem(4, "mixed", holder=B).shape == (4,)
-    pool.check()
-
-
-def test_mixed_evicts_only_when_both_media_are_full():
-    pool, tokens, _ = filled(num_blocks=4, num_dram_blocks=2)
-    pool.alloc_mem(2, Placement.MIXED, holder=B)
-    assert pool.match(tokens).num_tokens == 16
-    pool.alloc_mem(1, Placement.MIXED, holder=B)
-    assert pool.match(tokens).num_tokens == 12
-    pool.check()
-
-
 def test_explain_says_who_holds_a_block_and_what_it_caches():
     pool = make_pool()
     addrs = pool.alloc_mem(3, holder=A)
@@ -317,17 +213,3 @@ def test_explain_says_who_holds_a_block_and_what_it_caches():
     assert pool.explain(pool.addresses(np.array([5]))[0]).state == "free"
     assert pool.explain(make_pool(incarnation=4).alloc_mem(1, holder=A)[0]).state == "not of this pool"
     pool.check()
-
-
-def test_a_stale_address_cannot_be_swapped_in():
-    pool, _, _ = filled()
-    addrs = pool.swap_out(2).addrs
-    pool.blocks.clear()
-    with pytest.raises(StaleAddress):
-        pool.swap_in(addrs, holder=A)
-    pool.check()
-
-
-def test_a_pool_says_what_fits():
-    assert make_pool().describe() == "8 blocks of 4 tokens = 32 tokens, 0.00 GiB in HBM; 0 in DRAM"
-    assert filled()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 0.00 GiB in DRAM")
