@@ -57,3 +57,45 @@ def test_splitting_a_node_keeps_its_place_and_its_depth():
     [tail] = head.children.values()
     assert (head.num_tokens_before, tail.num_tokens_before, head.born, tail.born) == (0, 2, 1, 1)
     assert tail.last_used == 1 and head.last_used == 2
+
+
+NUM_HBM, NUM_BLOCKS = 10, 20
+
+
+def split_by_a_match(index, first_block):
+    """Three prompts, [block number, ...] of each from first_block on; the first is split after two of its blocks."""
+    long, other, rare = tokens(1, 2, 3, 4), tokens(8, 9), tokens(7)
+    for prompt in (long, other, rare):
+        blocks = np.arange(len(prompt), dtype=np.int32) + first_block + index.num_blocks
+        index.insert(prompt, blocks)
+    for prompt in (long, long, other, other, other, rare, long[:2], long[:2]):
+        index.match(prompt)
+
+
+@pytest.mark.parametrize("first_block", [0, NUM_HBM], ids=["HBM", "DRAM"])
+def test_lfu_counts_the_uses_of_head_and_tail_apart_from_their_split_on(first_block):
+    index = RadixIndex(1, np.ones(NUM_BLOCKS, dtype=np.int32), LFU(), NUM_HBM)
+    split_by_a_match(index, first_block)
+    head, other, rare = index._tree.root.children.values()
+    [tail] = head.children.values()
+    assert [node.num_uses for node in (head, tail, other, rare)] == [5, 3, 4, 2]
+    order = [6, 3, 2, 5, 4, 1, 0]  # the tail goes before what was used more often, the head after it
+    assert [int(index.evict(1)[0]) - first_block for _ in order] == order
+
+
+def test_lfu_moves_to_dram_in_the_order_in_which_it_evicts_after_a_split_too():
+    index = RadixIndex(1, np.ones(NUM_BLOCKS, dtype=np.int32), LFU(), NUM_HBM)
+    split_by_a_match(index, first_block=0)
+    for place, block in enumerate([6, 3, 2, 5, 4, 1, 0], NUM_HBM):
+        moved = index.coldest(1)
+        assert moved.tolist() == [block]
+        index.repoint(moved, np.array([place], dtype=np.int32))
+    assert len(index.coldest(1)) == 0
+
+
+def test_lfu_counts_an_insert_that_leaves_an_edge_as_a_use_of_its_head():
+    index = index_of(LFU(), tokens(1, 2, 3, 4), tokens(1, 2, 5))
+    [head] = index._tree.root.children.values()
+    assert head.num_uses == 2 and [node.num_uses for node in head.children.values()] == [1, 1]
+    index.match(tokens(1, 2, 3, 4))
+    assert index.evict(5).tolist() == [4, 3, 2, 1, 0]
