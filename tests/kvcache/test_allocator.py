@@ -1,7 +1,9 @@
+"""Allocator: who holds a block, and when it is free again."""
+
 import numpy as np
 import pytest
 
-from memserve.kvcache import INDEX, Allocator, NotHeld, OutOfBlocks
+from memserve.kvcache import INDEX, Allocator, Medium, NotHeld, OutOfBlocks
 
 A, B = ("request", "a", 0), ("request", "b", 0)
 
@@ -76,4 +78,37 @@ def test_what_only_the_index_holds_is_counted_through_every_change():
     allocator.release(blocks[1:2], INDEX)
     assert allocator.num_index_only == 0 and allocator.num_free == 2
     assert allocator.release_all(INDEX) == 2
+    allocator.check()
+
+
+@pytest.mark.parametrize("medium", list(Medium))
+def test_evicted_blocks_are_free_and_their_addresses_stale(medium):
+    allocator = Allocator(4, 4)
+    blocks = allocator.alloc(3, A, medium)
+    allocator.retain(blocks, INDEX)
+    allocator.release(blocks, A)
+    allocator.evicted(blocks[[2, 0]])
+    assert allocator.refcounts[blocks].tolist() == [0, 1, 0]
+    assert allocator.generations[blocks].tolist() == [1, 0, 1]
+    assert (allocator.num_free, allocator.num_free_dram) == ((3, 4) if medium is Medium.HBM else (4, 3))
+    assert (allocator.num_index_only, allocator.num_index_only_dram) == ((1, 0) if medium is Medium.HBM else (0, 1))
+    allocator.check()
+    assert sorted(allocator.alloc(3, B, medium).tolist()) == sorted({*blocks[[0, 2]].tolist(), int(blocks[0]) + 3})
+    allocator.evicted(blocks[:0])
+    allocator.check()
+
+
+@pytest.mark.parametrize("medium", list(Medium))
+@pytest.mark.parametrize("holders", [[A], [A, INDEX], []], ids=["a request", "a request and the index", "nobody"])
+def test_the_index_evicts_nothing_that_others_hold_or_nobody(medium, holders):
+    allocator = Allocator(4, 4)
+    blocks, other = allocator.alloc(2, INDEX, medium), allocator.alloc(1, A, medium)
+    for holder in holders[1:]:
+        allocator.retain(other, holder)
+    if not holders:
+        allocator.release(other, A)
+    before = allocator.refcounts.copy(), allocator.generations.copy()
+    with pytest.raises(AssertionError, match="the index evicts what others hold"):
+        allocator.evicted(np.concatenate([blocks, other]))
+    assert (allocator.refcounts == before[0]).all() and (allocator.generations == before[1]).all()
     allocator.check()
