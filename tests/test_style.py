@@ -72,6 +72,11 @@ def test_nothing_is_left_to_do_later() -> None:
     assert not [str(s.path) for s in sources() if later.search(s.text)]
 
 
+def test_no_check_is_silenced_without_a_reason_on_its_line() -> None:
+    silenced = re.compile(r"#\s*(type:\s*ignore|noqa)[^#\n]*$", re.MULTILINE)
+    assert not [str(s.path) for s in sources("memserve", "scripts", "tests") if silenced.search(s.text)]
+
+
 def test_nothing_is_keyed_by_pythons_hash() -> None:
     """`hash()` of a string differs from process to process."""
     calls = [
