@@ -97,20 +97,20 @@ class MiniEngine:
             request.block_table.append(self._free.pop(0))
 
 
-class _RecordingSampler(Sampler):
+class RecordingSampler(Sampler):
     """Keeps the logits that it samples from."""
 
     def __init__(self) -> None:
         self.logits: list[torch.Tensor] = []
 
     def sample(self, logits_RV, rows):
-        self.logits.append(logits_RV)
+        self.logits.append(logits_RV.clone())
         return super().sample(logits_RV, rows)
 
 
 def logits_of(model: Llama, tokens: Sequence[int], attention: str = "sdpa", chunk: int = 1) -> torch.Tensor:
     """[n, V]: logits after the last token of each of the prompt's n prefixes that are whole chunks."""
-    engine = MiniEngine(model, attention=attention, sampler=(sampler := _RecordingSampler()))
+    engine = MiniEngine(model, attention=attention, sampler=(sampler := RecordingSampler()))
     for end in range(chunk, len(tokens) + 1, chunk):
         engine.finish([engine.request(tokens[:end], max_tokens=1)])
     return torch.cat(sampler.logits)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from mini_engine import MiniEngine
+from small_models import SMALL, five_prompts
 
 from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
@@ -20,20 +20,7 @@ from memserve.model.safetensors_weights import SafetensorsWeights
 from memserve.model.sampler import Sampler
 
 NUM_OUTPUT = 6
-_QWEN = ModelConfig(
-    model_type="qwen3",
-    vocab_size=104,
-    hidden_size=48,
-    intermediate_size=72,
-    num_layers=3,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=16,
-    max_position=512,
-    qkv_bias=True,
-    qk_norm=True,
-    tie_embeddings=True,
-)
+_QWEN = replace(SMALL, vocab_size=104, num_heads=8, num_kv_heads=4, tie_embeddings=True)
 RANDOM = {
     "qwen": _QWEN,
     "biases": replace(_QWEN, model_type="llama", qk_norm=False, tie_embeddings=False, o_bias=True, mlp_bias=True),
@@ -82,29 +69,13 @@ def model_of(name: str, stories: Path | None, shard: Shard = WHOLE, dtype: torch
     return load_model(RANDOM[name], RandomWeights(RANDOM[name], seed=7), dtype, torch.device("cpu"), shard)
 
 
-def prompts_for(vocab_size: int) -> list[list[int]]:
-    rng = np.random.default_rng(5)
-    return [rng.integers(0, vocab_size, n).tolist() for n in (1, 33, 64, 7, 90)]
-
-
-class KeepingSampler(Sampler):
-    """Keeps the logits that it samples from."""
-
-    def __init__(self) -> None:
-        self.logits: list[torch.Tensor] = []
-
-    def sample(self, logits_RV, rows):
-        self.logits.append(logits_RV.clone())
-        return super().sample(logits_RV, rows)
-
-
 def engine_for(model: Llama, case: str, sampler: Sampler | None = None) -> MiniEngine:
     return MiniEngine(model, 4, "aggregated" if case == "chunks" else "discrete", scatter=True, sampler=sampler)
 
 
 def answers(engine: MiniEngine, case: str) -> list[list[int]]:
     """The tokens of one way to compute the prompts. All ranks of a group call this, or their leader for all."""
-    return _CASES[case](engine, prompts_for(engine.vocab_size))
+    return _CASES[case](engine, five_prompts(engine.vocab_size))
 
 
 def _chunks(engine: MiniEngine, prompts: Sequence[list[int]]) -> list[list[int]]:

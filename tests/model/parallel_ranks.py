@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_models import CASES, KeepingSampler, answers, engine_for, model_of
+from mini_engine import RecordingSampler
+from parallel_models import CASES, answers, engine_for, model_of
 from ranks import join
 
 from memserve.model.parallel import GroupShard
@@ -26,7 +27,7 @@ def main(rank: int, size: int, directory: Path, stories: Path | None) -> None:
 
 
 def result(model, case: str) -> dict:
-    sampler = KeepingSampler()
+    sampler = RecordingSampler()
     engine = engine_for(model, case, sampler)
     return {"tokens": answers(engine, case), "logits": sampler.logits, "kv": engine.kv.contiguous()}
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_models import CASES, RANDOM, WIDE, KeepingSampler, Part, answers, engine_for, model_of, prompts_for
+from mini_engine import RecordingSampler
+from parallel_models import CASES, RANDOM, WIDE, Part, answers, engine_for, model_of
 from ranks import TESTS, launch
 from safetensors.torch import save_file
+from small_models import five_prompts
 
 from memserve.model.llama import Llama, load_model
 from memserve.model.near_ties import find_divergence
@@ -53,7 +55,7 @@ def whole_runs():
 
     def of(name: str, case: str) -> dict:
         if (name, case) not in kept:
-            sampler = KeepingSampler()
+            sampler = RecordingSampler()
             engine = engine_for(model_of(name, STORIES), case, sampler)
             tokens = answers(engine, case)
             kept[name, case] = {"tokens": tokens, "logits": sampler.logits, "kv": engine.kv.contiguous()}
@@ -66,7 +68,7 @@ def whole_runs():
 def test_a_split_model_gives_the_tokens_of_the_whole_one(run, name, size, case) -> None:
     parts, whole = run(name, size, case)
     judge = model_of(name, STORIES, dtype=torch.float64)
-    prompts = prompts_for(judge.config.vocab_size)
+    prompts = five_prompts(judge.config.vocab_size)
     prompts = [prompts[4]] * 4 if case == "cached" else prompts
     for prompt, got, expected in zip(prompts, parts[0]["tokens"], whole["tokens"], strict=True):
         divergence = find_divergence(judge, prompt, got, expected)
