@@ -51,6 +51,46 @@ def copy_rows(
     as_bytes(target).view(-1, row_bytes)[rows] = picked.to(target.device)
 
 
+def gather_rows(memory: torch.Tensor, rows: np.ndarray, buffer: torch.Tensor, row_bytes: int) -> None:
+    """Copies rows (int64 [n]) of `memory` to `buffer`, uint8 [n * row_bytes], on any device; done when it returns."""
+    if memory.device.type == buffer.device.type == "cpu":
+        memory_N, buffer_N = as_bytes(memory).numpy(), buffer.numpy()
+        if row_bytes >= _WIDE_BYTES:
+            _copy_runs(memory_N, buffer_N, RowRuns.of(rows, np.arange(len(rows))), row_bytes)
+        else:
+            np.take(_as_rows(memory_N, row_bytes), rows, out=_as_rows(buffer_N, row_bytes), mode="clip")
+        return
+    buffer.view(-1, row_bytes).copy_(_picked(memory, rows, row_bytes))
+
+
+def scatter_rows(buffer: torch.Tensor, memory: torch.Tensor, rows: np.ndarray, row_bytes: int) -> None:
+    """Copies `buffer`, uint8 [n * row_bytes], to rows (int64 [n]) of `memory`, on any device; done when it returns."""
+    if memory.device.type == buffer.device.type == "cpu":
+        memory_N, buffer_N = as_bytes(memory).numpy(), buffer.numpy()
+        if row_bytes >= _WIDE_BYTES:
+            _copy_runs(buffer_N, memory_N, RowRuns.of(np.arange(len(rows)), rows), row_bytes)
+        else:
+            _as_rows(memory_N, row_bytes)[rows] = _as_rows(buffer_N, row_bytes)
+        return
+    rows_on_device = torch.from_numpy(rows).to(memory.device)
+    as_bytes(memory).view(-1, row_bytes)[rows_on_device] = buffer.to(memory.device).view(-1, row_bytes)
+    if memory.device.type == "cuda":
+        torch.cuda.current_stream(memory.device).synchronize()
+
+
+def are_neighbours(rows: np.ndarray) -> bool:
+    """Whether rows (int64 [n]) follow each other."""
+    return len(rows) == 1 or bool((np.diff(rows) == 1).all())
+
+
+def _picked(memory: torch.Tensor, rows: np.ndarray, row_bytes: int) -> torch.Tensor:
+    """Rows of a device's memory, [n, row_bytes]; a view where they are neighbours."""
+    memory_NR = as_bytes(memory).view(-1, row_bytes)
+    if len(rows) and are_neighbours(rows):
+        return memory_NR[int(rows[0]) : int(rows[0]) + len(rows)]
+    return memory_NR[torch.from_numpy(rows).to(memory.device)]
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor, uint8 [num_bytes]."""
     assert tensor.is_contiguous(), "rows are counted through contiguous memory"

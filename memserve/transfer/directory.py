@@ -6,6 +6,7 @@ Each publishes its endpoint once. Knows no move; how a memory is reached is the 
 import math
 
 import msgspec
+import numpy as np
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from memserve.transfer.transport import Move
@@ -57,18 +58,24 @@ class Directory:
         source, target = move.source[0], move.target[0]
         if source != own or target == own:
             raise ValueError(f"a move from endpoint {source} to {target}: expected one from {own} to another")
-        if len(move.source_rows) != len(move.target_rows):
-            raise ValueError(
-                f"{len(move.source_rows)} source and {len(move.target_rows)} target rows: expected as many"
-            )
+        _check_calls(move)
         for (number, memory), rows in ((move.source, move.source_rows), (move.target, move.target_rows)):
             memories = self.find(number).memories
             if not 0 <= memory < len(memories):
                 raise ValueError(f"memory {memory} of endpoint {number}: it has {len(memories)}")
-            num_bytes = memories[memory].num_bytes
-            limit = math.inf if num_bytes < 0 else num_bytes // move.row_bytes
-            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
-                raise ValueError(
-                    f"rows {rows.min()} to {rows.max()} of {move.row_bytes} bytes in memory {memory} of endpoint "
-                    f"{number}: it has {limit}"
-                )
+            _check_rows(rows, move.row_bytes, memories[memory].num_bytes, f"memory {memory} of endpoint {number}")
+
+
+def _check_rows(rows: np.ndarray, row_bytes: int, num_bytes: int, where: str) -> None:
+    limit = math.inf if num_bytes < 0 else num_bytes // row_bytes
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
+        raise ValueError(f"rows {rows.min()} to {rows.max()} of {row_bytes} bytes in {where}: it has {limit}")
+
+
+def _check_calls(move: Move) -> None:
+    """Every row is paired, and belongs to one call."""
+    num_rows, starts = len(move.source_rows), move.call_starts
+    if num_rows != len(move.target_rows):
+        raise ValueError(f"{num_rows} source and {len(move.target_rows)} target rows: expected as many")
+    if num_rows and not (len(starts) and starts[0] == 0 and (np.diff(starts, append=num_rows) > 0).all()):
+        raise ValueError(f"call_starts={starts.tolist()}: expected increasing rows, from 0 to below {num_rows}")

@@ -85,8 +85,9 @@ def test_every_granularity_copies_bitwise_between_memories_of_different_sizes(fr
 @pytest.mark.parametrize("row_bytes", [1, 7, 96, 768])
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_of_any_size_arrive_where_they_should(fresh, row_bytes, packed):
+    """Also those of calls whose rows are no neighbours."""
     rng, count = np.random.default_rng(row_bytes), 3 * 768 // row_bytes
-    starts = np.array([0]) if packed else np.array([0, count // 3, count // 2])  # calls of rows that are no neighbours
+    starts = np.array([0]) if packed else np.array([0, count // 3, count // 2 + 1])
     rows, target_rows = rng.permutation(count), rng.permutation(count)
     move = rows_move((0, 1), (1, 0), row_bytes, rows, target_rows, packed=packed, call_starts=starts)
     expected = copied(move, fresh.here.read(1), fresh.there.call("read", 0))
@@ -141,6 +142,12 @@ def test_times_are_of_the_machines_clock_and_in_order(fresh):
 def test_a_move_that_cannot_be_is_refused_by_name(fresh, source, target, rows, named):
     with pytest.raises(ValueError, match=named):
         fresh.here.post([rows_move(source, target, 64, *rows)])
+
+
+@pytest.mark.parametrize("starts", [[], [1], [0, 0], [0, 2]])
+def test_calls_that_do_not_cover_the_rows_are_refused_by_name(fresh, starts):
+    with pytest.raises(ValueError, match=r"call_starts=.*: expected increasing rows, from 0 to below 2"):
+        fresh.here.post([rows_move((0, 0), (1, 0), 64, [0, 1], [0, 1], call_starts=np.array(starts, np.int64))])
 
 
 def test_a_process_attaches_one_endpoint_under_a_number_of_its_own(fresh):

@@ -12,12 +12,16 @@ import torch
 from torch.distributed import TCPStore
 
 from memserve.clock import monotonic_ns
-from memserve.transfer import Arrived, Mapped, Move, Transport
+from memserve.transfer import Arrived, Gloo, Mapped, Move, Transport
 from memserve.transfer.shared_memory import SharedMemory
 
 LIMIT_S = 60  # of anything that is waited for
 
-MAKE: dict[str, Callable[[Any], Transport]] = {"mapped": Mapped}
+MAKE: dict[str, Callable[[Any], Transport]] = {
+    "mapped": Mapped,
+    "gloo": Gloo,
+    "gloo of 3 channels": lambda store: Gloo(store, channels=3),
+}
 
 
 def store_at(port: int) -> TCPStore:
