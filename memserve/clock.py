@@ -42,6 +42,10 @@ class Stopwatch:
     def resume(self) -> None:
         self._started_ns = monotonic_ns()
 
+    def elapsed_ns(self) -> int:
+        """Nanoseconds so far, pauses left out; while it runs."""
+        return self._elapsed_ns + monotonic_ns() - self._started_ns
+
     def stop_ns(self) -> int:
         """Nanoseconds measured since construction, pauses left out."""
         self.pause()

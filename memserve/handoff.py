@@ -17,7 +17,7 @@ import numpy as np
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.messages import Ask, PoolMessage, RequestStats, pack_tokens, unpack_tokens
-from memserve.request import FinishReason, Request, SamplingParams
+from memserve.request import FinishReason, Request, SamplingParams, ScheduledBatch
 from memserve.sched.modes import Mode
 
 NUM_REMEMBERED = 4096  # aborted attempts whose KV may still be on its way
@@ -86,12 +86,23 @@ class Handoffs:
         """Whether the decode instance has made room."""
         return self.transfers.is_granted(self._on_the_way[request.request_id].ticket)
 
+    def layer_written(self, batch: ScheduledBatch, layer: int, now_ns: int) -> None:
+        """A step is under way and has written this layer: it may leave while the next ones are computed."""
+        for request, num_new in zip(batch.requests, batch.num_new, strict=True):
+            if request.request_id in self._on_the_way and self.asks_at_admission:
+                num_blocks = self._num_final(request, request.num_computed + num_new)
+                self.transfers.mark_ready(self._on_the_way[request.request_id].ticket, num_blocks, layer, now_ns)
+
     def computed(self, request: Request, began_ns: int, ended_ns: int) -> None:
-        """A chunk was computed: its layers are ready one after the other, evenly over the step."""
+        """A chunk was computed. Layers that `layer_written` was not told of count as written evenly over the step."""
         if request.request_id in self._on_the_way and self.asks_at_admission:
-            whole = request.num_computed >= request.num_prompt
-            num_blocks = len(self._blocks(request)) if whole else request.num_computed // self._block_size
-            self._mark(request, num_blocks, began_ns, ended_ns)
+            self._mark(request, self._num_final(request, request.num_computed), began_ns, ended_ns)
+
+    def _num_final(self, request: Request, num_computed: int) -> int:
+        """The request's leading blocks that nothing more is written into before it is handed over."""
+        if num_computed >= request.num_prompt:
+            return len(self._blocks(request))
+        return num_computed // self._block_size
 
     def prefilled(self, request: Request, decode: int, stats: RequestStats, now_ns: int) -> None:
         """The prompt is computed and the first token there: what is not on its way yet is asked for now."""

@@ -5,6 +5,8 @@ block table says lies before it and written to every layer's keys and values of 
 hash of all KV *read through the block table*. A stale, lost, misplaced, early or foreign block changes the answer.
 """
 
+from collections.abc import Generator
+
 import numpy as np
 import torch
 
@@ -46,6 +48,12 @@ class HashRunner:
                     row[step] = self._next_token(request, start)
                     new = row[step : step + 1]
         return StepOutput(token_ids)
+
+    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
+        """The same as a generator that yields each layer's number, all after the last write."""
+        output = self.forward(batch)
+        yield from range(self._kv.shape[0])
+        return output
 
     def _write(self, request: Request, start: int, tokens: np.ndarray) -> None:
         """Chains `tokens` (int32 [n]) onto the KV before `start` and writes theirs."""

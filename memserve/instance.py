@@ -13,7 +13,7 @@ A driver owns time and moves messages; it calls, in this order and as often as i
 so that the same instance runs in virtual time, in a torchrun rank, and inside `LLM`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from typing import Protocol
 
 import numpy as np
@@ -41,9 +41,11 @@ _CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
 
 
 class Runner(Protocol):
-    """Computes batches. It neither moves a request's borders nor appends tokens: `LocalScheduler.commit` does."""
+    """Computes batches, and moves no request's borders. forward_by_layer: yields each layer that all KV is in."""
 
     def forward(self, batch: ScheduledBatch) -> StepOutput: ...
+
+    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]: ...
 
 
 class Instance:
@@ -149,6 +151,10 @@ class Instance:
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Computes the batch: writes its KV, samples its tokens."""
         return self._runner.forward(batch)
+
+    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
+        """The same; after each layer that it yields, `handoffs.layer_written` may let that layer's KV go."""
+        return self._runner.forward_by_layer(batch)
 
     def commit(self, batch: ScheduledBatch, output: StepOutput, times_ns: np.ndarray) -> None:
         """Enters the results. times_ns: int64 [num_steps], when each of the batch's steps ended."""

@@ -4,6 +4,8 @@ The token at a position is a function of the request's seed and the position alo
 wherever and however it runs, and two requests share no generated prefix by accident.
 """
 
+from collections.abc import Generator
+
 import numpy as np
 
 from memserve.request import Request, ScheduledBatch, StepOutput
@@ -25,6 +27,11 @@ class TraceRunner:
             if samples:
                 row[:] = self._tokens(request, batch.num_steps)
         return StepOutput(token_ids)
+
+    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
+        """The same; there is no KV, so no layer is yielded."""
+        yield from ()
+        return self.forward(batch)
 
     def _tokens(self, request: Request, count: int) -> np.ndarray:
         positions = np.arange(request.num_tokens, request.num_tokens + count, dtype=np.uint64)

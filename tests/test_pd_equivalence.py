@@ -84,18 +84,3 @@ def test_a_decode_instance_that_preempts_computes_the_same(preemption):
     got, report = answers(words)
     assert got == expected()
     assert report["preemptions"] > 0
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("granularity", "layout"), [("by_layer", "discrete"), ("by_request_agg", "aggregated")])
-def test_a_real_model_answers_the_same_disaggregated(mode, granularity, layout):
-    words = [
-        "exec=emulated", "model=tiny", "step_time=model", "workload=synthetic", "workload.num_sessions=3",
-        "workload.num_turns=2", "workload.prompt_tokens=40", "workload.max_output_tokens=8", "model.num_threads=1",
-    ]  # fmt: skip
-    tokens = []
-    for system in (["index=none"], ["cluster=1p1d", f"mode={mode}", f"granularity={granularity}", f"layout={layout}"]):
-        result = LocalCluster(load_config([*words, *system])).run_once()
-        assert result.report["num_failed"] == 0
-        tokens.append({t.request_id: t.token_ids.tolist() for t in result.timelines})
-    assert tokens[0] == tokens[1]

@@ -10,6 +10,7 @@ WORDS = [
     "exec=simulated", "cluster=1p1d", "mode=pd_basic", "workload=synthetic", "workload.num_sessions=5",
     "workload.num_turns=1", "workload.prompt_tokens=70", "workload.max_output_tokens=4", "kvcache.block_size=16",
 ]  # fmt: skip
+RETURNING = [*WORDS, "mode=pd_caching_3"]
 NUM_REQUESTS, NUM_BLOCKS = 5, 5  # of 70 tokens
 
 
@@ -55,3 +56,22 @@ def test_a_contended_link_takes_longer_for_the_same_bytes():
     assert apart["bytes"] == shared["bytes"] and apart["calls"] == shared["calls"]
     waits = [report["phases_s"]["transfer"]["mean"] for report in reports]
     assert waits[1] > 1.2 * waits[0]
+
+
+def returns(*words):
+    several = ["workload.num_sessions=2", "workload.num_turns=3", "workload.max_output_tokens=40"]
+    report = LocalCluster(load_config([*RETURNING, *several, *words])).run()
+    assert report["num_failed"] == 0
+    return report["transfers"]["d_to_p"]
+
+
+def test_a_return_that_the_next_turn_overtakes_is_counted_and_one_with_time_is_not():
+    slow = ["link.gb_per_s=0.00001"]
+    assert returns(*slow, "workload.think_time_s=0")["overtaken"] > 0
+    assert returns(*slow, "workload.think_time_s=60")["overtaken"] == 0
+
+
+def test_a_prefill_instance_without_room_declines_returns_and_they_are_counted():
+    counts = returns("workload.think_time_s=1", "kvcache.num_hbm_blocks=20", "workload.num_sessions=12",
+                     "workload.rate=1000", "sched.decode_headroom_blocks=0")  # fmt: skip
+    assert counts["declined"] > 0 and counts["failed"] == 0

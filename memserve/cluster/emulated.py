@@ -22,10 +22,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from memserve.clock import Stopwatch
+from memserve.cluster.emulated_node import Node, Step
 from memserve.cluster.step_time import StepTime
 from memserve.instance import Instance
 from memserve.messages import Finished, Message, PoolMessage, Tokens
-from memserve.metrics.occupancy import Occupancy
 from memserve.request import ScheduledBatch, StepOutput
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.transfer.faults import MessageFaults
@@ -33,35 +33,6 @@ from memserve.transfer.in_process import InProcess
 from memserve.workload.player import SessionPlayer
 
 _PEER, _TIMER, _END, _BEGIN = 0, 1, 2, 3
-
-
-@dataclass
-class _Step:
-    """A step under way. ends_ns: int64 [num_steps]. `output` is there already when the step was measured."""
-
-    batch: ScheduledBatch
-    start_ns: int
-    ends_ns: np.ndarray
-    output: StepOutput | None
-
-
-@dataclass
-class Node:
-    """An instance and its timeline. `busy_ns`: virtual time spent in steps."""
-
-    instance: Instance
-    busy_ns: int = 0
-    step: _Step | None = None
-    begin_is_due: bool = False
-    epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
-    commit_ns: int = 0  # measured cost of the last commit, charged to the next step
-    timer_ns: int | None = None  # the next time at which its transfers want to be polled
-    is_gone: bool = False
-    is_stopped: bool = False
-    deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
-
-    def __post_init__(self) -> None:
-        self.occupancy = Occupancy(self.instance.label, self.instance.pool)
 
 
 @dataclass
@@ -201,21 +172,35 @@ class EmulatedCluster:
         if batch is None:
             node.occupancy.offer(self.now_ns)
             return
-        output = None
+        output: StepOutput | None = None
+        layers_ns: list[int] = []
         if self.step_time.is_measured:
-            output = node.instance.forward(batch)
+            output, layers_ns = self._forward(node.instance, batch, watch)
             durations = [watch.stop_ns() + node.commit_ns]
         else:
             if self.macro_steps:
                 batch = replace(batch, num_steps=node.instance.scheduler.max_macro_steps(batch))
             durations = self.step_time.durations_ns(batch)
         ends_ns = self.now_ns + np.cumsum(durations, dtype=np.int64)
-        node.step = _Step(batch, self.now_ns, ends_ns, output)
+        node.step = Step(batch, self.now_ns, ends_ns, output, layers_ns)
         self._push(int(ends_ns[-1]), _END, node, node.epoch)
+
+    def _forward(self, instance: Instance, batch: ScheduledBatch, watch: Stopwatch) -> tuple[StepOutput, list[int]]:
+        """Computes a batch; its output, and when each layer was written, on the virtual clock."""
+        layers, layers_ns = instance.forward_by_layer(batch), list[int]()
+        while True:
+            try:
+                next(layers)
+            except StopIteration as end:
+                return end.value, layers_ns
+            layers_ns.append(self.now_ns + watch.elapsed_ns())
 
     def _end(self, node: Node) -> None:
         step, node.step = node.step, None
         assert step is not None
+        if node.instance.handoffs is not None:
+            for layer, written_ns in enumerate(step.layers_ns):
+                node.instance.handoffs.layer_written(step.batch, layer, written_ns)
         node.busy_ns += self.now_ns - step.start_ns
         if step.output is None:
             node.instance.scheduler.extend(step.batch)
@@ -246,7 +231,7 @@ class EmulatedCluster:
         elif node.step.batch.num_steps > 1:
             self._cut(node, node.step)
 
-    def _cut(self, node: Node, step: _Step) -> None:
+    def _cut(self, node: Node, step: Step) -> None:
         """Ends a macro-step at the first boundary that is not before now."""
         num_steps = int(np.searchsorted(step.ends_ns, self.now_ns)) + 1
         if num_steps < step.batch.num_steps:

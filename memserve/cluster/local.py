@@ -14,7 +14,8 @@ import numpy as np
 
 from memserve.clock import monotonic_ns, to_s
 from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time, describe_pool
-from memserve.cluster.emulated import EmulatedCluster, Node
+from memserve.cluster.emulated import EmulatedCluster
+from memserve.cluster.emulated_node import Node
 from memserve.cluster.make import make
 from memserve.cluster.wiring import build_global_scheduler, build_transport
 from memserve.compose import to_dict, to_yaml

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from mini_cluster import hash_answer, hash_instance
 
-from memserve.cluster.emulated import EmulatedCluster, Node
+from memserve.cluster.emulated import EmulatedCluster
+from memserve.cluster.emulated_node import Node
 from memserve.cluster.step_time import Measured, Modelled
 from memserve.request import SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel

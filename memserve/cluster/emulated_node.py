@@ -1,0 +1,42 @@
+"""Node: an instance in an emulated cluster, its timeline, and the step that it is in. Decides nothing."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memserve.instance import Instance
+from memserve.messages import PoolMessage
+from memserve.metrics.occupancy import Occupancy
+from memserve.request import ScheduledBatch, StepOutput
+
+
+@dataclass
+class Step:
+    """A step under way. ends_ns: int64 [num_steps]. `output` is there already when the step was measured, and with it
+    layers_ns: when each layer was written.
+    """
+
+    batch: ScheduledBatch
+    start_ns: int
+    ends_ns: np.ndarray
+    output: StepOutput | None
+    layers_ns: list[int]
+
+
+@dataclass
+class Node:
+    """An instance and its timeline. `busy_ns`: virtual time spent in steps."""
+
+    instance: Instance
+    busy_ns: int = 0
+    step: Step | None = None
+    begin_is_due: bool = False
+    epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
+    commit_ns: int = 0  # measured cost of the last commit, charged to the next step
+    timer_ns: int | None = None  # the next time at which its transfers want to be polled
+    is_gone: bool = False
+    is_stopped: bool = False
+    deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
+
+    def __post_init__(self) -> None:
+        self.occupancy = Occupancy(self.instance.label, self.instance.pool)
