@@ -171,5 +171,5 @@ class Gloo(Transport):
 
 def _own_connection(store: Store) -> Store:
     """A thread that waits in a store keeps everybody else of its connection waiting too."""
-    clone: Store = store.clone()  # type: ignore[attr-defined]
+    clone: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs leave it out
     return clone

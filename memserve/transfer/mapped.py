@@ -66,10 +66,11 @@ class Mapped(Transport):
         if self._own is None or self._own in self._gone:
             raise ValueError(f"a move from endpoint {move.source[0]}: expected this process to be attached")
         self._directory.check(move, self._own)
-        target = move.target[0]
-        theirs, ours = self._directory.find(target).host, host_id()
+        theirs, ours = (self._directory.find(number).host for number in (move.target[0], self._own))
         if theirs != ours:
-            raise ValueError(f"endpoint {target} is on host {theirs!r}, this one on {ours!r}: expected transport=gloo")
+            raise ValueError(
+                f"endpoint {move.target[0]} is on host {theirs!r}, this one on {ours!r}: expected transport=gloo"
+            )
         self._posted.put((move_id, move))
 
     def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:

@@ -29,7 +29,7 @@ _INLINE = 512 - _HEADER  # int64 that fit into an announcement; more follow in a
 PIECE_BYTES = 1 << 20  # of a packed call, so that gathering, the wire and scattering overlap
 
 
-class Group(Protocol):
+class CallGroup(Protocol):
     """What is used of a process group. c10d's own stubs do not say that its backends have these."""
 
     def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work: ...
@@ -80,17 +80,17 @@ class GlooCarrier:
 
     device = torch.device("cpu")
 
-    def open(self, store: Store, rank: int, patience: timedelta) -> Group:
+    def open(self, store: Store, rank: int, patience: timedelta) -> CallGroup:
         """Waits for the other rank. Raises WireBroken when it does not come in time."""
         with _breaking():
-            return cast(Group, ProcessGroupGloo(store, rank, 2, patience))
+            return cast(CallGroup, ProcessGroupGloo(store, rank, 2, patience))
 
-    def send(self, group: Group, data: torch.Tensor, peer: int, tag: int) -> Work:
+    def send(self, group: CallGroup, data: torch.Tensor, peer: int, tag: int) -> Work:
         """Begins a call. data: contiguous, unchanged until the call is finished. Raises WireBroken."""
         with _breaking():
             return group.send([data], peer, tag)
 
-    def receive(self, group: Group, data: torch.Tensor, peer: int, tag: int) -> Work:
+    def receive(self, group: CallGroup, data: torch.Tensor, peer: int, tag: int) -> Work:
         """Begins the other half of a call. Raises WireBroken."""
         with _breaking():
             return group.recv([data], peer, tag)
@@ -100,7 +100,7 @@ class GlooCarrier:
         with _breaking():
             work.wait(NO_LIMIT)
 
-    def close(self, group: Group, rank: int) -> None:
+    def close(self, group: CallGroup, rank: int) -> None:
         """Ends a group at once and at both ends, whoever waits in it: a limit that passes is how gloo does that."""
         try:
             group.recv([torch.empty(1, dtype=torch.uint8)], 1 - rank, _NEVER_SENT).wait(_AT_ONCE)
@@ -118,7 +118,7 @@ class Wire:
         self.carrier = carrier
         self._rank, self._peer = rank, 1 - rank
         self._gloo = GlooCarrier()
-        self._data: list[Group] = []
+        self._data: list[CallGroup] = []
         self._control = self._gloo.open(PrefixStore(f"{name}/control", store), rank, patience)
         try:
             for channel in range(channels):
