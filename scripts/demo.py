@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from compare import SYSTEMS
 from rich.console import Console
 
-from memserve.cluster.local import LocalCluster, Result
+from memserve.cluster.local import LocalCluster
+from memserve.cluster.result import Result
 from memserve.compose import load_config
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report

@@ -1,0 +1,50 @@
+"""Result: what a run leaves, and what is made of several: one report, the output directory, the tracker's record."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memserve.cluster.make import make
+from memserve.compose import to_dict, to_yaml
+from memserve.config.schema import RunConfig
+from memserve.metrics.occupancy import Sample
+from memserve.metrics.output import environment, write_output
+from memserve.metrics.report import Report, median_of
+from memserve.metrics.tracking import Tracking
+from memserve.timeline import RequestTimeline
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: its report, every request's timeline in order of submission, and the pools, instance by instance."""
+
+    report: Report
+    timelines: list[RequestTimeline]
+    occupancy: list[Sample]
+    num_threads: Mapping[str, int] = field(default_factory=dict)  # of instances that are processes of their own
+
+
+def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Path | None) -> Report:
+    """The report; of several runs the medians and their spread.
+
+    output_dir: where the files go (requests.jsonl and occupancy.jsonl: of the last run); None writes none.
+    """
+    reports, last = [result.report for result in results], results[-1]
+    report = reports[0] if len(reports) == 1 else median_of(reports)
+    directory = None if output_dir is None else Path(output_dir)
+    if directory is not None:
+        recorded = environment({"seed": cfg.seed}, sys.argv)
+        if last.num_threads:
+            recorded["threads"] = {**recorded["threads"], "instances": dict(last.num_threads)}
+        write_output(
+            directory,
+            config_yaml=to_yaml(cfg),
+            report=report,
+            timelines=last.timelines,
+            occupancy=last.occupancy,
+            environment=recorded,
+        )
+    tracking: Tracking = make(cfg.tracking)
+    tracking.record(to_dict(cfg), report, directory)
+    return report

@@ -1,0 +1,78 @@
+"""Summary: what an instance has to say at a run's end, and the report of all of them. The same in every execution."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from memserve.instance import Instance
+from memserve.kvcache.ticket import TransferCounts
+from memserve.metrics.occupancy import Occupancy, Sample
+from memserve.metrics.report import InstanceStats, Report, build_report
+from memserve.request import Role
+from memserve.timeline import RequestTimeline
+from memserve.workload.player import PlayerCounts
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """One instance's books at the end.  num_threads: of its process."""
+
+    stats: InstanceStats
+    sent: TransferCounts
+    num_overtaken: int
+    num_quarantined: int
+    occupancy: list[Sample]
+    num_threads: int = 0
+
+
+def summarize(instance: Instance, busy_ns: int, occupancy: Occupancy, end_ns: int, num_threads: int = 0) -> Summary:
+    """busy_ns: time that it spent in steps.  end_ns: of the run."""
+    pool, handoffs = instance.pool.stats(), instance.handoffs
+    stats = InstanceStats(
+        id=instance.label,
+        role=instance.role,
+        busy_ns=busy_ns,
+        num_steps=instance.scheduler.counts.steps,
+        num_evicted_blocks=pool.num_evicted,
+        num_swapped_out_blocks=pool.num_swapped_out,
+        num_swapped_in_blocks=pool.num_swapped_in,
+        num_swaps_dropped=instance.scheduler.counts.swaps_dropped,
+        num_blocks=pool.num_blocks,
+        peak_used_blocks=pool.peak_used,
+        num_indexed_blocks=pool.num_indexed,
+        peak_waiting_handoffs=0 if handoffs is None else handoffs.peak_waiting,
+    )
+    return Summary(
+        stats,
+        TransferCounts() if handoffs is None else handoffs.transfers.counts,
+        0 if handoffs is None else handoffs.num_overtaken,
+        0 if handoffs is None else handoffs.transfers.num_quarantined,
+        occupancy.samples(end_ns),
+        num_threads,
+    )
+
+
+def report_of(
+    timelines: Sequence[RequestTimeline], summaries: Sequence[Summary], counts: PlayerCounts, wall_s: float
+) -> Report:
+    """The report of a run. summaries: of the instances that are left at its end."""
+    return build_report(
+        timelines,
+        [summary.stats for summary in summaries],
+        wall_s=wall_s,
+        turns_over_context=counts.turns_over_context,
+        turns_not_sent=counts.turns_not_sent,
+        p_to_d=_transfers(summaries, Role.PREFILL),
+        d_to_p=_transfers(summaries, Role.DECODE),
+        quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
+    )
+
+
+def _transfers(summaries: Iterable[Summary], role: Role) -> TransferCounts:
+    """What the instances of a role have sent, together."""
+    total = TransferCounts()
+    for summary in summaries:
+        if summary.stats.role == role:
+            total += summary.sent
+        else:
+            total.overtaken += summary.num_overtaken
+    return total
