@@ -6,11 +6,12 @@
     python scripts/bench_transfer.py --out transfer.json
 
 sizes: messages of 16 KB to 256 MB from and to scattered places, small ones many at a time; packed is one message that
-is gathered from rows of 16 KB.  scattered: 256 blocks of 16 KB.  granularity: 2048 tokens of a cache of Llama2-13B's
-shape, blocks of 16 tokens, with as many layers as --layers says, or as fit.  fig11: the same by one call a region
-(discrete) and one call a block (aggregated), over 1 to 16 channels of gloo. The ratio is that of rates, to what stands
-beside it; its goals are the project's. A move's time ends when its receiver has said that it has all bytes. Times are
-medians of --repeats, what is compared taken in turn. The paper's ratios are of its machine (Fig. 11a, NCCL on NVLink).
+is gathered from rows of 16 KB.  scattered: 8 times 256 blocks of 16 KB.  granularity: 2048 tokens of a cache of
+Llama2-13B's shape, blocks of 16 tokens, with as many layers as --layers says, or as fit.  fig11: the same by one call
+a region (discrete) and one call a block (aggregated), over 1 to 16 channels of gloo. The ratio is that of rates, to
+what stands beside it; its goals are the project's. A move's time ends when its receiver has said that it has all
+bytes. Times are medians of --repeats, what is compared taken in turn. The paper's ratios are of its machine (Fig. 11a,
+NCCL on NVLink).
 """
 
 import argparse

@@ -21,6 +21,7 @@ LLAMA2_13B = CacheGeometry(num_layers=40, block_size=16, num_kv_heads=40, head_d
 NUM_BLOCKS = NUM_TOKENS // LLAMA2_13B.block_size
 ROW_BYTES = 1 << 14
 SIZES = tuple(ROW_BYTES * 4**i for i in range(8))  # 16 KB to 256 MB
+NUM_REQUESTS = 8
 MANY_BYTES = 1 << 24  # small messages go in numbers that make this much
 CHANNELS = (1, 2, 4, 8, 16)
 PAPER_DISCRETE_MS = {1: 102.0, 2: 69.0, 4: 38.5, 8: 29.6, 16: 24.2}  # Fig. 11a, one thread
@@ -117,25 +118,27 @@ def _times_of_size(ends: Ends, size: int, count: int, repeats: int, rng: np.rand
 
 
 def scattered_figures(ends: Ends, repeats: int, seed: int) -> Iterator[TransferFigure]:
-    """256 blocks of 16 KB, each in a place of its own."""
+    """Requests of 256 blocks of 16 KB, each in a place of its own, posted one after the other."""
     rng, count = np.random.default_rng(seed), 256
-    rows, to = (rng.permutation(len(ends.memory) // ROW_BYTES)[:count] for _ in range(2))
+    num_requests = min(NUM_REQUESTS, len(ends.memory) // ROW_BYTES // count)
+    rows, to = (rng.permutation(len(ends.memory) // ROW_BYTES)[: count * num_requests] for _ in range(2))
+    pairs = list(zip(np.split(rows, num_requests), np.split(to, num_requests), strict=True))
     mapped, gloo = ends.sender("mapped"), ends.sender("gloo")
-    by_mapped, by_gloo = (_scattered(sender[0], ROW_BYTES, rows, to) for sender in (mapped, gloo))
-    packed = _scattered(gloo[0], ROW_BYTES, rows, to, packed=True)
+    by_mapped, by_gloo = ([_scattered(end[0], ROW_BYTES, *pair) for pair in pairs] for end in (mapped, gloo))
+    packed = [_scattered(gloo[0], ROW_BYTES, *pair, packed=True) for pair in pairs]
     took = in_turn(
         {
             "memcpy": lambda: ends.copy_s(ROW_BYTES, rows, to),
-            "mapped": lambda: ends.carry_s(mapped, [by_mapped]),
-            "gloo": lambda: ends.carry_s(gloo, [by_gloo]),
-            "packed": lambda: ends.carry_s(gloo, [packed]),
+            "mapped": lambda: ends.carry_s(mapped, by_mapped),
+            "gloo": lambda: ends.carry_s(gloo, by_gloo),
+            "packed": lambda: ends.carry_s(gloo, packed),
         },
         repeats,
     )
     for name, seconds in took.items():
         goal = 5.0 if name == "mapped" else None
-        num_calls = 1 if name == "packed" else count
-        yield TransferFigure("scattered", name, count * ROW_BYTES, num_calls, seconds, "memcpy", took["memcpy"],
+        num_calls = num_requests if name == "packed" else len(rows)
+        yield TransferFigure("scattered", name, len(rows) * ROW_BYTES, num_calls, seconds, "memcpy", took["memcpy"],
                              goal_gb_per_s=goal)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +18,37 @@ import torch
 from torch.distributed.distributed_c10d import Work
 
 from memserve.clock import monotonic_ns
-from memserve.transfer.block_copy import gather_rows, scatter_rows
+from memserve.transfer.block_copy import as_bytes, gather_rows, scatter_rows
 from memserve.transfer.transport import Arrived, Move, MoveId
-from memserve.transfer.wire import Announcement, Wire, WireBroken
+from memserve.transfer.wire import PIECE_BYTES, Announcement, Wire, WireBroken, call_offsets
 
 _CALLS_AHEAD = 64  # calls under way whose bytes go to or from their rows
 _PIECES_AHEAD = 4  # calls under way through buffers
 
 
 Memories = Sequence[torch.Tensor | None]
+
+
+class Staging:
+    """Buffers that a carrier takes, used in turn: `_PIECES_AHEAD` of them, so that they stay in the processor's cache.
+
+    A buffer is free again once fewer than `_PIECES_AHEAD` calls are under way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: deque[torch.Tensor] = deque(maxlen=_PIECES_AHEAD)
+
+    def next(self, memory: torch.Tensor, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes]; page-locked between a device and the host."""
+        full = len(self._buffers) == _PIECES_AHEAD
+        if not full or self._buffers[0].numel() < num_bytes:
+            pinned = self._device.type == "cpu" and memory.device.type == "cuda"
+            size = max(num_bytes, PIECE_BYTES)
+            self._buffers.append(torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=pinned))
+        else:
+            self._buffers.rotate(-1)
+        return self._buffers[-1][:num_bytes]
 
 
 class PairEnd(ABC):
@@ -70,6 +92,7 @@ class PairEnd(ABC):
 
     def _run(self) -> None:
         wire = self._open_wire()
+        self._staging = Staging(wire.carrier.device)
         with self._lock:
             self._wire = wire
             closed = self._closed
@@ -77,6 +100,21 @@ class PairEnd(ABC):
             wire.close()
         else:
             self._serve(wire)
+
+    def _calls(
+        self, wire: Wire, said: Announcement, memory: int, rows: np.ndarray
+    ) -> Iterator[tuple[torch.Tensor | None, np.ndarray]]:
+        """(bytes of the call in place, its rows) for each call; None for bytes that go through a buffer."""
+        bounds = said.bounds()
+        if len(bounds) < 2:
+            return
+        tensor = self._memory(memory)
+        in_place = tensor.device.type == wire.carrier.device.type
+        offsets = call_offsets(rows, bounds, said.row_bytes)
+        whole_N, edges = as_bytes(tensor), bounds.tolist()  # N bytes
+        for start, stop, offset in zip(edges, edges[1:], offsets, strict=False):
+            direct = in_place and offset >= 0
+            yield whole_N[offset : offset + (stop - start) * said.row_bytes] if direct else None, rows[start:stop]
 
     def _memory(self, number: int) -> torch.Tensor:
         memory = self._memories[number]
@@ -132,12 +170,11 @@ class Outlet(PairEnd):
     def _send(self, wire: Wire, seq: int, move: Move) -> None:
         said = Announcement.of(seq, move)
         wire.announce(said)
-        for number, call in enumerate(said.calls()):
-            memory, rows = self._memory(move.source[1]), move.source_rows[call]
-            data = wire.in_place(memory, rows, move.row_bytes)
+        for number, (data, rows) in enumerate(self._calls(wire, said, move.source[1], move.source_rows)):
             self._let_finish(wire, _PIECES_AHEAD if data is None else _CALLS_AHEAD)
             if data is None:
-                data = wire.staging(memory, len(rows) * move.row_bytes)
+                memory = self._memory(move.source[1])
+                data = self._staging.next(memory, len(rows) * move.row_bytes)
                 gather_rows(memory, rows, data, move.row_bytes)
             self._under_way.append((wire.send(number, data), data))
 
@@ -167,13 +204,12 @@ class Inlet(PairEnd):
 
     def _receive(self, wire: Wire, said: Announcement) -> None:
         under_way: deque[tuple[Work, torch.Tensor | None, np.ndarray]] = deque()
-        for number, call in enumerate(said.calls()):
-            memory, rows = self._memory(said.memory), said.target_rows[call]
-            data, staged = wire.in_place(memory, rows, said.row_bytes), None
+        for number, (data, rows) in enumerate(self._calls(wire, said, said.memory, said.target_rows)):
             while len(under_way) >= (_PIECES_AHEAD if data is None else _CALLS_AHEAD):
                 self._finish(wire, said, *under_way.popleft())
+            staged = None
             if data is None:
-                data = staged = wire.staging(memory, len(rows) * said.row_bytes)
+                data = staged = self._staging.next(self._memory(said.memory), len(rows) * said.row_bytes)
             under_way.append((wire.receive(number, data), staged, rows))
         while under_way:
             self._finish(wire, said, *under_way.popleft())

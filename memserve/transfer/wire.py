@@ -7,8 +7,6 @@ group of its own; its bytes go over `channels` others, call after call in turn:
     receiver <- announcement <- calls into the rows that it names <- ... acknowledgement, once all bytes are in place
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
@@ -17,7 +15,6 @@ import numpy as np
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
-from memserve.transfer.block_copy import are_neighbours, as_bytes
 from memserve.transfer.transport import Move
 
 SENDER, RECEIVER = 0, 1
@@ -41,15 +38,6 @@ class WireBroken(Exception):
     """The pair was closed at one of its ends, or the other end's process is gone."""
 
 
-@contextmanager
-def _breaking() -> Iterator[None]:
-    """c10d tells no more than a RuntimeError; around its calls alone that means a broken wire."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise WireBroken(str(error)) from error
-
-
 @dataclass(frozen=True)
 class Announcement:
     """What the receiver needs of a move. target_rows, call_starts: int64, as in Move."""
@@ -65,14 +53,24 @@ class Announcement:
     def of(seq: int, move: Move) -> "Announcement":
         return Announcement(seq, move.target[1], move.row_bytes, move.target_rows, move.call_starts, move.packed)
 
-    def calls(self) -> Iterator[slice]:
-        """The rows of each call, the same at both ends; a packed one in pieces."""
+    def bounds(self) -> np.ndarray:
+        """int64 [n + 1]: call i has rows [bounds[i], bounds[i + 1]), at both ends alike; a packed one goes in pieces."""
         num_rows = len(self.target_rows)
-        starts = self.call_starts.tolist()
+        starts = self.call_starts if num_rows else self.call_starts[:0]
         if self.packed:
-            starts = list(range(0, num_rows, max(1, PIECE_BYTES // self.row_bytes)))
-        if num_rows:
-            yield from map(slice, starts, [*starts[1:], num_rows])
+            starts = np.arange(0, num_rows, max(1, PIECE_BYTES // self.row_bytes))
+        return np.append(starts, num_rows)
+
+
+def call_offsets(rows: np.ndarray, bounds: np.ndarray, row_bytes: int) -> list[int]:
+    """Where each call's bytes begin among rows (int64 [n]) of one end; -1 if its rows are no neighbours there."""
+    if len(bounds) < 2:
+        return []
+    num_gaps_before = np.concatenate([[0], np.cumsum(np.diff(rows) != 1)])
+    first, last = bounds[:-1], bounds[1:] - 1
+    side_by_side = num_gaps_before[first] == num_gaps_before[last]
+    offsets: list[int] = np.where(side_by_side, rows[first] * row_bytes, -1).tolist()
+    return offsets
 
 
 class GlooCarrier:
@@ -82,23 +80,31 @@ class GlooCarrier:
 
     def open(self, store: Store, rank: int, patience: timedelta) -> CallGroup:
         """Waits for the other rank. Raises WireBroken when it does not come in time."""
-        with _breaking():
+        try:
             return cast(CallGroup, ProcessGroupGloo(store, rank, 2, patience))
+        except RuntimeError as error:
+            raise WireBroken(str(error)) from error
 
     def send(self, group: CallGroup, data: torch.Tensor, peer: int, tag: int) -> Work:
         """Begins a call. data: contiguous, unchanged until the call is finished. Raises WireBroken."""
-        with _breaking():
+        try:
             return group.send([data], peer, tag)
+        except RuntimeError as error:
+            raise WireBroken(str(error)) from error
 
     def receive(self, group: CallGroup, data: torch.Tensor, peer: int, tag: int) -> Work:
         """Begins the other half of a call. Raises WireBroken."""
-        with _breaking():
+        try:
             return group.recv([data], peer, tag)
+        except RuntimeError as error:
+            raise WireBroken(str(error)) from error
 
     def finish(self, work: Work) -> None:
         """Waits until a call is complete. Raises WireBroken."""
-        with _breaking():
+        try:
             work.wait(NO_LIMIT)
+        except RuntimeError as error:  # c10d tells no more than that; around its calls alone it means a broken wire
+            raise WireBroken(str(error)) from error
 
     def close(self, group: CallGroup, rank: int) -> None:
         """Ends a group at once and at both ends, whoever waits in it: a limit that passes is how gloo does that."""
@@ -171,17 +177,6 @@ class Wire:
     def receive(self, call: int, data: torch.Tensor) -> Work:
         """Begins to take the move's call number `call` into `data`, as `send` has it."""
         return self.carrier.receive(self._data[call % len(self._data)], data, self._peer, _CALL)
-
-    def in_place(self, memory: torch.Tensor, rows: np.ndarray, row_bytes: int) -> torch.Tensor | None:
-        """The bytes of rows that lie side by side where the carrier takes them; None for those to be staged."""
-        if memory.device.type != self.carrier.device.type or not are_neighbours(rows):
-            return None
-        return as_bytes(memory)[int(rows[0]) * row_bytes : (int(rows[0]) + len(rows)) * row_bytes]
-
-    def staging(self, memory: torch.Tensor, num_bytes: int) -> torch.Tensor:
-        """A buffer that the carrier takes, uint8 [num_bytes]; page-locked between a device and the host."""
-        pinned = self.carrier.device.type == "cpu" and memory.device.type == "cuda"
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.carrier.device, pin_memory=pinned)
 
     def _say(self, words: np.ndarray, tag: int) -> None:
         self._gloo.finish(self._gloo.send(self._control, torch.from_numpy(words), self._peer, tag))

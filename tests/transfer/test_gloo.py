@@ -12,7 +12,7 @@ from transfer.two_processes import End, Peer, rows_move
 from memserve.clock import monotonic_ns
 from memserve.transfer import Gloo
 from memserve.transfer.directory import Directory, Endpoint, Memory
-from memserve.transfer.wire import Announcement
+from memserve.transfer.wire import PIECE_BYTES, Announcement, call_offsets
 
 MIB = 1 << 20
 SIZE = 8 * MIB  # a move of it fits into no socket's buffer
@@ -131,6 +131,14 @@ def test_nothing_is_posted_before_attaching_nor_after_the_end_nor_in_a_world_of_
 def test_a_packed_call_travels_in_pieces_and_others_as_they_are_asked_for():
     rows, starts = np.arange(700), np.array([0, 5, 600])
     packed = Announcement(0, 0, 4096, rows, np.array([0]), True)
-    assert list(packed.calls()) == [slice(0, 256), slice(256, 512), slice(512, 700)]
-    assert list(Announcement(0, 0, 4096, rows, starts, False).calls()) == [slice(0, 5), slice(5, 600), slice(600, 700)]
-    assert list(Announcement(0, 0, 4096, rows[:0], starts[:1], False).calls()) == []
+    step = PIECE_BYTES // 4096
+    assert packed.bounds().tolist() == [*range(0, 700, step), 700]
+    assert Announcement(0, 0, 4096, rows, starts, False).bounds().tolist() == [0, 5, 600, 700]
+    assert Announcement(0, 0, 4096, rows[:0], starts[:1], False).bounds().tolist() == [0]
+
+
+def test_only_calls_whose_rows_are_neighbours_have_a_place_of_their_own():
+    rows = np.array([7, 8, 9, 3, 5, 6, 1])
+    assert call_offsets(rows, np.array([0, 3, 4, 6, 7]), 10) == [70, 30, 50, 10]
+    assert call_offsets(rows, np.array([0, 2, 5, 7]), 10) == [70, -1, -1]
+    assert call_offsets(rows[:0], np.array([0]), 10) == []
