@@ -5,6 +5,7 @@ from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.link import LinkModel
 from memserve.transfer.mapped import Mapped
+from memserve.transfer.nccl import Nccl
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MessageFaults",
     "Move",
     "MoveId",
+    "Nccl",
     "StallingTransport",
     "Transport",
 ]

@@ -54,7 +54,7 @@ class Announcement:
         return Announcement(seq, move.target[1], move.row_bytes, move.target_rows, move.call_starts, move.packed)
 
     def bounds(self) -> np.ndarray:
-        """int64 [n + 1]: call i has rows [bounds[i], bounds[i + 1]), at both ends alike; a packed one goes in pieces."""
+        """int64 [n + 1]: call i has rows [bounds[i], bounds[i + 1]), at both ends; a packed one goes in pieces."""
         num_rows = len(self.target_rows)
         starts = self.call_starts if num_rows else self.call_starts[:0]
         if self.packed:
@@ -76,7 +76,7 @@ def call_offsets(rows: np.ndarray, bounds: np.ndarray, row_bytes: int) -> list[i
 class GlooCarrier:
     """Makes and ends groups of the kind that carries bytes.  device: of the tensors that they take."""
 
-    device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")
 
     def open(self, store: Store, rank: int, patience: timedelta) -> CallGroup:
         """Waits for the other rank. Raises WireBroken when it does not come in time."""

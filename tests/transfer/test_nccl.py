@@ -1,0 +1,33 @@
+"""Nccl is refused by name where it cannot run; what it adds to Gloo needs two GPUs."""
+
+import pytest
+import torch
+from torch.distributed import HashStore, is_nccl_available
+
+from memserve.transfer import Nccl
+from memserve.transfer.directory import Directory, Endpoint, Memory
+
+
+@pytest.mark.parametrize("device", [-1, 99])
+def test_a_device_that_is_not_there_is_refused_by_name(device):
+    with pytest.raises(ValueError, match=f"transport=nccl on device {device}: expected one of .* GPUs of a torch with"):
+        Nccl(HashStore(), device)
+
+
+def test_two_endpoints_on_one_device_are_refused_by_name():
+    directory = Directory(HashStore(), "nccl")
+    directory.publish(0, Endpoint("here", 0, [Memory(64)], "GPU 7"))
+    directory.publish(1, Endpoint("here", 0, [Memory(64)], "GPU 8"))
+    with pytest.raises(ValueError, match="endpoint 2 uses GPU 7, as another does: expected a device of its own"):
+        directory.publish(2, Endpoint("here", 0, [Memory(64)], "GPU 7"))
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_nccl_available()), reason="needs a GPU and NCCL")
+def test_two_transports_of_one_gpu_are_refused_by_name():
+    """The same by the transport itself, where there is a GPU."""
+    store, memory = HashStore(), torch.zeros(64, dtype=torch.uint8, device="cuda")
+    first = Nccl(store, 0)
+    first.attach(0, [memory])
+    with pytest.raises(ValueError, match="endpoint 1 uses GPU .*, as another does"):
+        Nccl(store, 0).attach(1, [memory])
+    first.close()
