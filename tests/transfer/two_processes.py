@@ -94,7 +94,8 @@ class Peer:
     """An `End` in another process; its methods, called there."""
 
     def __init__(self, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which has imported torch once for all of them
+        context.set_forkserver_preload(["torch", "memserve.transfer"])
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         self.process.start()
