@@ -4,8 +4,10 @@ python scripts/run.py                                            # the default: 
 python scripts/run.py index=none workload.rate=2                 # one word an ablation
 python scripts/run.py exec=simulated cluster=colocated_4 policy=least_load
 python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: one run after the other
+torchrun --nproc-per-node 3 scripts/run.py exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -13,28 +15,77 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from memserve.cluster.distributed import DistributedCluster, InstanceFailed
+from memserve.cluster.launch import find_place, is_under_torchrun, rank_of
 from memserve.cluster.local import LocalCluster
-from memserve.compose import config_dir, resolve
+from memserve.cluster.node import LeftEarly
+from memserve.compose import config_dir, load_config, resolve
+from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
+from memserve.metrics.report import Report
 from memserve.metrics.table import print_report
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")
 def main(composed: DictConfig) -> None:
-    try:
-        cluster = LocalCluster(resolve(composed))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"pool of an instance: {cluster.memory}")
     output_dir = Path(HydraConfig.get().runtime.output_dir)
-    with Progress() as progress:
-        report = cluster.run(output_dir, progress=progress)
+    try:
+        cfg = resolve(composed)
+        report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
+    except (ValueError, InstanceFailed) as error:
+        sys.exit(f"error: {error}")
     print_report(report, title=" ".join(HydraConfig.get().overrides.task) or "defaults")
-    model = cluster.engine.model
-    if model is not None and model.decode_graph is not None:
-        print(f"decode step compiled in {model.decode_graph.compile_s:.0f} s (cached for the next run)")
     print(f"written to {output_dir}")
 
 
+def play(cfg: RunConfig, output_dir: Path) -> Report:
+    """The whole cluster in this process."""
+    if is_under_torchrun():
+        raise ValueError(f"exec={cfg.exec} under torchrun: expected exec=distributed, or python scripts/run.py")
+    cluster = LocalCluster(cfg)
+    print(f"pool of an instance: {cluster.memory}")
+    with Progress() as progress:
+        report = cluster.run(output_dir, progress=progress)
+    model = cluster.engine.model
+    if model is not None and model.decode_graph is not None:
+        print(f"decode step compiled in {model.decode_graph.compile_s:.0f} s (cached for the next run)")
+    return report
+
+
+def control(cfg: RunConfig, output_dir: Path) -> Report:
+    """Rank 0 of a distributed cluster."""
+    place = find_place(cfg)
+    place.store.set("output_dir", str(output_dir.resolve()))
+    log_to(output_dir / "rank-0.log")
+    with Progress() as progress:
+        report = DistributedCluster(cfg, place).run(output_dir, progress=progress)
+    assert report is not None, "rank 0 reports"
+    return report
+
+
+def serve(words: list[str]) -> None:
+    """Any other rank: an instance. Rank 0 alone has an output directory; here is only a log in it."""
+    try:
+        cfg = load_config([word for word in words if not word.startswith("hydra.")])
+        if cfg.exec != "distributed":
+            sys.exit(0)  # rank 0 says why
+        place = find_place(cfg)
+        log_to(Path(place.store.get("output_dir").decode()) / f"rank-{place.rank}.log")
+        DistributedCluster(cfg, place).run()
+    except LeftEarly as error:
+        logging.error("%s", error)
+        sys.exit(1)  # rank 0 says why
+    except (ValueError, MemoryError) as error:
+        sys.exit(f"error: {error}")
+
+
+def log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=path, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+
+
 if __name__ == "__main__":
-    main()
+    if rank_of():
+        serve(sys.argv[1:])
+    else:
+        main()

@@ -47,8 +47,9 @@ CONFINED = {
     "gguf": {"model"},
     "wandb": {"metrics"},
     "rich": {"metrics", "cluster", "scripts"},
+    "zmq": {"cluster"},
     "time": {"clock"},
-    "datetime": {"clock"},
+    "datetime": {"clock", "transfer", "cluster", "scripts"},  # torch.distributed takes its time limits so
 }
 
 

@@ -90,7 +90,8 @@ def test_nothing_is_keyed_by_pythons_hash() -> None:
 
 def test_no_behaviour_is_switched_by_environment_variables() -> None:
     reads = re.compile(r"\bos\.(environ|getenv)\b|\bfrom os import .*\b(environ|getenv)\b")
-    assert not [str(s.path) for s in sources("memserve") if reads.search(s.text)]
+    torchrun = "memserve.cluster.launch"  # learns its rank so: that is what torchrun tells a process by
+    assert not [str(s.path) for s in sources("memserve") if reads.search(s.text) and s.name != torchrun]
 
 
 def test_no_global_statement_and_no_bare_except() -> None:

@@ -46,8 +46,11 @@ class Engine:
     max_context: int
 
 
-def build_engine(cfg: RunConfig) -> Engine:
-    """Loads the model, or what stands in for it. Weights are loaded once, however many instances there are."""
+def build_engine(cfg: RunConfig, *, with_model: bool = True) -> Engine:
+    """Loads the model, or what stands in for it. Weights are loaded once, however many instances there are.
+
+    with_model: without, only what a client and a router need to know of it.
+    """
     if cfg.model.num_threads is not None:
         torch.set_num_threads(cfg.model.num_threads)
     if cfg.tokens != "model":
@@ -58,12 +61,13 @@ def build_engine(cfg: RunConfig) -> Engine:
     max_context = cfg.model.max_context or config.max_position
     if max_context > config.max_position:
         raise ConfigError(f"model.max_context={max_context}: the model's context has {config.max_position} tokens")
+    text = opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids)
+    if not with_model:
+        return Engine(text, None, config.vocab_size, max_context)
     model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device))
     if cfg.model.compile:
         model.compile()
-    return Engine(
-        opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids), model, config.vocab_size, max_context
-    )
+    return Engine(text, model, config.vocab_size, max_context)
 
 
 def _open(cfg: RunConfig) -> OpenedModel:

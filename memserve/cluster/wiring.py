@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from memserve.clock import to_ns
 from memserve.cluster.make import make
@@ -20,7 +21,10 @@ from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.modes import Mode
+from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
+from memserve.transfer.mapped import Mapped
+from memserve.transfer.nccl import Nccl
 from memserve.transfer.transport import Transport
 
 
@@ -28,6 +32,18 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
     """What moves KV between the instances of this process; None where nothing is handed over."""
     mode: Mode = make(cfg.mode)
     return InProcess(make(cfg.link)) if mode.hand_off is not None else None
+
+
+def build_process_transport(cfg: RunConfig, store: Store) -> Transport | None:
+    """What moves KV between instances that are processes; None where nothing is handed over. store: of all of them."""
+    mode: Mode = make(cfg.mode)
+    if mode.hand_off is None:
+        return None
+    if cfg.transport == "mapped":
+        return Mapped(store)
+    if cfg.transport == "nccl":
+        return Nccl(store, torch.cuda.current_device(), channels=cfg.channels)
+    return Gloo(store, channels=cfg.channels)
 
 
 def build_handoffs(

@@ -11,10 +11,10 @@ from memserve.config.sizes import parse_bytes
 from memserve.request import Role
 
 CHOICES = {
-    "exec": ("emulated", "simulated"),
+    "exec": ("emulated", "simulated", "distributed"),
     "step_time": ("measured", "model"),
     "tokens": ("model", "hash", "workload"),
-    "transport": ("in_process",),
+    "transport": ("in_process", "gloo", "nccl", "mapped"),
 }
 ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,6 +30,7 @@ def check_config(cfg: RunConfig) -> None:
     for name, allowed in CHOICES.items():
         _require(getattr(cfg, name) in allowed, name, getattr(cfg, name), f"one of {', '.join(allowed)}")
     _require(cfg.repeats >= 1, "repeats", cfg.repeats, "an integer >= 1")
+    _require(cfg.channels >= 1, "channels", cfg.channels, "an integer >= 1")
     _require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
     _require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
@@ -99,6 +100,11 @@ def _check_model(cfg: RunConfig) -> None:
 
 
 def _check_execution(cfg: RunConfig) -> None:
+    if cfg.exec == "distributed":
+        _check_distributed(cfg)
+        return
+    if cfg.transport != "in_process":
+        raise ConfigError(f"transport={cfg.transport} contradicts exec={cfg.exec}: expected transport=in_process")
     real = cfg.tokens == "model"
     if real != (cfg.exec == "emulated"):
         allowed = "tokens=model" if cfg.exec == "emulated" else "tokens=hash or tokens=workload"
@@ -107,6 +113,24 @@ def _check_execution(cfg: RunConfig) -> None:
         raise ConfigError("step_time=measured contradicts exec=simulated: expected step_time=model")
     if cfg.macro_steps and cfg.exec == "emulated":
         raise ConfigError("macro_steps=true contradicts exec=emulated: a real model computes every step")
+
+
+def _check_distributed(cfg: RunConfig) -> None:
+    if cfg.transport == "in_process":
+        raise ConfigError("transport=in_process contradicts exec=distributed: expected gloo, nccl or mapped")
+    if cfg.tokens == "workload":
+        raise ConfigError("tokens=workload contradicts exec=distributed: expected tokens=model or tokens=hash")
+    if cfg.step_time != "measured":
+        raise ConfigError(f"step_time={cfg.step_time} contradicts exec=distributed: its time is the machine's")
+    if cfg.macro_steps:
+        raise ConfigError("macro_steps=true contradicts exec=distributed: every step is computed")
+    on_cpu = cfg.model.device == "cpu" or cfg.tokens == "hash"
+    if cfg.transport == "nccl" and on_cpu:
+        raise ConfigError("transport=nccl contradicts KV in host memory: expected model.device=cuda, or transport=gloo")
+    if cfg.transport == "mapped" and not on_cpu:
+        raise ConfigError(
+            f"transport=mapped contradicts model.device={cfg.model.device}: expected KV in host memory (cpu)"
+        )
 
 
 def _check_roles(cfg: RunConfig) -> None:

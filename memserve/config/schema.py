@@ -71,6 +71,7 @@ class RunConfig:
     tokens: str = MISSING
     macro_steps: bool = MISSING
     transport: str = MISSING
+    channels: int = 1
     granularity: Any = MISSING
     link: Any = MISSING
     decode_policy: Any = MISSING

@@ -1,0 +1,34 @@
+"""Liveness: whether a process of this host still runs. Proof of death, never of life; silence proves nothing."""
+
+import os
+from pathlib import Path
+
+_STATE, _STARTED = 0, 19  # of the fields after the command's name in /proc/PID/stat
+
+
+class Watched:
+    """A process by its number and the moment it was started, so that a number used again is not mistaken for it."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._started = _stat(pid)[_STARTED] if _stat(pid) else ""
+
+    @property
+    def is_gone(self) -> bool:
+        """True once it has ended, whether or not its parent has noticed; a stopped one is still there."""
+        fields = _stat(self._pid)
+        return not fields or fields[_STATE] in "ZX" or fields[_STARTED] != self._started
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name; none where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        if Path("/proc/self/stat").exists():
+            return []
+        try:
+            os.kill(pid, 0)  # a system without /proc: whether there is such a process has to do
+        except ProcessLookupError:
+            return []
+        return ["R"] + ["0"] * _STARTED

@@ -1,0 +1,79 @@
+"""Mailbox: typed messages between the ranks of a distributed cluster, over ZeroMQ. Knows no message's meaning.
+
+Every rank binds one socket and tells its address in the store that torchrun gives; a connection is made when the first
+message goes out. Messages from one rank to another stay in order, and wait while the other is busy or stopped.
+"""
+
+import socket
+import struct
+from datetime import timedelta
+
+import msgspec
+import zmq
+from torch.distributed.distributed_c10d import Store
+
+from memserve.cluster.node_messages import NodeMessage
+from memserve.messages import Message
+
+AnyMessage = Message | NodeMessage
+_SENDER = struct.Struct("<i")
+_LINGER_MS = 2000  # for what was sent last, when a mailbox closes
+
+
+class Mailbox:
+    """One rank's. store: of all ranks, for addresses alone.  host: by which the others reach this one.
+
+    Raises OSError where no port can be had.
+    """
+
+    def __init__(self, rank: int, store: Store, host: str) -> None:
+        self.rank = rank
+        self._store = store
+        self._context = zmq.Context()
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
+        self._outgoing: dict[int, zmq.Socket[bytes]] = {}
+        self._incoming: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._incoming.set_hwm(0)
+        try:
+            port = self._incoming.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError as error:
+            self._context.destroy()
+            raise OSError(f"rank {rank} binds no port on {host}: {error}") from error
+        store.set(f"mailbox/{rank}", f"tcp://{host}:{port}")
+
+    def send(self, rank: int, message: AnyMessage) -> None:
+        """Leaves a message for another rank; never waits for it."""
+        if rank not in self._outgoing:
+            self._outgoing[rank] = self._connected(rank)
+        self._outgoing[rank].send_multipart([_SENDER.pack(self.rank), self._encoder.encode(message)])
+
+    def receive(self, timeout_ms: int) -> list[tuple[int, AnyMessage]]:
+        """(sender, message) of everything that is here; waits up to timeout_ms for the first."""
+        received: list[tuple[int, AnyMessage]] = []
+        if not self._incoming.poll(timeout_ms):
+            return received
+        while True:
+            try:
+                sender, data = self._incoming.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return received
+            received.append((_SENDER.unpack(sender)[0], self._decoder.decode(data)))
+
+    def close(self) -> None:
+        """Sends what was left to send, for a moment, and ends."""
+        self._context.destroy(linger=_LINGER_MS)
+
+    def _connected(self, rank: int) -> "zmq.Socket[bytes]":
+        self._store.wait([f"mailbox/{rank}"], timedelta(seconds=60))
+        outgoing: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        outgoing.set_hwm(0)
+        outgoing.connect(self._store.get(f"mailbox/{rank}").decode())
+        return outgoing
+
+
+def own_host(towards: str, port: int) -> str:
+    """This machine's address as another sees it that it reaches at `towards`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((towards, port))
+        host: str = probe.getsockname()[0]
+    return host

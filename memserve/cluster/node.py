@@ -1,0 +1,173 @@
+"""InstanceLoop: the life of one instance that is a process of its own. Moves messages and time; what it drives decides.
+
+    attach, warm up, learn rank 0's clock -> Ready .. Start
+    receive -> schedule -> forward, layer by layer -> commit -> send        again and again, until
+    Stop -> finish transfers -> Stopped .. Leave
+
+The loop never waits for a peer: transfers go on beside it, and an idle instance sleeps until something comes.
+"""
+
+import logging
+import os
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from memserve.clock import monotonic_ns, to_ns
+from memserve.cluster.launch import CONTROLLER
+from memserve.cluster.mailbox import AnyMessage, Mailbox
+from memserve.cluster.node_messages import Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.summary import Summary, summarize
+from memserve.instance import Instance
+from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
+from memserve.metrics.occupancy import Occupancy
+from memserve.request import ScheduledBatch, StepOutput
+from memserve.transfer.shared_memory import host_id
+from memserve.transfer.transport import Transport
+
+NUM_PINGS = 5
+_IDLE_MS, _TRANSFERRING_MS, _PING_MS = 50, 1, 10_000
+_log = logging.getLogger("memserve")
+Kind = TypeVar("Kind", Start, Pong)
+
+
+class LeftEarly(RuntimeError):
+    """Rank 0 ended before the run did."""
+
+
+class InstanceLoop:
+    """An instance and its mail. transport: of its transfers, if its mode has any.  stop_s: most time for transfers that
+    are under way when the run ends.
+    """
+
+    def __init__(
+        self, instance: Instance, mailbox: Mailbox, transport: Transport | None, *, stop_s: float, num_threads: int
+    ) -> None:
+        self._instance, self._mailbox, self._transport = instance, mailbox, transport
+        self._stop_ns, self._num_threads = to_ns(stop_s), num_threads
+        self._occupancy = Occupancy(instance.label, instance.pool)
+        self._busy_ns = 0
+        self._offset_ns = 0  # what is to be added to this process's clock
+        self._stop: Stop | None = None
+        self._may_leave = False
+
+    def run(self) -> None:
+        """Until rank 0 says Leave. Raises LeftEarly if that comes before the run has ended."""
+        self._learn_the_time()
+        self._mailbox.send(CONTROLLER, Ready(host_id(), os.getpid()))
+        self._offset_ns -= self._wait_for(Start).epoch_ns
+        _log.info("%s starts", self._instance.label)
+        while self._stop is None:
+            self._step()
+        self._finish_transfers(self._stop)
+        summary: Summary = summarize(
+            self._instance, self._busy_ns, self._occupancy, self._stop.end_ns, self._num_threads
+        )
+        self._instance.check()
+        self._mailbox.send(CONTROLLER, Stopped(msgspec.msgpack.encode(summary)))
+        while not self._may_leave:
+            self._step()
+
+    def _now_ns(self) -> int:
+        """On the cluster's clock."""
+        return monotonic_ns() + self._offset_ns
+
+    def _learn_the_time(self) -> None:
+        """How far this clock is from rank 0's: by the quickest of a few questions, half of its way there and back."""
+        best_ns = None
+        for _ in range(NUM_PINGS):
+            self._mailbox.send(CONTROLLER, Ping(monotonic_ns()))
+            pong, now_ns = self._wait_for(Pong), monotonic_ns()
+            if best_ns is None or now_ns - pong.sent_ns < best_ns:
+                best_ns = now_ns - pong.sent_ns
+                self._offset_ns = pong.now_ns - (now_ns + pong.sent_ns) // 2
+
+    def _wait_for(self, kind: type[Kind]) -> Kind:
+        """The next message of a kind, before the run."""
+        while True:
+            for _, message in self._mailbox.receive(_PING_MS):
+                if isinstance(message, kind):
+                    return message
+                if isinstance(message, Leave):
+                    raise LeftEarly("rank 0 ended before the run began")
+
+    def _step(self) -> None:
+        """One turn of the loop; waits a moment if there was nothing to do."""
+        self._receive(0)
+        batch = self._instance.schedule(self._now_ns())
+        self._send()
+        if batch is not None:
+            self._compute(batch)
+            return
+        self._instance.poll(self._now_ns())
+        self._send()
+        self._occupancy.offer(self._now_ns())
+        if not self._instance.has_inbox:
+            self._receive(_TRANSFERRING_MS if self._is_transferring else _IDLE_MS)
+
+    def _compute(self, batch: ScheduledBatch) -> None:
+        began_ns = self._now_ns()
+        output = self._forward(batch)
+        now_ns = self._now_ns()
+        self._instance.commit(batch, output, np.array([now_ns], dtype=np.int64))
+        self._busy_ns += self._now_ns() - began_ns
+        self._occupancy.offer(self._now_ns())
+        self._send()
+
+    def _forward(self, batch: ScheduledBatch) -> StepOutput:
+        """By layer, each layer's KV leaves while the next one is computed."""
+        handoffs = self._instance.handoffs
+        if handoffs is None or not handoffs.asks_at_admission:
+            return self._instance.forward(batch)
+        layers = self._instance.forward_by_layer(batch)
+        while True:
+            try:
+                layer = next(layers)
+            except StopIteration as end:
+                output: StepOutput = end.value
+                return output
+            handoffs.layer_written(batch, layer, self._now_ns())
+
+    @property
+    def _is_transferring(self) -> bool:
+        return self._instance.handoffs is not None and self._instance.handoffs.transfers.num_open > 0
+
+    def _receive(self, timeout_ms: int) -> None:
+        for sender, message in self._mailbox.receive(timeout_ms):
+            self._take(sender, message)
+
+    def _take(self, sender: int, message: AnyMessage) -> None:
+        match message:
+            case Dispatch() | Abort() | Redirect():
+                self._instance.receive(message)
+            case Gone():
+                self._forget(message.instance)
+            case Stop():
+                self._stop = message
+            case Leave():
+                self._may_leave = True
+                if self._stop is None:
+                    raise LeftEarly("rank 0 ended before the run did")
+            case _ if isinstance(message, PoolMessage):
+                self._instance.receive_from_peer(sender - 1, message, self._now_ns())
+            case _:
+                raise TypeError(f"an instance takes no {type(message).__name__} while it runs")
+
+    def _forget(self, instance: int) -> None:
+        _log.warning("instance %d is gone", instance)
+        if self._transport is not None:
+            self._transport.detach(instance)
+        self._instance.peer_gone(instance, self._now_ns())
+
+    def _send(self) -> None:
+        for message in self._instance.drain_outbox():
+            self._mailbox.send(CONTROLLER, message)
+        for peer, message_to_peer in self._instance.drain_peer_outbox():
+            self._mailbox.send(1 + peer, message_to_peer)
+
+    def _finish_transfers(self, stop: Stop) -> None:
+        """What is on its way back arrives, or fails by its deadline."""
+        until_ns = self._now_ns() + self._stop_ns
+        while self._is_transferring and not self._may_leave and self._now_ns() < until_ns:
+            self._step()

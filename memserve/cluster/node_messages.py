@@ -1,0 +1,60 @@
+"""What the processes of a distributed cluster tell each other beside messages.py: who is there, the time, the end."""
+
+import msgspec
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """An instance's process is attached and warmed up. host, pid: by which others see whether it is still there."""
+
+    host: str
+    pid: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """sent_ns: on the sender's clock."""
+
+    sent_ns: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """now_ns: on rank 0's clock, when the Ping was read."""
+
+    sent_ns: int
+    now_ns: int
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """epoch_ns: time 0 of the cluster, on rank 0's clock."""
+
+    epoch_ns: int
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """There is proof that the process of this instance has ended."""
+
+    instance: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Every request has ended: finish your transfers and say how it was. The run ended end_ns after its epoch."""
+
+    end_ns: int
+
+
+class Stopped(msgspec.Struct, frozen=True, tag=True):
+    """summary: msgpack of a `Summary`."""
+
+    summary: bytes
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """Everybody has stopped, or something failed: end."""
+
+
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """A process ends by an error."""
+
+    detail: str
+
+
+NodeMessage = Ready | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken

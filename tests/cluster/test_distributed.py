@@ -1,0 +1,155 @@
+"""Instances as processes: the answers of the emulated cluster, under each transport; and what is refused by name."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memserve import LocalCluster, load_config
+from memserve.cluster.launch import check_world, find_place
+from memserve.config.checks import ConfigError
+
+RANKS = Path(__file__).with_name("distributed_ranks.py")
+TESTS = RANKS.parents[1]
+WORKLOAD = [
+    "workload=synthetic", "workload.num_sessions=4", "workload.num_turns=2", "workload.prompt_tokens=50",
+    "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2", "workload.max_output_tokens=8",
+    "workload.rate=200", "workload.think_time_s=0.05",
+]  # fmt: skip
+MODES = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
+LIMIT_S = 110
+
+
+def torchrun(world_size, *arguments):
+    """(exit status, everything printed) of a script under torchrun on this host."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += map(str, arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=own, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def cases(transport):
+    """(kind of tokens, words, ranks)"""
+    for mode in MODES:
+        yield "hash", ["cluster=1p1d", f"mode={mode}", "granularity=by_layer", "sched.chunk_size=16"], 3
+        words = ["cluster=1p2d", f"mode={mode}", "granularity=by_request_agg", "layout=aggregated"]
+        yield "hash", [*words, "kvcache.num_hbm_blocks=16", "sched.decode_headroom_blocks=1"], 4
+    yield "hash", ["cluster=colocated_2"], 3
+    yield "hash", ["cluster=1p1d", "mode=pd_caching_3", "granularity=packed", "kvcache.block_size=4"], 3
+    yield "hash", ["cluster=2p1d", "mode=pd_caching_3", "granularity=by_request", "kvcache.num_dram_blocks=30",
+                   "kvcache.num_hbm_blocks=16", "preemption=swap", "sched.decode_headroom_blocks=1"], 4  # fmt: skip
+    yield "model", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer", "model=tiny"], 3
+    yield "model", ["cluster=1p2d", "mode=pd_caching_2", "granularity=by_request", "model=tiny"], 4
+    if transport == "gloo":
+        yield "hash", ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request", "channels=3"], 3
+
+
+@functools.cache
+def expected(tokens):
+    alone = ["exec=simulated"] if tokens == "hash" else ["exec=emulated", "step_time=model", "model=tiny"]
+    cluster = LocalCluster(load_config([*alone, *WORKLOAD, "cluster=colocated_1", "index=none"]))
+    return {t.request_id: t.token_ids.tolist() for t in cluster.run_once().timelines}
+
+
+@pytest.mark.parametrize("transport", ["mapped", "gloo"])
+def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
+    chosen = list(cases(transport))
+    distributed = ["exec=distributed", f"transport={transport}", "model.num_threads=1", *WORKLOAD]
+    listed = [[[*distributed, f"tokens={tokens}", *words], ranks] for tokens, words, ranks in chosen]
+    (tmp_path / "cases.json").write_text(json.dumps(listed))
+    status, printed = torchrun(4, RANKS, tmp_path / "cases.json", tmp_path / "found.json")
+    assert status == 0, printed
+    found = json.loads((tmp_path / "found.json").read_text())
+    for (tokens, words, _), result in zip(chosen, found, strict=True):
+        assert result["tokens"] == expected(tokens), words
+        report = result["report"]
+        assert report["num_failed"] == 0 and report["quarantined_blocks"] == 0
+        sent = report["transfers"]["p_to_d"]
+        assert (sent["tokens"] > 0) == ("cluster=colocated_2" not in words) and sent["failed"] == 0, words
+
+
+def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_rank(tmp_path):
+    out = tmp_path / "out"
+    words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "repeats=2"]
+    status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD, f"hydra.run.dir={out}")
+    assert status == 0, printed
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.yaml", "env.json", "occupancy.jsonl", "rank-0.log", "rank-1.log", "rank-2.log", "report.json",
+        "requests.jsonl",
+    ]  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert report["repeats"] == 2 and report["num_failed"] == 0
+    assert set(json.loads((out / "env.json").read_text())["threads"]["instances"]) == {"prefill-0", "decode-1"}
+    records = map(json.loads, (out / "requests.jsonl").read_text().splitlines())
+    tokens = {record["request_id"]: record["output_token_ids"] for record in records}
+    assert tokens == expected("hash")
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path):
+    words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_basic", "transport=mapped"]
+    words += ["kvcache.num_hbm_blocks=null", "kvcache.hbm_bytes=9000GiB", f"hydra.run.dir={tmp_path}"]
+    status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
+    assert status != 0 and "error: " in printed and "GiB are available" in printed
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_world_that_does_not_fit_the_cluster_is_refused_by_both_numbers():
+    cfg = load_config(["exec=distributed", "cluster=1p2d", "mode=pd_basic", "transport=gloo", "tokens=hash"])
+    check_world(cfg, 4)
+    with pytest.raises(ConfigError, match=r"3 ranks for cluster.roles=\['prefill', 'decode', 'decode'\]: expected 4"):
+        check_world(cfg, 3)
+
+
+def test_without_torchrun_the_command_is_named(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    cfg = load_config(["exec=distributed", "cluster=1p1d", "mode=pd_basic", "tokens=hash"])
+    with pytest.raises(ConfigError, match="expected torchrun --nproc-per-node 3 scripts/run.py"):
+        find_place(cfg)
+
+
+def test_a_port_that_answers_nobody_or_is_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "3"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", str(port)),
+        ):
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        cfg = load_config(["exec=distributed", "cluster=1p1d", "mode=pd_basic", "tokens=hash"])
+        with pytest.raises(ConfigError, match=f"no store at 127.0.0.1:{port}"):
+            find_place(cfg)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["exec=distributed", "transport=in_process"], "transport=in_process contradicts exec=distributed"),
+        (
+            ["exec=emulated", "transport=gloo"],
+            "transport=gloo contradicts exec=emulated: expected transport=in_process",
+        ),
+        (["exec=distributed", "tokens=workload"], "tokens=workload contradicts exec=distributed"),
+        (["exec=distributed", "step_time=model"], "step_time=model contradicts exec=distributed"),
+        (
+            ["exec=distributed", "transport=mapped", "model.device=cuda"],
+            "transport=mapped contradicts model.device=cuda",
+        ),
+        (["exec=distributed", "channels=0"], "channels=0: expected an integer >= 1"),
+        (["exec=distributed", "transport=pigeon"], "transport='pigeon': expected one of"),
+    ],
+)
+def test_contradictions_are_named_before_anything_runs(words, named):
+    with pytest.raises(ConfigError) as raised:
+        load_config(words)
+    assert named in str(raised.value)
