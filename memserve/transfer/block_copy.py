@@ -27,8 +27,7 @@ class RowRuns:
     @staticmethod
     def of(source_rows: np.ndarray, target_rows: np.ndarray) -> "RowRuns":
         """source_rows, target_rows: int64 [n], n >= 1."""
-        apart = (np.diff(source_rows) != 1) | (np.diff(target_rows) != 1)
-        starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
+        starts = np.concatenate([[0], np.flatnonzero(_apart(source_rows, target_rows)) + 1])
         lengths = np.diff(starts, append=len(source_rows))
         return RowRuns(source_rows[starts], target_rows[starts], lengths)
 
@@ -38,7 +37,7 @@ def copy_rows(
 ) -> None:
     """Copies rows of `source` to rows of `target`, both contiguous and seen as [num_rows, row_bytes].
 
-    source_rows, target_rows: int64 [n]; no row is in both where the tensors share memory. Raises IndexError for a row
+    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. Raises IndexError for a row
     outside, with nothing copied on a CPU.
     """
     if not len(source_rows):
@@ -94,7 +93,13 @@ def _picked(memory: torch.Tensor, rows: np.ndarray, row_bytes: int) -> torch.Ten
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor, uint8 [num_bytes]."""
     assert tensor.is_contiguous(), "rows are counted through contiguous memory"
-    return tensor.view(-1).view(torch.uint8)
+    return tensor if tensor.dtype == torch.uint8 and tensor.dim() == 1 else tensor.view(-1).view(torch.uint8)
+
+
+def _apart(source_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
+    """bool [n - 1]: whether a pair of rows does not go on where the pair before it ended."""
+    apart: np.ndarray = (source_rows[1:] - source_rows[:-1] != 1) | (target_rows[1:] - target_rows[:-1] != 1)
+    return apart
 
 
 def _copy_on_cpu(
@@ -107,9 +112,9 @@ def _copy_on_cpu(
     for rows, memory_N in ((source_rows, source_N), (target_rows, target_N)):
         if not 0 <= int(rows.min()) <= int(rows.max()) < len(memory_N) // row_bytes:
             raise IndexError(f"rows from {rows.min()} to {rows.max()}: expected 0 to {len(memory_N) // row_bytes - 1}")
-    runs = RowRuns.of(source_rows, target_rows)
-    if len(source_rows) * row_bytes >= len(runs.lengths) * _WIDE_BYTES:
-        _copy_runs(source_N, target_N, runs, row_bytes)
+    num_runs = 1 + np.count_nonzero(_apart(source_rows, target_rows))
+    if len(source_rows) * row_bytes >= num_runs * _WIDE_BYTES:
+        _copy_runs(source_N, target_N, RowRuns.of(source_rows, target_rows), row_bytes)
     else:
         _copy_narrow(source_N, source_rows, target_N, target_rows, row_bytes)
 
