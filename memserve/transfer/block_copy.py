@@ -37,8 +37,8 @@ def copy_rows(
 ) -> None:
     """Copies rows of `source` to rows of `target`, both contiguous and seen as [num_rows, row_bytes].
 
-    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. Raises IndexError for a row
-    outside, with nothing copied on a CPU.
+    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. Raises IndexError for
+    a row outside, with nothing copied on a CPU.
     """
     if not len(source_rows):
         return
