@@ -4,9 +4,10 @@
 # make lint    the first three of those
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
 # make fuzz    random operations on the block pool against a brute-force model, for MINUTES=5, with fresh seeds
+# make survive real processes killed and stopped at random moments of SEEDS=50 runs; answers right or failures named
 # make clean   removes caches and build products; keeps .venv and outputs/
 
-.PHONY: setup demo test lint bench fuzz clean
+.PHONY: setup demo test lint bench fuzz survive clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -47,6 +48,9 @@ bench: setup
 
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m kvcache.fuzz --minutes $(or $(MINUTES),5)
+
+survive: setup
+	PYTHONPATH=tests $(BIN)/python tests/cluster/survival.py --seeds $(or $(SEEDS),50)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,14 +15,14 @@ import msgspec
 import numpy as np
 from torch.distributed.distributed_c10d import PrefixStore
 
-from memserve.clock import monotonic_ns, to_s
+from memserve.clock import monotonic_ns, to_ns, to_s
 from memserve.cluster.build import Engine, build_engine, build_instance, build_roles
 from memserve.cluster.launch import CONTROLLER, Place, choose_device, set_threads
 from memserve.cluster.liveness import Watched
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.node import InstanceLoop
-from memserve.cluster.node_messages import Broken, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import Alive, Broken, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import Summary, report_of
 from memserve.cluster.warm_up import warm_up
@@ -137,6 +137,9 @@ class Controller:
         self._ready: dict[int, Watched | None] = {}  # by instance; None: on another host, where nothing can be proved
         self._summaries: dict[int, Summary] = {}
         self._gone: set[int] = set()
+        self._silent: set[int] = set()  # no proof that they are gone: they are routed around, and may come back
+        self._heard_ns: dict[int, int] = {}
+        self._silence_ns = to_ns(cfg.cluster.silence_s)
         self._epoch_ns = 0
         self._watched_ns = 0
 
@@ -150,10 +153,10 @@ class Controller:
                 self._turn(progress)
             end_ns = self._now_ns()
             self._tell_all(Stop(end_ns))
-            self._until(lambda: self._summaries.keys() >= self._left(), self._stop_s, "stop")
+            self._until(lambda: self._summaries.keys() >= self._left() - self._silent, self._stop_s, "stop")
         finally:
             self._tell_all(Leave())
-        left = [self._summaries[i] for i in sorted(self._left())]
+        left = [self._summaries[i] for i in sorted(self._summaries)]
         timelines = list(self._scheduler.timelines.values())
         report = report_of(timelines, left, self._client.counts, to_s(end_ns))
         occupancy = [sample for summary in left for sample in summary.occupancy]
@@ -193,7 +196,10 @@ class Controller:
         self._deliver()
 
     def _take(self, instance: int, message: AnyMessage) -> None:
+        self._heard(instance)
         match message:
+            case Alive():
+                pass
             case Ping():
                 self._mailbox.send(1 + instance, Pong(message.sent_ns, monotonic_ns()))
             case Ready():
@@ -207,6 +213,13 @@ class Controller:
                     self._scheduler.receive(message, self._now_ns())
             case _:
                 raise TypeError(f"the global scheduler takes no {type(message).__name__}")
+
+    def _heard(self, instance: int) -> None:
+        self._heard_ns[instance] = monotonic_ns()
+        if instance in self._silent:
+            _log.warning("%s is back", self._labels[instance])
+            self._silent.discard(instance)
+            self._scheduler.instance_back(self._labels[instance])
 
     def _deliver(self) -> None:
         """What the global scheduler has to say; instances take it in order."""
@@ -225,6 +238,13 @@ class Controller:
         for instance, watched in self._ready.items():
             if instance not in self._gone and watched is not None and watched.is_gone:
                 self._lose(instance)
+        for instance, heard_ns in self._heard_ns.items():
+            silent = instance in self._gone or instance in self._silent
+            if self._epoch_ns and not silent and monotonic_ns() - heard_ns > self._silence_ns:
+                _log.warning("%s is silent", self._labels[instance])
+                self._silent.add(instance)
+                self._scheduler.instance_gone(self._labels[instance], self._now_ns())
+                self._deliver()
 
     def _lose(self, instance: int) -> None:
         _log.warning("%s is gone", self._labels[instance])

@@ -6,6 +6,7 @@ message goes out. Messages from one rank to another stay in order, and wait whil
 
 import socket
 import struct
+import threading
 from datetime import timedelta
 
 import msgspec
@@ -17,7 +18,7 @@ from memserve.messages import Message
 
 AnyMessage = Message | NodeMessage
 _SENDER = struct.Struct("<i")
-_LINGER_MS = 2000  # for what was sent last, when a mailbox closes
+_LINGER_MS = 2000  # for what was sent last, when a mailbox closes; a stopped peer would take it never
 
 
 class Mailbox:
@@ -31,6 +32,8 @@ class Mailbox:
         self._store = store
         self._context = zmq.Context()
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
+        self._beating = threading.Event()  # set: to end
+        self._beats: list[threading.Thread] = []
         self._outgoing: dict[int, zmq.Socket[bytes]] = {}
         self._incoming: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._incoming.set_hwm(0)
@@ -59,14 +62,33 @@ class Mailbox:
                 return received
             received.append((_SENDER.unpack(sender)[0], self._decoder.decode(data)))
 
+    def beat(self, rank: int, message: AnyMessage, interval_s: float) -> None:
+        """Sends a message again and again from a thread of its own, until the mailbox closes; the first call counts."""
+        if self._beats:
+            return
+        outgoing = self._connected(rank)  # a socket belongs to one thread
+        parts = [_SENDER.pack(self.rank), self._encoder.encode(message)]
+
+        def run() -> None:
+            while not self._beating.wait(interval_s):
+                outgoing.send_multipart(parts)
+            outgoing.close()
+
+        self._beats.append(threading.Thread(target=run, name="heartbeat", daemon=True))
+        self._beats[-1].start()
+
     def close(self) -> None:
         """Sends what was left to send, for a moment, and ends."""
-        self._context.destroy(linger=_LINGER_MS)
+        self._beating.set()
+        for thread in self._beats:
+            thread.join()
+        self._context.destroy()
 
     def _connected(self, rank: int) -> "zmq.Socket[bytes]":
         self._store.wait([f"mailbox/{rank}"], timedelta(seconds=60))
         outgoing: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         outgoing.set_hwm(0)
+        outgoing.setsockopt(zmq.LINGER, _LINGER_MS)
         outgoing.connect(self._store.get(f"mailbox/{rank}").decode())
         return outgoing
 

@@ -17,7 +17,7 @@ import numpy as np
 from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.launch import CONTROLLER
 from memserve.cluster.mailbox import AnyMessage, Mailbox
-from memserve.cluster.node_messages import Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import Alive, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
@@ -27,6 +27,7 @@ from memserve.transfer.shared_memory import host_id
 from memserve.transfer.transport import Transport
 
 NUM_PINGS = 5
+BEAT_S = 0.5
 _IDLE_MS, _TRANSFERRING_MS, _PING_MS = 50, 1, 10_000
 _log = logging.getLogger("memserve")
 Kind = TypeVar("Kind", Start, Pong)
@@ -58,6 +59,7 @@ class InstanceLoop:
         self._mailbox.send(CONTROLLER, Ready(host_id(), os.getpid()))
         self._offset_ns -= self._wait_for(Start).epoch_ns
         _log.info("%s starts", self._instance.label)
+        self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
         while self._stop is None:
             self._step()
         self._finish_transfers(self._stop)

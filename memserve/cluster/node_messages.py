@@ -29,6 +29,10 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     epoch_ns: int
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """An instance's process gets its turn; sent now and then, whatever it computes."""
+
+
 class Gone(msgspec.Struct, frozen=True, tag=True):
     """There is proof that the process of this instance has ended."""
 
@@ -57,4 +61,4 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
-NodeMessage = Ready | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken
+NodeMessage = Ready | Alive | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken

@@ -82,6 +82,8 @@ def _check_transfer(cfg: RunConfig) -> None:
         _require(math.isfinite(value) and value > 0, f"transfer.{name}", value, "a finite number of seconds > 0")
     _require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
+    silence_s = cfg.cluster.silence_s
+    _require(math.isfinite(silence_s) and silence_s >= 1, "cluster.silence_s", silence_s, "a number of seconds >= 1")
     headroom = cfg.sched.decode_headroom_blocks
     _require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
 

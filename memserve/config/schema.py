@@ -57,9 +57,10 @@ class TransferConfig:
 
 @dataclass
 class ClusterConfig:
-    """One role an instance."""
+    """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around."""
 
     roles: list[str] = field(default_factory=list)
+    silence_s: float = 10.0
 
 
 @dataclass

@@ -112,8 +112,14 @@ class GlobalScheduler:
         else:
             self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, f"no {missing} is left"), now_ns)
 
+    def instance_back(self, label: str) -> None:
+        """An instance that was silent takes requests again. What it had is of attempts given up."""
+        self._group.restore(label)
+        if self._decode is not None:
+            self._decode.restore(label)
+
     def instance_gone(self, label: str, now_ns: int) -> None:
-        """There is proof that an instance's process is gone. What it says from now on is of attempts given up."""
+        """An instance is gone, or silent for too long. What it says from now on is of attempts given up."""
         row, decode_row = self._group.remove(label), None if self._decode is None else self._decode.remove(label)
         for routed in list(self._live.values()):
             is_decoding = self._decode is not None and routed.timeline.num_output > 1  # it has left its first instance

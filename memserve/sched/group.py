@@ -26,6 +26,11 @@ class Group:
         self._gone.add(row)
         return row
 
+    def restore(self, label: str) -> None:
+        """An instance that was taken for gone is there again."""
+        if label in self.labels:
+            self._gone.discard(self.labels.index(label))
+
     def rows(self, tried: Collection[int] = ()) -> list[int]:
         """Who can take a request, without the rows that were tried."""
         return [row for row in range(len(self.labels)) if row not in tried and row not in self._gone]

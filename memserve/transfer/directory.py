@@ -45,10 +45,14 @@ class Directory:
         self._store.set(f"endpoint/{number}", msgspec.json.encode(endpoint).decode())
         self._known[number] = endpoint
 
+    def knows(self, number: int) -> bool:
+        """Whether an endpoint is attached."""
+        return number in self._known or self._store.check([f"endpoint/{number}"])
+
     def find(self, number: int) -> Endpoint:
         """Asks the store once an endpoint. Raises ValueError for one that is not attached."""
         if number not in self._known:
-            if not self._store.check([f"endpoint/{number}"]):
+            if not self.knows(number):
                 raise ValueError(f"endpoint {number}: expected one that is attached")
             self._known[number] = msgspec.json.decode(self._store.get(f"endpoint/{number}"), type=Endpoint)
         return self._known[number]

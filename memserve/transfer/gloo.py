@@ -72,6 +72,9 @@ class Gloo(Transport):
         self._own, self._memories = endpoint, list(memories)
         self._listener.start()
 
+    def knows(self, endpoint: int) -> bool:
+        return endpoint not in self._gone and self._directory.knows(endpoint)
+
     def detach(self, endpoint: int) -> None:
         with self._lock:
             self._gone.add(endpoint)

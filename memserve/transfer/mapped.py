@@ -54,6 +54,9 @@ class Mapped(Transport):
         self._directory.publish(endpoint, Endpoint(host_id(), os.getpid(), published))
         self._own = endpoint
 
+    def knows(self, endpoint: int) -> bool:
+        return endpoint not in self._gone and self._directory.knows(endpoint)
+
     def detach(self, endpoint: int) -> None:
         with self._lock:
             self._gone.add(endpoint)

@@ -59,10 +59,9 @@ class Transport(ABC):
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
         """Makes an endpoint's memories (contiguous tensors; None: there is nothing behind the rows) known."""
 
+    @abstractmethod
     def knows(self, endpoint: int) -> bool:
         """Whether an endpoint is attached, as far as this process can tell."""
-        del endpoint
-        return True
 
     @abstractmethod
     def detach(self, endpoint: int) -> None:

@@ -1,0 +1,146 @@
+"""Real processes that are killed or stopped at random moments of a run; what must hold afterwards.
+
+One seed is one cluster of two prefill and two decode instances that loses one of each, or has them stopped for longer
+than a transfer's deadline, or for good. Used by test_survival.py, and by `make survive` with many seeds:
+
+    python tests/cluster/survival.py --seeds 50
+"""
+
+import argparse
+import functools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from memserve import LocalCluster, load_config
+
+RANKS = Path(__file__).with_name("distributed_ranks.py")
+WORKLOAD = [
+    "workload=synthetic", "workload.num_sessions=16", "workload.num_turns=3", "workload.prompt_tokens=400",
+    "workload.turn_tokens=60", "workload.prefix_tokens=100", "workload.share_ratio=4", "workload.max_output_tokens=60",
+    "workload.rate=5", "workload.think_time_s=0.3",
+]  # fmt: skip
+CLUSTER = [
+    "exec=distributed", "tokens=hash", "cluster.roles=[prefill,prefill,decode,decode]", "model.num_threads=1",
+    "mode=pd_caching_3", "transfer.deadline_s=1", "transfer.patience_s=5", "transfer.retry_s=0.2",
+    "cluster.silence_s=3", "policy=random", "policy@decode_policy=random",
+]  # fmt: skip
+GRANULARITIES = ("by_layer", "by_request", "packed")
+FATES = ("killed", "stopped and goes on", "stopped for good")
+NAMED = ("instance_lost", "transfer_failed")
+NUM_RANKS = 5
+START_S, LIMIT_S = 60.0, 90.0
+LASTS_S = 6.0  # about as long as the workload does
+
+
+@functools.cache
+def expected() -> dict[str, list[int]]:
+    words = ["exec=simulated", "cluster=colocated_1", "index=none", *WORKLOAD]
+    return {t.request_id: t.token_ids.tolist() for t in LocalCluster(load_config(words)).run_once().timelines}
+
+
+def start(directory: Path, words: list[str]) -> list[subprocess.Popen[bytes]]:
+    """The ranks, with nobody above them who would end all when one ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (directory / "cases.json").write_text(json.dumps([[words, NUM_RANKS]]))
+    ranks = []
+    for rank in range(NUM_RANKS):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "LOCAL_WORLD_SIZE": NUM_RANKS,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
+        command = [sys.executable, RANKS, directory / "cases.json", directory / "found.json"]
+        with (directory / f"printed-{rank}").open("wb") as printed:
+            own = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            ranks.append(subprocess.Popen(command, env=own, stdout=printed, stderr=subprocess.STDOUT))
+    return ranks
+
+
+def wait_for(is_so, limit_s: float, what: str, directory: Path, ranks=()) -> None:
+    until = time.monotonic() + limit_s
+    while not is_so():
+        if time.monotonic() > until:
+            for rank in ranks:
+                rank.send_signal(signal.SIGUSR1)
+            time.sleep(1.0)
+            printed = "\n".join(path.read_text()[-2000:] for path in sorted(directory.glob("*[0-9]")))
+            logs = "\n".join(path.read_text() for path in sorted(directory.glob("*.log")))
+            raise AssertionError(f"{what} within {limit_s} s: no\n{printed}\n{logs}")
+        time.sleep(0.05)
+
+
+def have_started(directory: Path) -> bool:
+    logs = [directory / f"found.json.rank-{rank}.log" for rank in range(1, NUM_RANKS)]
+    return all(log.exists() and "starts" in log.read_text() for log in logs)
+
+
+def survive(seed: int, transport: str, directory: Path) -> dict[str, object]:
+    """Plays one seed; what befell whom, and how the requests ended. Raises AssertionError for what must not be."""
+    rng = random.Random(seed)
+    words = [*CLUSTER, *WORKLOAD, f"transport={transport}", f"granularity={rng.choice(GRANULARITIES)}"]
+    victims = [rng.choice((1, 2)), rng.choice((3, 4))]  # a rank of each role
+    fates = [(rng.uniform(0.2, LASTS_S), victim, rng.choice(FATES)) for victim in victims]
+    ranks = start(directory, words)
+    try:
+        wait_for(lambda: have_started(directory), START_S, "the cluster starts", directory)
+        befall(sorted(fates), ranks)
+        done = ranks[0]
+        wait_for(lambda: done.poll() is not None, LIMIT_S, "rank 0 ends", directory, ranks)
+        survivors = [ranks[rank] for rank in range(NUM_RANKS) if rank not in victims]
+        wait_for(lambda: all(rank.poll() is not None for rank in survivors), 30, "the survivors end", directory, ranks)
+        assert all(rank.returncode == 0 for rank in survivors), [rank.returncode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    (found,) = json.loads((directory / "found.json").read_text())
+    ends = check(found)
+    return {"fates": [f"rank {victim} {fate} at {at_s:.1f} s" for at_s, victim, fate in sorted(fates)], "ends": ends}
+
+
+def befall(fates: list[tuple[float, int, str]], ranks: list[subprocess.Popen[bytes]]) -> None:
+    began = time.monotonic()
+    wakes: list[tuple[float, int]] = []
+    for at_s, victim, fate in fates:
+        time.sleep(max(0.0, began + at_s - time.monotonic()))
+        os.kill(ranks[victim].pid, signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+        if fate == "stopped and goes on":
+            wakes.append((time.monotonic() + 2.0, victim))
+    for at, victim in wakes:
+        time.sleep(max(0.0, at - time.monotonic()))
+        os.kill(ranks[victim].pid, signal.SIGCONT)
+
+
+def check(found: dict[str, dict]) -> dict[str, int]:
+    """Every request has the right tokens or a named failure; returns how many ended in each way."""
+    counts: dict[str, int] = {}
+    for request_id, (reason, detail, _) in found["ends"].items():
+        counts[reason] = counts.get(reason, 0) + 1
+        if reason in ("length", "stop"):
+            assert found["tokens"][request_id] == expected()[request_id], request_id
+        else:
+            assert reason in NAMED and detail, (request_id, reason, detail)
+    counts["new attempts"] = sum(attempt for _, _, attempt in found["ends"].values())
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0)
+    args = parser.parse_args()
+    for seed in range(args.first, args.first + args.seeds):
+        transport = ("mapped", "gloo")[seed % 2]
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"seed {seed}, {transport}: {survive(seed, transport, Path(directory))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
