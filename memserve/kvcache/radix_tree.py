@@ -63,6 +63,7 @@ class RadixTree:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.root = RadixNode(_NO_TOKENS, NO_BLOCKS, None, 0, 0)
+        self._differs = np.empty(0, dtype=bool)  # scratch: new pages would cost more than the comparison
 
     def walk(self, tokens: np.ndarray, end: int) -> Walk:
         """Follows tokens[:end] (int32, whole blocks) as far as it goes; changes nothing."""
@@ -71,7 +72,7 @@ class RadixTree:
         while pos < end and (child := node.children.get(tokens[pos : pos + size].tobytes())) is not None:
             edge = child.tokens
             stop = min(end, pos + len(edge))
-            shared = _num_shared(tokens[pos:stop], edge[: stop - pos])
+            shared = self._num_shared(tokens[pos:stop], edge[: stop - pos])
             if shared < len(edge):
                 return Walk(nodes, pos, child, shared - shared % size)
             nodes.append(child)
@@ -123,17 +124,19 @@ class RadixTree:
                 yield tokens, blocks
             stack.extend((child, tokens, blocks) for child in node.children.values())
 
+    def _num_shared(self, wanted: np.ndarray, found: np.ndarray) -> int:
+        """Leading tokens that two arrays of one length have in common."""
+        length = len(wanted)
+        if length <= _SHORT and wanted.tobytes() == found.tobytes():
+            return length
+        if length > len(self._differs):
+            self._differs = np.empty(2 * length, dtype=bool)
+        differs = np.not_equal(wanted, found, out=self._differs[:length])
+        first = int(differs.argmax())
+        return first if differs[first] else length
+
     def _first_block(self, node: RadixNode) -> bytes:
         return node.tokens[: self.block_size].tobytes()
-
-
-def _num_shared(wanted: np.ndarray, found: np.ndarray) -> int:
-    """Leading tokens that two arrays of one length have in common."""
-    if len(wanted) <= _SHORT and wanted.tobytes() == found.tobytes():
-        return len(wanted)
-    differs = wanted != found
-    first = int(differs.argmax())
-    return first if differs[first] else len(wanted)
 
 
 def _memory(node: RadixNode) -> np.ndarray:
