@@ -3,7 +3,7 @@
 python scripts/run.py                                            # the default: one instance, the chat workload
 python scripts/run.py index=none workload.rate=2                 # one word an ablation
 python scripts/run.py exec=simulated cluster=colocated_4 policy=least_load
-python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: one run after the other
+python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: a process a point; hydra.sweep.dir= to go on
 torchrun --nproc-per-node 3 scripts/run.py exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped
 """
 
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from memserve.cluster.distributed import DistributedCluster, InstanceFailed
 from memserve.cluster.launch import find_place, is_under_torchrun, rank_of
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
+from memserve.cluster.sweep import run_point
 from memserve.compose import config_dir, load_config, resolve
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
@@ -28,13 +30,17 @@ from memserve.metrics.table import print_report
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")
 def main(composed: DictConfig) -> None:
-    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    hydra_cfg = HydraConfig.get()
+    output_dir = Path(hydra_cfg.runtime.output_dir)
     try:
         cfg = resolve(composed)
+        if hydra_cfg.mode is RunMode.MULTIRUN:
+            run_point(cfg, Path(__file__), hydra_cfg.overrides.task, output_dir)
+            return
         report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
     except (ValueError, InstanceFailed) as error:
         sys.exit(f"error: {error}")
-    print_report(report, title=" ".join(HydraConfig.get().overrides.task) or "defaults")
+    print_report(report, title=" ".join(hydra_cfg.overrides.task) or "defaults")
     print(f"written to {output_dir}")
 
 

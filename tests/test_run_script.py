@@ -44,14 +44,22 @@ def test_a_bad_word_ends_with_one_line_and_leaves_no_report(tmp_path):
         assert not (tmp_path / "report.json").exists()
 
 
-def test_a_sweep_runs_every_point_from_a_cold_cache(tmp_path):
-    words = [*SMALL, "index=none,radix", "tokens=hash,workload"]
-    done = run("-m", *words, f"hydra.sweep.dir={tmp_path}")
+def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(tmp_path):
+    words = ["-m", *SMALL, "index=none,radix", f"hydra.sweep.dir={tmp_path}"]
+    done = run(*words)
     assert done.returncode == 0, done.stderr
     reports = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("report.json")}
-    assert len(reports) == 4
+    assert len(reports) == 2
     for name, report in reports.items():
         assert (report["tokens"]["cached_local"] == 0) == ("index=none" in name)
+        assert f"{name}: done" in done.stdout
+    table = done.stdout.rpartition(": done\n")[2]
+    assert all(word in table for word in ("index=none", "index=radix", "hit ratio"))
+    unfinished = min(path for path in tmp_path.iterdir() if path.is_dir())
+    (unfinished / "report.json").unlink()
+    again = run(*words).stdout
+    assert again.count(": done before") == 1 and f"{unfinished.name}: done\n" in again
+    assert (unfinished / "report.json").exists()
 
 
 def test_repeats_report_the_median_and_its_spread(tmp_path):

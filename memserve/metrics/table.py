@@ -58,6 +58,16 @@ _COMPARED = (
     _Row("makespan", ("makespan_s",), "seconds"),
 )
 
+_POINTS = (
+    _Row("finished", ("num_finished",), "count"),
+    _Row("failed", ("num_failed",), "count"),
+    _Row("TTFT mean", ("ttft_s", "mean"), "seconds"),
+    _Row("TTFT P99", ("ttft_s", "p99"), "seconds"),
+    _Row("TPOT mean", ("tpot_s", "mean"), "seconds"),
+    _Row("JCT mean", ("jct_s", "mean"), "seconds"),
+    _Row("hit ratio", ("hit_ratio",), "share"),
+)
+
 
 def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
     """Systems side by side: a column for each report, under its name. Repeated runs show median and range."""
@@ -68,6 +78,17 @@ def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
     for row in _COMPARED:
         table.add_row(row.label, *(_cell(report, row) for report in reports.values()))
     return table
+
+
+def print_points(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:
+    """Prints a row for each report of a sweep; console: None is standard output."""
+    table = _plain_table(title)
+    table.add_column("point", overflow="fold")
+    for row in _POINTS:
+        table.add_column(row.label, justify="right")
+    for name, report in reports.items():
+        table.add_row(name, *(_cell(report, row) for row in _POINTS))
+    (console or _standard_output()).print(table)
 
 
 def report_tables(report: Report, title: str = "") -> Group:
