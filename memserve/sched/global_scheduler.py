@@ -44,6 +44,7 @@ class _Routed:
     timeline: RequestTimeline
     row: int = 0
     decode_row: int | None = None
+    num_generated: int = 0  # tokens of this attempt so far
     tried: set[int] = field(default_factory=set)  # decode rows that refused this attempt
 
 
@@ -122,7 +123,7 @@ class GlobalScheduler:
         """An instance is gone, or silent for too long. What it says from now on is of attempts given up."""
         row, decode_row = self._group.remove(label), None if self._decode is None else self._decode.remove(label)
         for routed in list(self._live.values()):
-            is_decoding = self._decode is not None and routed.timeline.num_output > 1  # it has left its first instance
+            is_decoding = self._decode is not None and routed.num_generated > 1  # it has left its first instance
             lost = routed.row == row and not is_decoding
             lost |= decode_row is not None and routed.decode_row == decode_row
             if lost:
@@ -140,6 +141,7 @@ class GlobalScheduler:
         m, timeline = routed.submit, routed.timeline
         request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
         routed.row, routed.tried, decode = self._group.route(request, self._rng), set(), None
+        routed.num_generated = 0
         if self._decode is not None:
             routed.decode_row = self._decode.route(request, self._rng)
             decode = self._decode.incarnations[routed.decode_row]
@@ -164,6 +166,7 @@ class GlobalScheduler:
         if routed is None:
             return  # of an attempt that was given up
         timeline = routed.timeline
+        routed.num_generated = message.index + len(message.token_ids) // 4
         assert message.index <= timeline.num_output, "an instance skipped tokens"
         num_known = timeline.num_output - message.index  # an earlier attempt came so far
         token_ids, times_ns = unpack_tokens(message.token_ids)[num_known:], unpack_times(message.times_ns)[num_known:]

@@ -84,6 +84,25 @@ def test_one_of_several_may_die_at_any_moment_and_every_request_is_answered(name
         nothing_is_left(cluster)
 
 
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+def test_one_of_each_role_may_die_one_after_the_other(granularity):
+    """What an earlier attempt had generated does not mean that this one has left its prefill instance."""
+    system = local(*CLUSTERS["2p2d"], f"granularity={granularity}", "policy=round_robin")
+    for first in range(10, 110, 12):
+        cluster = system.cluster()
+
+        def act(cluster, number, first=first):
+            if number == first:
+                cluster.crash("decode-2")
+            if number == first + 9:
+                cluster.crash("prefill-1")
+
+        timelines = play(cluster, act)
+        assert len(timelines) == len(expected())
+        assert_right(timelines, ())
+        nothing_is_left(cluster)
+
+
 def test_a_colocated_instance_that_dies_is_replaced_by_the_other():
     system = local(*CLUSTERS["colocated_2"], "policy=round_robin")
     for after_events in range(2, 80, 11):

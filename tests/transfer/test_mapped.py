@@ -84,7 +84,7 @@ def test_a_handle_is_not_given_for_a_descriptor_that_is_another_files_by_now():
     assert other.handle.fd == fd and handle_of(tensor) is None
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 2**22 + 1], ids=["used again", "of nobody"])
 def test_a_peer_that_is_gone_is_not_mapped_and_what_is_posted_to_it_is_over(alone, pid):
     """Neither a process number nor a descriptor that somebody else got since leads to their memory."""
     transport, store, _ = alone
