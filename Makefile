@@ -36,7 +36,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from memserve.cluster.node_messages import NodeMessage
 from memserve.messages import Message
 
 AnyMessage = Message | NodeMessage
+PATIENCE = timedelta(minutes=15)  # for another rank to come: it may be loading
 _SENDER = struct.Struct("<i")
 _LINGER_MS = 2000  # for what was sent last, when a mailbox closes; a stopped peer would take it never
 
@@ -85,7 +86,7 @@ class Mailbox:
         self._context.destroy()
 
     def _connected(self, rank: int) -> "zmq.Socket[bytes]":
-        self._store.wait([f"mailbox/{rank}"], timedelta(seconds=60))
+        self._store.wait([f"mailbox/{rank}"], PATIENCE)
         outgoing: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         outgoing.set_hwm(0)
         outgoing.setsockopt(zmq.LINGER, _LINGER_MS)

@@ -54,6 +54,7 @@ class SweepTable(Callback):
     """Hydra's callback at a sweep's end: a row for each point of the sweep's directory."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the table, and where to look for the reason of points without a report."""
         directory = Path(config.hydra.sweep.dir)
         reports: dict[str, Report] = {}
         failed = []

@@ -36,7 +36,7 @@ GRANULARITIES = ("by_layer", "by_request", "packed")
 FATES = ("killed", "stopped and goes on", "stopped for good")
 NAMED = ("instance_lost", "transfer_failed")
 NUM_RANKS = 5
-START_S, LIMIT_S = 60.0, 90.0
+START_S, LIMIT_S = 90.0, 150.0
 LASTS_S = 6.0  # about as long as the workload does
 
 

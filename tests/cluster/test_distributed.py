@@ -22,7 +22,9 @@ WORKLOAD = [
     "workload.rate=200", "workload.think_time_s=0.05",
 ]  # fmt: skip
 MODES = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
-LIMIT_S = 110
+LIMIT_S = 280
+
+pytestmark = pytest.mark.timeout(300)  # real processes, beside whatever else the machine does
 
 
 def torchrun(world_size, *arguments):

@@ -3,6 +3,8 @@
 import pytest
 from cluster.survival import survive
 
+pytestmark = pytest.mark.timeout(300)  # real processes, beside whatever else the machine does
+
 
 @pytest.mark.parametrize(("seed", "transport"), [(2, "mapped"), (3, "gloo"), (4, "mapped"), (5, "gloo"), (6, "mapped")])
 def test_every_request_is_answered_or_fails_by_name_whatever_is_killed_or_stopped(seed, transport, tmp_path):
