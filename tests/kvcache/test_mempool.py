@@ -1,31 +1,19 @@
 """MemPool: Table 1 in one medium, bad input, and what it says of itself; DRAM is in test_mempool_tiers.py."""
 
-import functools
-
 import numpy as np
 import pytest
-import torch
+from kvcache.small_pools import GEOMETRY, A, B, make_pool
 
 from memserve.kvcache import (
     AggregatedLayout,
-    CacheGeometry,
     DiscreteLayout,
-    MemPool,
     NotHeld,
     NullIndex,
     OutOfBlocks,
-    RadixIndex,
     StaleAddress,
     address,
 )
 from memserve.kvcache.address import Medium
-
-A, B = ("request", "a", 0), ("request", "b", 0)
-GEOMETRY = CacheGeometry(num_layers=2, block_size=4, num_kv_heads=1, head_dim=2, dtype=torch.float32)
-
-
-def make_pool(num_blocks=8, index=RadixIndex, incarnation=3, layout=None):
-    return MemPool(GEOMETRY, layout or DiscreteLayout(), num_blocks, functools.partial(index), incarnation=incarnation)
 
 
 def test_an_address_says_instance_medium_generation_and_block():

@@ -2,27 +2,16 @@
 
 import numpy as np
 import pytest
-import torch
+from kvcache.small_pools import A, B, make_pool
 
 from memserve.kvcache import (
-    CacheGeometry,
-    DiscreteLayout,
-    MemPool,
     NotHeld,
     OutOfBlocks,
-    RadixIndex,
     StaleAddress,
     address,
 )
 from memserve.kvcache.address import Medium
 from memserve.kvcache.mempool import Placement
-
-A, B = ("request", "a", 0), ("request", "b", 0)
-GEOMETRY = CacheGeometry(num_layers=2, block_size=4, num_kv_heads=1, head_dim=2, dtype=torch.float32)
-
-
-def make_pool(num_blocks=8, num_dram_blocks=0):
-    return MemPool(GEOMETRY, DiscreteLayout(), num_blocks, RadixIndex, num_dram_blocks=num_dram_blocks)
 
 
 def filled(num_blocks=4, num_dram_blocks=4):

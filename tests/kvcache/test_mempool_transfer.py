@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from kvcache.small_pools import GEOMETRY, A, make_pool
 
 from memserve.kvcache import (
-    CacheGeometry,
     DiscreteLayout,
     Medium,
     MemPool,
@@ -19,16 +19,13 @@ from memserve.kvcache.granularity import ByRequest
 from memserve.kvcache.ticket import TicketState, Timeouts, TransferOptions
 from memserve.transfer import InProcess, LinkModel
 
-SHAPE = CacheGeometry(num_layers=2, block_size=4, num_kv_heads=1, head_dim=2, dtype=torch.float32)
-A = ("request", "a", 0)
-
 
 @pytest.fixture
 def pools():
     transport = InProcess(LinkModel(latency_s=1e-6, gb_per_s=1.0))
-    made = [MemPool(SHAPE, DiscreteLayout(), 8, RadixIndex, num_dram_blocks=4, incarnation=i) for i in (1, 2)]
+    made = [make_pool(num_dram_blocks=4, incarnation=i) for i in (1, 2)]
     for pool in made:
-        pool.connect(transport, ByRequest(DiscreteLayout(), SHAPE), Timeouts(10**9, 10**9, 10**8))
+        pool.connect(transport, ByRequest(DiscreteLayout(), GEOMETRY), Timeouts(10**9, 10**9, 10**8))
         pool.kv.copy_(torch.randn(pool.kv.shape))
     return made
 
@@ -98,7 +95,7 @@ def test_bad_transfers_are_refused_by_name_and_hold_nothing(pools):
 
 
 def test_a_pool_that_is_connected_to_no_other_says_so():
-    pool = MemPool(SHAPE, DiscreteLayout(), 2, RadixIndex)
+    pool = MemPool(GEOMETRY, DiscreteLayout(), 2, RadixIndex)
     with pytest.raises(ValueError, match="connected to no other"):
         pool.transfer(2, pool.alloc_mem(1, holder=A))
 
