@@ -183,7 +183,7 @@ def test_a_rank_alone_does_nothing_more_than_before() -> None:
     assert WHOLE.sum(tensor) is tensor and WHOLE.gather(tensor) is tensor and WHOLE.sampler(sampler) is sampler
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status, which only Linux has")
 def test_a_rank_never_holds_a_whole_tensor_that_it_shards(tmp_path) -> None:
     """A quarter of three 32 MiB tensors is loaded where memory is left for 2 MiB more; of rows, only those are read."""
     weights = RandomWeights(WIDE)

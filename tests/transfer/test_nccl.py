@@ -7,6 +7,8 @@ from torch.distributed import HashStore, is_nccl_available
 from memserve.transfer import Nccl
 from memserve.transfer.directory import Directory, Endpoint, Memory
 
+NO_NCCL = "needs a CUDA device and a torch built with NCCL: run it on a machine that has them"
+
 
 @pytest.mark.parametrize("device", [-1, 99])
 def test_a_device_that_is_not_there_is_refused_by_name(device):
@@ -22,7 +24,7 @@ def test_two_endpoints_on_one_device_are_refused_by_name():
         directory.publish(2, Endpoint("here", 0, [Memory(64)], "GPU 7"))
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and is_nccl_available()), reason="needs a GPU and NCCL")
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_nccl_available()), reason=NO_NCCL)
 def test_two_transports_of_one_gpu_are_refused_by_name():
     """The same by the transport itself, where there is a GPU."""
     store, memory = HashStore(), torch.zeros(64, dtype=torch.uint8, device="cuda")
