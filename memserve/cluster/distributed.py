@@ -65,36 +65,27 @@ class DistributedCluster:
         """
         signal.signal(signal.SIGTERM, _leave)
         try:
-            if self._place.rank == CONTROLLER:
-                return self._control(output_dir, progress)
-            self._serve()
+            results = self.play(progress)
+            return finish_runs(self.cfg, results, output_dir) if results else None
         except Exception as error:
             if self._place.rank != CONTROLLER:
                 self._mailbox.send(CONTROLLER, Broken(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self._mailbox.close()
-        return None
 
-    def run_once(self, number: int = 0, progress: Progress | None = None) -> Result | None:
-        """One run from empty pools, on every rank; the result on rank 0. number: never used before."""
+    def play(self, progress: Progress | None = None) -> list[Result]:
+        """The runs, each from empty pools: their results on rank 0, none on the others. Once in a cluster's life."""
         if self._place.rank != CONTROLLER:
-            self._serve_once(number, build_engine(self.cfg), set_threads(self.cfg, self._place))
-            return None
+            self._serve()
+            return []
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
         sessions = workload.sessions(engine.tokenizer, self.cfg.seed)
-        return Controller(self.cfg, self._roles, self._mailbox, engine, sessions, workload.concurrency).run(progress)
-
-    def _control(self, output_dir: str | Path | None, progress: Progress | None) -> Report:
-        workload: Workload = make(self.cfg.workload)
-        engine = build_engine(self.cfg, with_model=False)
-        sessions = workload.sessions(engine.tokenizer, self.cfg.seed)
-        results = [
+        return [
             Controller(self.cfg, self._roles, self._mailbox, engine, sessions, workload.concurrency).run(progress)
             for _ in range(self.cfg.repeats)
         ]
-        return finish_runs(self.cfg, results, output_dir)
 
     def _serve(self) -> None:
         num_threads = set_threads(self.cfg, self._place)

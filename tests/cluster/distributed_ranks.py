@@ -30,8 +30,7 @@ def main() -> None:
             continue
         store = PrefixStore(f"case/{number}", place.store)
         cluster = DistributedCluster(load_config(words), replace(place, world_size=world_size, store=store))
-        result = cluster.run_once()
-        if result is not None:
+        for result in cluster.play():
             tokens = {t.request_id: t.token_ids.tolist() for t in result.timelines}
             ends = {t.request_id: [str(t.reason), t.detail, t.attempt] for t in result.timelines}
             found.append({"tokens": tokens, "ends": ends, "report": result.report})
