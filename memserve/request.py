@@ -10,13 +10,16 @@ any -> FINISHED by abort.
 
 import enum
 import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import msgspec
 import numpy as np
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+Output = TypeVar("Output")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,3 +264,21 @@ class StepOutput:
 
     token_ids: np.ndarray
     logprobs: list[TokenLogprobs | None] | None = None
+
+
+class LayerRun(Generic[Output]):
+    """A computation that yields each layer's number once its KV is written. `output`: what it came to, at its end."""
+
+    output: Output
+
+    def __init__(self, layers: Generator[int, None, Output]) -> None:
+        self._layers = layers
+
+    def __iter__(self) -> Iterator[int]:
+        self.output = yield from self._layers
+
+    def finish(self) -> Output:
+        """Runs what is left of it."""
+        for _ in self:
+            pass
+        return self.output

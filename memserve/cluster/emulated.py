@@ -26,7 +26,7 @@ from memserve.cluster.emulated_node import Node, Step
 from memserve.cluster.step_time import StepTime
 from memserve.instance import Instance
 from memserve.messages import Finished, Message, PoolMessage, Tokens
-from memserve.request import ScheduledBatch, StepOutput
+from memserve.request import LayerRun, ScheduledBatch, StepOutput
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.transfer.faults import MessageFaults
 from memserve.transfer.in_process import InProcess
@@ -187,13 +187,9 @@ class EmulatedCluster:
 
     def _forward(self, instance: Instance, batch: ScheduledBatch, watch: Stopwatch) -> tuple[StepOutput, list[int]]:
         """Computes a batch; its output, and when each layer was written, on the virtual clock."""
-        layers, layers_ns = instance.forward_by_layer(batch), list[int]()
-        while True:
-            try:
-                next(layers)
-            except StopIteration as end:
-                return end.value, layers_ns
-            layers_ns.append(self.now_ns + watch.elapsed_ns())
+        layers = LayerRun(instance.forward_by_layer(batch))
+        layers_ns = [self.now_ns + watch.elapsed_ns() for _ in layers]
+        return layers.output, layers_ns
 
     def _end(self, node: Node) -> None:
         step, node.step = node.step, None

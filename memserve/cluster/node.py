@@ -22,7 +22,7 @@ from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
 from memserve.metrics.occupancy import Occupancy
-from memserve.request import ScheduledBatch, StepOutput
+from memserve.request import LayerRun, ScheduledBatch, StepOutput
 from memserve.transfer.shared_memory import host_id
 from memserve.transfer.transport import Transport
 
@@ -122,14 +122,10 @@ class InstanceLoop:
         handoffs = self._instance.handoffs
         if handoffs is None or not handoffs.asks_at_admission:
             return self._instance.forward(batch)
-        layers = self._instance.forward_by_layer(batch)
-        while True:
-            try:
-                layer = next(layers)
-            except StopIteration as end:
-                output: StepOutput = end.value
-                return output
+        layers = LayerRun(self._instance.forward_by_layer(batch))
+        for layer in layers:
             handoffs.layer_written(batch, layer, self._now_ns())
+        return layers.output
 
     @property
     def _is_transferring(self) -> bool:

@@ -14,9 +14,9 @@ from memserve.handoff import Handoffs
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.layout import CacheGeometry, Layout
+from memserve.kvcache.layout import CacheGeometry
 from memserve.kvcache.ticket import Timeouts
-from memserve.kvcache.transfers import Transfers, wire_geometry
+from memserve.kvcache.transfers import Transfers
 from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
@@ -56,24 +56,22 @@ def build_handoffs(
     memories: Sequence[torch.Tensor | None],
 ) -> Handoffs:
     """One instance's transfers. memories: of its HBM and DRAM; None where nothing is stored."""
-    layout: Layout = make(cfg.layout)
-    transport.attach(incarnation, memories)
     t = cfg.transfer
     transfers = Transfers(
         pool,
         AddressBook(pool.allocator, incarnation),
-        wire_geometry(geometry, layout),
         transport,
-        _granularity(cfg, layout, geometry),
+        memories,
+        _granularity(cfg, geometry),
         Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s)),
         cfg.sched.decode_headroom_blocks if role is Role.DECODE else 0,
     )
     return Handoffs(transfers, make(cfg.mode))
 
 
-def _granularity(cfg: RunConfig, layout: Layout, geometry: CacheGeometry) -> Granularity:
+def _granularity(cfg: RunConfig, geometry: CacheGeometry) -> Granularity:
     try:
-        granularity: Granularity = make(cfg.granularity, _partial_=True)(layout, geometry)
+        granularity: Granularity = make(cfg.granularity, _partial_=True)(make(cfg.layout), geometry)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return granularity

@@ -17,6 +17,7 @@ import numpy as np
 
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, Layout
 from memserve.kvcache.regions import call_starts, regions_of, row_bytes_of
+from memserve.messages import Geometry
 from memserve.transfer.transport import Move
 
 
@@ -46,6 +47,12 @@ class Granularity(ABC):
 
     def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False) -> None:
         self._layout, self._geometry, self._merge = layout, geometry, merge
+
+    @property
+    def wire_geometry(self) -> Geometry:
+        """The shape for which this was made: what both ends of a transfer have."""
+        g, dtype = self._geometry, str(self._geometry.dtype).removeprefix("torch.")
+        return Geometry(g.num_layers, g.block_size, g.num_kv_heads, g.head_dim, dtype, self._layout.name)
 
     def stretches(self, posted: np.ndarray, ready: np.ndarray, num_blocks: int) -> list[Stretch]:
         """What can be posted now. posted, ready: int64 [L], leading blocks of each layer."""

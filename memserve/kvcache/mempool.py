@@ -23,7 +23,7 @@ from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
 from memserve.kvcache.ticket import PLAIN, Ticket, TicketState, Timeouts, TransferOptions
-from memserve.kvcache.transfers import Transfers, wire_geometry
+from memserve.kvcache.transfers import Transfers
 from memserve.transfer.transport import Transport
 
 
@@ -193,9 +193,10 @@ class MemPool:
         self, transport: Transport, granularity: Granularity, timeouts: Timeouts, *, headroom_blocks: int = 0
     ) -> None:
         """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`."""
-        wire = wire_geometry(self.geometry, self.layout)
-        transport.attach(self.incarnation, [self.arena.tensor, self.dram.tensor])
-        self._transfers = Transfers(self.blocks, self._book, wire, transport, granularity, timeouts, headroom_blocks)
+        memories = [self.arena.tensor, self.dram.tensor]
+        self._transfers = Transfers(
+            self.blocks, self._book, transport, memories, granularity, timeouts, headroom_blocks
+        )
 
     @property
     def transfers(self) -> Transfers:

@@ -5,66 +5,55 @@ that comes twice changes nothing. Knows no request; whoever called is told by ti
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from memserve.kvcache.address import Medium, incarnation_of
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
 from memserve.kvcache.receiving import Incoming, Receiving
-from memserve.kvcache.reservations import Reservations
+from memserve.kvcache.reservations import ReservationMessage, Reservations
 from memserve.kvcache.sending import Outgoing, Sending
 from memserve.kvcache.ticket import Arrival, Ticket, Timeouts, TransferCounts, TransferOptions
-from memserve.messages import (
-    Ask,
-    Geometry,
-    PoolMessage,
-    Refuse,
-    Release,
-    Released,
-    Reserve,
-    Reserved,
-    pack_times,
-    pack_tokens,
-)
+from memserve.messages import Ask, PoolMessage, Refuse, pack_times, pack_tokens
 from memserve.transfer.transport import Transport
 
 _FROM_SENDER = ("Ask", "Done", "AbortAck")
 
 
-def wire_geometry(geometry: CacheGeometry, layout: Layout) -> Geometry:
-    """What the other end of a transfer must have too."""
-    g, dtype = geometry, str(geometry.dtype).removeprefix("torch.")
-    return Geometry(g.num_layers, g.block_size, g.num_kv_heads, g.head_dim, dtype, layout.name)
-
-
 class Transfers:
-    """One instance's tickets. geometry: what peers must share.  headroom_blocks: HBM blocks that a grant leaves free
-    for what runs here.  The transport knows the instance by its incarnation; its memory 0 is HBM and 1 is DRAM.
+    """One instance's tickets. Joins the pools that `transport` connects, under the book's incarnation.
+
+    memories: of HBM and of DRAM; None where nothing is stored.  granularity: made for the shape of the pool, which
+    peers must share.  headroom_blocks: HBM blocks that a grant leaves free for what runs here.
     """
 
     def __init__(
         self,
         pool: BlockPool,
         book: AddressBook,
-        geometry: Geometry,
         transport: Transport,
+        memories: Sequence[torch.Tensor | None],
         granularity: Granularity,
         timeouts: Timeouts,
         headroom_blocks: int = 0,
     ) -> None:
-        self.geometry, self.granularity = geometry, granularity
+        self.geometry, self.granularity = granularity.wire_geometry, granularity
         self._pool, self._book, self._transport = pool, book, transport
         self._outbox: list[tuple[int, PoolMessage]] = []
         self._sending = Sending(pool, transport, granularity, timeouts, self._send)
         self._reservations = Reservations(pool, book, timeouts, self._send)
-        self._receiving = Receiving(pool, book, geometry, timeouts, headroom_blocks, self._reservations, self._send)
+        self._receiving = Receiving(
+            pool, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
+        )
         self._num_tickets = 0
         self._gone: set[int] = set()
+        transport.attach(book.incarnation, memories)
 
     @property
     def incarnation(self) -> int:
@@ -185,7 +174,7 @@ class Transfers:
         """Takes one message of another pool, `sender` its incarnation. What a dead one said last comes too late."""
         if sender in self._gone:
             return
-        if isinstance(message, Reserve | Reserved | Release | Released) or (
+        if isinstance(message, ReservationMessage) or (
             isinstance(message, Refuse) and self._reservations.is_mine(message)
         ):
             self._reservations.receive(sender, message, now_ns)

@@ -8,7 +8,6 @@ Shape legend: R requests, E hidden size, S sampled rows, V vocabulary; kv[L, 2, 
 """
 
 from collections.abc import Generator
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +18,9 @@ from memserve.model.batch import ForwardBatch, build_forward_batch
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
 from memserve.model.sampler import Sampler, SamplingRow
-from memserve.request import Request, ScheduledBatch, StepOutput, TokenLogprobs
+from memserve.request import LayerRun, Request, ScheduledBatch, StepOutput, TokenLogprobs
 
 Logprobs = list[TokenLogprobs | None] | None
-Result = TypeVar("Result")
 
 
 def geometry(config: ModelConfig, block_size: int, dtype: torch.dtype) -> CacheGeometry:
@@ -62,7 +60,7 @@ class ModelRunner:
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Computes the whole batch, all of its `num_steps`."""
-        return _drain(self.forward_by_layer(batch))
+        return LayerRun(self.forward_by_layer(batch)).finish()
 
     def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
         """The same as a generator: yields l once all the KV that the batch puts into layer l is written.
@@ -75,7 +73,7 @@ class ModelRunner:
         step = build_forward_batch(batch, self.block_size, self.model.device)
         for i in range(batch.num_steps):
             layers = self._layers(step)
-            logits_SV = (yield from layers) if i + 1 == batch.num_steps else _drain(layers)
+            logits_SV = (yield from layers) if i + 1 == batch.num_steps else LayerRun(layers).finish()
             if len(sampling):
                 token_ids[sampling, i], logprobs = self._sample(logits_SV, step, [batch.requests[r] for r in sampling])
             if i + 1 < batch.num_steps:
@@ -108,16 +106,6 @@ class ModelRunner:
         positions = step.positions[step.sample_rows] + 1
         rows = [SamplingRow(r.params, r.seed, int(p)) for r, p in zip(requests, positions, strict=True)]
         return self._sampler.sample(logits_SV, rows)
-
-
-def _drain(layers: Generator[int, None, Result]) -> Result:
-    """Runs a generator to its end and returns what it returns."""
-    while True:
-        try:
-            next(layers)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
 
 
 def _one_a_request(logprobs: Logprobs, sampling: np.ndarray, num_requests: int) -> Logprobs:

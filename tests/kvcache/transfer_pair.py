@@ -10,7 +10,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.arena import Arena
 from memserve.kvcache.granularity import ByLayer, ByRequest, ByRequestAgg, Packed
 from memserve.kvcache.ticket import Timeouts
-from memserve.kvcache.transfers import Transfers, wire_geometry
+from memserve.kvcache.transfers import Transfers
 from memserve.transfer import LinkModel, StallingTransport
 
 B = 4
@@ -34,11 +34,9 @@ class Pool:
         for arena in self.arenas:
             arena.tensor.fill_(-incarnation)
         self.book = AddressBook(self.blocks.allocator, incarnation)
-        wire = wire_geometry(shape, plan)
-        transport.attach(incarnation, [arena.tensor for arena in self.arenas])
-        self.transfers = Transfers(
-            self.blocks, self.book, wire, transport, GRANULARITIES[granularity](plan, shape), timeouts, headroom_blocks
-        )
+        memories = [arena.tensor for arena in self.arenas]
+        by = GRANULARITIES[granularity](plan, shape)
+        self.transfers = Transfers(self.blocks, self.book, transport, memories, by, timeouts, headroom_blocks)
 
     def kv(self, blocks):
         """[L, 2, n, B, K, D] of block numbers in either medium."""
