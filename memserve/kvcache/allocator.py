@@ -227,12 +227,12 @@ class Allocator:
         places = _places(blocks)
         counts = self.refcounts[places] - weight
         self.refcounts[places] = counts
-        if np.count_nonzero(counts):
+        num_in_use = np.count_nonzero(counts)
+        if num_in_use:
             self._tally(blocks, counts == 1, +1)
+        if num_in_use < len(blocks):
             gone = counts == 0
-            blocks, places = blocks[gone], places[gone]
-        if len(blocks):
-            self._free_places(blocks, places)
+            self._free_places(blocks[gone], places[gone])
 
     def _free_places(self, blocks: np.ndarray, places: np.ndarray) -> int:
         """Puts blocks without a holder back, their addresses stale from now on; returns how many lie in DRAM."""

@@ -95,21 +95,25 @@ class RadixIndex(Index):
 
     def evict(self, num_blocks: int) -> np.ndarray:
         freed: list[np.ndarray] = []
-        in_use: list[RadixNode] = []
+        kept: list[RadixNode] = []
         missing = num_blocks
         while missing > 0 and (leaf := self._next_leaf()) is not None:
-            tail = self._trim(leaf, missing)
-            if not len(leaf.blocks):
+            count = self._num_evictable(leaf, missing)
+            cut = leaf.blocks[len(leaf.blocks) - count :]
+            if count:
+                self.log.removed(leaf, cut)
+                freed.append(cut[::-1])
+            if count == len(leaf.blocks):
                 self._remove(leaf)
-            elif len(tail) < missing:
-                in_use.append(leaf)
             else:
-                self._leaves.offer(leaf)
-            freed.append(tail)
-            missing -= len(tail)
-        for leaf in in_use:
+                self._tree.trim(leaf, count)
+                kept.append(leaf)
+            missing -= count
+        for leaf in kept:
             self._leaves.offer(leaf)
-        return _joined(freed)
+        gone = _joined(freed)
+        self._forget(gone)
+        return gone
 
     def coldest(self, num_blocks: int) -> np.ndarray:
         found: list[np.ndarray] = []
@@ -174,7 +178,7 @@ class RadixIndex(Index):
         self._in_hbm.offer(node)
 
     def _forget(self, blocks: np.ndarray) -> None:
-        """Counts blocks that left the tree."""
+        """Counts blocks that have left the tree."""
         self._num_blocks -= len(blocks)
         if self._is_tiered:
             for block in blocks.tolist():
@@ -187,26 +191,20 @@ class RadixIndex(Index):
                 return node
         return None
 
-    def _trim(self, leaf: RadixNode, most: int) -> np.ndarray:
-        """Cuts up to `most` blocks that nobody else holds off the leaf's tail and returns them, deepest first."""
+    def _num_evictable(self, leaf: RadixNode, most: int) -> int:
+        """How many of the leaf's last `most` blocks nobody else holds, from its end on."""
         tail = leaf.blocks[-most:]
         (in_use,) = (self._refcounts.take(tail) > 1).nonzero()
-        count = len(tail) - (int(in_use[-1]) + 1 if len(in_use) else 0)
-        if not count:
-            return NO_BLOCKS
-        cut = tail[-count:]
-        self.log.removed(leaf, cut)
-        self._tree.trim(leaf, count)
-        self._forget(cut)
-        return cut[::-1]
+        return len(tail) - 1 - int(in_use[-1]) if len(in_use) else len(tail)
 
     def _remove(self, node: RadixNode) -> None:
         """Takes a node and all below it out of the tree; their heap entries are dropped when they come up."""
         parent = self._tree.remove(node)
         for gone in list(subtree(node)) if node.children else (node,):
             gone.parent = None
-            self._leaves.forget(gone)
-            self._in_hbm.forget(gone)
+            if gone.queued:
+                self._leaves.forget(gone)
+                self._in_hbm.forget(gone)
         if parent is not self._tree.root and not parent.children:
             self._leaves.offer(parent)
 

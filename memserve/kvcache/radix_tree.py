@@ -101,7 +101,7 @@ class RadixTree:
         """Cuts blocks off a leaf's tail. One left empty keeps tokens, by which its parent knows it, until removed."""
         keep = len(leaf.blocks) - num_blocks
         leaf.blocks = leaf.blocks[:keep]
-        if keep:
+        if keep and num_blocks:
             leaf.tokens = leaf.tokens[: keep * self.block_size]
             _tighten(leaf)
 
