@@ -55,7 +55,7 @@ def gather_rows(memory: torch.Tensor, rows: np.ndarray, buffer: torch.Tensor, ro
     if memory.device.type == buffer.device.type == "cpu":
         memory_N, buffer_N = as_bytes(memory).numpy(), buffer.numpy()
         if row_bytes >= _WIDE_BYTES:
-            _copy_runs(memory_N, buffer_N, RowRuns.of(rows, np.arange(len(rows))), row_bytes)
+            _copy_wide(memory_N, rows, buffer_N, np.arange(len(rows)), row_bytes)
         else:
             np.take(_as_rows(memory_N, row_bytes), rows, out=_as_rows(buffer_N, row_bytes), mode="clip")
         return
@@ -67,7 +67,7 @@ def scatter_rows(buffer: torch.Tensor, memory: torch.Tensor, rows: np.ndarray, r
     if memory.device.type == buffer.device.type == "cpu":
         memory_N, buffer_N = as_bytes(memory).numpy(), buffer.numpy()
         if row_bytes >= _WIDE_BYTES:
-            _copy_runs(buffer_N, memory_N, RowRuns.of(np.arange(len(rows)), rows), row_bytes)
+            _copy_wide(buffer_N, np.arange(len(rows)), memory_N, rows, row_bytes)
         else:
             _as_rows(memory_N, row_bytes)[rows] = _as_rows(buffer_N, row_bytes)
         return
@@ -112,11 +112,22 @@ def _copy_on_cpu(
     for rows, memory_N in ((source_rows, source_N), (target_rows, target_N)):
         if not 0 <= int(rows.min()) <= int(rows.max()) < len(memory_N) // row_bytes:
             raise IndexError(f"rows from {rows.min()} to {rows.max()}: expected 0 to {len(memory_N) // row_bytes - 1}")
+    if row_bytes >= _WIDE_BYTES:
+        _copy_wide(source_N, source_rows, target_N, target_rows, row_bytes)
+        return
     num_runs = 1 + np.count_nonzero(_apart(source_rows, target_rows))
     if len(source_rows) * row_bytes >= num_runs * _WIDE_BYTES:
         _copy_runs(source_N, target_N, RowRuns.of(source_rows, target_rows), row_bytes)
     else:
         _copy_narrow(source_N, source_rows, target_N, target_rows, row_bytes)
+
+
+def _copy_wide(
+    source_N: np.ndarray, source_rows: np.ndarray, target_N: np.ndarray, target_rows: np.ndarray, row_bytes: int
+) -> None:
+    """Row by row: neighbours found first would save less than finding them costs."""
+    for start, to in zip((source_rows * row_bytes).tolist(), (target_rows * row_bytes).tolist(), strict=True):
+        target_N[to : to + row_bytes] = source_N[start : start + row_bytes]
 
 
 def _copy_runs(source_N: np.ndarray, target_N: np.ndarray, runs: RowRuns, row_bytes: int) -> None:

@@ -81,5 +81,7 @@ def _check_calls(move: Move) -> None:
     num_rows, starts = len(move.source_rows), move.call_starts
     if num_rows != len(move.target_rows):
         raise ValueError(f"{num_rows} source and {len(move.target_rows)} target rows: expected as many")
-    if num_rows and not (len(starts) and starts[0] == 0 and (np.diff(starts, append=num_rows) > 0).all()):
+    if num_rows and not (
+        len(starts) and starts[0] == 0 and starts[-1] < num_rows and bool((starts[1:] > starts[:-1]).all())
+    ):
         raise ValueError(f"call_starts={starts.tolist()}: expected increasing rows, from 0 to below {num_rows}")
