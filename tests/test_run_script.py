@@ -32,7 +32,7 @@ def test_a_run_leaves_its_config_report_requests_and_environment(tmp_path):
     assert "num_hbm_blocks: 2048" in (tmp_path / "config.yaml").read_text()
     assert json.loads((tmp_path / "env.json").read_text())["seeds"] == {"seed": 0}
     assert "TTFT" in done.stdout and sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.yaml", "env.json", "occupancy.jsonl", "report.json", "requests.jsonl",
+        "activity.jsonl", "config.yaml", "env.json", "occupancy.jsonl", "report.json", "requests.jsonl",
     ]  # fmt: skip
 
 

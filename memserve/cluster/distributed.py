@@ -24,7 +24,7 @@ from memserve.cluster.make import make
 from memserve.cluster.node import InstanceLoop
 from memserve.cluster.node_messages import Alive, Broken, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
 from memserve.cluster.result import Result, finish_runs
-from memserve.cluster.summary import Summary, report_of
+from memserve.cluster.summary import Summary, activity_of, report_of
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_global_scheduler, build_process_transport
 from memserve.config.schema import RunConfig
@@ -152,7 +152,7 @@ class Controller:
         report = report_of(timelines, left, self._client.counts, to_s(end_ns))
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}
-        return Result(report, timelines, occupancy, threads)
+        return Result(report, timelines, occupancy, activity_of(left, self._labels), threads)
 
     def _left(self) -> set[int]:
         return set(range(len(self._labels))) - self._gone

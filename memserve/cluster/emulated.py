@@ -197,10 +197,12 @@ class EmulatedCluster:
         if node.instance.handoffs is not None:
             for layer, written_ns in enumerate(step.layers_ns):
                 node.instance.handoffs.layer_written(step.batch, layer, written_ns)
+            node.activity.sent(node.instance.handoffs.transfers.drain_sent())
         node.busy_ns += self.now_ns - step.start_ns
         if step.output is None:
             node.instance.scheduler.extend(step.batch)
             step.output = node.instance.forward(step.batch)
+        node.activity.step(step.batch, step.start_ns, self.now_ns)
         watch = Stopwatch()
         node.instance.commit(step.batch, step.output, step.ends_ns)
         node.commit_ns = watch.stop_ns()

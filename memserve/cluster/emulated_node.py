@@ -6,6 +6,7 @@ import numpy as np
 
 from memserve.instance import Instance
 from memserve.messages import PoolMessage
+from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import ScheduledBatch, StepOutput
 
@@ -40,3 +41,4 @@ class Node:
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
+        self.activity = Activity()

@@ -15,7 +15,7 @@ from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.make import make
 from memserve.cluster.result import Result, finish_runs
-from memserve.cluster.summary import report_of, summarize
+from memserve.cluster.summary import activity_of, report_of, summarize
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_global_scheduler, build_transport
 from memserve.config.schema import RunConfig
@@ -65,9 +65,10 @@ class LocalCluster:
         for node in left:
             node.instance.check()
         timelines = list(cluster.scheduler.timelines.values())
-        summaries = [summarize(node.instance, node.busy_ns, node.occupancy, cluster.now_ns) for node in left]
+        summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in left]
         report = report_of(timelines, summaries, player.counts, to_s(monotonic_ns() - started_ns))
-        return Result(report, timelines, [sample for summary in summaries for sample in summary.occupancy])
+        occupancy = [sample for summary in summaries for sample in summary.occupancy]
+        return Result(report, timelines, occupancy, activity_of(summaries, [label for label, _ in self._roles]))
 
     def cluster(self) -> EmulatedCluster:
         """The cluster with empty pools before its first event, for who wants to drive it alone (`advance`)."""

@@ -21,6 +21,7 @@ from memserve.cluster.node_messages import Alive, Gone, Leave, Ping, Pong, Ready
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
+from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import LayerRun, ScheduledBatch, StepOutput
 from memserve.transfer.shared_memory import host_id
@@ -48,6 +49,7 @@ class InstanceLoop:
         self._instance, self._mailbox, self._transport = instance, mailbox, transport
         self._stop_ns, self._num_threads = to_ns(stop_s), num_threads
         self._occupancy = Occupancy(instance.label, instance.pool)
+        self._activity = Activity()
         self._busy_ns = 0
         self._offset_ns = 0  # what is to be added to this process's clock
         self._stop: Stop | None = None
@@ -64,7 +66,7 @@ class InstanceLoop:
             self._step()
         self._finish_transfers(self._stop)
         summary: Summary = summarize(
-            self._instance, self._busy_ns, self._occupancy, self._stop.end_ns, self._num_threads
+            self._instance, self._busy_ns, self._occupancy, self._activity, self._stop.end_ns, self._num_threads
         )
         self._instance.check()
         self._mailbox.send(CONTROLLER, Stopped(msgspec.msgpack.encode(summary)))
@@ -112,8 +114,11 @@ class InstanceLoop:
         began_ns = self._now_ns()
         output = self._forward(batch)
         now_ns = self._now_ns()
+        self._activity.step(batch, began_ns, now_ns)
         self._instance.commit(batch, output, np.array([now_ns], dtype=np.int64))
         self._busy_ns += self._now_ns() - began_ns
+        if self._instance.handoffs is not None:
+            self._activity.sent(self._instance.handoffs.transfers.drain_sent())
         self._occupancy.offer(self._now_ns())
         self._send()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from memserve.cluster.make import make
 from memserve.compose import to_dict, to_yaml
 from memserve.config.schema import RunConfig
+from memserve.metrics.activity import ActivitySpan
 from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
 from memserve.metrics.report import Report, median_of
@@ -17,18 +18,21 @@ from memserve.timeline import RequestTimeline
 
 @dataclass(frozen=True)
 class Result:
-    """One run: its report, every request's timeline in order of submission, and the pools, instance by instance."""
+    """One run: its report, every request's timeline in order of submission, the pools and what was done, instance by
+    instance.
+    """
 
     report: Report
     timelines: list[RequestTimeline]
     occupancy: list[Sample]
+    activity: list[ActivitySpan]
     num_threads: Mapping[str, int] = field(default_factory=dict)  # of instances that are processes of their own
 
 
 def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Path | None) -> Report:
     """The report; of several runs the medians and their spread.
 
-    output_dir: where the files go (requests.jsonl and occupancy.jsonl: of the last run); None writes none.
+    output_dir: where the files go (requests, occupancy and activity: of the last run); None writes none.
     """
     reports, last = [result.report for result in results], results[-1]
     report = reports[0] if len(reports) == 1 else median_of(reports)
@@ -43,6 +47,7 @@ def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Pat
             report=report,
             timelines=last.timelines,
             occupancy=last.occupancy,
+            activity=last.activity,
             environment=recorded,
         )
     tracking: Tracking = make(cfg.tracking)

@@ -6,6 +6,7 @@ import msgspec
 
 from memserve.instance import Instance
 from memserve.kvcache.ticket import TransferCounts
+from memserve.metrics.activity import Activity, ActivitySpan, Track, spans_of
 from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
 from memserve.request import Role
@@ -21,12 +22,17 @@ class Summary(msgspec.Struct, frozen=True):
     num_overtaken: int
     num_quarantined: int
     occupancy: list[Sample]
+    tracks: list[Track]
     num_threads: int = 0
 
 
-def summarize(instance: Instance, busy_ns: int, occupancy: Occupancy, end_ns: int, num_threads: int = 0) -> Summary:
+def summarize(
+    instance: Instance, busy_ns: int, occupancy: Occupancy, activity: Activity, end_ns: int, num_threads: int = 0
+) -> Summary:
     """busy_ns: time that it spent in steps.  end_ns: of the run."""
     pool, handoffs = instance.pool.stats(), instance.handoffs
+    if handoffs is not None:
+        activity.sent(handoffs.transfers.drain_sent())
     stats = InstanceStats(
         id=instance.label,
         role=instance.role,
@@ -47,6 +53,7 @@ def summarize(instance: Instance, busy_ns: int, occupancy: Occupancy, end_ns: in
         0 if handoffs is None else handoffs.num_overtaken,
         0 if handoffs is None else handoffs.transfers.num_quarantined,
         occupancy.samples(end_ns),
+        activity.tracks(),
         num_threads,
     )
 
@@ -65,6 +72,11 @@ def report_of(
         d_to_p=_transfers(summaries, Role.DECODE),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
+
+
+def activity_of(summaries: Iterable[Summary], labels: Sequence[str]) -> list[ActivitySpan]:
+    """What the instances did. labels: of all that there were, by their numbers."""
+    return [span for summary in summaries for span in spans_of(summary.stats.id, summary.tracks, labels)]
 
 
 def _transfers(summaries: Iterable[Summary], role: Role) -> TransferCounts:

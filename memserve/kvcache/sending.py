@@ -6,6 +6,7 @@ The source blocks are held by ("transfer", own incarnation, n) from `start` unti
 ("quarantine", own incarnation, n) after the ticket has failed.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,12 +18,13 @@ from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import End, Granularity, Stretch
 from memserve.kvcache.protocol import Action, SenderEvent, SenderState, sender_step
-from memserve.kvcache.ticket import Ticket, TicketState, Timeouts, TransferCounts
+from memserve.kvcache.ticket import Sent, Ticket, TicketState, Timeouts, TransferCounts
 from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, PoolMessage, Refuse, unpack_times
 from memserve.transfer.transport import Arrived, Transport
 
 Send = Callable[[int, PoolMessage], None]
 DECLINED = "declined"  # how a refusal for lack of room begins
+NUM_REMEMBERED = 4096  # of what was sent, for who may want to know
 
 
 @dataclass
@@ -47,6 +49,9 @@ class Outgoing:
     num_held: int = 0
     num_parts: int = 0
     num_under_way: int = 0
+    num_bytes: int = 0
+    begun_ns: int | None = None
+    ended_ns: int = 0
 
     def __post_init__(self) -> None:
         self.private = self.ask.private
@@ -56,6 +61,17 @@ class Outgoing:
     def first_block(self) -> int:
         """The first block that the receiver lacks."""
         return len(self.blocks) - len(self.targets)
+
+    @property
+    def num_tokens(self) -> int:
+        """Valid tokens that the receiver lacked."""
+        return len(self.ask.tokens) // 4 - self.num_held
+
+    def arrived(self, arrived: Arrived) -> None:
+        """One of the moves is over."""
+        self.num_under_way -= 1
+        self.begun_ns = arrived.begun_ns if self.begun_ns is None else min(self.begun_ns, arrived.begun_ns)
+        self.ended_ns = max(self.ended_ns, arrived.ended_ns)
 
 
 class Sending:
@@ -69,6 +85,7 @@ class Sending:
         self._pool, self._transport, self._granularity = pool, transport, granularity
         self._timeouts, self._send = timeouts, send
         self._ended: list[Ticket] = []
+        self._sent: deque[Sent] = deque(maxlen=NUM_REMEMBERED)
 
     def start(
         self,
@@ -129,7 +146,7 @@ class Sending:
     def arrived(self, arrived: Arrived, now_ns: int) -> None:
         """A posted move is complete."""
         out = self.tickets[arrived.move_id[:2]]
-        out.num_under_way -= 1
+        out.arrived(arrived)
         self.counts.elapsed_ns += arrived.ended_ns - arrived.begun_ns
         self._check_drained(out, now_ns)
 
@@ -172,6 +189,12 @@ class Sending:
         ended, self._ended = self._ended, []
         return ended
 
+    def drain_sent(self) -> list[Sent]:
+        """What was sent and has ended since the last call; the latest NUM_REMEMBERED of it."""
+        sent = list(self._sent)
+        self._sent.clear()
+        return sent
+
     @staticmethod
     def next_time_ns(out: Outgoing) -> int | None:
         """When time alone does something to a ticket."""
@@ -190,7 +213,7 @@ class Sending:
                 self._post(out, now_ns)
             case Action.SUCCEED:
                 self._end(out, TicketState.DONE, "")
-                self.counts.tokens += len(out.ask.tokens) // 4 - out.num_held
+                self.counts.tokens += out.num_tokens
             case Action.FAIL:
                 self._end(out, TicketState.FAILED, reason)
                 if out.state is SenderState.DRAINING:
@@ -202,6 +225,7 @@ class Sending:
             case Action.RELEASE:
                 self._pool.release_all(out.holder)
                 del self.tickets[ticket_id]
+                self._note(out)
             case Action.DONE:
                 out.retry_ns = now_ns + self._timeouts.retry_ns
                 self._send(out.peer, Done(ticket_id, out.private))
@@ -215,6 +239,11 @@ class Sending:
     def _end(self, out: Outgoing, state: TicketState, reason: str) -> None:
         out.ticket.state, out.ticket.reason, out.ticket.addrs = state, reason, out.targets
         self._ended.append(out.ticket)
+
+    def _note(self, out: Outgoing) -> None:
+        if out.begun_ns is not None:
+            num_tokens = out.num_tokens if out.ticket.state is TicketState.DONE else 0
+            self._sent.append(Sent(out.ask.ticket, out.peer, out.begun_ns, out.ended_ns, num_tokens, out.num_bytes))
 
     def _post(self, out: Outgoing, ready_ns: int) -> None:
         """Hands to the transport what is ready and not posted yet."""
@@ -244,6 +273,7 @@ class Sending:
                 self._transport.post((*out.ask.ticket, out.num_parts), move, ready_ns)
                 out.num_parts += 1
                 out.num_under_way += 1
+                out.num_bytes += move.num_bytes
                 self.counts.bytes += move.num_bytes
                 self.counts.calls += move.num_calls
 

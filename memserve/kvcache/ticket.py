@@ -90,6 +90,20 @@ class TransferCounts:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """A ticket of which something was sent. begun_ns, ended_ns: of its first and last move.  num_tokens: valid ones,
+    0 if it failed.
+    """
+
+    ticket_id: tuple[int, int]
+    peer: int
+    begun_ns: int
+    ended_ns: int
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Arrival:
     """A ticket whose KV is all here. tokens: int32 [t].  blocks: int32 [n], held under the ticket until it is settled.
     num_held: tokens that were here before.  Times in ns.

@@ -19,7 +19,7 @@ from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent,
 from memserve.kvcache.receiving import Incoming, Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
 from memserve.kvcache.sending import Outgoing, Sending
-from memserve.kvcache.ticket import Arrival, Ticket, Timeouts, TransferCounts, TransferOptions
+from memserve.kvcache.ticket import Arrival, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
 from memserve.messages import Ask, PoolMessage, Refuse, pack_times, pack_tokens
 from memserve.transfer.transport import Transport
 
@@ -203,6 +203,10 @@ class Transfers:
     def drain_arrivals(self) -> list[Arrival]:
         """What has arrived since the last call; each is held until `settle`."""
         return self._receiving.drain_arrivals()
+
+    def drain_sent(self) -> list[Sent]:
+        """What this pool has sent whose ticket has ended since the last call, in order of their ends."""
+        return self._sending.drain_sent()
 
     def drain_outbox(self) -> list[tuple[int, PoolMessage]]:
         """(incarnation, message) pairs to deliver."""

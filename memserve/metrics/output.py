@@ -1,6 +1,7 @@
-"""Output: the directory of a run: requests.jsonl, occupancy.jsonl, config.yaml, env.json, report.json. Knows no metric.
+"""Output: the directory of a run: requests, occupancy, activity (.jsonl), config.yaml, env.json, report.json.
 
-Each file appears whole or not at all, and report.json last: where there is a report, the rest is there too.
+Knows no metric. Each file appears whole or not at all, and report.json last: where there is a report, the rest is there
+too.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 
 from memserve.clock import wall_time_s
-from memserve.metrics.occupancy import Sample, occupancy_lines
+from memserve.metrics.activity import ActivitySpan, activity_lines, load_activity
+from memserve.metrics.occupancy import Sample, load_occupancy, occupancy_lines
 from memserve.metrics.records import record_lines
 from memserve.metrics.report import Report
 from memserve.timeline import RequestTimeline
 
+FILES = ("config.yaml", "requests.jsonl", "occupancy.jsonl", "activity.jsonl", "env.json", "report.json")
 PACKAGES = ("memserve", "torch", "transformers", "triton", "numpy", "hydra-core", "msgspec")
 
 
@@ -30,9 +34,10 @@ def write_output(
     report: Report,
     timelines: Iterable[RequestTimeline],
     occupancy: Iterable[Sample],
+    activity: Iterable[ActivitySpan],
     environment: Mapping[str, Any],
 ) -> Path:
-    """Writes the five files into `directory`, made if need be. Returns it.
+    """Writes the six files into `directory`, made if need be. Returns it.
 
     config_yaml: the resolved configuration as text.  environment: see `environment`.
     Raises OSError if it cannot write there; nothing half-written is left under the final names.
@@ -43,9 +48,41 @@ def write_output(
     _write(directory / "config.yaml", [config_yaml])
     _write(directory / "requests.jsonl", record_lines(timelines))
     _write(directory / "occupancy.jsonl", occupancy_lines(occupancy))
+    _write(directory / "activity.jsonl", activity_lines(activity))
     _write(directory / "env.json", [_json(environment)])
     _write(directory / "report.json", [_json(report)])
     return directory
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left in its output directory. records: of requests.jsonl."""
+
+    directory: Path
+    config_yaml: str
+    environment: dict[str, Any]
+    report: Report
+    records: list[dict[str, Any]]
+    occupancy: list[Sample]
+    activity: list[ActivitySpan]
+
+
+def load_run(directory: Path | str) -> RunFiles:
+    """Raises ValueError for a directory that is not a finished run's, naming the file that is missing."""
+    directory = Path(directory)
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"{directory}: expected the output directory of a finished run, it has no {missing[0]}")
+    texts = {name: (directory / name).read_text(encoding="utf-8") for name in FILES}
+    return RunFiles(
+        directory,
+        texts["config.yaml"],
+        json.loads(texts["env.json"]),
+        json.loads(texts["report.json"]),
+        [json.loads(line) for line in texts["requests.jsonl"].splitlines()],
+        load_occupancy(directory),
+        load_activity(directory),
+    )
 
 
 def environment(seeds: Mapping[str, int], command_line: Sequence[str]) -> dict[str, Any]:

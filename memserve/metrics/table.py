@@ -75,9 +75,14 @@ def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
     table.add_column("", no_wrap=True)
     for name in reports:
         table.add_column(name, justify="right", overflow="fold")
-    for row in _COMPARED:
-        table.add_row(row.label, *(_cell(report, row) for report in reports.values()))
+    for label, *cells in comparison_rows(reports):
+        table.add_row(label, *cells)
     return table
+
+
+def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
+    """What is compared: the name of a figure, and it in each report, as text."""
+    return [[row.label, *(_cell(report, row) for report in reports.values())] for row in _COMPARED]
 
 
 def print_points(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:

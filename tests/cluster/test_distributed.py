@@ -82,8 +82,8 @@ def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_ra
     status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD, f"hydra.run.dir={out}")
     assert status == 0, printed
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.yaml", "env.json", "occupancy.jsonl", "rank-0.log", "rank-1.log", "rank-2.log", "report.json",
-        "requests.jsonl",
+        "activity.jsonl", "config.yaml", "env.json", "occupancy.jsonl", "rank-0.log", "rank-1.log", "rank-2.log",
+        "report.json", "requests.jsonl",
     ]  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["repeats"] == 2 and report["num_failed"] == 0

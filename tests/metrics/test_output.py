@@ -48,14 +48,15 @@ def write(directory: Path, timelines, report=None) -> Path:
         report=build_report(timelines, [], wall_s=1.0) if report is None else report,
         timelines=timelines,
         occupancy=[],
+        activity=[],
         environment={"seeds": {"run": 0}},
     )
 
 
-def test_the_output_directory_holds_the_five_files_and_nothing_else(tmp_path, make_timeline):
+def test_the_output_directory_holds_the_six_files_and_nothing_else(tmp_path, make_timeline):
     directory = write(tmp_path / "a" / "b", [make_timeline("a/0"), make_timeline("é/1")])
     assert sorted(p.name for p in directory.iterdir()) == [
-        "config.yaml", "env.json", "occupancy.jsonl", "report.json", "requests.jsonl",
+        "activity.jsonl", "config.yaml", "env.json", "occupancy.jsonl", "report.json", "requests.jsonl",
     ]  # fmt: skip
     lines = (directory / "requests.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["request_id"] for line in lines] == ["a/0", "é/1"]
@@ -73,7 +74,7 @@ def test_a_write_that_fails_leaves_no_report_and_no_half_file(tmp_path, make_tim
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, failing(), report={})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "config.yaml", "env.json", "occupancy.jsonl", "requests.jsonl",
+        "activity.jsonl", "config.yaml", "env.json", "occupancy.jsonl", "requests.jsonl",
     ]  # fmt: skip
     assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 1
     with pytest.raises(ValueError, match="JSON"):

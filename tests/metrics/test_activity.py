@@ -1,0 +1,65 @@
+import itertools
+
+import pytest
+
+from memserve import LocalCluster, load_config
+from memserve.kvcache.ticket import Sent
+from memserve.metrics.activity import Activity, activity_lines, load_activity, spans_of
+from memserve.request import Request, SamplingParams, ScheduledBatch
+
+SIMULATED = ["exec=simulated", "workload.num_sessions=5", "workload.max_turns=3", "workload.max_output_tokens=40"]
+
+
+def request(num_prompt, num_computed):
+    made = Request("r", list(range(num_prompt)), SamplingParams())
+    made.num_computed = num_computed
+    return made
+
+
+def test_a_step_tells_prefill_from_decode():
+    activity = Activity()
+    activity.step(ScheduledBatch([request(20, 8), request(5, 5)], [12, 1]), 1_000_000_000, 3_000_000_000)
+    (span,) = spans_of("here", activity.tracks(), [])
+    assert (span.instance, span.to, span.start_s, span.end_s, span.count) == ("here", "", 1.0, 3.0, 1)
+    assert span.figures == {"requests": 2, "prefill_tokens": 12, "decode_tokens": 1, "swapped_blocks": 0}
+
+
+def test_transfers_to_each_instance_have_a_track_of_their_own():
+    activity = Activity()
+    activity.sent([Sent((0, n), 1 + n % 2, n, n + 5, 16, 64) for n in range(4)])
+    spans = list(spans_of("p", activity.tracks(), ["p", "a", "b"]))
+    assert [span.to for span in spans] == ["a", "a", "b", "b"]
+    assert all(span.figures == {"tokens": 16, "bytes": 64} for span in spans)
+
+
+@pytest.mark.parametrize("num_steps", [7, 8, 9, 100, 1001])
+def test_a_full_track_is_told_more_coarsely_and_loses_nothing(num_steps):
+    activity = Activity(max_spans=8)
+    for n in range(num_steps):
+        activity.step(ScheduledBatch([request(5, 5)], [1]), 10 * n, 10 * n + 7)
+    spans = list(spans_of("a", activity.tracks(), []))
+    assert len(spans) <= 8 and sum(span.count for span in spans) == num_steps
+    assert sum(span.figures["decode_tokens"] for span in spans) == num_steps
+    assert spans[0].start_s == 0 and spans[-1].end_s == (10 * num_steps - 3) / 1e9
+    assert all(before.end_s <= after.start_s for before, after in itertools.pairwise(spans))
+
+
+def test_a_track_of_fewer_than_two_spans_is_refused():
+    with pytest.raises(ValueError, match="max_spans=1: expected an integer >= 2"):
+        Activity(max_spans=1)
+
+
+def test_a_runs_activity_adds_up_to_its_report(tmp_path):
+    result = LocalCluster(load_config([*SIMULATED, "cluster=1p1d", "mode=pd_caching_3"])).run_once()
+    report, steps = result.report, [span for span in result.activity if not span.to]
+    assert {span.instance for span in steps} == {"prefill-0", "decode-1"}
+    for row in report["instances"]:
+        own = [span for span in steps if span.instance == row["id"]]
+        assert sum(span.end_s - span.start_s for span in own) == pytest.approx(row["busy_s"])
+        assert sum(span.count for span in own) == row["num_steps"]
+    for sender, way in (("prefill-0", "p_to_d"), ("decode-1", "d_to_p")):
+        sent = [span.figures for span in result.activity if span.to and span.instance == sender]
+        assert sum(figures["bytes"] for figures in sent) == report["transfers"][way]["bytes"] > 0
+        assert sum(figures["tokens"] for figures in sent) == report["transfers"][way]["tokens"]
+    (tmp_path / "activity.jsonl").write_text("".join(activity_lines(result.activity)))
+    assert load_activity(tmp_path) == result.activity

@@ -1,0 +1,52 @@
+import json
+from collections import Counter
+
+from memserve import LocalCluster, load_config
+from memserve.metrics.perfetto import REQUESTS, trace_of
+from memserve.metrics.records import request_record
+
+SIMULATED = ["exec=simulated", "workload.num_sessions=5", "workload.max_turns=3", "workload.max_output_tokens=40"]
+
+
+def events_of(*words):
+    result = LocalCluster(load_config([*SIMULATED, *words])).run_once()
+    records = [request_record(timeline) for timeline in result.timelines]
+    trace = trace_of(records, result.activity, result.occupancy)
+    assert json.loads(json.dumps(trace, allow_nan=False)) == trace
+    return result, records, trace["traceEvents"]
+
+
+def test_every_instance_is_a_process_and_its_steps_follow_each_other():
+    result, _, events = events_of("cluster=1p1d", "mode=pd_caching_3")
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert set(names.values()) == {"requests", "prefill-0", "decode-1"} and names[REQUESTS] == "requests"
+    for row in result.report["instances"]:
+        steps = [e for e in events if e["ph"] == "X" and names[e["pid"]] == row["id"]]
+        assert abs(sum(e["dur"] for e in steps) / 1e6 - row["busy_s"]) < 1e-6
+        ends = [e["ts"] + e["dur"] for e in steps]
+        assert all(end <= e["ts"] + 1e-3 for end, e in zip(ends, steps[1:], strict=False))
+
+
+def test_what_begins_ends_and_phases_lie_within_their_request():
+    _, records, events = events_of("cluster=1p1d", "mode=pd_caching_3")
+    keys = {ph: Counter((e["id"], e["name"]) for e in events if e["ph"] == ph) for ph in "be"}
+    assert keys["b"] == keys["e"]
+    for number, record in enumerate(records):
+        own = [e for e in events if e.get("id") == f"{REQUESTS}/{number}"]
+        assert {e["name"] for e in own} == {
+            record["request_id"], "queue", "prefill", "grant wait", "transfer", "decode queue", "decode",
+        } or record["num_generated"] == 1  # fmt: skip
+        first, last = record["arrival_s"] * 1e6, record["finished_s"] * 1e6
+        assert all(first <= e["ts"] <= last for e in own)
+
+
+def test_a_colocated_request_has_no_transfer():
+    _, _, events = events_of()
+    phases = {e["name"] for e in events if e["ph"] == "b" and e["pid"] == REQUESTS and "/" not in e["name"]}
+    assert phases == {"queue", "prefill", "decode"}
+
+
+def test_the_blocks_of_every_instance_are_counted_over_time():
+    result, _, events = events_of("cluster=colocated_2")
+    assert sum(e["ph"] == "C" for e in events) == len(result.occupancy)
+    assert all("free" not in e["args"] for e in events if e["ph"] == "C")
