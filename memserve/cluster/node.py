@@ -54,6 +54,7 @@ class InstanceLoop:
         self._offset_ns = 0  # what is to be added to this process's clock
         self._stop: Stop | None = None
         self._may_leave = False
+        self._early: list[tuple[int, AnyMessage]] = []  # came before the run had begun here
 
     def run(self) -> None:
         """Until rank 0 says Leave. Raises LeftEarly if that comes before the run has ended."""
@@ -88,13 +89,16 @@ class InstanceLoop:
                 self._offset_ns = pong.now_ns - (now_ns + pong.sent_ns) // 2
 
     def _wait_for(self, kind: type[Kind]) -> Kind:
-        """The next message of a kind, before the run."""
+        """The next message of a kind, before the run. What comes with it is read when the run has begun."""
         while True:
-            for _, message in self._mailbox.receive(_PING_MS):
+            received = self._mailbox.receive(_PING_MS)
+            for number, (sender, message) in enumerate(received):
                 if isinstance(message, kind):
+                    self._early += received[number + 1 :]
                     return message
                 if isinstance(message, Leave):
                     raise LeftEarly("rank 0 ended before the run began")
+                self._early.append((sender, message))
 
     def _step(self) -> None:
         """One turn of the loop; waits a moment if there was nothing to do."""
@@ -137,7 +141,8 @@ class InstanceLoop:
         return self._instance.handoffs is not None and self._instance.handoffs.transfers.num_open > 0
 
     def _receive(self, timeout_ms: int) -> None:
-        for sender, message in self._mailbox.receive(timeout_ms):
+        early, self._early = self._early, []
+        for sender, message in early + self._mailbox.receive(0 if early else timeout_ms):
             self._take(sender, message)
 
     def _take(self, sender: int, message: AnyMessage) -> None:

@@ -1,0 +1,59 @@
+"""InstanceLoop on a mailbox played by hand: nothing that comes early, or together, is lost."""
+
+import numpy as np
+import pytest
+
+from memserve import load_config
+from memserve.cluster.build import build_engine, build_instance
+from memserve.cluster.node import InstanceLoop, LeftEarly
+from memserve.cluster.node_messages import Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.messages import Dispatch, Finished, pack_tokens
+from memserve.request import Role, SamplingParams
+
+PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
+DISPATCH = Dispatch("r", 0, "s", pack_tokens(np.arange(20, dtype=np.int32)), PARAMS, 0)
+
+
+class PlayedMailbox:
+    """Answers each kind of message with a list of others, which arrive together. Rank 0 is the only peer."""
+
+    def __init__(self, **answers):
+        self.sent, self._answers, self._here, self._num_waits = [], answers, [], 0
+
+    def send(self, rank, message):
+        self.sent.append(message)
+        answer = self._answers.get(type(message).__name__, [])
+        self._here += answer(message) if callable(answer) else answer
+
+    def receive(self, timeout_ms):
+        here, self._here = self._here, []
+        self._num_waits += bool(timeout_ms and not here)
+        assert self._num_waits < 100, "the instance waits for what never comes"
+        return [(0, message) for message in here]
+
+    def beat(self, rank, message, interval_s):
+        pass
+
+
+def play(**answers):
+    """What the instance sends when it is answered so."""
+    cfg = load_config(["exec=simulated"])
+    instance = build_instance(cfg, build_engine(cfg), "colocated-0", Role.COLOCATED, 0)
+    defaults = {"Ping": lambda ping: [Pong(ping.sent_ns, 0)], "Finished": [Stop(10**12)], "Stopped": [Leave()]}
+    mailbox = PlayedMailbox(**(defaults | answers))
+    InstanceLoop(instance, mailbox, None, stop_s=1.0, num_threads=1).run()
+    return mailbox.sent
+
+
+@pytest.mark.parametrize("came", [[Start(0), DISPATCH], [Gone(3), Start(0), DISPATCH]], ids=["after", "around"])
+def test_what_comes_together_with_the_start_is_served(came):
+    sent = play(Ready=came)
+    assert [type(message) for message in sent if isinstance(message, Ping | Ready)] == [*[Ping] * 5, Ready]
+    (finished,) = [message for message in sent if isinstance(message, Finished)]
+    assert finished.request_id == "r" and finished.reason == "length"
+    assert isinstance(sent[-1], Stopped)
+
+
+def test_an_instance_that_is_sent_home_before_the_start_says_so():
+    with pytest.raises(LeftEarly, match="rank 0 ended before the run began"):
+        play(Ready=[Leave()])
