@@ -26,6 +26,10 @@ class ArchCostModel(CostModel):
         self.swap_block_s = swap_block_s
         self._surface = [float(c) for c in surface]
 
+    def arguments(self) -> dict[str, object]:
+        """What makes this model again."""
+        return {"surface": self._surface, "swap_block_s": self.swap_block_s}
+
     def _one_s(self, num_cached: int, num_new: int) -> float:
         x, y, (s0, s1, s2, s3, s4, s5) = num_cached, num_new, self._surface
         return max(s0 + s1 * x + s2 * y + s3 * x * x + s4 * x * y + s5 * y * y, MIN_S)

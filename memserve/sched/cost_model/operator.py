@@ -55,6 +55,11 @@ class OperatorCostModel(CostModel):
         self._slopes = [(t - s) / (b - a) for (a, b), (s, t) in steps]
         self._tokens_K, self._linear_K, self._slopes_K = map(np.array, (tokens, linear_s, self._slopes))
 
+    def arguments(self) -> dict[str, object]:
+        """What makes this model again."""
+        terms = dict(zip(TERMS, self._terms, strict=True))
+        return {"tokens": self._tokens, "linear_s": self._linear_s, **terms, "swap_block_s": self.swap_block_s}
+
     def _one_s(self, num_cached: int, num_new: int) -> float:
         causal, pair, token, decode, request = self._terms
         piece = min(max(bisect_right(self._tokens, num_new) - 1, 0), len(self._slopes) - 1)
