@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from memserve.cluster.costs import build_cost_model, make_priced, price_of_attention
 from memserve.cluster.make import make
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_handoffs
@@ -30,6 +31,7 @@ from memserve.model.runner import ModelRunner, geometry
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import Role
 from memserve.sched.admission import Limits
+from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.modes import Mode
 from memserve.trace_runner import TraceRunner
@@ -90,10 +92,10 @@ def build_instance(
     cfg: RunConfig, engine: Engine, label: str, role: Role, incarnation: int, transport: Transport | None = None
 ) -> Instance:
     """One instance with its own pool, scheduler and runner. transport: what its mode hands KV over with."""
-    block_size = cfg.kvcache.block_size
+    block_size, costs = cfg.kvcache.block_size, build_cost_model(cfg, engine.model)
     num_blocks, num_dram_blocks = _capacity(cfg, engine)
     if cfg.tokens == "workload":
-        pool = BlockPool(num_blocks, block_size, index_factory(cfg), num_dram_blocks=num_dram_blocks)
+        pool = BlockPool(num_blocks, block_size, index_factory(cfg, costs), num_dram_blocks=num_dram_blocks)
         runner: Runner = TraceRunner(engine.vocab_size)
         memories: list[torch.Tensor | None] = [None, None]
     else:
@@ -101,7 +103,7 @@ def build_instance(
             _geometry(cfg, engine),
             make(cfg.layout),
             num_blocks,
-            index_factory(cfg),
+            index_factory(cfg, costs),
             num_dram_blocks=num_dram_blocks,
             device=cfg.model.device if engine.model else "cpu",
             incarnation=incarnation,
@@ -116,7 +118,7 @@ def build_instance(
         pool,
         make(cfg.queue),
         make(cfg.preemption),
-        make(cfg.swap),
+        make_priced(cfg.swap, costs=costs, block_size=block_size),
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,
@@ -171,16 +173,16 @@ def eos_token_ids(engine: Engine) -> Collection[int]:
     return engine.tokenizer.eos_token_ids if engine.model is None else engine.model.config.eos_token_ids
 
 
-def index_factory(cfg: RunConfig) -> IndexFactory:
-    """Makes an instance's index; the eviction order goes to the kinds of index that evict."""
+def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
+    """Makes an instance's index; the eviction order goes to the kinds of index that evict, with its prices."""
     target = make(cfg.index, _partial_=True)
     if target.func is NullIndex:
         return cast(IndexFactory, target)
-    return cast(IndexFactory, partial(target, eviction=make(cfg.eviction)))
+    return cast(IndexFactory, partial(target, eviction=make(cfg.eviction, **price_of_attention(cfg.eviction, costs))))
 
 
-def build_step_time(cfg: RunConfig) -> StepTime:
-    return Measured() if cfg.step_time == "measured" else Modelled(make(cfg.cost_model))
+def build_step_time(cfg: RunConfig, engine: Engine) -> StepTime:
+    return Measured() if cfg.step_time == "measured" else Modelled(build_cost_model(cfg, engine.model))
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:

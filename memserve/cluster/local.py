@@ -37,10 +37,10 @@ class LocalCluster:
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
         self._roles = build_roles(cfg)
-        self._step_time = build_step_time(cfg)
         workload: Workload = make(cfg.workload)
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
+        self._step_time = build_step_time(cfg, self.engine)
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
         self.memory = describe_pool(cfg, self.engine)
         self._instances(build_transport(cfg))  # a pool that does not fit fails here

@@ -1,15 +1,9 @@
 """StepTime: where a step's virtual duration comes from, the machine's clock or a cost model."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 from memserve.request import ScheduledBatch
-
-
-class CostModel(Protocol):
-    """Predicts the nanoseconds of each of a batch's `num_steps` steps."""
-
-    def step_times_ns(self, batch: ScheduledBatch) -> list[int]: ...
+from memserve.sched.cost_model.base import CostModel
 
 
 class StepTime(ABC):

@@ -95,7 +95,7 @@ def environment(seeds: Mapping[str, int], command_line: Sequence[str]) -> dict[s
         "git": git_state(Path(__file__)),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
-        "cpu": {"model": _cpu_model(), "logical_cpus": os.cpu_count(), "usable_cpus": _usable_cpus()},
+        "cpu": {"model": cpu_model(), "logical_cpus": os.cpu_count(), "usable_cpus": usable_cpus()},
         "threads": {"torch": torch.get_num_threads(), "torch_interop": torch.get_num_interop_threads()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
@@ -131,7 +131,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """The processor's name, as far as the operating system tells."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -141,7 +141,7 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _usable_cpus() -> int | None:
+def usable_cpus() -> int | None:
     """CPUs this process may run on; some systems only know how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

@@ -225,7 +225,7 @@ class LocalScheduler:
     def _start_with_prefix(self, request: Request) -> bool:
         """Retains the cached prefix, swapping it in as the policy says, and allocates the rest."""
         found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
-        cached = found.blocks[: self._swap.num_to_use(found.blocks, self.pool.num_blocks)]
+        cached = found.blocks[: self._swap.num_to_use(found.blocks, self.pool.num_blocks, request.num_tokens)]
         self.pool.retain(cached, request.holder)
         try:
             request.block_table.extend(self.pool.swap_in(cached, request.holder))

@@ -1,0 +1,72 @@
+"""Costs: the cost model of a run, checked against what runs, and handed to the policies that ask for prices."""
+
+import inspect
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+
+from memserve.cluster.make import make
+from memserve.config.checks import ConfigError
+from memserve.config.schema import RunConfig
+from memserve.metrics.output import cpu_model, usable_cpus
+from memserve.model.llama import Llama
+from memserve.model.model_config import ModelConfig
+from memserve.sched.cost_model.base import CostModel, Subject, attention_tokens
+
+SHAPE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+)  # fmt: skip
+
+
+def build_cost_model(cfg: RunConfig, model: Llama | None) -> CostModel:
+    """The run's cost model. model: what computes here; None where nothing does.
+
+    Raises ConfigError for costs of another machine or model.
+    """
+    costs: CostModel = make(cfg.cost_model)
+    try:
+        costs.check(subject_of(cfg, model))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return costs
+
+
+def subject_of(cfg: RunConfig, model: Llama | None) -> Subject:
+    """This machine, and the model on it."""
+    cuda = model is not None and model.device.type == "cuda"
+    machine = torch.cuda.get_device_name(model.device) if model is not None and cuda else cpu_model()
+    place = Subject(machine, usable_cpus() or 0, torch.get_num_threads())
+    if model is None:
+        return place
+    shape = shape_of(model.config)
+    return Subject(
+        place.machine, place.cores, place.threads, shape, cfg.model.dtype, cfg.model.attention, model.shard.size
+    )
+
+
+def shape_of(config: ModelConfig) -> dict[str, int]:
+    """The sizes that a step's time depends on, by name; of a model split over ranks, this rank's."""
+    return {name: getattr(config, name) for name in SHAPE}
+
+
+def make_priced(node: Any, **prices: Any) -> Any:
+    """The object that a node describes, given those of `prices` (costs=, block_size=, ..) that its class asks for."""
+    asked = inspect.signature(get_class(node["_target_"])).parameters
+    return make(node, _partial_=True)(**{name: price for name, price in prices.items() if name in asked})
+
+
+def price_of_attention(node: Any, costs: CostModel) -> dict[str, float]:
+    """What an eviction order that leaves `attention_tokens` null is told of the cost model.
+
+    Raises ConfigError where the cost model has no answer.
+    """
+    if node.get("attention_tokens", 0) is not None:
+        return {}
+    tokens = attention_tokens(costs)
+    if tokens == float("inf"):
+        raise ConfigError(
+            "eviction.attention_tokens=null with a cost model in which a token costs the same at every position: "
+            "expected another cost_model, or eviction.attention_tokens above 0"
+        )
+    return {"attention_tokens": tokens}

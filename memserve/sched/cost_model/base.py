@@ -1,0 +1,103 @@
+"""CostModel: the seconds that prefilling, decoding and swapping will take (section 5.3). Knows no clock, no tensor.
+
+Whoever weighs one thing against another asks here: routing (Eq. 1), fetching (Eq. 2), swapping, eviction; and virtual
+time itself (`step_time=model`).
+"""
+
+from abc import ABC, abstractmethod
+from typing import overload
+
+import msgspec
+import numpy as np
+
+from memserve.clock import to_ns
+from memserve.request import ScheduledBatch
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """What costs are of. machine: its processor's or GPU's name.  cores, threads: usable, and torch's.
+
+    shape: the model's sizes by name, empty where no model runs.  tensor_parallel: ranks that share it.
+    """
+
+    machine: str
+    cores: int
+    threads: int
+    shape: dict[str, int] = {}
+    dtype: str = ""
+    attention: str = ""
+    tensor_parallel: int = 1
+
+
+class CostModel(ABC):
+    """Predicts seconds. x cached tokens and y new ones of a prompt are exec(x, y) in this package.
+
+    swap_block_s: of a block moved between HBM and DRAM.
+    """
+
+    swap_block_s: float
+
+    @overload
+    def exec_time_s(self, num_cached: int, num_new: int) -> float: ...
+
+    @overload
+    def exec_time_s(self, num_cached: np.ndarray, num_new: np.ndarray | int) -> np.ndarray: ...
+
+    def exec_time_s(self, num_cached: int | np.ndarray, num_new: int | np.ndarray) -> float | np.ndarray:
+        """Seconds of one step that prefills num_new tokens of one prompt behind num_cached ones, alone.
+
+        Numbers, or int64 columns [n] of which one may be a number: float64 [n]. 0 where there is nothing to compute.
+        """
+        if isinstance(num_cached, np.ndarray) or isinstance(num_new, np.ndarray):
+            return self._column_s(*np.broadcast_arrays(num_cached, num_new))
+        return self._one_s(num_cached, num_new) if num_new > 0 else 0.0
+
+    @abstractmethod
+    def _one_s(self, num_cached: int, num_new: int) -> float:
+        """exec_time_s of numbers, num_new above 0: in plain Python, which is faster than NumPy for one."""
+
+    @abstractmethod
+    def _column_s(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        """exec_time_s of columns."""
+
+    @abstractmethod
+    def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
+        """Seconds of a step over requests with these columns (int64 [R]); float64, one for each of num_more.
+
+        num_more: int64 [S], tokens by which each request has grown since: a batch that is repeated.
+        """
+
+    def swap_time_s(self, num_blocks: int) -> float:
+        """Seconds to move blocks between HBM and DRAM, before a step."""
+        return self.swap_block_s * num_blocks
+
+    def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
+        """Nanoseconds of each of the batch's `num_steps` steps, at least 1; what was swapped comes before the first."""
+        num_cached = np.array([r.num_computed for r in batch.requests], dtype=np.int64)
+        num_new = np.array(batch.num_new, dtype=np.int64)
+        seconds = self.step_time_s(num_cached, num_new, np.arange(batch.num_steps))
+        times = [max(to_ns(s), 1) for s in seconds.tolist()]
+        times[0] += to_ns(self.swap_time_s(batch.num_swapped_blocks))
+        return times
+
+    def check(self, subject: Subject) -> None:  # noqa: B027 # most models are of no machine
+        """Raises ValueError if the costs are not of what is about to run."""
+
+
+def attention_tokens(costs: CostModel, num_tokens: int = 4096) -> float:
+    """The prefix length at which a token costs twice as much as the first ones: from the curvature of exec(0, y).
+
+    Between y = num_tokens / 2 and num_tokens. Infinity where a token costs the same at any position.
+    """
+    half, most, full = (costs.exec_time_s(0, num_tokens * i // 4) for i in (2, 3, 4))
+    per_token, growth = (most - half) * 4 / num_tokens, (full - 2 * most + half) * 16 / num_tokens**2
+    if growth <= 1e-6 * per_token / num_tokens:  # rounding of a straight line
+        return float("inf")
+    return max(per_token / growth - num_tokens * 5 / 8, 1.0)
+
+
+def require_seconds(**values: float) -> None:
+    """Raises ValueError naming the first of `values` that is no finite number of seconds >= 0."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"cost_model.{name}={value}: expected a finite number of seconds >= 0")

@@ -1,0 +1,118 @@
+"""OperatorCostModel: a step's seconds as the sum of its operators' (section 5.3). Knows no machine; see fit.py.
+
+    seconds = linear(T)                            projections, MLP, norms over the step's T new tokens together
+            + causal_pair_s  * sum y (y + 1) / 2   attention of prompts with nothing cached (x = 0)
+            + prefix_pair_s  * sum y (x + y)       attention behind a cached prefix: masked, all pairs are computed
+            + prefix_token_s * sum (x + y)         of those, gathering the KV of all tokens
+            + decode_token_s * sum (x + 1)         attention of requests with one new token: reading their KV
+            + request_s      * number of requests  per-request launches and sampling
+
+x cached and y new tokens of a request. Beside the paper's form, with p = x + y tokens of which a share c is cached:
+its attention a p^2 c + b p^2 + c p + d has no c^2, while the pairs that are computed are p^2 (1 - c) or, unmasked,
+p^2 (1 - c^2) / 2; and its profile of one operator by waves ((eta - 1) T_full + T_last) assumes that a wave takes the
+same time however many there are, which a CPU's caches do not grant. `linear` is therefore a curve through measured
+points, straight between them: on a GPU put points where waves begin.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from memserve.sched.cost_model.base import CostModel, require_seconds
+
+TERMS = ("causal_pair_s", "prefix_pair_s", "prefix_token_s", "decode_token_s", "request_s")
+
+
+class OperatorCostModel(CostModel):
+    """tokens, linear_s: the points of linear(T), rising in T, at least two; beyond the last it goes on straight.
+
+    Raises ValueError for points that do not rise and for negative or infinite seconds.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        linear_s: Sequence[float],
+        causal_pair_s: float,
+        prefix_pair_s: float,
+        prefix_token_s: float,
+        decode_token_s: float,
+        request_s: float,
+        swap_block_s: float = 0.0,
+    ) -> None:
+        terms = (causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, request_s)
+        require_seconds(**dict(zip(TERMS, terms, strict=True)), swap_block_s=swap_block_s)
+        if len(tokens) < 2 or len(tokens) != len(linear_s) or any(b <= a for a, b in pairwise(tokens)):
+            raise ValueError(f"cost_model.tokens={list(tokens)}: expected two or more rising numbers, as many linear_s")
+        for seconds in linear_s:
+            require_seconds(linear_s=seconds)
+        self.swap_block_s = swap_block_s
+        self._terms = terms
+        self._tokens, self._linear_s = list(tokens), list(linear_s)
+        steps = zip(pairwise(tokens), pairwise(linear_s), strict=True)
+        self._slopes = [(t - s) / (b - a) for (a, b), (s, t) in steps]
+        self._tokens_K, self._linear_K, self._slopes_K = map(np.array, (tokens, linear_s, self._slopes))
+
+    def arguments(self) -> dict[str, object]:
+        """What makes this model again."""
+        terms = dict(zip(TERMS, self._terms, strict=True))
+        return {"tokens": self._tokens, "linear_s": self._linear_s, **terms, "swap_block_s": self.swap_block_s}
+
+    def _one_s(self, num_cached: int, num_new: int) -> float:
+        causal, pair, token, decode, request = self._terms
+        piece = min(max(bisect_right(self._tokens, num_new) - 1, 0), len(self._slopes) - 1)
+        seconds = self._linear_s[piece] + self._slopes[piece] * (num_new - self._tokens[piece]) + request
+        if num_new == 1:
+            seconds += decode * (num_cached + 1)
+        elif num_cached == 0:
+            seconds += causal * (num_new * (num_new + 1) / 2)
+        else:
+            seconds += (pair * num_new + token) * (num_cached + num_new)
+        return max(seconds, 0.0)
+
+    def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
+        seconds = self._linear(num_new.sum()) + self._attention(num_cached, num_new).sum()
+        growth = self._terms[TERMS.index("decode_token_s")] * np.count_nonzero(num_new == 1)
+        result: np.ndarray = np.maximum(seconds + growth * num_more, 0.0)
+        return result
+
+    def _column_s(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        seconds = self._linear(num_new) + self._attention(num_cached, num_new)
+        return np.where(num_new > 0, np.maximum(seconds, 0.0), 0.0)
+
+    def _linear(self, num_tokens: np.ndarray) -> np.ndarray:
+        """The curve, straight beyond both of its ends."""
+        piece = np.clip(np.searchsorted(self._tokens_K, num_tokens, "right") - 1, 0, len(self._slopes) - 1)
+        result: np.ndarray = self._linear_K[piece] + self._slopes_K[piece] * (num_tokens - self._tokens_K[piece])
+        return result
+
+    def _attention(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        """float64 [R]: what each request adds to the linear part."""
+        causal, pair, token, decode, request = self._terms
+        total = num_cached + num_new
+        alone = causal * (num_new * (num_new + 1) / 2)
+        behind = np.where(num_cached == 0, alone, (pair * num_new + token) * total)
+        result: np.ndarray = request + np.where(num_new == 1, decode * total, behind)
+        return result
+
+
+def operator_features(num_cached: np.ndarray, num_new: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """float64 [len(tokens) + 5]: what one step (int64 [R] columns) multiplies each parameter with, in their order."""
+    num_tokens, knots = int(num_new.sum()), list(tokens)
+    piece = min(max(bisect_right(knots, num_tokens) - 1, 0), len(knots) - 2)
+    share = (num_tokens - knots[piece]) / (knots[piece + 1] - knots[piece])
+    linear = np.zeros(len(knots))
+    linear[piece : piece + 2] = 1 - share, share
+    total = (num_cached + num_new).astype(np.float64)
+    decodes, alone = num_new == 1, (num_new > 1) & (num_cached == 0)
+    behind = (num_new > 1) & (num_cached > 0)
+    terms = [
+        (num_new * (num_new + 1) / 2)[alone].sum(),
+        (num_new * total)[behind].sum(),
+        total[behind].sum(),
+        total[decodes].sum(),
+        float(len(num_new)),
+    ]
+    return np.concatenate([linear, terms])
