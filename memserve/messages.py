@@ -158,16 +158,24 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     addrs: bytes = b""
 
 
+class PoolSize(msgspec.Struct, frozen=True):
+    """What a writer needs to know of a pool: its blocks, and over how many ranks the KV heads of each are split."""
+
+    num_hbm_blocks: int
+    num_dram_blocks: int
+    num_ranks: int = 1
+
+
 class Grant(msgspec.Struct, frozen=True, tag=True):
     """addrs: int64 bytes, where the last blocks go; the first num_held tokens, whole blocks, are held already.
 
-    num_blocks: of the receiver's pool, in HBM and DRAM.
+    pool: the receiver's.
     """
 
     ticket: tuple[int, int]
     addrs: bytes
     num_held: int
-    num_blocks: tuple[int, int]
+    pool: PoolSize
 
 
 class Wait(msgspec.Struct, frozen=True, tag=True):
@@ -206,11 +214,11 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
-    """addrs: int64 bytes.  num_blocks: of the pool that they are in, in HBM and DRAM."""
+    """addrs: int64 bytes.  pool: that they are in."""
 
     ticket: tuple[int, int]
     addrs: bytes
-    num_blocks: tuple[int, int]
+    pool: PoolSize
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):

@@ -16,7 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from memserve.cluster.distributed import DistributedCluster, InstanceFailed
+from memserve.cluster.controller import InstanceFailed
+from memserve.cluster.distributed import DistributedCluster
 from memserve.cluster.launch import find_place, is_under_torchrun, rank_of
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly

@@ -218,7 +218,7 @@ class Request13B:
         here = End((endpoint, 0), self._room, self._here)
         there = End((RECEIVER, 0), self._room, self._there)
         layers: Sequence[int | None] = range(self._geometry.num_layers) if way is ByLayer else [None]
-        return [granularity.move(here, there, layer) for layer in layers]
+        return [move for layer in layers for move in granularity.moves(here, there, layer)]
 
 
 def _scattered(endpoint: int, row_bytes: int, rows: np.ndarray, to: np.ndarray, *, packed: bool = False) -> Move:

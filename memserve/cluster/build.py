@@ -13,20 +13,22 @@ from memserve.cluster.costs import build_cost_model, make_priced, price_of_atten
 from memserve.cluster.make import make
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_handoffs
+from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance, Runner
-from memserve.kvcache.block_pool import BlockPool, IndexFactory
+from memserve.kvcache.arena import Arena, TwoTiers
+from memserve.kvcache.block_pool import BlockCopier, BlockPool, IndexFactory, NothingToCopy
 from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry, what_fits
-from memserve.kvcache.mempool import MemPool
 from memserve.model.byte_tokenizer import ByteTokenizer
 from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
 from memserve.model.model_path import OpenedModel, open_model, open_random_model
 from memserve.model.no_tokenizer import NoTokenizer
+from memserve.model.parallel import WHOLE, Shard, check_divides
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import Role
@@ -40,7 +42,9 @@ from memserve.transfer.transport import Transport
 
 @dataclass(frozen=True)
 class Engine:
-    """What the instances of one process share. `model` is None when nothing is computed (tokens=hash, workload)."""
+    """What the instances of one process share. `model` is None when nothing is computed (tokens=hash, workload), and
+    this rank's part where an instance has several.
+    """
 
     tokenizer: Tokenizer
     model: Llama | None
@@ -48,10 +52,20 @@ class Engine:
     max_context: int
 
 
-def build_engine(cfg: RunConfig, *, with_model: bool = True) -> Engine:
+@dataclass(frozen=True)
+class RankPart:
+    """What an instance has on one of its ranks. memories: of HBM and DRAM; None where nothing is stored."""
+
+    runner: Runner
+    copier: BlockCopier
+    memories: list[torch.Tensor | None]
+
+
+def build_engine(cfg: RunConfig, *, with_model: bool = True, shard: Shard = WHOLE) -> Engine:
     """Loads the model, or what stands in for it. Weights are loaded once, however many instances there are.
 
-    with_model: without, only what a client and a router need to know of it.
+    with_model: without, only what a client and a router need to know of it.  shard: the part of it that is loaded.
+    Raises ConfigError for what the model does not allow.
     """
     if cfg.model.num_threads is not None:
         torch.set_num_threads(cfg.model.num_threads)
@@ -63,13 +77,22 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True) -> Engine:
     max_context = cfg.model.max_context or config.max_position
     if max_context > config.max_position:
         raise ConfigError(f"model.max_context={max_context}: the model's context has {config.max_position} tokens")
+    _check_ranks(cfg, config)
     text = opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids)
     if not with_model:
         return Engine(text, None, config.vocab_size, max_context)
-    model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device))
+    model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device), shard)
     if cfg.model.compile:
         model.compile()
     return Engine(text, model, config.vocab_size, max_context)
+
+
+def _check_ranks(cfg: RunConfig, config: ModelConfig) -> None:
+    for role in sorted(set(cfg.cluster.roles)):
+        try:
+            check_divides(config, getattr(cfg.cluster.tensor_parallel, role))
+        except ValueError as error:
+            raise ConfigError(f"cluster.tensor_parallel.{role}: {error}") from error
 
 
 def _open(cfg: RunConfig) -> OpenedModel:
@@ -88,31 +111,49 @@ def _device(word: str) -> torch.device:
     return device
 
 
+def build_part(cfg: RunConfig, engine: Engine) -> RankPart:
+    """One rank's runner and memory of an instance. Raises MemoryError where the blocks cannot be had."""
+    if cfg.tokens == "workload":
+        return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
+    (num_blocks, num_dram_blocks), geometry = _capacity(cfg, engine), _geometry(cfg, engine)
+    device = torch.device(cfg.model.device if engine.model else "cpu")
+    hbm = Arena(make(cfg.layout), geometry, num_blocks, device)
+    pinned = device.type != "cpu" and num_dram_blocks > 0
+    dram = Arena(make(cfg.layout), geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)
+    return RankPart(_runner(cfg, engine, hbm.kv), TwoTiers(hbm, dram, num_blocks), [hbm.tensor, dram.tensor])
+
+
+def _led(part: RankPart, followers: Followers) -> RankPart:
+    """A leader's part, that stands for all ranks of its instance."""
+    assert isinstance(part.runner, ModelRunner), "what is split is a model"
+    return RankPart(ParallelRunner(part.runner, followers), ParallelCopier(part.copier, followers), part.memories)
+
+
 def build_instance(
-    cfg: RunConfig, engine: Engine, label: str, role: Role, incarnation: int, transport: Transport | None = None
+    cfg: RunConfig,
+    engine: Engine,
+    label: str,
+    role: Role,
+    incarnation: int,
+    transport: Transport | None = None,
+    followers: Followers | None = None,
 ) -> Instance:
-    """One instance with its own pool, scheduler and runner. transport: what its mode hands KV over with."""
+    """One instance with its own pool, scheduler and runner. transport: what its mode hands KV over with.
+
+    followers: the other ranks of an instance of several.
+    """
     block_size, costs = cfg.kvcache.block_size, build_cost_model(cfg, engine.model)
     num_blocks, num_dram_blocks = _capacity(cfg, engine)
-    if cfg.tokens == "workload":
-        pool = BlockPool(num_blocks, block_size, index_factory(cfg, costs), num_dram_blocks=num_dram_blocks)
-        runner: Runner = TraceRunner(engine.vocab_size)
-        memories: list[torch.Tensor | None] = [None, None]
-    else:
-        mempool = MemPool(
-            _geometry(cfg, engine),
-            make(cfg.layout),
-            num_blocks,
-            index_factory(cfg, costs),
-            num_dram_blocks=num_dram_blocks,
-            device=cfg.model.device if engine.model else "cpu",
-            incarnation=incarnation,
-        )
-        pool, runner = mempool.blocks, _runner(cfg, engine, mempool)
-        memories = [mempool.arena.tensor, mempool.dram.tensor]
+    part = build_part(cfg, engine)
+    part = part if followers is None else _led(part, followers)
+    index = index_factory(cfg, costs)
+    pool = BlockPool(num_blocks, block_size, index, num_dram_blocks=num_dram_blocks, copier=part.copier)
     handoffs = None
     if transport is not None:
-        handoffs = build_handoffs(cfg, role, pool, incarnation, _geometry(cfg, engine), transport, memories)
+        handoffs = build_handoffs(
+            cfg, role, pool, incarnation, _geometry(cfg, engine), transport, part.memories,
+            getattr(cfg.cluster.tensor_parallel, role),
+        )  # fmt: skip
     mode: Mode = make(cfg.mode)
     scheduler = LocalScheduler(
         pool,
@@ -129,7 +170,7 @@ def build_instance(
         label,
         role,
         scheduler,
-        runner,
+        part.runner,
         Limits(engine.max_context, engine.vocab_size, num_blocks, block_size),
         eos_token_ids=eos_token_ids(engine),
         tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
@@ -162,10 +203,10 @@ def _geometry(cfg: RunConfig, engine: Engine) -> CacheGeometry:
     return geometry(engine.model.config, cfg.kvcache.block_size, engine.model.dtype)
 
 
-def _runner(cfg: RunConfig, engine: Engine, pool: MemPool) -> Runner:
+def _runner(cfg: RunConfig, engine: Engine, kv: torch.Tensor) -> Runner:
     if engine.model is None:
-        return HashRunner(pool.kv, engine.vocab_size)
-    return ModelRunner(engine.model, pool.kv, pool.block_size, attention=cfg.model.attention)
+        return HashRunner(kv, engine.vocab_size)
+    return ModelRunner(engine.model, kv, cfg.kvcache.block_size, attention=cfg.model.attention)
 
 
 def eos_token_ids(engine: Engine) -> Collection[int]:

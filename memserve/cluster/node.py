@@ -8,23 +8,22 @@ The loop never waits for a peer: transfers go on beside it, and an idle instance
 """
 
 import logging
-import os
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from memserve.clock import monotonic_ns, to_ns
-from memserve.cluster.launch import CONTROLLER
 from memserve.cluster.mailbox import AnyMessage, Mailbox
-from memserve.cluster.node_messages import Alive, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import Alive, Gone, Leave, Ping, Pong, Process, Ready, Start, Stop, Stopped
+from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
 from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import LayerRun, ScheduledBatch, StepOutput
-from memserve.transfer.shared_memory import host_id
 from memserve.transfer.transport import Transport
 
 NUM_PINGS = 5
@@ -39,13 +38,22 @@ class LeftEarly(RuntimeError):
 
 
 class InstanceLoop:
-    """An instance and its mail. transport: of its transfers, if its mode has any.  stop_s: most time for transfers that
-    are under way when the run ends.
+    """An instance and its mail. roster: of the cluster.  transport: of its transfers, if its mode has any.
+
+    stop_s: most time for transfers that are under way when the run ends.
     """
 
     def __init__(
-        self, instance: Instance, mailbox: Mailbox, transport: Transport | None, *, stop_s: float, num_threads: int
+        self,
+        instance: Instance,
+        mailbox: Mailbox,
+        roster: Roster,
+        transport: Transport | None,
+        *,
+        stop_s: float,
+        num_threads: int,
     ) -> None:
+        self._roster = roster
         self._instance, self._mailbox, self._transport = instance, mailbox, transport
         self._stop_ns, self._num_threads = to_ns(stop_s), num_threads
         self._occupancy = Occupancy(instance.label, instance.pool)
@@ -56,10 +64,13 @@ class InstanceLoop:
         self._may_leave = False
         self._early: list[tuple[int, AnyMessage]] = []  # came before the run had begun here
 
-    def run(self) -> None:
-        """Until rank 0 says Leave. Raises LeftEarly if that comes before the run has ended."""
+    def run(self, processes: Sequence[Process]) -> None:
+        """Until rank 0 says Leave. processes: of the instance's ranks.
+
+        Raises LeftEarly if that comes before the run has ended.
+        """
         self._learn_the_time()
-        self._mailbox.send(CONTROLLER, Ready(host_id(), os.getpid()))
+        self._mailbox.send(CONTROLLER, Ready(list(processes)))
         self._offset_ns -= self._wait_for(Start).epoch_ns
         _log.info("%s starts", self._instance.label)
         self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
@@ -158,21 +169,22 @@ class InstanceLoop:
                 if self._stop is None:
                     raise LeftEarly("rank 0 ended before the run did")
             case _ if isinstance(message, PoolMessage):
-                self._instance.receive_from_peer(sender - 1, message, self._now_ns())
+                self._instance.receive_from_peer(self._roster.instance(sender), message, self._now_ns())
             case _:
                 raise TypeError(f"an instance takes no {type(message).__name__} while it runs")
 
     def _forget(self, instance: int) -> None:
         _log.warning("instance %d is gone", instance)
         if self._transport is not None:
-            self._transport.detach(instance)
+            for endpoint in self._roster.endpoints(instance):
+                self._transport.detach(endpoint)
         self._instance.peer_gone(instance, self._now_ns())
 
     def _send(self) -> None:
         for message in self._instance.drain_outbox():
             self._mailbox.send(CONTROLLER, message)
         for peer, message_to_peer in self._instance.drain_peer_outbox():
-            self._mailbox.send(1 + peer, message_to_peer)
+            self._mailbox.send(self._roster.leader(peer), message_to_peer)
 
     def _finish_transfers(self, stop: Stop) -> None:
         """What is on its way back arrives, or fails by its deadline."""

@@ -3,11 +3,17 @@
 import msgspec
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """An instance's process is attached and warmed up. host, pid: by which others see whether it is still there."""
+class Process(msgspec.Struct, frozen=True):
+    """By which others see whether a process is still there. host: see `shared_memory.host_id`."""
 
     host: str
     pid: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """An instance is attached and warmed up. processes: of its ranks, the leader's first."""
+
+    processes: list[Process]
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -61,4 +67,37 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
-NodeMessage = Ready | Alive | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken
+class LeftAlone(msgspec.Struct, frozen=True, tag=True):
+    """A rank ends because another of its instance has gone. The instance is no more; the others may go on."""
+
+    detail: str
+
+
+class PostMove(msgspec.Struct, frozen=True, tag=True):
+    """A move that a follower is to post: `Move`, with its int64 arrays as bytes.
+
+    num_layers: how many layers the follower must have written before, counted over all batches.
+    """
+
+    move_id: tuple[int, int, int]
+    source: tuple[int, int]
+    target: tuple[int, int]
+    row_bytes: int
+    source_rows: bytes
+    target_rows: bytes
+    call_starts: bytes
+    packed: bool
+    num_layers: int
+
+
+class MoveArrived(msgspec.Struct, frozen=True, tag=True):
+    """It has arrived; times on the follower's own clock."""
+
+    move_id: tuple[int, int, int]
+    begun_ns: int
+    ended_ns: int
+
+
+NodeMessage = (
+    Ready | Alive | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken | LeftAlone | PostMove | MoveArrived
+)

@@ -14,6 +14,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from memserve.cluster.roster import Roster
 from memserve.compose import to_yaml
 from memserve.config.schema import RunConfig
 from memserve.metrics.report import Report
@@ -32,7 +33,7 @@ def run_point(cfg: RunConfig, script: Path, words: Sequence[str], directory: Pat
         return 0
     launcher = [sys.executable]
     if cfg.exec == "distributed":
-        num_ranks = 1 + len(cfg.cluster.roles)
+        num_ranks = Roster.of(cfg).world_size
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / _LOG).open("w", encoding="utf-8") as printed:

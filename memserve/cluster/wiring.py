@@ -54,24 +54,29 @@ def build_handoffs(
     geometry: CacheGeometry,
     transport: Transport,
     memories: Sequence[torch.Tensor | None],
+    num_ranks: int = 1,
 ) -> Handoffs:
-    """One instance's transfers. memories: of its HBM and DRAM; None where nothing is stored."""
+    """One instance's transfers. geometry, memories: of one rank's HBM and DRAM, of num_ranks over which its heads are
+    split; None where nothing is stored.
+    """
     t = cfg.transfer
     transfers = Transfers(
         pool,
         AddressBook(pool.allocator, incarnation),
         transport,
         memories,
-        _granularity(cfg, geometry),
+        _granularity(cfg, geometry, num_ranks),
         Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s)),
         cfg.sched.decode_headroom_blocks if role is Role.DECODE else 0,
     )
     return Handoffs(transfers, make(cfg.mode))
 
 
-def _granularity(cfg: RunConfig, geometry: CacheGeometry) -> Granularity:
+def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:
     try:
-        granularity: Granularity = make(cfg.granularity, _partial_=True)(make(cfg.layout), geometry)
+        granularity: Granularity = make(cfg.granularity, _partial_=True)(
+            make(cfg.layout), geometry, num_ranks=num_ranks
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return granularity

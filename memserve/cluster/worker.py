@@ -4,14 +4,18 @@ The leader alone has a scheduler, an index and a mode. Before it computes a batc
 tells the followers, and each does the same to its part of the model and of every block:
 
     leader                                       followers, inside `follow`
-    ParallelRunner.forward(batch)  --Compute-->        runner.forward(batch)
-    ParallelCopier.copy(from, to)  --CopyBlocks-->     copier.copy(from, to)
+    ParallelRunner.forward(batch)  --Compute-->        runner.forward_by_layer(batch)
+    ParallelCopier.copy(from, to)  --CopyBlocks-->     copier.copy(from, to), and all wait for each other
+    ParallelTransport.detach(...)  --Detach-->         hand.detach(endpoint), and all wait for each other
     Followers.stop()               --StopFollowing-->  return
 
 A block has one number on all ranks, so their pools are equal in size. Messages go over the group that the model's sums
-go over, one after another: what was told first is done first. Arrays travel as little-endian int32 bytes.
+go over, one after another: what was told first is done first. A block may go to another user once the leader returns:
+no rank has read or written it later, since a batch ends with a sum over the ranks too. Arrays travel as little-endian
+int32 bytes. What followers do for transfers is said in parallel_transport.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
@@ -23,7 +27,7 @@ from memserve.kvcache.block_pool import BlockCopier
 from memserve.messages import pack_tokens, unpack_tokens
 from memserve.model.parallel import LEADER, GroupBroken, Shard
 from memserve.model.runner import ModelRunner
-from memserve.request import Request, SamplingParams, ScheduledBatch, StepOutput
+from memserve.request import LayerRun, Request, SamplingParams, ScheduledBatch, StepOutput
 
 _FRAME_BYTES = 16 * 1024  # what a message's first broadcast carries; only longer ones take a second
 _LENGTH_BYTES = 8
@@ -52,24 +56,34 @@ class CopyBlocks(msgspec.Struct, frozen=True, tag=True):
     target: bytes
 
 
+class Detach(msgspec.Struct, frozen=True, tag=True):
+    """Forget an endpoint of the transport: its process is gone."""
+
+    endpoint: int
+
+
 class StopFollowing(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """reason: why the leader leaves early; "" at a run's end."""
+
+    reason: str = ""
 
 
-WorkerMessage = Compute | CopyBlocks | StopFollowing
+WorkerMessage = Compute | CopyBlocks | Detach | StopFollowing
 _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(WorkerMessage)
 
 
 class Followers:
     """The other ranks, as the leader sees them: they do what they are told, and then are in step again.
 
-    shard: the leader's.  device: where the group moves tensors from; the model's.
+    shard: the leader's.  device: where the group moves tensors from; the model's.  num_layers: layers whose KV the
+    leader has written, in all batches.
     """
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
         assert shard.rank == LEADER, f"rank {shard.rank} follows"
         self._shard, self._device = shard, device
         self._lost = ""  # why they can be told nothing more
+        self.num_layers = 0
 
     @contextmanager
     def told(self, message: WorkerMessage) -> Iterator[None]:
@@ -84,9 +98,13 @@ class Followers:
         yield
         self._lost = ""
 
-    def stop(self) -> None:
-        """Lets `follow` return on every follower. Raises GroupBroken as `told` does."""
-        with self.told(StopFollowing()):
+    def meet(self) -> None:
+        """Waits until every rank is here. Raises GroupBroken when one has gone."""
+        meet(self._shard, self._device)
+
+    def stop(self, reason: str = "") -> None:
+        """Lets `follow` return `reason` on every follower. Raises GroupBroken as `told` does."""
+        with self.told(StopFollowing(reason)):
             pass
         self._lost = "the followers were stopped"
 
@@ -103,13 +121,16 @@ class ParallelRunner:
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """As ModelRunner's. Raises GroupBroken when a follower has gone."""
-        with self._followers.told(_compute(batch, self.block_size)):
-            return self._runner.forward(batch)
+        return LayerRun(self.forward_by_layer(batch)).finish()
 
     def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
         """As ModelRunner's, for the layers of this rank; it has to be run to its end. Raises GroupBroken as above."""
         with self._followers.told(_compute(batch, self.block_size)):
-            return (yield from self._runner.forward_by_layer(batch))
+            layers = LayerRun(self._runner.forward_by_layer(batch))
+            for layer in layers:
+                self._followers.num_layers += 1
+                yield layer
+            return layers.output
 
 
 class ParallelCopier(BlockCopier):
@@ -123,23 +144,56 @@ class ParallelCopier(BlockCopier):
         if len(source):
             with self._followers.told(CopyBlocks(pack_tokens(source), pack_tokens(target))):
                 self._copier.copy(source, target)
+                self._followers.meet()
 
 
-def follow(runner: ModelRunner, copier: BlockCopier) -> None:
-    """Does what the leader says until it says stop. A follower's life.
+class Hand(ABC):
+    """What a follower does for the transfers of its instance."""
 
-    runner, copier: of this rank's part. Raises GroupBroken when another rank has gone.
+    @abstractmethod
+    def layer_written(self) -> None:
+        """One more layer of a batch has its KV."""
+
+    @abstractmethod
+    def detach(self, endpoint: int) -> None:
+        """As Transport.detach."""
+
+
+class IdleHand(Hand):
+    """Of an instance without transfers."""
+
+    def layer_written(self) -> None:
+        """Nobody waits for it."""
+
+    def detach(self, endpoint: int) -> None:
+        """Nothing is attached."""
+
+
+def meet(shard: Shard, device: torch.device) -> None:
+    """Returns once every rank of the group has called it. Raises GroupBroken when one has gone."""
+    shard.sum(torch.zeros((1, 1), device=device)).cpu()
+
+
+def follow(runner: ModelRunner, copier: BlockCopier, hand: Hand) -> str:
+    """Does what the leader says until it says stop; returns why, "" at a run's end. A follower's life.
+
+    runner, copier, hand: of this rank's part. Raises GroupBroken when another rank has gone.
     """
     model = runner.model
     assert model.shard.rank != LEADER, "the leader follows nobody"
     while True:
         match _hear(model.shard, model.device):
             case Compute() as message:
-                runner.forward(_batch(message))
+                for _ in LayerRun(runner.forward_by_layer(_batch(message))):
+                    hand.layer_written()
             case CopyBlocks(source, target):
                 copier.copy(unpack_tokens(source), unpack_tokens(target))
-            case StopFollowing():
-                return
+                meet(model.shard, model.device)
+            case Detach(endpoint):
+                hand.detach(endpoint)
+                meet(model.shard, model.device)
+            case StopFollowing(reason):
+                return reason
 
 
 def _compute(batch: ScheduledBatch, block_size: int) -> Compute:

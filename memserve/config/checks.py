@@ -48,6 +48,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
+    _check_tensor_parallel(cfg)
 
 
 def _check_capacity(cfg: RunConfig) -> None:
@@ -140,6 +141,29 @@ def _check_roles(cfg: RunConfig) -> None:
     _require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
     for role in cfg.cluster.roles:
         _require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
+
+
+def _check_tensor_parallel(cfg: RunConfig) -> None:
+    """Sizes of roles that exist, of which one divides the other where KV goes between them."""
+    sizes = {role.value: getattr(cfg.cluster.tensor_parallel, role.value) for role in Role}
+    for role, size in sizes.items():
+        name = f"cluster.tensor_parallel.{role}"
+        _require(size >= 1, name, size, "an integer >= 1")
+        if size == 1:
+            continue
+        if role not in cfg.cluster.roles:
+            raise ConfigError(f"{name}={size} contradicts cluster.roles={list(cfg.cluster.roles)}: none is {role}")
+        if cfg.exec != "distributed":
+            raise ConfigError(f"{name}={size} contradicts exec={cfg.exec}: expected exec=distributed")
+        if cfg.tokens != "model":
+            raise ConfigError(f"{name}={size} contradicts tokens={cfg.tokens}: there is no model to split")
+        if cfg.model.compile:
+            raise ConfigError(f"{name}={size} contradicts model.compile=true: a compiled step has no sums over ranks")
+    if max(sizes["prefill"], sizes["decode"]) % min(sizes["prefill"], sizes["decode"]):
+        raise ConfigError(
+            f"cluster.tensor_parallel.prefill={sizes['prefill']} and decode={sizes['decode']}: "
+            "expected that one divides the other"
+        )
 
 
 def check_target(name: str, node: Mapping[str, Any]) -> None:

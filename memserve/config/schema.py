@@ -56,10 +56,20 @@ class TransferConfig:
 
 
 @dataclass
+class TensorParallelConfig:
+    """Ranks of an instance of each role; its model and its KV heads are split over them."""
+
+    colocated: int = 1
+    prefill: int = 1
+    decode: int = 1
+
+
+@dataclass
 class ClusterConfig:
     """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around."""
 
     roles: list[str] = field(default_factory=list)
+    tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
     silence_s: float = 10.0
 
 

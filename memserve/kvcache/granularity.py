@@ -7,14 +7,17 @@
 | `by_request_agg` | end of prefill   | 1 for each block                                     | aggregated |
 | `packed`         | end of prefill   | 1: gathered before it, scattered after it (not in the paper) | any |
 
-L layers. With `merge`, neighbours at both ends go in one call; the paper's counts are without.
+L layers. With `merge`, neighbours at both ends go in one call; the paper's counts are without. Between instances of
+several ranks these are the counts of each pair of ranks that has heads in common; where they are a part of the heads, a
+call gathers its region's rows, one a token.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from memserve.kvcache.head_parts import HeadPart, endpoint_of, head_parts
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, Layout
 from memserve.kvcache.regions import call_starts, regions_of, row_bytes_of
 from memserve.messages import Geometry
@@ -32,51 +35,89 @@ class Stretch:
 
 @dataclass(frozen=True)
 class End:
-    """One side of a move. endpoint: (incarnation, medium).  num_blocks: of that arena.  blocks: int32 [n], in it."""
+    """One side of a transfer. endpoint: (incarnation, medium).  num_blocks: of that arena.  blocks: int32 [n], in it.
+
+    num_ranks: over how many the heads are split; blocks have one number on all of them.
+    """
 
     endpoint: tuple[int, int]
     num_blocks: int
     blocks: np.ndarray
+    num_ranks: int = 1
 
 
 class Granularity(ABC):
-    """Both ends have the same layout and geometry: the handshake sees to it."""
+    """Both ends have the same layout and geometry: the handshake sees to it.
+
+    geometry: of one rank's arenas.  num_ranks: over which this end's heads are split.
+    """
 
     asks_at_admission = False
     transfers_per_stretch = 1  # in the paper's count, where keys and values of a layer are two
 
-    def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False) -> None:
+    def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False, num_ranks: int = 1) -> None:
         self._layout, self._geometry, self._merge = layout, geometry, merge
+        self.num_ranks = num_ranks
 
     @property
     def wire_geometry(self) -> Geometry:
-        """The shape for which this was made: what both ends of a transfer have."""
+        """The shape for which this was made: what both ends of a transfer have, over however many ranks."""
         g, dtype = self._geometry, str(self._geometry.dtype).removeprefix("torch.")
-        return Geometry(g.num_layers, g.block_size, g.num_kv_heads, g.head_dim, dtype, self._layout.name)
+        return Geometry(g.num_layers, g.block_size, self._num_heads, g.head_dim, dtype, self._layout.name)
+
+    @property
+    def _num_heads(self) -> int:
+        """The whole model's kv heads."""
+        return self._geometry.num_kv_heads * self.num_ranks
 
     def stretches(self, posted: np.ndarray, ready: np.ndarray, num_blocks: int) -> list[Stretch]:
         """What can be posted now. posted, ready: int64 [L], leading blocks of each layer."""
         whole = bool((ready == num_blocks).all()) and not posted.any()
         return [Stretch(0, num_blocks, None)] if whole else []
 
-    def move(self, source: End, target: End, layer: int | None) -> Move:
-        """The blocks of one end, in one layer or in all, to those of the other."""
-        row_bytes = self._row_bytes(layer)
-        here, there = (
-            regions_of(self._layout, self._geometry, e.num_blocks, e.blocks, layer=layer, row_bytes=row_bytes)
-            for e in (source, target)
-        )
-        return Move(
-            source.endpoint, target.endpoint, row_bytes, here.rows, there.rows, *self._calls(here.rows, there.rows)
-        )
+    def moves(self, source: End, target: End, layer: int | None) -> list[Move]:
+        """The blocks of one end, in one layer or in all, to those of the other: a move for each pair of ranks."""
+        parts = head_parts(self._num_heads, source.num_ranks, target.num_ranks)
+        return [self._move(source, target, layer, part) for part in parts]
+
+    def _move(self, source: End, target: End, layer: int | None, part: HeadPart) -> Move:
+        here, there = self._of_a_rank(source), self._of_a_rank(target)
+        source_rows, target_rows = self._regions(source, here, layer), self._regions(target, there, layer)
+        starts, packed = self._calls(source_rows, target_rows)
+        row_bytes = self._row_bytes(here)
+        if here != there:
+            num_regions, count = len(source_rows), part.num_heads
+            row_bytes = count * here.head_dim * here.dtype.itemsize
+            source_rows = self._heads(source, here, layer, (part.source_first, count), row_bytes)
+            target_rows = self._heads(target, there, layer, (part.target_first, count), row_bytes)
+            starts = starts * (len(source_rows) // num_regions)
+        from_rank = (endpoint_of(source.endpoint[0], part.source_rank), source.endpoint[1])
+        to_rank = (endpoint_of(target.endpoint[0], part.target_rank), target.endpoint[1])
+        return Move(from_rank, to_rank, row_bytes, source_rows, target_rows, starts, packed)
+
+    def _of_a_rank(self, end: End) -> CacheGeometry:
+        return replace(self._geometry, num_kv_heads=self._num_heads // end.num_ranks)
+
+    def _regions(self, end: End, geometry: CacheGeometry, layer: int | None) -> np.ndarray:
+        """The rows of an end's regions, whole, in a rank's arena."""
+        size = self._row_bytes(geometry)
+        return regions_of(self._layout, geometry, end.num_blocks, end.blocks, layer=layer, row_bytes=size).rows
+
+    def _heads(
+        self, end: End, geometry: CacheGeometry, layer: int | None, heads: tuple[int, int], row_bytes: int
+    ) -> np.ndarray:
+        """The rows of some heads, one a token, region after region."""
+        return regions_of(
+            self._layout, geometry, end.num_blocks, end.blocks, layer=layer, heads=heads, row_bytes=row_bytes
+        ).rows
 
     def _calls(self, source_rows: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, bool]:
         """Where the network calls begin, and whether they are packed."""
         return call_starts(source_rows, target_rows, merge=self._merge), False
 
     @abstractmethod
-    def _row_bytes(self, layer: int | None) -> int:
-        """Bytes of one region."""
+    def _row_bytes(self, geometry: CacheGeometry) -> int:
+        """Bytes of one region in arenas of that shape."""
 
 
 class ByLayer(Granularity):
@@ -88,34 +129,34 @@ class ByLayer(Granularity):
     def stretches(self, posted: np.ndarray, ready: np.ndarray, num_blocks: int) -> list[Stretch]:
         return [Stretch(int(posted[i]), int(ready[i]), int(i)) for i in np.flatnonzero(ready > posted)]
 
-    def _row_bytes(self, layer: int | None) -> int:
-        return self._geometry.layer_block_bytes
+    def _row_bytes(self, geometry: CacheGeometry) -> int:
+        return geometry.layer_block_bytes
 
 
 class ByRequest(Granularity):
     """All layers after the prefill, every layer's keys and values of a block a call of their own."""
 
-    def _row_bytes(self, layer: int | None) -> int:
-        return self._geometry.layer_block_bytes
+    def _row_bytes(self, geometry: CacheGeometry) -> int:
+        return geometry.layer_block_bytes
 
 
 class ByRequestAgg(Granularity):
     """One call a block, which aggregated blocks make possible. Raises ValueError for another layout."""
 
-    def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False) -> None:
+    def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False, num_ranks: int = 1) -> None:
         if not isinstance(layout, AggregatedLayout):
             raise ValueError(f"granularity=by_request_agg contradicts layout={layout.name}: expected layout=aggregated")
-        super().__init__(layout, geometry, merge)
+        super().__init__(layout, geometry, merge, num_ranks)
 
-    def _row_bytes(self, layer: int | None) -> int:
-        return self._geometry.block_bytes
+    def _row_bytes(self, geometry: CacheGeometry) -> int:
+        return geometry.block_bytes
 
 
 class Packed(Granularity):
     """One call a ticket, through a buffer."""
 
-    def _row_bytes(self, layer: int | None) -> int:
-        return row_bytes_of(self._layout, self._geometry)
+    def _row_bytes(self, geometry: CacheGeometry) -> int:
+        return row_bytes_of(self._layout, geometry)
 
     def _calls(self, source_rows: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, bool]:
         return np.zeros(1, dtype=np.int64), True

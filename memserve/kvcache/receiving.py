@@ -28,6 +28,7 @@ from memserve.messages import (
     Grant,
     Inserted,
     PoolMessage,
+    PoolSize,
     Refuse,
     Wait,
     pack_times,
@@ -62,11 +63,15 @@ class Incoming:
 
 
 class Receiving:
-    """Incoming tickets of one pool. headroom_blocks: HBM blocks that a grant leaves free for what runs here."""
+    """Incoming tickets of one pool. size: what senders are told of it.
+
+    headroom_blocks: HBM blocks that a grant leaves free for what runs here.
+    """
 
     def __init__(
         self,
         pool: BlockPool,
+        size: PoolSize,
         book: AddressBook,
         geometry: Geometry,
         timeouts: Timeouts,
@@ -75,7 +80,7 @@ class Receiving:
         send: Send,
     ) -> None:
         self.tickets: dict[TicketId, Incoming] = {}
-        self._pool, self._book, self._geometry = pool, book, geometry
+        self._pool, self._size, self._book, self._geometry = pool, size, book, geometry
         self._timeouts, self._headroom_blocks, self._send = timeouts, headroom_blocks, send
         self._reservations = reservations
         self._over: OrderedDict[TicketId, ReceiverState] = OrderedDict()
@@ -236,10 +241,9 @@ class Receiving:
                 raise AssertionError(f"a receiver does not {action}")
 
     def _grant(self, incoming: Incoming) -> None:
-        allocator = self._pool.allocator
         addrs = self._book.addresses(incoming.blocks[incoming.num_held // self._pool.block_size :])
-        sizes = (allocator.num_blocks, allocator.num_dram_blocks)
-        self._send(incoming.ask.ticket[0], Grant(incoming.ask.ticket, pack_times(addrs), incoming.num_held, sizes))
+        grant = Grant(incoming.ask.ticket, pack_times(addrs), incoming.num_held, self._size)
+        self._send(incoming.ask.ticket[0], grant)
 
     def _publish(self, incoming: Incoming, now_ns: int) -> None:
         """Insertion, the third step: only now does anybody here see the KV."""

@@ -19,7 +19,7 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks, StaleAddress
 from memserve.kvcache.sending import Send
 from memserve.kvcache.ticket import Ticket, TicketState, Timeouts
-from memserve.messages import Refuse, Release, Released, Reserve, Reserved, pack_times, unpack_times
+from memserve.messages import PoolSize, Refuse, Release, Released, Reserve, Reserved, pack_times, unpack_times
 
 TicketId = tuple[int, int]
 ReservationMessage = Reserve | Reserved | Release | Released
@@ -41,12 +41,12 @@ class _Wanted:
 
 @dataclass
 class _Owned:
-    """What is left of a reservation here. sizes: blocks of the host's pool in HBM and in DRAM."""
+    """What is left of a reservation here. pool: the host's."""
 
     host: int
     holder: Holder
     addrs: np.ndarray
-    sizes: tuple[int, int]
+    pool: PoolSize
 
 
 @dataclass
@@ -60,9 +60,10 @@ class _Freed:
 
 
 class Reservations:
-    """Both sides of one pool. send: takes (incarnation, message)."""
+    """Both sides of one pool. size: what the others are told of it.  send: takes (incarnation, message)."""
 
-    def __init__(self, pool: BlockPool, book: AddressBook, timeouts: Timeouts, send: Send) -> None:
+    def __init__(self, pool: BlockPool, size: PoolSize, book: AddressBook, timeouts: Timeouts, send: Send) -> None:
+        self._size = size
         self._pool, self._book, self._timeouts, self._send = pool, book, timeouts, send
         self._wanted: dict[TicketId, _Wanted] = {}
         self._owned: dict[TicketId, _Owned] = {}
@@ -86,8 +87,8 @@ class Reservations:
         self._send(host, message)
         return ticket
 
-    def sizes_of(self, host: int, addrs: np.ndarray) -> tuple[int, int]:
-        """The sizes of the host's pool, if this pool has reserved all of `addrs` (int64 [n]) there.
+    def pool_of(self, host: int, addrs: np.ndarray) -> PoolSize:
+        """The size of the host's pool, if this pool has reserved all of `addrs` (int64 [n]) there.
 
         Raises StaleAddress for any that it has not, or has freed.
         """
@@ -95,7 +96,7 @@ class Reservations:
         known = np.concatenate([owned.addrs for owned in found]) if found else _NO_ADDRS
         if not len(addrs) or not np.isin(addrs, known).all() or len(np.unique(addrs)) != len(addrs):
             raise StaleAddress(f"addresses on instance {host}: expected each once, and reserved by alloc_mem from here")
-        return found[0].sizes
+        return found[0].pool
 
     def free(self, addrs: np.ndarray, holder: Holder, now_ns: int) -> None:
         """Gives up addresses (int64 [n]) that `holder` has reserved. Raises StaleAddress, with none given up."""
@@ -185,9 +186,7 @@ class Reservations:
                 self._send(owner, Refuse(ticket_id, str(error)))
                 return
             self._hosted[ticket_id] = pack_times(self._book.addresses(blocks))
-        allocator = self._pool.allocator
-        sizes = (allocator.num_blocks, allocator.num_dram_blocks)
-        self._send(owner, Reserved(ticket_id, self._hosted[ticket_id], sizes))
+        self._send(owner, Reserved(ticket_id, self._hosted[ticket_id], self._size))
 
     def _give_up(self, message: Release) -> None:
         ticket_id, holder = message.ticket, _holder(message.ticket)
@@ -204,7 +203,7 @@ class Reservations:
     def _granted(self, host: int, message: Reserved, now_ns: int) -> None:
         wanted, addrs = self._wanted.get(message.ticket), unpack_times(message.addrs)
         if wanted is not None:
-            self._owned[message.ticket] = _Owned(host, wanted.holder, addrs, message.num_blocks)
+            self._owned[message.ticket] = _Owned(host, wanted.holder, addrs, message.pool)
             self._end(message.ticket, "", addrs)
         elif message.ticket not in self._owned and message.ticket not in self._freed:
             self._free(message.ticket, host, _NO_ADDRS, now_ns, everything=True)

@@ -19,8 +19,8 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import End, Granularity, Stretch
 from memserve.kvcache.protocol import Action, SenderEvent, SenderState, sender_step
 from memserve.kvcache.ticket import Sent, Ticket, TicketState, Timeouts, TransferCounts
-from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, PoolMessage, Refuse, unpack_times
-from memserve.transfer.transport import Arrived, Transport
+from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, PoolMessage, PoolSize, Refuse, unpack_times
+from memserve.transfer.transport import Arrived, Move, Transport
 
 Send = Callable[[int, PoolMessage], None]
 DECLINED = "declined"  # how a refusal for lack of room begins
@@ -32,7 +32,7 @@ class Outgoing:
     """ready, posted: int64 [L], leading blocks of each layer that are final, and that were handed to the transport.
 
     targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
-    target_sizes: blocks of the receiver's pool in HBM and in DRAM.
+    target_pool: the receiver's.
     """
 
     ticket: Ticket
@@ -45,7 +45,7 @@ class Outgoing:
     retry_ns: int
     state: SenderState = SenderState.ASKED
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    target_sizes: tuple[int, int] = (0, 0)
+    target_pool: PoolSize = field(default_factory=lambda: PoolSize(0, 0))
     num_held: int = 0
     num_parts: int = 0
     num_under_way: int = 0
@@ -96,11 +96,11 @@ class Sending:
         now_ns: int,
         *,
         ready: bool,
-        target_sizes: tuple[int, int] | None = None,
+        target_pool: PoolSize | None = None,
     ) -> Ticket:
         """Asks `peer`. ready: all blocks (int32 [n]) are final; else `mark_ready` says when.
 
-        target_sizes: of the peer's pool, where the Ask brings addresses: what is ready leaves at once.
+        target_pool: the peer's, where the Ask brings addresses: what is ready leaves at once.
         """
         ticket = Ticket(ask.ticket, np.empty(0, dtype=np.int64))
         posted = np.zeros(num_layers, dtype=np.int64)
@@ -111,8 +111,8 @@ class Sending:
         self._pool.retain(out.blocks, out.holder)
         self.tickets[ask.ticket] = out
         self._send(peer, ask)
-        if target_sizes is not None:
-            out.targets, out.target_sizes = unpack_times(ask.addrs), target_sizes
+        if target_pool is not None:
+            out.targets, out.target_pool = unpack_times(ask.addrs), target_pool
             out.state, out.deadline_ns = SenderState.SENDING, now_ns + self._timeouts.deadline_ns
             self._post(out, now_ns)
         return ticket
@@ -137,7 +137,7 @@ class Sending:
             return
         if isinstance(message, Grant) and out.state is SenderState.ASKED:
             out.targets, out.num_held = unpack_times(message.addrs), message.num_held
-            out.target_sizes = message.num_blocks
+            out.target_pool = message.pool
             out.deadline_ns = now_ns + self._timeouts.deadline_ns
         out.ticket.refused = isinstance(message, Refuse)
         reason = message.reason if isinstance(message, Refuse | Abandon) else ""
@@ -256,9 +256,11 @@ class Sending:
                 self._post_stretch(out, missing, ready_ns)
 
     def _post_stretch(self, out: Outgoing, stretch: Stretch, ready_ns: int) -> None:
-        """One move for each pair of media that the blocks lie in."""
+        """A move for each pair of media that the blocks lie in, and of ranks that share heads."""
         num_hbm, num_dram = self._pool.num_blocks, self._pool.allocator.num_dram_blocks
         sizes, first = (num_hbm, num_dram), (0, num_hbm)
+        pool, num_ranks = out.target_pool, self._granularity.num_ranks
+        target_sizes = (pool.num_hbm_blocks, pool.num_dram_blocks)
         blocks = out.blocks[stretch.start : stretch.stop]
         addrs = out.targets[stretch.start - out.first_block : stretch.stop - out.first_block]
         from_dram, to_dram = blocks >= num_hbm, address.medium_of(addrs) == Medium.DRAM
@@ -267,15 +269,19 @@ class Sending:
                 chosen = (from_dram == (source is Medium.DRAM)) & (to_dram == (target is Medium.DRAM))
                 if not chosen.any():
                     continue
-                here = End((out.ask.ticket[0], int(source)), sizes[source], blocks[chosen] - first[source])
-                there = End((out.peer, int(target)), out.target_sizes[target], address.block_of(addrs[chosen]))
-                move = self._granularity.move(here, there, stretch.layer)
-                self._transport.post((*out.ask.ticket, out.num_parts), move, ready_ns)
-                out.num_parts += 1
-                out.num_under_way += 1
-                out.num_bytes += move.num_bytes
-                self.counts.bytes += move.num_bytes
-                self.counts.calls += move.num_calls
+                here = End((out.ask.ticket[0], int(source)), sizes[source], blocks[chosen] - first[source], num_ranks)
+                where = address.block_of(addrs[chosen])
+                there = End((out.peer, int(target)), target_sizes[target], where, pool.num_ranks)
+                for move in self._granularity.moves(here, there, stretch.layer):
+                    self._post_move(out, move, ready_ns)
+
+    def _post_move(self, out: Outgoing, move: Move, ready_ns: int) -> None:
+        self._transport.post((*out.ask.ticket, out.num_parts), move, ready_ns)
+        out.num_parts += 1
+        out.num_under_way += 1
+        out.num_bytes += move.num_bytes
+        self.counts.bytes += move.num_bytes
+        self.counts.calls += move.num_calls
 
     def _check_drained(self, out: Outgoing, now_ns: int) -> None:
         everything = out.state is SenderState.DRAINING or bool((out.posted == len(out.blocks)).all())

@@ -20,7 +20,7 @@ from memserve.kvcache.receiving import Incoming, Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
 from memserve.kvcache.sending import Outgoing, Sending
 from memserve.kvcache.ticket import Arrival, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
-from memserve.messages import Ask, PoolMessage, Refuse, pack_times, pack_tokens
+from memserve.messages import Ask, PoolMessage, PoolSize, Refuse, pack_times, pack_tokens
 from memserve.transfer.transport import Transport
 
 _FROM_SENDER = ("Ask", "Done", "AbortAck")
@@ -47,9 +47,10 @@ class Transfers:
         self._pool, self._book, self._transport = pool, book, transport
         self._outbox: list[tuple[int, PoolMessage]] = []
         self._sending = Sending(pool, transport, granularity, timeouts, self._send)
-        self._reservations = Reservations(pool, book, timeouts, self._send)
+        size = PoolSize(pool.allocator.num_blocks, pool.allocator.num_dram_blocks, granularity.num_ranks)
+        self._reservations = Reservations(pool, size, book, timeouts, self._send)
         self._receiving = Receiving(
-            pool, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
+            pool, size, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
         )
         self._num_tickets = 0
         self._gone: set[int] = set()
@@ -108,13 +109,13 @@ class Transfers:
             raise ValueError("dst_addrs=None: expected addresses, or flags.on_demand")
         if addrs is not None and len(addrs) != needed:
             raise ValueError(f"{len(addrs)} dst_addrs for {needed} blocks: expected one each")
-        sizes = None if addrs is None else self._reservations.sizes_of(peer, addrs)
+        target = None if addrs is None else self._reservations.pool_of(peer, addrs)
         ask = Ask(
             self._new_ticket(), pack_tokens(tokens), needed, int(options.medium), options.insert,
             options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
         layers = self.geometry.num_layers
-        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_sizes=sizes)
+        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if peer in self._gone:
             self._sending.peer_gone(peer, now_ns)
         return ticket

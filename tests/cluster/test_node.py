@@ -41,7 +41,7 @@ def play(**answers):
     instance = build_instance(cfg, build_engine(cfg), "colocated-0", Role.COLOCATED, 0)
     defaults = {"Ping": lambda ping: [Pong(ping.sent_ns, 0)], "Finished": [Stop(10**12)], "Stopped": [Leave()]}
     mailbox = PlayedMailbox(**(defaults | answers))
-    InstanceLoop(instance, mailbox, None, stop_s=1.0, num_threads=1).run()
+    InstanceLoop(instance, mailbox, None, stop_s=1.0, num_threads=1).run([])
     return mailbox.sent
 
 

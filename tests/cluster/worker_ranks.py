@@ -14,7 +14,7 @@ from mini_engine import MiniEngine
 from parallel_models import answers, engine_for, model_of
 from ranks import join
 
-from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner, follow
+from memserve.cluster.worker import Followers, IdleHand, ParallelCopier, ParallelRunner, follow
 from memserve.instance import Instance
 from memserve.kvcache import LRU, DiscreteLayout, RadixIndex
 from memserve.kvcache.arena import Arena, TwoTiers
@@ -65,7 +65,7 @@ def answer(model: Llama, directory: Path) -> None:
     for case in ENGINE_CASES:
         engine = engine_for(model, case)
         if model.shard.rank:
-            follow(engine.runner, NothingToCopy())
+            follow(engine.runner, NothingToCopy(), IdleHand())
             continue
         followers = Followers(model.shard, model.device)
         engine.runner = ParallelRunner(engine.runner, followers)
@@ -73,7 +73,7 @@ def answer(model: Llama, directory: Path) -> None:
         followers.stop()
     runner, copier = parts_of_an_instance(model)
     if model.shard.rank:
-        follow(runner, copier)
+        follow(runner, copier, IdleHand())
         return
     followers = Followers(model.shard, model.device)
     leading, copier = ParallelRunner(runner, followers), ParallelCopier(copier, followers)
@@ -87,7 +87,7 @@ def lose_the_leader(model: Llama, directory: Path) -> None:
     """Rank 0 goes after a step; the other is told so by name."""
     engine = engine_for(model, "chunks")
     if model.shard.rank:
-        expect_broken(lambda: follow(engine.runner, NothingToCopy()))
+        expect_broken(lambda: follow(engine.runner, NothingToCopy(), IdleHand()))
         return
     engine.runner = ParallelRunner(engine.runner, Followers(model.shard, model.device))
     engine.generate([[1, 2, 3]], 2)
@@ -99,7 +99,7 @@ def lose_the_follower(model: Llama, directory: Path) -> None:
     engine = engine_for(model, "chunks")
     if model.shard.rank:
         engine.runner = _GoingRunner(engine.runner)
-        follow(engine.runner, NothingToCopy())
+        follow(engine.runner, NothingToCopy(), IdleHand())
     engine.runner = ParallelRunner(engine.runner, Followers(model.shard, model.device))
     expect_broken(lambda: engine.generate([[1, 2, 3]], 20))
 
@@ -110,18 +110,18 @@ class _GoingRunner:
     def __init__(self, runner: ModelRunner) -> None:
         self.model, self._runner, self._num_left = runner.model, runner, 2
 
-    def forward(self, batch):
+    def forward_by_layer(self, batch):
         if not self._num_left:
             os._exit(0)
         self._num_left -= 1
-        return self._runner.forward(batch)
+        return self._runner.forward_by_layer(batch)
 
 
 def fail_half_way(model: Llama, directory: Path) -> None:
     """The leader's sampler fails: followers wait for tokens that never come, so nothing more may be told them."""
     engine = MiniEngine(model, 4, sampler=_FailingSampler())
     if model.shard.rank:
-        expect_broken(lambda: follow(engine.runner, NothingToCopy()))
+        expect_broken(lambda: follow(engine.runner, NothingToCopy(), IdleHand()))
         return
     followers = Followers(model.shard, model.device)
     engine.runner = ParallelRunner(engine.runner, followers)

@@ -76,7 +76,7 @@ def test_every_granularity_copies_bitwise_between_memories_of_different_sizes(fr
         to_blocks = np.array([3, 0, 1, 2], np.int32) + first
         for layer in layers:
             ends = Blocks((0, source), HERE[source], from_blocks), Blocks((1, target), THERE[target], to_blocks)
-            moves.append(way.move(*ends, layer))
+            moves += way.moves(*ends, layer)
             expected[target] = copied(moves[-1], fresh.here.read(source), expected[target])
     assert fresh.here.carry(moves) == [(0, 0, part) for part in range(len(moves))]
     assert [fresh.there.call("read", medium) for medium in (0, 1)] == expected
