@@ -22,11 +22,25 @@ from memserve.cluster.liveness import Watched
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.node import InstanceLoop
-from memserve.cluster.node_messages import Alive, Broken, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import (
+    Alive,
+    Broken,
+    Changed,
+    Gone,
+    Held,
+    Leave,
+    Ping,
+    Pong,
+    Ready,
+    Start,
+    Stop,
+    Stopped,
+    WantSnapshot,
+)
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import Summary, report_of
 from memserve.cluster.warm_up import warm_up
-from memserve.cluster.wiring import build_global_scheduler, build_process_transport
+from memserve.cluster.wiring import build_global_scheduler, build_process_transport, follows_events
 from memserve.config.schema import RunConfig
 from memserve.messages import Finished, Message, Tokens
 from memserve.metrics.progress import Progress
@@ -111,6 +125,8 @@ class DistributedCluster:
         transport = build_process_transport(self.cfg, PrefixStore(f"run/{number}", self._place.store))
         try:
             instance = build_instance(self.cfg, engine, label, role, incarnation, transport)
+            if follows_events(self.cfg):
+                instance.pool.follow()
             stop_s = self.cfg.transfer.deadline_s
             InstanceLoop(instance, self._mailbox, transport, stop_s=stop_s, num_threads=num_threads).run()
         finally:
@@ -206,6 +222,11 @@ class Controller:
                 self._ready[instance] = Watched(message.pid) if message.host == host_id() else None
             case Stopped():
                 self._summaries[instance] = msgspec.msgpack.decode(message.summary, type=Summary)
+            case Changed():
+                if not self._scheduler.index_changed(self._labels[instance], message.events):
+                    self._mailbox.send(1 + instance, WantSnapshot())
+            case Held():
+                self._scheduler.index_snapshot(self._labels[instance], message.snapshot)
             case Broken():
                 raise InstanceFailed(f"{self._labels[instance]} failed: {message.detail}")
             case _ if isinstance(message, Message):

@@ -17,7 +17,20 @@ import numpy as np
 from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.launch import CONTROLLER
 from memserve.cluster.mailbox import AnyMessage, Mailbox
-from memserve.cluster.node_messages import Alive, Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import (
+    Alive,
+    Changed,
+    Gone,
+    Held,
+    Leave,
+    Ping,
+    Pong,
+    Ready,
+    Start,
+    Stop,
+    Stopped,
+    WantSnapshot,
+)
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
@@ -145,6 +158,8 @@ class InstanceLoop:
                 self._instance.receive(message)
             case Gone():
                 self._forget(message.instance)
+            case WantSnapshot():
+                self._mailbox.send(CONTROLLER, Held(self._instance.pool.follow()))
             case Stop():
                 self._stop = message
             case Leave():
@@ -165,6 +180,8 @@ class InstanceLoop:
     def _send(self) -> None:
         for message in self._instance.drain_outbox():
             self._mailbox.send(CONTROLLER, message)
+        if events := self._instance.pool.drain_events():
+            self._mailbox.send(CONTROLLER, Changed(events))
         for peer, message_to_peer in self._instance.drain_peer_outbox():
             self._mailbox.send(1 + peer, message_to_peer)
 

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from memserve.kvcache.events import IndexEvent, IndexSnapshot
+
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """An instance's process is attached and warmed up. host, pid: by which others see whether it is still there."""
@@ -33,6 +35,22 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """An instance's process gets its turn; sent now and then, whatever it computes."""
 
 
+class Changed(msgspec.Struct, frozen=True, tag=True):
+    """What entered and left an instance's index since its last message."""
+
+    events: list[IndexEvent]
+
+
+class WantSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0 has missed a change of this instance's index."""
+
+
+class Held(msgspec.Struct, frozen=True, tag=True):
+    """All that an instance's index holds."""
+
+    snapshot: IndexSnapshot
+
+
 class Gone(msgspec.Struct, frozen=True, tag=True):
     """There is proof that the process of this instance has ended."""
 
@@ -61,4 +79,6 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
-NodeMessage = Ready | Alive | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken
+NodeMessage = (
+    Ready | Alive | Changed | WantSnapshot | Held | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken
+)

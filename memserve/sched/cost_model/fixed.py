@@ -1,5 +1,7 @@
 """FixedCostModel: a step costs a fixed time plus a time per token. Knows no machine; for repeatable virtual time."""
 
+import numpy as np
+
 from memserve.clock import to_ns
 from memserve.request import ScheduledBatch
 
@@ -18,10 +20,18 @@ class FixedCostModel:
                 raise ValueError(f"cost_model.{name}={value}: expected a finite number of seconds >= 0")
         if not any(costs.values()):
             raise ValueError(f"cost_model={costs}: time would stand still, expected a cost above 0")
+        self._step_s, self._prefill_token_s = step_s, prefill_token_s
         self._step_ns = to_ns(step_s)
         self._prefill_token_ns = to_ns(prefill_token_s)
         self._decode_token_ns = to_ns(decode_token_s)
         self._swap_block_ns = to_ns(swap_block_s)
+
+    def exec_time_s(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        """Seconds to prefill num_new tokens behind num_cached ones, alone in one step: int64 [n] each -> float64 [n].
+
+        What is cached costs nothing.
+        """
+        return self._step_s + self._prefill_token_s * np.asarray(num_new, dtype=np.float64)
 
     def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
         """Nanoseconds of each of the batch's `num_steps` steps; at least 1 each."""
