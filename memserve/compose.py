@@ -18,7 +18,7 @@ from memserve.config.schema import RunConfig
 
 TARGETS = (
     "mode", "policy", "index", "eviction", "queue", "preemption", "swap", "layout", "cost_model", "workload",
-    "tracking", "granularity", "link", "decode_policy",
+    "tracking", "granularity", "link", "decode_policy", "index_source",
 )  # fmt: skip
 
 

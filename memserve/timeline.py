@@ -31,6 +31,7 @@ class RequestTimeline:
     stats: RequestStats | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_output: int = 0
+    num_promised: int = 0  # prompt tokens that its instance was believed to have when it was dispatched
     _token_ids: list[np.ndarray] = field(default_factory=list)
     _token_times_ns: list[np.ndarray] = field(default_factory=list)
 

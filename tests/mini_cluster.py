@@ -11,9 +11,12 @@ from memserve.kvcache import LRU, DiscreteLayout, MemPool, NullIndex, RadixIndex
 from memserve.messages import Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
 from memserve.request import Role, SamplingParams
 from memserve.sched.admission import Limits
+from memserve.sched.group import Group
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import Recompute
+from memserve.sched.prompt_tree import NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import FCFS
+from memserve.sched.routing import Policy
 from memserve.sched.swap_policy import Always
 
 VOCAB = 1000
@@ -52,6 +55,11 @@ def hash_instance(options: Options | None = None, **changes) -> Instance:
     )
     limits = Limits(o.max_context, VOCAB, o.num_blocks, o.block_size)
     return Instance("colocated-0", Role.COLOCATED, scheduler, HashRunner(pool.kv, VOCAB), limits)
+
+
+def group_of(labels: list[str], policy: Policy, tree: PromptIndex | None = None) -> Group:
+    """A group of the global scheduler; without a tree it believes nothing of the instances' caches."""
+    return Group(labels, range(len(labels)), policy, tree or NoPromptTree(len(labels), 4))
 
 
 def dispatch(instance: Instance, name: str, prompt, params: SamplingParams, now_ns: int = 0) -> None:

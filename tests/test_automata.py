@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mini_cluster import dispatch, hash_instance
+from mini_cluster import dispatch, group_of, hash_instance
 
 from memserve.instance import Instance
 from memserve.messages import Abort, Cancel, Finished, Message, Submit, Tokens, pack_times, pack_tokens
@@ -49,7 +49,7 @@ def global_state(scheduler: GlobalScheduler) -> str:
 
 @pytest.mark.parametrize(("state", "event", "expected"), GLOBAL)
 def test_the_global_scheduler_follows_its_table(state: str, event: str, expected: str) -> None:
-    scheduler = GlobalScheduler(["colocated-0"], RoundRobin(), np.random.default_rng(0))
+    scheduler = GlobalScheduler(group_of(["colocated-0"], RoundRobin()), np.random.default_rng(0))
     for step in ("Submit", "Finished")[: ("new", "routed", "ended").index(state)]:
         scheduler.receive(global_message(step), 0)
     assert global_state(scheduler) == state

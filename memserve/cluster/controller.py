@@ -13,7 +13,9 @@ from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.node_messages import (
     Alive,
     Broken,
+    Changed,
     Gone,
+    Held,
     Leave,
     LeftAlone,
     Ping,
@@ -22,6 +24,7 @@ from memserve.cluster.node_messages import (
     Start,
     Stop,
     Stopped,
+    WantSnapshot,
 )
 from memserve.cluster.result import Result
 from memserve.cluster.roster import Roster
@@ -140,6 +143,11 @@ class Controller:
                 self._processes[instance] = [Watched(p.pid) if p.host == host_id() else None for p in message.processes]
             case Stopped():
                 self._summaries[instance] = msgspec.msgpack.decode(message.summary, type=Summary)
+            case Changed():
+                if not self._scheduler.index_changed(self._labels[instance], message.events):
+                    self._mailbox.send(rank, WantSnapshot())
+            case Held():
+                self._scheduler.index_snapshot(self._labels[instance], message.snapshot)
             case Broken():
                 raise InstanceFailed(f"{self._labels[instance]} failed: {message.detail}")
             case LeftAlone():

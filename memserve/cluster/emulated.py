@@ -23,6 +23,7 @@ import numpy as np
 
 from memserve.clock import Stopwatch
 from memserve.cluster.emulated_node import Node, Step
+from memserve.cluster.index_feed import IndexFeed
 from memserve.cluster.step_time import StepTime
 from memserve.instance import Instance
 from memserve.messages import Finished, Message, PoolMessage, Tokens
@@ -50,6 +51,7 @@ class EmulatedCluster:
     macro_steps: bool
     transport: InProcess | None = None
     faults: MessageFaults | None = None
+    event_delay_ns: int = 0  # of index events on their way to a global scheduler that follows them
     now_ns: int = 0
     _events: list[tuple[int, int, int, Node, int | tuple[int, PoolMessage]]] = field(default_factory=list)
     _num_events: int = 0
@@ -57,6 +59,7 @@ class EmulatedCluster:
 
     def __post_init__(self) -> None:
         self._by_label = {node.instance.label: node for node in self.nodes}
+        self._feed = IndexFeed(self.scheduler, self.nodes, self.event_delay_ns, self.call_at)
 
     def advance(self) -> bool:
         """Handles the next event in virtual time; False when nothing is left to do.
@@ -241,6 +244,7 @@ class EmulatedCluster:
     def _send(self, node: Node) -> None:
         for message in node.instance.drain_outbox():
             self._to_scheduler(message)
+        self._feed.send(node, self.now_ns)
         if self.transport is not None:
             self._send_to_peers(node, self.transport)
 

@@ -22,6 +22,7 @@ from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
+from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session, Workload
@@ -76,7 +77,16 @@ class LocalCluster:
         nodes = [Node(instance) for instance in self._instances(transport)]
         scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
         player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
-        return EmulatedCluster(nodes, scheduler, player, self._step_time, self.cfg.macro_steps, transport)
+        link: LinkModel = make(self.cfg.link)
+        return EmulatedCluster(
+            nodes,
+            scheduler,
+            player,
+            self._step_time,
+            self.cfg.macro_steps,
+            transport,
+            event_delay_ns=link.message_ns,
+        )
 
     def _instances(self, transport: Transport | None) -> list[Instance]:
         return [

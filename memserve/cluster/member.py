@@ -23,7 +23,7 @@ from memserve.cluster.node_messages import Alive, Process
 from memserve.cluster.parallel_transport import ParallelTransport, TransferHand
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.warm_up import warm_up
-from memserve.cluster.wiring import build_process_transport
+from memserve.cluster.wiring import build_process_transport, follows_events
 from memserve.cluster.worker import Followers, Hand, IdleHand, follow, meet
 from memserve.config.schema import RunConfig
 from memserve.kvcache.head_parts import endpoint_of
@@ -61,6 +61,8 @@ class Member:
                 warm_up(build_instance(self._cfg, engine, label, role, self._instance, followers=followers))
         with self._followers(shard, engine) as followers, self._transport(number, followers) as transport:
             instance = build_instance(self._cfg, engine, label, role, self._instance, transport, followers)
+            if follows_events(self._cfg):
+                instance.pool.follow()
             processes = [_this_process()]
             if followers is not None:
                 followers.meet()  # their memory is attached

@@ -16,7 +16,21 @@ import numpy as np
 
 from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.mailbox import AnyMessage, Mailbox
-from memserve.cluster.node_messages import Alive, Gone, Leave, Ping, Pong, Process, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import (
+    Alive,
+    Changed,
+    Gone,
+    Held,
+    Leave,
+    Ping,
+    Pong,
+    Process,
+    Ready,
+    Start,
+    Stop,
+    Stopped,
+    WantSnapshot,
+)
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
@@ -162,6 +176,8 @@ class InstanceLoop:
                 self._instance.receive(message)
             case Gone():
                 self._forget(message.instance)
+            case WantSnapshot():
+                self._mailbox.send(CONTROLLER, Held(self._instance.pool.follow()))
             case Stop():
                 self._stop = message
             case Leave():
@@ -183,6 +199,8 @@ class InstanceLoop:
     def _send(self) -> None:
         for message in self._instance.drain_outbox():
             self._mailbox.send(CONTROLLER, message)
+        if events := self._instance.pool.drain_events():
+            self._mailbox.send(CONTROLLER, Changed(events))
         for peer, message_to_peer in self._instance.drain_peer_outbox():
             self._mailbox.send(self._roster.leader(peer), message_to_peer)
 

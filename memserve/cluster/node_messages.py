@@ -2,6 +2,8 @@
 
 import msgspec
 
+from memserve.kvcache.events import IndexEvent, IndexSnapshot
+
 
 class Process(msgspec.Struct, frozen=True):
     """By which others see whether a process is still there. host: see `shared_memory.host_id`."""
@@ -37,6 +39,22 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
     """An instance's process gets its turn; sent now and then, whatever it computes."""
+
+
+class Changed(msgspec.Struct, frozen=True, tag=True):
+    """What entered and left an instance's index since its last message."""
+
+    events: list[IndexEvent]
+
+
+class WantSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0 has missed a change of this instance's index."""
+
+
+class Held(msgspec.Struct, frozen=True, tag=True):
+    """All that an instance's index holds."""
+
+    snapshot: IndexSnapshot
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
@@ -99,5 +117,20 @@ class MoveArrived(msgspec.Struct, frozen=True, tag=True):
 
 
 NodeMessage = (
-    Ready | Alive | Ping | Pong | Start | Gone | Stop | Stopped | Leave | Broken | LeftAlone | PostMove | MoveArrived
+    Ready
+    | Alive
+    | Changed
+    | WantSnapshot
+    | Held
+    | Ping
+    | Pong
+    | Start
+    | Gone
+    | Stop
+    | Stopped
+    | Leave
+    | Broken
+    | LeftAlone
+    | PostMove
+    | MoveArrived
 )

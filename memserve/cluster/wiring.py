@@ -14,6 +14,7 @@ from memserve.handoff import Handoffs
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry
 from memserve.kvcache.ticket import Timeouts
 from memserve.kvcache.transfers import Transfers
@@ -21,6 +22,8 @@ from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.modes import Mode
+from memserve.sched.prompt_tree import Exact, NoPromptTree, PromptIndex
+from memserve.sched.routing import Policy
 from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.mapped import Mapped
@@ -86,8 +89,38 @@ def build_global_scheduler(
     cfg: RunConfig, members: Sequence[tuple[str, Role]], rng: np.random.Generator
 ) -> GlobalScheduler:
     """Routes over the members (label, role) that take requests, and over those that decode for them."""
-    takers = [label for label, role in members if role is not Role.DECODE]
+    takers = [(label, i) for i, (label, role) in enumerate(members) if role is not Role.DECODE]
     decoders = [(label, i) for i, (label, role) in enumerate(members) if role is Role.DECODE]
-    group = Group([d[0] for d in decoders], [d[1] for d in decoders], make(cfg.decode_policy)) if decoders else None
-    recompute = cfg.transfer.on_failure == "recompute"
-    return GlobalScheduler(takers, make(cfg.policy), rng, decode=group, recompute_failed=recompute)
+    return GlobalScheduler(
+        _group(cfg, "policy", takers),
+        rng,
+        decode=_group(cfg, "decode_policy", decoders) if decoders else None,
+        mode=make(cfg.mode),
+        recompute_failed=cfg.transfer.on_failure == "recompute",
+    )
+
+
+def follows_events(cfg: RunConfig) -> bool:
+    """Whether the global scheduler wants to hear of every change of the instances' indexes."""
+    return isinstance(_prompt_index(cfg, 1), Exact)
+
+
+def _group(cfg: RunConfig, name: str, members: Sequence[tuple[str, int]]) -> Group:
+    policy: Policy = make(getattr(cfg, name))
+    tree = _prompt_index(cfg, len(members))
+    if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
+        option = "index=none" if _caches_nothing(cfg) else "index_source=none"
+        raise ConfigError(f"{name}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
+    return Group([label for label, _ in members], [number for _, number in members], policy, tree)
+
+
+def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:
+    """What is believed of the instances' caches; where they cache nothing there is nothing to believe."""
+    if _caches_nothing(cfg):
+        return NoPromptTree(num_rows, cfg.kvcache.block_size)
+    tree: PromptIndex = make(cfg.index_source, num_rows=num_rows, block_size=cfg.kvcache.block_size)
+    return tree
+
+
+def _caches_nothing(cfg: RunConfig) -> bool:
+    return make(cfg.index, _partial_=True).func is NullIndex

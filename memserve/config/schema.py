@@ -93,6 +93,7 @@ class RunConfig:
     mode: Any = MISSING
     policy: Any = MISSING
     index: Any = MISSING
+    index_source: Any = MISSING
     eviction: Any = MISSING
     queue: Any = MISSING
     preemption: Any = MISSING

@@ -4,6 +4,7 @@
     Cancel -> Abort to that instance; Finished from it ends the request -> client
     HandoffFailed -> Redirect to another decode instance, or the request again as its next attempt, or its failure
     instance gone -> what was there is served again elsewhere, or fails by name
+    first Tokens, Finished -> the prompt trees learn what the mode leaves where; index events, if they follow those
 
 It is given the time and messages, and leaves (destination, message) pairs in an outbox. It also keeps each request's
 timeline, since every event of a request passes here.
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from memserve.kvcache.errors import MissedEvents
+from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.messages import (
     Abort,
     Cancel,
@@ -24,49 +27,55 @@ from memserve.messages import (
     Redirect,
     Submit,
     Tokens,
+    pack_tokens,
     unpack_times,
     unpack_tokens,
 )
-from memserve.request import FinishReason
-from memserve.sched.group import Group
-from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest
+from memserve.request import FinishReason, Role
+from memserve.sched.group import Assignment, Group
+from memserve.sched.modes import Colocated, Mode
+from memserve.sched.prompt_tree import Exact
+from memserve.sched.routing import RouteRequest
 from memserve.timeline import RequestTimeline
 
 CLIENT = "client"
 MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
+_COLOCATED = Colocated()
 
 
 @dataclass
 class _Routed:
-    """Where an unfinished request was sent: a row of the first group, and of the decode group if there is one."""
+    """Where an unfinished request was sent: its place in the first group, and in the decode group if there is one."""
 
     submit: Submit
     timeline: RequestTimeline
-    row: int = 0
-    decode_row: int | None = None
+    place: Assignment | None = None
+    decode_place: Assignment | None = None
     num_generated: int = 0  # tokens of this attempt so far
     tried: set[int] = field(default_factory=set)  # decode rows that refused this attempt
 
 
 class GlobalScheduler:
-    """Routes over `labels`, the instances that take requests. `timelines` holds every request submitted, in order.
+    """Routes over `group`, the instances that take requests. `timelines` holds every request submitted, in order.
 
-    decode: the decode instances that prefill instances hand over to, if they do.  recompute_failed: a request whose
-    hand-off failed, or whose instance is gone, is served again, up to MAX_ATTEMPTS times; else it fails.
+    decode: the decode instances that prefill instances hand over to, if they do.  mode: says what a request leaves in
+    whose cache.  recompute_failed: a request whose hand-off failed, or whose instance is gone, is served again, up to
+    MAX_ATTEMPTS times; else it fails.
     """
 
     def __init__(
         self,
-        labels: Sequence[str],
-        policy: Policy,
+        group: Group,
         rng: np.random.Generator,
         *,
         decode: Group | None = None,
+        mode: Mode = _COLOCATED,
         recompute_failed: bool = True,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
-        self._group = Group(labels, range(len(labels)), policy)
-        self._decode = decode
+        self.group, self.decode = group, decode
+        self._takers = Role.COLOCATED if decode is None else Role.PREFILL
+        self._mode = mode
         self._recompute_failed = recompute_failed
         self._rng = rng
         self._live: dict[str, _Routed] = {}
@@ -84,7 +93,7 @@ class GlobalScheduler:
             case Cancel():
                 self._cancel(message)
             case Tokens():
-                self._stream(message)
+                self._stream(message, now_ns)
             case Finished():
                 self._finish(message, now_ns)
             case HandoffFailed():
@@ -96,10 +105,6 @@ class GlobalScheduler:
         """The (destination label, message) pairs left since the last call."""
         out, self._outbox = self._outbox, []
         return out
-
-    def snapshot(self) -> ClusterSnapshot:
-        """What the policy sees now of the instances that take requests."""
-        return self._group.snapshot()
 
     def _submit(self, message: Submit, now_ns: int) -> None:
         if message.request_id in self.timelines:
@@ -115,37 +120,62 @@ class GlobalScheduler:
 
     def instance_back(self, label: str) -> None:
         """An instance that was silent takes requests again. What it had is of attempts given up."""
-        self._group.restore(label)
-        if self._decode is not None:
-            self._decode.restore(label)
+        self.group.restore(label)
+        if self.decode is not None:
+            self.decode.restore(label)
 
     def instance_gone(self, label: str, now_ns: int) -> None:
         """An instance is gone, or silent for too long. What it says from now on is of attempts given up."""
-        row, decode_row = self._group.remove(label), None if self._decode is None else self._decode.remove(label)
+        row, decode_row = self.group.remove(label), None if self.decode is None else self.decode.remove(label)
         for routed in list(self._live.values()):
-            is_decoding = self._decode is not None and routed.num_generated > 1  # it has left its first instance
-            lost = routed.row == row and not is_decoding
-            lost |= decode_row is not None and routed.decode_row == decode_row
-            if lost:
+            is_decoding = self.decode is not None and routed.num_generated > 1  # it has left its first instance
+            lost = _is_at(routed.place, row) and not is_decoding
+            if lost or _is_at(routed.decode_place, decode_row):
                 self._abort(routed)
                 self._try_again(routed, FinishReason.INSTANCE_LOST, f"instance {label} is gone", now_ns)
 
+    def index_changed(self, label: str, events: Sequence[IndexEvent]) -> bool:
+        """What entered and left an instance's index; False asks for a snapshot, since something was missed."""
+        try:
+            for tree, row in self._followed(label):
+                tree.apply(row, events)
+        except MissedEvents:
+            return False
+        return True
+
+    def index_snapshot(self, label: str, snapshot: IndexSnapshot) -> None:
+        """All that an instance's index holds."""
+        for tree, row in self._followed(label):
+            tree.rebuild(row, snapshot)
+
+    @property
+    def follows_events(self) -> bool:
+        """Whether it wants `index_changed` and `index_snapshot`."""
+        return isinstance(self.group.tree, Exact)
+
+    def _followed(self, label: str) -> list[tuple[Exact, int]]:
+        """The tree that follows an instance's index, and its row there; none if it is gone."""
+        groups = [group for group in (self.group, self.decode) if group is not None]
+        rows = [(group.tree, group.row_of(label)) for group in groups if group.is_here(label)]
+        return [(tree, row) for tree, row in rows if isinstance(tree, Exact) and row is not None]
+
     def _missing_role(self) -> str | None:
         """The kind of instance of which none is left, if one that is needed is."""
-        if not self._group.rows():
+        if not len(self.group.rows()):
             return "instance that takes requests"
-        return "decode instance" if self._decode is not None and not self._decode.rows() else None
+        return "decode instance" if self.decode is not None and not len(self.decode.rows()) else None
 
     def _dispatch(self, routed: _Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it."""
         m, timeline = routed.submit, routed.timeline
         request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
-        routed.row, routed.tried, decode = self._group.route(request, self._rng), set(), None
+        routed.place, routed.tried, decode = self.group.route(request, now_ns, self._rng), set(), None
         routed.num_generated = 0
-        if self._decode is not None:
-            routed.decode_row = self._decode.route(request, self._rng)
-            decode = self._decode.incarnations[routed.decode_row]
-        timeline.dispatched_ns, timeline.instance = now_ns, self._group.labels[routed.row]
+        if self.decode is not None:
+            routed.decode_place = self.decode.route(request, now_ns, self._rng)
+            decode = self.decode.incarnations[routed.decode_place.row]
+        timeline.dispatched_ns, timeline.instance = now_ns, self.group.labels[routed.place.row]
+        timeline.num_promised = routed.place.num_cached
         dispatch = Dispatch(m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns, decode)
         self._outbox.append((timeline.instance, dispatch))
 
@@ -157,15 +187,17 @@ class GlobalScheduler:
     def _abort(self, routed: _Routed) -> None:
         """Stops the present attempt wherever it may be."""
         abort = Abort(routed.submit.request_id, routed.timeline.attempt)
-        self._outbox.append((self._group.labels[routed.row], abort))
-        if self._decode is not None and routed.decode_row is not None:
-            self._outbox.append((self._decode.labels[routed.decode_row], abort))
+        for group, place in self._places(routed):
+            self._outbox.append((group.labels[place.row], abort))
 
-    def _stream(self, message: Tokens) -> None:
+    def _stream(self, message: Tokens, now_ns: int) -> None:
         routed = self._current(message.request_id, message.attempt)
         if routed is None:
             return  # of an attempt that was given up
         timeline = routed.timeline
+        if routed.num_generated == 0 and routed.place is not None:
+            self.group.prefilled(routed.place)
+            self._learn(routed, self._takers, 1, now_ns)
         routed.num_generated = message.index + len(message.token_ids) // 4
         assert message.index <= timeline.num_output, "an instance skipped tokens"
         num_known = timeline.num_output - message.index  # an earlier attempt came so far
@@ -178,6 +210,9 @@ class GlobalScheduler:
     def _finish(self, message: Finished, now_ns: int) -> None:
         routed = self._current(message.request_id, message.attempt)
         if routed is not None:
+            if FinishReason(message.reason).succeeded:
+                for role in self._mode.roles:
+                    self._learn(routed, role, routed.num_generated, now_ns)
             self._end(routed, message, now_ns)
 
     def _end(self, routed: _Routed, message: Finished, now_ns: int) -> None:
@@ -189,11 +224,22 @@ class GlobalScheduler:
         self._outbox.append((CLIENT, message))
 
     def _give_up_rows(self, routed: _Routed) -> None:
-        if routed.timeline.dispatched_ns is None:
-            return
-        self._group.forget(routed.row, routed.timeline.num_prompt)
-        if self._decode is not None and routed.decode_row is not None:
-            self._decode.forget(routed.decode_row, routed.timeline.num_prompt)
+        for group, place in self._places(routed):
+            group.forget(place)
+        routed.place = routed.decode_place = None
+
+    def _places(self, routed: _Routed) -> list[tuple[Group, Assignment]]:
+        """Where the present attempt is counted."""
+        both = ((self.group, routed.place), (self.decode, routed.decode_place))
+        return [(group, place) for group, place in both if group is not None and place is not None]
+
+    def _learn(self, routed: _Routed, role: Role, num_generated: int, now_ns: int) -> None:
+        """The tree of a role learns what its instance has of the request after so many generated tokens."""
+        group, place = (self.decode, routed.decode_place) if role is Role.DECODE else (self.group, routed.place)
+        held = self._mode.held_after(routed.timeline.num_prompt, num_generated)[role]
+        if held and group is not None and place is not None:
+            generated = pack_tokens(routed.timeline.token_ids[:num_generated]) if num_generated > 1 else b""
+            group.tree.learn(place.row, (routed.submit.tokens + generated)[: 4 * held], now_ns)
 
     def _current(self, request_id: str, attempt: int) -> _Routed | None:
         routed = self._live.get(request_id)
@@ -201,19 +247,19 @@ class GlobalScheduler:
 
     def _handoff_failed(self, message: HandoffFailed, now_ns: int) -> None:
         """Another decode instance, or another attempt, or the end."""
-        routed, decode = self._current(message.request_id, message.attempt), self._decode
+        routed, decode = self._current(message.request_id, message.attempt), self.decode
         if routed is None:  # it was served all the same, or given up: nobody waits for it there
             self._outbox.append((message.instance, Abort(message.request_id, message.attempt)))
             return
-        assert decode is not None and routed.decode_row is not None, "only prefill instances hand over"
-        routed.tried.add(routed.decode_row)
-        if message.refused and decode.rows(routed.tried):
+        assert decode is not None and routed.decode_place is not None, "only prefill instances hand over"
+        routed.tried.add(routed.decode_place.row)
+        if message.refused and len(decode.rows(routed.tried)):
             m = routed.submit
             request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
-            decode.forget(routed.decode_row, routed.timeline.num_prompt)
-            routed.decode_row = decode.route(request, self._rng, routed.tried)
-            redirect = Redirect(m.request_id, message.attempt, decode.incarnations[routed.decode_row])
-            self._outbox.append((self._group.labels[routed.row], redirect))
+            decode.forget(routed.decode_place)
+            routed.decode_place = decode.route(request, now_ns, self._rng, routed.tried)
+            redirect = Redirect(m.request_id, message.attempt, decode.incarnations[routed.decode_place.row])
+            self._outbox.append((routed.timeline.instance, redirect))
             return
         self._abort(routed)
         if message.refused:
@@ -230,6 +276,10 @@ class GlobalScheduler:
         self._give_up_rows(routed)
         routed.timeline.attempt += 1
         self._dispatch(routed, now_ns)
+
+
+def _is_at(place: Assignment | None, row: int | None) -> bool:
+    return place is not None and row is not None and place.row == row
 
 
 def _failed(routed: _Routed, reason: FinishReason, detail: str) -> Finished:

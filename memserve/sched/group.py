@@ -1,61 +1,110 @@
-"""Group: the instances of one role as the global scheduler sees them: who there is, and what each has to do."""
+"""Group: the instances of one role as the global scheduler sees them: who is there, what each has to do and caches."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.messages import pack_tokens
+from memserve.sched.admission import usable_prefix
+from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest
 
 
-class Group:
-    """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them."""
+@dataclass
+class Assignment:
+    """A request's place in a group. row: of its instance.  num_cached: tokens it was believed to have there.
 
-    def __init__(self, labels: Sequence[str], incarnations: Sequence[int], policy: Policy) -> None:
-        self.labels, self.incarnations = list(labels), list(incarnations)
+    work: what it still adds to that instance's `queued_work`.
+    """
+
+    row: int
+    num_tokens: int
+    num_cached: int
+    work: int
+
+
+class Group:
+    """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them.  tree: what each
+    is believed to have cached.  num_routed_to: int64 [n], requests that each row was given.
+    """
+
+    def __init__(self, labels: Sequence[str], incarnations: Sequence[int], policy: Policy, tree: PromptIndex) -> None:
+        self.labels, self.incarnations, self.tree = list(labels), list(incarnations), tree
+        self.num_routed_to = np.zeros(len(labels), dtype=np.int64)
         self._policy = policy
         self._num_requests = np.zeros(len(labels), dtype=np.int64)
         self._num_tokens = np.zeros(len(labels), dtype=np.int64)
+        self._queued_work = np.zeros(len(labels), dtype=np.int64)
         self._num_routed = 0
-        self._gone: set[int] = set()
+        self._is_here = np.ones(len(labels), dtype=bool)
+
+    def row_of(self, label: str) -> int | None:
+        """The row of an instance; None for one of another group."""
+        return self.labels.index(label) if label in self.labels else None
+
+    def is_here(self, label: str) -> bool:
+        """Whether an instance is of this group and not gone."""
+        row = self.row_of(label)
+        return row is not None and bool(self._is_here[row])
 
     def remove(self, label: str) -> int | None:
-        """An instance is gone for good: nothing is routed to it any more. Its row, None for one of another group."""
-        if label not in self.labels:
-            return None
-        row = self.labels.index(label)
-        self._gone.add(row)
+        """An instance is gone: nothing is routed to it any more, and what it had is forgotten. Returns its row."""
+        row = self.row_of(label)
+        if row is not None:
+            self._is_here[row] = False
+            self.tree.purge(row)
         return row
 
     def restore(self, label: str) -> None:
         """An instance that was taken for gone is there again."""
-        if label in self.labels:
-            self._gone.discard(self.labels.index(label))
+        row = self.row_of(label)
+        if row is not None:
+            self._is_here[row] = True
 
-    def rows(self, tried: Collection[int] = ()) -> list[int]:
-        """Who can take a request, without the rows that were tried."""
-        return [row for row in range(len(self.labels)) if row not in tried and row not in self._gone]
+    def rows(self, tried: Collection[int] = ()) -> np.ndarray:
+        """Who can take a request, without the rows that were tried: int64 [n]."""
+        can = self._is_here
+        if tried:
+            can = can.copy()
+            can[list(tried)] = False
+        return np.flatnonzero(can)
 
-    def snapshot(self, tried: Collection[int] = ()) -> ClusterSnapshot:
-        """What the policy sees now, without the rows that were tried."""
-        rows = self.rows(tried)
-        labels = [self.labels[row] for row in rows]
-        return ClusterSnapshot(labels, self._num_requests[rows], self._num_tokens[rows], self._num_routed)
+    def snapshot(self, rows: np.ndarray, num_cached: np.ndarray) -> ClusterSnapshot:
+        """What the policy sees now of some rows. num_cached: int64 [n], of these rows."""
+        labels = self.labels if len(rows) == len(self.labels) else [self.labels[row] for row in rows]
+        columns = self._num_requests[rows], self._num_tokens[rows]
+        return ClusterSnapshot(labels, *columns, self._num_routed, num_cached, self._queued_work[rows])
 
-    def route(self, request: RouteRequest, rng: np.random.Generator, tried: Collection[int] = ()) -> int:
-        """The row that takes the request, counted there. Raises ValueError for a row that is none."""
-        snapshot = self.snapshot(tried)
-        chosen = self._policy.choose(request, snapshot, rng)
-        if not 0 <= chosen < len(snapshot.labels):
+    def route(
+        self, request: RouteRequest, now_ns: int, rng: np.random.Generator, tried: Collection[int] = ()
+    ) -> Assignment:
+        """Where the request goes, counted there. Raises ValueError where the policy names none of the instances."""
+        num_tokens, rows = len(request.tokens), self.rows(tried)
+        num_cached = self.tree.match(pack_tokens(request.tokens[: usable_prefix(num_tokens)]), now_ns)[rows]
+        chosen = self._policy.choose(request, self.snapshot(rows, num_cached), rng)
+        if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen < len(rows):
+            names = ", ".join(self.labels[row] for row in rows)
             raise ValueError(
-                f"{type(self._policy).__name__} chose row {chosen}: expected 0 to {len(snapshot.labels) - 1}"
+                f"{type(self._policy).__name__} chose row {chosen!r}: expected 0 to {len(rows) - 1} ({names})"
             )
-        row = self.labels.index(snapshot.labels[chosen])
+        held = int(num_cached[chosen])
+        placement = Assignment(int(rows[chosen]), num_tokens, held, self._policy.work(held, num_tokens - held))
         self._num_routed += not tried
-        self._num_requests[row] += 1
-        self._num_tokens[row] += len(request.tokens)
-        return row
+        self.num_routed_to[placement.row] += 1
+        self._count(placement, 1)
+        return placement
 
-    def forget(self, row: int, num_tokens: int) -> None:
-        """A request has ended on a row, or left it."""
-        self._num_requests[row] -= 1
-        self._num_tokens[row] -= num_tokens
+    def prefilled(self, placement: Assignment) -> None:
+        """Its first token is there: it waits in no queue any more."""
+        self._queued_work[placement.row] -= placement.work
+        placement.work = 0
+
+    def forget(self, placement: Assignment) -> None:
+        """A request has ended, or left its instance."""
+        self._count(placement, -1)
+
+    def _count(self, placement: Assignment, sign: int) -> None:
+        self._num_requests[placement.row] += sign
+        self._num_tokens[placement.row] += sign * placement.num_tokens
+        self._queued_work[placement.row] += sign * placement.work

@@ -1,6 +1,7 @@
 """Routing policies: which instance serves a request. Pure functions of a snapshot and a seeded generator.
 
-A new policy is one class with one method, named in the config by `policy._target_=my_package.MyPolicy`.
+A new policy is one class with one method, named in the config by `policy._target_=my_package.MyPolicy`. Those that look
+at cached prefixes are in prefix_routing.py.
 """
 
 import hashlib
@@ -15,13 +16,17 @@ class ClusterSnapshot:
     """The instances that can take a request, a row each.
 
     labels: their names.  num_requests: int64 [n], dispatched and unfinished.  num_tokens: int64 [n], prompt tokens of
-    those.  num_routed: requests routed so far in this cluster.
+    those.  num_routed: requests routed so far in this cluster.  num_cached: int64 [n], tokens of this request that each
+    is believed to have, at least one token short of all.  queued_work: int64 [n], the policy's `work` of the requests
+    that have no first token yet; on decode instances, of all that have not ended.
     """
 
     labels: list[str]
     num_requests: np.ndarray
     num_tokens: np.ndarray
     num_routed: int
+    num_cached: np.ndarray
+    queued_work: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,17 @@ class RouteRequest:
 
 
 class Policy(ABC):
-    """A routing policy."""
+    """A routing policy. looks_at_prefixes: it needs an index source."""
+
+    looks_at_prefixes = False
 
     @abstractmethod
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         """The row of the instance that serves the request."""
+
+    def work(self, num_cached: int, num_new: int) -> int:
+        """What a request's prefill adds to `queued_work`, an int in a unit of the policy's own: its new tokens."""
+        return num_new
 
 
 class Random(Policy):
@@ -59,9 +70,7 @@ class LeastLoad(Policy):
     """The fewest unfinished requests, then the fewest prompt tokens; ties by the generator (Table 6, least-load)."""
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        fewest = cluster.num_requests == cluster.num_requests.min()
-        tokens = np.where(fewest, cluster.num_tokens, np.iinfo(np.int64).max)
-        return int(rng.choice(np.flatnonzero(tokens == tokens.min())))
+        return least_loaded(cluster, np.ones(len(cluster.labels), dtype=bool), rng)
 
 
 class SessionAffinity(Policy):
@@ -74,6 +83,20 @@ class SessionAffinity(Policy):
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         scores = [_score(request.session_id, label) for label in cluster.labels]
         return int(np.argmax(scores))
+
+
+def least_loaded(cluster: ClusterSnapshot, among: np.ndarray, rng: np.random.Generator) -> int:
+    """The fewest requests, then tokens, of the rows where `among` (bool [n]) is true; ties by the generator."""
+    rows = np.flatnonzero(among)
+    for column in (cluster.num_requests, cluster.num_tokens):
+        load = column[rows]
+        rows = rows[load == load.min()]
+    return any_of(rows, rng)
+
+
+def any_of(rows: np.ndarray, rng: np.random.Generator) -> int:
+    """One of the rows (int [n]), uniformly; the generator is asked only where there is a choice."""
+    return int(rows[0]) if len(rows) == 1 else int(rng.choice(rows))
 
 
 def _score(session_id: str, label: str) -> int:

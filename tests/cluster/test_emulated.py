@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from mini_cluster import hash_answer, hash_instance
+from mini_cluster import group_of, hash_answer, hash_instance
 
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
@@ -37,7 +37,9 @@ def run(sessions, macro_steps, instances=2, policy=None, step_time=None, concurr
         instance = hash_instance(**{"block_size": 4, "num_blocks": 400, "max_running": 8, **options})
         instance.label = f"colocated-{i}"
         nodes.append(Node(instance))
-    scheduler = GlobalScheduler([n.instance.label for n in nodes], policy or LeastLoad(), np.random.default_rng(3))
+    scheduler = GlobalScheduler(
+        group_of([n.instance.label for n in nodes], policy or LeastLoad()), np.random.default_rng(3)
+    )
     player = SessionPlayer(sessions, 4000, concurrency)
     cluster = EmulatedCluster(nodes, scheduler, player, step_time or Modelled(COSTS), macro_steps)
     num_events = 0

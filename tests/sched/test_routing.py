@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from mini_cluster import group_of
 
 from memserve.messages import Cancel, Finished, Submit, Tokens, pack_times, pack_tokens
 from memserve.request import FinishReason, SamplingParams
@@ -7,9 +8,11 @@ from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, RoundRobin, RouteRequest, SessionAffinity
 
 
-def snapshot(requests, tokens=None, num_routed=0):
+def snapshot(requests, tokens=None, num_routed=0, **columns):
     labels = [f"colocated-{i}" for i in range(len(requests))]
-    return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed)
+    none = np.zeros(len(requests), dtype=np.int64)
+    columns = {"num_cached": none, "queued_work": none, **columns}
+    return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)
 
 
 def route(session="s", name="r"):
@@ -50,14 +53,19 @@ def submit(name, session="s"):
 
 
 def make(policy=None, labels=("i-0", "i-1")):
-    return GlobalScheduler(labels, policy or RoundRobin(), np.random.default_rng(0))
+    return GlobalScheduler(group_of(labels, policy or RoundRobin()), np.random.default_rng(0))
+
+
+def load_of(scheduler):
+    rows = scheduler.group.rows()
+    return scheduler.group.snapshot(rows, np.zeros(len(rows), dtype=np.int64))
 
 
 def test_tokens_and_the_end_pass_to_the_client_and_the_load_goes_back():
     scheduler = make()
     scheduler.receive(submit("a"), 5)
     [(label, message)] = scheduler.drain_outbox()
-    assert label == "i-0" and message.attempt == 0 and scheduler.snapshot().num_requests.tolist() == [1, 0]
+    assert label == "i-0" and message.attempt == 0 and load_of(scheduler).num_requests.tolist() == [1, 0]
     token = Tokens("a", 0, 0, pack_tokens(np.array([7])), pack_times(np.array([9])))
     end = Finished("a", 0, FinishReason.LENGTH, "", None)
     scheduler.receive(token, 9)
@@ -66,7 +74,7 @@ def test_tokens_and_the_end_pass_to_the_client_and_the_load_goes_back():
     timeline = scheduler.timelines["a"]
     assert timeline.token_ids.tolist() == [7] and timeline.token_times_ns.tolist() == [9]
     assert (timeline.dispatched_ns, timeline.finished_ns, timeline.instance) == (5, 9, "i-0")
-    assert scheduler.snapshot().num_tokens.tolist() == [0, 0] and scheduler.num_unfinished == 0
+    assert load_of(scheduler).num_tokens.tolist() == [0, 0] and scheduler.num_unfinished == 0
 
 
 def test_messages_of_an_ended_or_older_attempt_are_dropped():

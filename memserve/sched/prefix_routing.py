@@ -1,0 +1,102 @@
+"""Policies that look at who has a request's prefix: the paper's two, the field's practice, and decode placement."""
+
+import math
+
+import numpy as np
+
+from memserve.clock import NS_PER_S, to_ns
+from memserve.sched.cost_model.base import CostModel
+from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest, any_of, least_loaded
+
+
+class PromptTree(Policy):
+    """The longest cached prefix; among equals the least load (section 6, Table 6).
+
+    max_lead: an instance that has so many unfinished requests more than the least loaded one is passed over, so that a
+    prefix that every session begins with does not draw them all to where it was seen first; None is the paper's rule.
+    Raises ValueError for a lead that is out of range.
+    """
+
+    looks_at_prefixes = True
+
+    def __init__(self, max_lead: int | None = None) -> None:
+        if max_lead is not None:
+            _require("max_lead", max_lead, isinstance(max_lead, int) and max_lead >= 1, "null or an integer >= 1")
+        self._max_lead = max_lead
+
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+        cached = cluster.num_cached
+        if self._max_lead is not None:
+            lead = cluster.num_requests - cluster.num_requests.min()
+            cached = np.where(lead < self._max_lead, cached, -1)
+        return least_loaded(cluster, cached == cached.max(), rng)
+
+
+class CostBased(Policy):
+    """The soonest first token: what is queued there and what this request would cost there (Eq. 1, section 5.3).
+
+    `queued_work` is the sum of Eq. 1 in nanoseconds, kept as requests come and go. A request under way counts as a
+    whole until its first token, and decode steps beside it do not count, as in the paper.
+    """
+
+    looks_at_prefixes = True
+
+    def __init__(self, cost_model: CostModel) -> None:
+        if not isinstance(cost_model, CostModel):
+            raise ValueError(f"policy.cost_model={type(cost_model).__name__}: expected a CostModel")
+        self._cost_model = cost_model
+
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+        seconds = self._cost_model.exec_time_s(cluster.num_cached, len(request.tokens) - cluster.num_cached)
+        ends_ns = cluster.queued_work + np.rint(seconds * NS_PER_S).astype(np.int64)
+        return least_loaded(cluster, ends_ns == ends_ns.min(), rng)
+
+    def work(self, num_cached: int, num_new: int) -> int:
+        """Nanoseconds of its prefill."""
+        return to_ns(self._cost_model.exec_time_s(num_cached, num_new))
+
+
+class BalancedPrefix(Policy):
+    """The field's practice (SGLang's router): locality, unless the load is uneven.
+
+    Uneven is when the most loaded instance has more than `abs_bound` requests more than the least loaded, and more than
+    `rel_bound` times as many: then the least loaded takes it. Else who has the longest prefix, if it is at least
+    `min_share` of the prompt; else the least loaded. Raises ValueError for bounds out of range.
+    """
+
+    looks_at_prefixes = True
+
+    def __init__(self, abs_bound: int = 4, rel_bound: float = 1.5, min_share: float = 0.5) -> None:
+        _require("abs_bound", abs_bound, isinstance(abs_bound, int) and abs_bound >= 0, "an integer >= 0")
+        _require("rel_bound", rel_bound, 1 <= rel_bound < math.inf, "a finite number >= 1")
+        _require("min_share", min_share, 0 <= min_share <= 1, "a number from 0 to 1")
+        self._abs_bound, self._rel_bound, self._min_share = abs_bound, rel_bound, min_share
+
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+        most, least = int(cluster.num_requests.max()), int(cluster.num_requests.min())
+        uneven = most - least > self._abs_bound and most > self._rel_bound * least
+        longest = cluster.num_cached.max()
+        is_near = longest >= max(self._min_share * len(request.tokens), 1)
+        among = cluster.num_cached == longest if is_near and not uneven else np.ones(len(cluster.labels), dtype=bool)
+        return least_loaded(cluster, among, rng)
+
+
+class LeastKV(Policy):
+    """The least KV to hold with this request: prompts that are decoded there, and what of this one it lacks.
+
+    For decode placement: the prefix it holds, its load and, where pools are alike, its free memory in one number; a
+    prefix wins against a load that is larger by less than the prefix. Ties by load.
+    """
+
+    looks_at_prefixes = True
+
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+        held = cluster.num_tokens - cluster.num_cached
+        rows = np.flatnonzero(held == held.min())
+        fewest = cluster.num_requests[rows]
+        return any_of(rows[fewest == fewest.min()], rng)
+
+
+def _require(name: str, value: object, ok: bool, allowed: str) -> None:
+    if isinstance(value, bool) or not ok:
+        raise ValueError(f"policy.{name}={value!r}: expected {allowed}")
