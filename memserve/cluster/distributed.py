@@ -16,6 +16,7 @@ from memserve.cluster.launch import Place, check_one_host
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
+from memserve.cluster.node import LeftEarly
 from memserve.cluster.node_messages import Broken, LeftAlone
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
@@ -49,20 +50,13 @@ class DistributedCluster:
         try:
             results = self.play(progress)
             return finish_runs(self.cfg, results, output_dir) if results else None
-        except GroupBroken as error:
-            self._mailbox.send(CONTROLLER, LeftAlone(str(error)))
-            raise
-        except Exception as error:
-            if self._place.rank != CONTROLLER:
-                self._mailbox.send(CONTROLLER, Broken(f"{type(error).__name__}: {error}"))
-            raise
         finally:
             self._mailbox.close()
 
     def play(self, progress: Progress | None = None) -> list[Result]:
         """The runs, each from empty pools: their results on rank 0, none on the others. Once in a cluster's life."""
         if self._place.rank != CONTROLLER:
-            Member(self.cfg, self._place, self._mailbox).serve()
+            self._serve()
             return []
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
@@ -73,6 +67,19 @@ class DistributedCluster:
             ).run(progress)
             for _ in range(self.cfg.repeats)
         ]
+
+    def _serve(self) -> None:
+        """An instance's rank; rank 0 learns why it ends."""
+        try:
+            Member(self.cfg, self._place, self._mailbox).serve()
+        except LeftEarly:
+            raise  # rank 0 knows
+        except GroupBroken as error:
+            self._mailbox.send(CONTROLLER, LeftAlone(str(error)))
+            raise
+        except Exception as error:
+            self._mailbox.send(CONTROLLER, Broken(f"{type(error).__name__}: {error}"))
+            raise
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
