@@ -28,6 +28,14 @@ from memserve.transfer.shared_memory import host_id
 from memserve.workload.session import Workload
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM has come; no Exception, so that nobody takes it for a failure of what it interrupts."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.status = 128 + signum
+
+
 class DistributedCluster:
     """This process's part of the cluster. Raises ConfigError or ValueError for what cannot be run as configured.
 
@@ -44,9 +52,10 @@ class DistributedCluster:
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report | None:
         """Plays the workload `repeats` times. Rank 0 returns the report and writes `output_dir`; others return None.
 
-        Raises InstanceFailed on rank 0 when an instance ends by an error, LeftEarly on the others when rank 0 does.
+        Raises InstanceFailed on rank 0 when an instance ends by an error, LeftEarly on the others when rank 0 does,
+        GroupBroken on the others of an instance that has lost a rank, and Interrupted after SIGINT or SIGTERM.
         """
-        signal.signal(signal.SIGTERM, _leave)
+        self._heed_signals()
         try:
             results = self.play(progress)
             return finish_runs(self.cfg, results, output_dir) if results else None
@@ -68,6 +77,15 @@ class DistributedCluster:
             for _ in range(self.cfg.repeats)
         ]
 
+    def _heed_signals(self) -> None:
+        """A clean end on SIGINT as on SIGTERM. A follower waits for its leader below Python, where no handler runs: it
+        has nothing to clean up, and is just ended.
+        """
+        roster, rank = Roster.of(self.cfg), self._place.rank
+        follows = rank != CONTROLLER and roster.part(rank) > 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL if follows else _leave)
+
     def _serve(self) -> None:
         """An instance's rank; rank 0 learns why it ends."""
         try:
@@ -83,5 +101,7 @@ class DistributedCluster:
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """A clean end on SIGTERM, as on SIGINT."""
-    raise SystemExit(128 + signum)
+    """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(signum)
