@@ -5,6 +5,8 @@ python scripts/run.py index=none workload.rate=2                 # one word an a
 python scripts/run.py exec=simulated cluster=colocated_4 policy=least_load
 python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: a process a point; hydra.sweep.dir= to go on
 torchrun --nproc-per-node 3 scripts/run.py exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped
+torchrun --nproc-per-node 4 scripts/run.py exec=distributed model=tiny cluster=1p1d mode=pd_basic transport=gloo \
+    cluster.tensor_parallel.decode=2                             # a decode instance of two ranks
 """
 
 import logging
@@ -17,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from memserve.cluster.controller import InstanceFailed
-from memserve.cluster.distributed import DistributedCluster
+from memserve.cluster.distributed import DistributedCluster, Interrupted
 from memserve.cluster.launch import find_place, is_under_torchrun, rank_of
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
@@ -27,6 +29,7 @@ from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
 from memserve.metrics.table import print_report
+from memserve.model.parallel import GroupBroken
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")
@@ -41,6 +44,9 @@ def main(composed: DictConfig) -> None:
         report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
     except (ValueError, InstanceFailed) as error:
         sys.exit(f"error: {error}")
+    except Interrupted as interrupted:
+        print(f"error: {interrupted}", file=sys.stderr, flush=True)
+        sys.exit(interrupted.status)
     print_report(report, title=" ".join(hydra_cfg.overrides.task) or "defaults")
     print(f"written to {output_dir}")
 
@@ -79,9 +85,12 @@ def serve(words: list[str]) -> None:
         place = find_place(cfg)
         log_to(Path(place.store.get("output_dir").decode()) / f"rank-{place.rank}.log")
         DistributedCluster(cfg, place).run()
-    except LeftEarly as error:
+    except (LeftEarly, GroupBroken) as error:
         logging.error("%s", error)
         sys.exit(1)  # rank 0 says why
+    except Interrupted as interrupted:
+        logging.error("%s", interrupted)
+        sys.exit(interrupted.status)
     except (ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")
 

@@ -16,6 +16,7 @@ from memserve.cluster.launch import Place, check_one_host
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
+from memserve.cluster.node import LeftEarly
 from memserve.cluster.node_messages import Broken, LeftAlone
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
@@ -25,6 +26,14 @@ from memserve.metrics.report import Report
 from memserve.model.parallel import GroupBroken
 from memserve.transfer.shared_memory import host_id
 from memserve.workload.session import Workload
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM has come; no Exception, so that nobody takes it for a failure of what it interrupts."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.status = 128 + signum
 
 
 class DistributedCluster:
@@ -43,26 +52,20 @@ class DistributedCluster:
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report | None:
         """Plays the workload `repeats` times. Rank 0 returns the report and writes `output_dir`; others return None.
 
-        Raises InstanceFailed on rank 0 when an instance ends by an error, LeftEarly on the others when rank 0 does.
+        Raises InstanceFailed on rank 0 when an instance ends by an error, LeftEarly on the others when rank 0 does,
+        GroupBroken on the others of an instance that has lost a rank, and Interrupted after SIGINT or SIGTERM.
         """
-        signal.signal(signal.SIGTERM, _leave)
+        self._heed_signals()
         try:
             results = self.play(progress)
             return finish_runs(self.cfg, results, output_dir) if results else None
-        except GroupBroken as error:
-            self._mailbox.send(CONTROLLER, LeftAlone(str(error)))
-            raise
-        except Exception as error:
-            if self._place.rank != CONTROLLER:
-                self._mailbox.send(CONTROLLER, Broken(f"{type(error).__name__}: {error}"))
-            raise
         finally:
             self._mailbox.close()
 
     def play(self, progress: Progress | None = None) -> list[Result]:
         """The runs, each from empty pools: their results on rank 0, none on the others. Once in a cluster's life."""
         if self._place.rank != CONTROLLER:
-            Member(self.cfg, self._place, self._mailbox).serve()
+            self._serve()
             return []
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
@@ -74,7 +77,31 @@ class DistributedCluster:
             for _ in range(self.cfg.repeats)
         ]
 
+    def _heed_signals(self) -> None:
+        """A clean end on SIGINT as on SIGTERM. A follower waits for its leader below Python, where no handler runs: it
+        has nothing to clean up, and is just ended.
+        """
+        roster, rank = Roster.of(self.cfg), self._place.rank
+        follows = rank != CONTROLLER and roster.part(rank) > 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_DFL if follows else _leave)
+
+    def _serve(self) -> None:
+        """An instance's rank; rank 0 learns why it ends."""
+        try:
+            Member(self.cfg, self._place, self._mailbox).serve()
+        except LeftEarly:
+            raise  # rank 0 knows
+        except GroupBroken as error:
+            self._mailbox.send(CONTROLLER, LeftAlone(str(error)))
+            raise
+        except Exception as error:
+            self._mailbox.send(CONTROLLER, Broken(f"{type(error).__name__}: {error}"))
+            raise
+
 
 def _leave(signum: int, frame: FrameType | None) -> None:
-    """A clean end on SIGTERM, as on SIGINT."""
-    raise SystemExit(128 + signum)
+    """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(signum)

@@ -94,7 +94,7 @@ class Member:
         return [msgspec.json.decode(store.get(key), type=Process) for key in keys]
 
     def _own_transport(self, number: int) -> Transport | None:
-        return build_process_transport(self._cfg, PrefixStore(f"run/{number}", self._place.store))
+        return build_process_transport(self._cfg, PrefixStore(f"run/{number}", self._place.store), self._place.host)
 
     @contextmanager
     def _followers(self, shard: Shard, engine: Engine) -> Iterator[Followers | None]:

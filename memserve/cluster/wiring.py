@@ -37,16 +37,19 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
     return InProcess(make(cfg.link)) if mode.hand_off is not None else None
 
 
-def build_process_transport(cfg: RunConfig, store: Store) -> Transport | None:
-    """What moves KV between instances that are processes; None where nothing is handed over. store: of all of them."""
+def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:
+    """What moves KV between instances that are processes; None where nothing is handed over.
+
+    store: of all of them.  host: this process's address, as the others reach it.
+    """
     mode: Mode = make(cfg.mode)
     if mode.hand_off is None:
         return None
     if cfg.transport == "mapped":
         return Mapped(store)
     if cfg.transport == "nccl":
-        return Nccl(store, torch.cuda.current_device(), channels=cfg.channels)
-    return Gloo(store, channels=cfg.channels)
+        return Nccl(store, torch.cuda.current_device(), channels=cfg.channels, host=host)
+    return Gloo(store, channels=cfg.channels, host=host)
 
 
 def build_handoffs(

@@ -32,14 +32,16 @@ class Gloo(Transport):
     """One process's end. store: reached by all processes of the transport. A process attaches one endpoint.
 
     channels: process groups over which the calls of a pair are spread, in turn.  patience_s: how long an end of a pair
-    waits for the other one to come. Moves to one peer arrive in the order in which they were posted. `close` ends the
-    threads. Raises ValueError for options out of range.
+    waits for the other one to come.  host: this machine's address, as the others reach it; "" for what its name stands
+    for. Moves to one peer arrive in the order in which they were posted. `close` ends the threads. Raises ValueError
+    for options out of range.
     """
 
-    def __init__(self, store: Store, *, channels: int = 1, patience_s: float = 60.0) -> None:
+    def __init__(self, store: Store, *, channels: int = 1, patience_s: float = 60.0, host: str = "") -> None:
         for name, value, low in (("channels", channels, 1), ("patience_s", patience_s, 0.001)):
             if value < low:
                 raise ValueError(f"{name}={value}: expected at least {low}")
+        self._host = host
         self._carrier = self._make_carrier()
         self._directory = Directory(store, self._kind)
         self._store = PrefixStore(f"memserve/{self._kind}/pairs", store)
@@ -59,7 +61,7 @@ class Gloo(Transport):
         return "gloo"
 
     def _make_carrier(self) -> GlooCarrier:
-        return GlooCarrier()
+        return GlooCarrier(self._host)
 
     def _described(self, memories: Sequence[torch.Tensor | None]) -> Endpoint:
         """What the others are told."""

@@ -21,7 +21,8 @@ from memserve.transfer.wire import NO_LIMIT, CallGroup, GlooCarrier, WireBroken
 class NcclCarrier(GlooCarrier):
     """Groups of NCCL on one device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, host: str) -> None:
+        super().__init__(host)
         self.device = device
 
     def open(self, store: Store, rank: int, patience: timedelta) -> CallGroup:
@@ -49,19 +50,21 @@ class Nccl(Gloo):
     Raises ValueError where there is no such GPU, or a torch without NCCL; `attach` does for a GPU that another uses.
     """
 
-    def __init__(self, store: Store, device: int, *, channels: int = 1, patience_s: float = 60.0) -> None:
+    def __init__(
+        self, store: Store, device: int, *, channels: int = 1, patience_s: float = 60.0, host: str = ""
+    ) -> None:
         count = torch.cuda.device_count() if distributed_c10d.is_nccl_available() else 0
         if not 0 <= device < count:
             raise ValueError(f"transport=nccl on device {device}: expected one of {count} GPUs of a torch with NCCL")
         self._device = torch.device("cuda", device)
-        super().__init__(store, channels=channels, patience_s=patience_s)
+        super().__init__(store, channels=channels, patience_s=patience_s, host=host)
 
     @property
     def _kind(self) -> str:
         return "nccl"
 
     def _make_carrier(self) -> GlooCarrier:
-        return NcclCarrier(self._device)
+        return NcclCarrier(self._device, self._host)
 
     def _described(self, memories: Sequence[torch.Tensor | None]) -> Endpoint:
         uuid = torch.cuda.get_device_properties(self._device).uuid

@@ -9,7 +9,7 @@ group of its own; its bytes go over `channels` others, call after call in turn:
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -74,14 +74,24 @@ def call_offsets(rows: np.ndarray, bounds: np.ndarray, row_bytes: int) -> list[i
 
 
 class GlooCarrier:
-    """Makes and ends groups of the kind that carries bytes.  device: of the tensors that they take."""
+    """Makes and ends groups of the kind that carries bytes.  device: of the tensors that they take.
+
+    host: this machine's address, by which the other rank reaches it; "" for what its host name stands for.
+    """
 
     device: torch.device = torch.device("cpu")
+
+    def __init__(self, host: str = "") -> None:
+        self.host = host
 
     def open(self, store: Store, rank: int, patience: timedelta) -> CallGroup:
         """Waits for the other rank. Raises WireBroken when it does not come in time."""
         try:
-            return cast(CallGroup, ProcessGroupGloo(store, rank, 2, patience))
+            gloo = cast(Any, ProcessGroupGloo)  # torch's stubs leave its options out
+            options = gloo._Options()
+            options._timeout = patience
+            options._devices = [gloo.create_device(hostname=self.host)]
+            return cast(CallGroup, gloo(store, rank, 2, options))
         except RuntimeError as error:
             raise WireBroken(str(error)) from error
 
@@ -123,7 +133,7 @@ class Wire:
     ) -> None:
         self.carrier = carrier
         self._rank, self._peer = rank, 1 - rank
-        self._gloo = GlooCarrier()
+        self._gloo = GlooCarrier(carrier.host)
         self._data: list[CallGroup] = []
         self._control = self._gloo.open(PrefixStore(f"{name}/control", store), rank, patience)
         try:

@@ -58,7 +58,11 @@ def start(directory: Path, words: list[str]) -> list[subprocess.Popen[bytes]]:
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
         command = [sys.executable, RANKS, directory / "cases.json", directory / "found.json"]
         with (directory / f"printed-{rank}").open("wb") as printed:
-            own = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            own = {
+                **os.environ,
+                "PYTHONPATH": str(RANKS.parents[2]),
+                **{name: str(value) for name, value in place.items()},
+            }
             ranks.append(subprocess.Popen(command, env=own, stdout=printed, stderr=subprocess.STDOUT))
     return ranks
 
@@ -76,8 +80,8 @@ def wait_for(is_so, limit_s: float, what: str, directory: Path, ranks=()) -> Non
         time.sleep(0.05)
 
 
-def have_started(directory: Path) -> bool:
-    logs = [directory / f"found.json.rank-{rank}.log" for rank in range(1, NUM_RANKS)]
+def have_started(directory: Path, leaders=range(1, NUM_RANKS)) -> bool:
+    logs = [directory / f"found.json.rank-{rank}.log" for rank in leaders]
     return all(log.exists() and "starts" in log.read_text() for log in logs)
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(300)  # real processes, beside whatever else th
 def torchrun(world_size, *arguments):
     """(exit status, everything printed) of a script under torchrun on this host."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     command += map(str, arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=own, check=False)
     return done.returncode, done.stdout + done.stderr

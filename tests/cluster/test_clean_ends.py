@@ -1,0 +1,73 @@
+"""A run that is interrupted leaves nothing behind, and says so, whoever was told to end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster.test_distributed import TESTS, WORKLOAD
+
+LONG = [*WORKLOAD, "workload.num_sessions=500", "workload.rate=1"]
+SPLIT = ["model=tiny", "transport=gloo", "cluster=colocated_1", "cluster.tensor_parallel.colocated=2"]
+WHOLE = ["tokens=hash", "transport=mapped", "cluster=colocated_1"]
+STARTS_S, ENDS_S = 150.0, 60.0
+
+pytestmark = pytest.mark.timeout(300)  # real processes, beside whatever else the machine does
+
+
+def wait_until(is_so, limit_s, what):
+    until = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < until, f"not within {limit_s} s: {what()}"
+        time.sleep(0.1)
+
+
+def children(pid):
+    """{process number: its environment} of a process's children."""
+    numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(number): Path(f"/proc/{number}/environ").read_bytes() for number in numbers}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as transport=mapped does")
+@pytest.mark.parametrize(
+    ("signum", "to", "words"),
+    [
+        (signal.SIGINT, "torchrun", SPLIT),
+        (signal.SIGTERM, "torchrun", WHOLE),
+        (signal.SIGTERM, "rank 0", SPLIT),
+        (signal.SIGINT, "rank 0", WHOLE),
+    ],
+)
+def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(signum, to, words, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(2 + (words is SPLIT)),
+    ]
+    command += [str(TESTS.parent / "scripts" / "run.py"), "exec=distributed", "model.num_threads=1", *words, *LONG]
+    printed, own = tmp_path / "printed", {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    with printed.open("wb") as out:
+        run = subprocess.Popen([*command, f"hydra.run.dir={tmp_path}"], stdout=out, stderr=out, env=own)
+    try:
+        log = tmp_path / "rank-1.log"
+        wait_until(lambda: log.exists() and "starts" in log.read_text(), STARTS_S, printed.read_text)
+        time.sleep(1.0)
+        ranks = children(run.pid)
+        (first,) = [pid for pid, environment in ranks.items() if b"\0RANK=0\0" in environment]
+        os.kill(run.pid if to == "torchrun" else first, signum)
+        wait_until(lambda: run.poll() is not None, ENDS_S, printed.read_text)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 5.0, printed.read_text)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode != 0
+    assert f"error: interrupted by {signum.name}" in printed.read_text()
+    assert not (tmp_path / "report.json").exists()
+    marks = ["memserve", *map(str, [run.pid, *ranks])]
+    assert not [path for path in Path("/dev/shm").iterdir() if any(mark in path.name for mark in marks)]
