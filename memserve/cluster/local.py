@@ -67,7 +67,7 @@ class LocalCluster:
             node.instance.check()
         timelines = list(cluster.scheduler.timelines.values())
         summaries = [summarize(node.instance, node.busy_ns, node.occupancy, cluster.now_ns) for node in left]
-        report = report_of(timelines, summaries, player.counts, to_s(monotonic_ns() - started_ns))
+        report = report_of(cluster.scheduler, summaries, player.counts, to_s(monotonic_ns() - started_ns))
         return Result(report, timelines, [sample for summary in summaries for sample in summary.occupancy])
 
     def cluster(self) -> EmulatedCluster:
