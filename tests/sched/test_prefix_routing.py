@@ -123,7 +123,10 @@ def test_an_instance_that_is_gone_is_forgotten_in_the_trees():
 def test_queued_work_is_what_has_no_first_token_yet():
     scheduler = scheduler_of(CostBased(COSTS), labels=("i-0",))
     group = scheduler.group
-    work = lambda: group.snapshot(group.rows(), np.zeros(1, dtype=np.int64)).queued_work.tolist()  # noqa: E731 - three uses
+
+    def work():
+        return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64)).queued_work.tolist()
+
     for name in "ab":
         scheduler.receive(Submit(name, "s", pack_tokens(np.arange(10)), SamplingParams(), 0), 0)
     assert work() == [2 * COSTS_NS]
