@@ -31,7 +31,11 @@ def run(*words):
 @pytest.mark.parametrize("word", [word for word in WORDS if word != "mode=colocated"])
 def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # wandb writes beside its caller
-    words = ["workload=synthetic", *SYNTHETIC] if word.startswith(("workload=s", "workload/lengths")) else SMALL
+    words = (
+        ["workload=synthetic", *SYNTHETIC]
+        if word.startswith(("workload=s", "workload=d", "workload/lengths"))
+        else SMALL
+    )
     if word == "preemption=swap":
         words = [*words, "kvcache.num_dram_blocks=64"]
     words = [*BESIDE.get(word.partition("=")[0], []), *words]

@@ -94,7 +94,7 @@ class Controller:
             self._tell_all(Leave())
         left = [self._summaries[i] for i in sorted(self._summaries)]
         timelines = list(self._scheduler.timelines.values())
-        report = report_of(timelines, left, self._client.counts, to_s(end_ns))
+        report = report_of(self._scheduler, left, self._client.counts, to_s(end_ns))
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}
         return Result(report, timelines, occupancy, activity_of(left, self._labels), threads)

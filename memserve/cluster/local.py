@@ -22,6 +22,7 @@ from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
+from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
@@ -45,6 +46,7 @@ class LocalCluster:
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
         self.memory = describe_pool(cfg, self.engine)
         self._instances(build_transport(cfg))  # a pool that does not fit fails here
+        self._global_scheduler()  # a policy that contradicts its index source too
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report:
         """Plays the workload `repeats` times and returns the report; of several runs the medians and their spread.
@@ -67,7 +69,7 @@ class LocalCluster:
             node.instance.check()
         timelines = list(cluster.scheduler.timelines.values())
         summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in left]
-        report = report_of(timelines, summaries, player.counts, to_s(monotonic_ns() - started_ns))
+        report = report_of(cluster.scheduler, summaries, player.counts, to_s(monotonic_ns() - started_ns))
         occupancy = [sample for summary in summaries for sample in summary.occupancy]
         return Result(report, timelines, occupancy, activity_of(summaries, [label for label, _ in self._roles]))
 
@@ -75,7 +77,7 @@ class LocalCluster:
         """The cluster with empty pools before its first event, for who wants to drive it alone (`advance`)."""
         transport = build_transport(self.cfg)
         nodes = [Node(instance) for instance in self._instances(transport)]
-        scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
+        scheduler = self._global_scheduler()
         player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
         link: LinkModel = make(self.cfg.link)
         return EmulatedCluster(
@@ -87,6 +89,9 @@ class LocalCluster:
             transport,
             event_delay_ns=link.message_ns,
         )
+
+    def _global_scheduler(self) -> GlobalScheduler:
+        return build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
 
     def _instances(self, transport: Transport | None) -> list[Instance]:
         return [

@@ -10,7 +10,7 @@ from memserve.metrics.activity import Activity, ActivitySpan, Track, spans_of
 from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
 from memserve.request import Role
-from memserve.timeline import RequestTimeline
+from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.workload.player import PlayerCounts
 
 
@@ -58,18 +58,17 @@ def summarize(
     )
 
 
-def report_of(
-    timelines: Sequence[RequestTimeline], summaries: Sequence[Summary], counts: PlayerCounts, wall_s: float
-) -> Report:
+def report_of(scheduler: GlobalScheduler, summaries: Sequence[Summary], counts: PlayerCounts, wall_s: float) -> Report:
     """The report of a run. summaries: of the instances that are left at its end."""
     return build_report(
-        timelines,
+        list(scheduler.timelines.values()),
         [summary.stats for summary in summaries],
         wall_s=wall_s,
         turns_over_context=counts.turns_over_context,
         turns_not_sent=counts.turns_not_sent,
         p_to_d=_transfers(summaries, Role.PREFILL),
         d_to_p=_transfers(summaries, Role.DECODE),
+        tree_counts=scheduler.tree_counts(),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 

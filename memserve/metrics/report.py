@@ -5,7 +5,7 @@ exist (no request finished, no second token) is null. Knows no files.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from memserve.clock import to_s
 from memserve.kvcache.ticket import TransferCounts
 from memserve.messages import RequestStats
 from memserve.metrics import formulas
+from memserve.metrics.routing_figures import routing_figures
 from memserve.timeline import RequestTimeline
 
 Report = dict[str, Any]
@@ -24,6 +25,7 @@ STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 
 _NO_TRANSFERS = TransferCounts()
+_NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def build_report(
     turns_over_context: int = 0,
     turns_not_sent: int = 0,
     quarantined_blocks: int = 0,
+    tree_counts: Mapping[str, int] = _NO_TREES,
     near_ties: int = 0,
     goodput_bounds: GoodputBounds | None = None,
 ) -> Report:
@@ -76,6 +79,7 @@ def build_report(
 
     timelines: every request that was submitted. Latencies are of those that succeeded; token counts of all that an
     instance began.  wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
+    tree_counts: of the global scheduler's prompt trees.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
     makespan_s = formulas.makespan_s(timelines)
@@ -97,6 +101,7 @@ def build_report(
         "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p)},
         "instances": rows,
         "skew": _skew(rows),
+        "routing": routing_figures(timelines, rows, tree_counts),
         "preemptions": sum(row["preemptions"] for row in rows),
         "quarantined_blocks": quarantined_blocks,
         "near_ties": near_ties,

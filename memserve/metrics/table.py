@@ -55,6 +55,9 @@ _COMPARED = (
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
+    _Row("requests, busiest / mean", ("routing", "skew_requests"), "number"),
+    _Row("wrong hits", ("routing", "wrong_hit_ratio"), "share"),
+    _Row("tokens of wrong hits", ("routing", "wrong_hit_tokens"), "count"),
     _Row("makespan", ("makespan_s",), "seconds"),
 )
 

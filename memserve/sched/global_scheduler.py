@@ -148,6 +148,15 @@ class GlobalScheduler:
         for tree, row in self._followed(label):
             tree.rebuild(row, snapshot)
 
+    def tree_counts(self) -> dict[str, int]:
+        """Of the prompt trees of all roles: blocks in them now, and those forgotten for space and for age."""
+        trees = [group.tree for group in (self.group, self.decode) if group is not None]
+        return {
+            "tree_blocks": sum(tree.num_blocks for tree in trees),
+            "tree_evicted_blocks": sum(tree.num_evicted_blocks for tree in trees),
+            "tree_expired_blocks": sum(tree.num_expired_blocks for tree in trees),
+        }
+
     @property
     def follows_events(self) -> bool:
         """Whether it wants `index_changed` and `index_snapshot`."""

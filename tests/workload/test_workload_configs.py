@@ -5,9 +5,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from memserve.workload import ChatWorkload, SyntheticWorkload, Workload
+from memserve.workload import AgentWorkload, ChatWorkload, DocumentQA, SyntheticWorkload, Workload
 from memserve.workload.arrivals import ClosedLoop, Gamma, Poisson
 
+KINDS = [("chat", ChatWorkload), ("synthetic", SyntheticWorkload), ("agent", AgentWorkload), ("docqa", DocumentQA)]
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -19,7 +20,7 @@ def build(name: str, *overrides: str) -> Workload:
     return workload
 
 
-@pytest.mark.parametrize(("name", "kind"), [("chat", ChatWorkload), ("synthetic", SyntheticWorkload)])
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 @pytest.mark.parametrize(("arrivals", "process"), [("poisson", Poisson), ("gamma", Gamma), ("closed_loop", ClosedLoop)])
 def test_every_workload_takes_every_arrival_process(name, kind, arrivals, process):
     workload = build(name, f"workload/arrivals={arrivals}")
@@ -27,7 +28,7 @@ def test_every_workload_takes_every_arrival_process(name, kind, arrivals, proces
     assert isinstance(workload._arrivals, process)
 
 
-@pytest.mark.parametrize("name", ["chat", "synthetic"])
+@pytest.mark.parametrize("name", [name for name, _ in KINDS])
 def test_the_rate_is_an_option_of_the_workload(name):
     assert build(name, "workload.rate=3", "workload/arrivals=gamma")._rate == 3
     with pytest.raises(hydra.errors.InstantiationException, match="closed loop has no rate"):

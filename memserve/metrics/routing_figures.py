@@ -1,0 +1,36 @@
+"""Routing in figures: what the prompt trees promised, what the instances then had, and how evenly requests were spread.
+
+# a request's prompt: [0, promised) the tree said its instance has | [0, found) was in its index at admission
+# promised > found is a wrong hit; promised - found tokens were computed that the choice had counted on reusing
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memserve.metrics import formulas
+from memserve.request import Role
+from memserve.timeline import RequestTimeline
+
+
+def routing_figures(
+    timelines: Sequence[RequestTimeline], rows: Sequence[Mapping[str, Any]], tree_counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """The report's `routing`. rows: its `instances`.  tree_counts: of the global scheduler's trees at the end.
+
+    wrong_hit_ratio is of the requests that were promised anything. Skews are largest over mean among the instances that
+    take requests: of the requests each began, and of the prompt tokens each had to compute.
+    """
+    begun = [(t.num_promised, t.stats.num_cached_local) for t in timelines if t.stats and t.stats.first_scheduled_ns]
+    missing = [promised - found for promised, found in begun if promised > found]
+    num_promised = sum(promised > 0 for promised, _ in begun)
+    takers = [row for row in rows if row["role"] != Role.DECODE]
+    return {
+        "promised_tokens": sum(promised for promised, _ in begun),
+        "num_promised": num_promised,
+        "wrong_hits": len(missing),
+        "wrong_hit_ratio": formulas.ratio(len(missing), num_promised),
+        "wrong_hit_tokens": sum(missing),
+        "skew_requests": formulas.skew([row["num_requests"] for row in takers]),
+        "skew_computed_tokens": formulas.skew([row["tokens"]["computed"] for row in takers]),
+        **tree_counts,
+    }

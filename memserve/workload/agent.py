@@ -1,0 +1,90 @@
+"""AgentWorkload: agents that think, act and observe (ReAct). Each step is a request behind everything before it.
+
+    # first prompt: [few-shot prompt, shared by all | Question: ... | Thought 1:]
+    # a later step: [Observation k: from the file | Thought k+1:], after the model's own thought and action
+
+What the file has for thought and action is not sent; it sets how long each answer is, as in ChatWorkload.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memserve.clock import to_ns
+from memserve.request import SamplingParams
+from memserve.workload.arrivals import Arrivals, Poisson
+from memserve.workload.checks import require_count, require_instance, require_number
+from memserve.workload.records import iter_records, require_fields
+from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+
+PACKAGED_TRAJECTORIES = Path(__file__).parent / "data" / "trajectories.jsonl"
+PACKAGED_FEW_SHOT = Path(__file__).parent / "data" / "few_shot.txt"
+_DEFAULT_ARRIVALS = Poisson()
+
+
+class AgentWorkload(Workload):
+    """Agents' trajectories, a session each. Every constructor argument is a config option under `workload`.
+
+    path: JSON lines with `id`, `question` and `steps` of `thought`, `action`, `observation`; None is a packaged set.
+    prompt_path: the few-shot prompt's text; None is the packaged one.
+    num_sessions: the first so many trajectories; None is all.  rate: sessions a second over the whole cluster.
+    think_time_s: that a tool takes.  max_turns: the first so many steps of each; None is all.
+    max_output_tokens: most tokens of an answer; else it has as many as the file's thought and action.
+
+    Raises ValueError naming option, value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        prompt_path: str | None = None,
+        num_sessions: int | None = None,
+        rate: float | None = 1.0,
+        arrivals: Arrivals = _DEFAULT_ARRIVALS,
+        think_time_s: float = 0.0,
+        max_turns: int | None = None,
+        max_output_tokens: int = 128,
+    ) -> None:
+        self._path = PACKAGED_TRAJECTORIES if path is None else Path(path)
+        self._prompt_path = PACKAGED_FEW_SHOT if prompt_path is None else Path(prompt_path)
+        self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
+        require_instance("arrivals", arrivals, Arrivals)
+        arrivals.check_rate(rate)
+        self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
+        seconds = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
+        self._think_time_ns = to_ns(seconds)
+        self._max_turns = None if max_turns is None else require_count("max_turns", max_turns, 1)
+        self._max_output_tokens = require_count("max_output_tokens", max_output_tokens, 1)
+
+    def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
+        """See Workload. Raises BadConversation with file and line, ValueError without a file or with too few."""
+        if not self._prompt_path.is_file():
+            raise ValueError(f"workload.prompt_path={str(self._prompt_path)!r}: no such file")
+        few_shot = self._prompt_path.read_text(encoding="utf-8")
+        records = list(iter_records(self._path, {"id": str, "question": str, "steps": list}))[: self._num_sessions]
+        if len(records) < (self._num_sessions or 1):
+            raise ValueError(f"num_sessions={self._num_sessions}, but {self._path} holds {len(records)} trajectories")
+        rng = np.random.default_rng(require_count("seed", seed, 0))
+        arrivals_ns = self._arrivals.times_ns(len(records), self._rate, rng)
+        return [
+            Session(record["id"], int(arrival_ns), tuple(self._turns(where, record, few_shot, tokenizer)), _NOTHING)
+            for (where, record), arrival_ns in zip(records, arrivals_ns, strict=True)
+        ]
+
+    def _turns(self, where: str, record: dict[str, Any], few_shot: str, tokenizer: ChatTokenizer) -> Iterator[Turn]:
+        """A request for each step; what is observed after the last one is asked about by nobody."""
+        num_special = len(tokenizer.encode(""))  # a begin-of-sequence token belongs to the first prompt alone
+        text = f"{few_shot}Question: {record['question']}\nThought 1:"
+        for number, step in enumerate(record["steps"][: self._max_turns], start=1):
+            require_fields(f"{where}, step {number}", step, {"thought": str, "action": str, "observation": str})
+            tokens = tokenizer.encode(text)[num_special if number > 1 else 0 :]
+            answer = tokenizer.encode(f" {step['thought']}\nAction {number}: {step['action']}")
+            length = min(max(len(answer) - num_special, 1), self._max_output_tokens)
+            params = SamplingParams(max_tokens=length, ignore_eos=True)
+            yield Turn(tokens, params, self._think_time_ns if number > 1 else 0)
+            text = f"\nObservation {number}: {step['observation']}\nThought {number + 1}:"
+
+
+_NOTHING = np.empty(0, dtype=np.int32)  # closes an answer: the text simply goes on

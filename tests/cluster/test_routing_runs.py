@@ -1,0 +1,69 @@
+"""Whole simulated runs: what routing by prefix is worth, what trees get wrong, and that nothing else changes."""
+
+import pytest
+
+from memserve import LocalCluster, load_config
+from memserve.config.checks import ConfigError
+
+SHARED = [
+    "exec=simulated", "workload=synthetic", "workload.num_sessions=24", "workload.prefix_tokens=512",
+    "workload.rate=20", "workload.share_ratio=8", "workload.prompt_tokens=32", "workload.turn_tokens=16",
+    "workload.max_output_tokens=8",
+]  # fmt: skip
+PD = ["cluster=3p1d", "mode=pd_caching_3", "policy@decode_policy=least_kv"]
+TIGHT = ["kvcache.num_hbm_blocks=80", "workload.num_turns=4", "cluster=colocated_4", "policy=prompt_tree"]
+
+
+def report(*words):
+    return LocalCluster(load_config([*SHARED, *words])).run()
+
+
+@pytest.mark.parametrize("words", [PD, ["cluster=colocated_4"]], ids=["3p1d", "colocated"])
+def test_where_sessions_share_prefixes_routing_by_prefix_beats_sessions_and_load(words):
+    found = {p: report(*words, f"policy={p}") for p in ("prompt_tree", "cost_based", "session_affinity", "least_load")}
+    best = max(found[p]["hit_ratio"] for p in ("prompt_tree", "cost_based"))
+    assert best > max(found[p]["hit_ratio"] for p in ("session_affinity", "least_load"))
+    soonest = min(found[p]["ttft_s"]["mean"] for p in ("prompt_tree", "cost_based"))
+    assert soonest < min(found[p]["ttft_s"]["mean"] for p in ("session_affinity", "least_load"))
+    assert all(r["num_failed"] == 0 and r["routing"]["skew_requests"] < 2.5 for r in found.values())
+
+
+def test_an_exact_tree_is_wrong_less_often_than_an_optimistic_one_when_pools_are_tight():
+    exact, optimistic = (report(*TIGHT, f"index_source={source}")["routing"] for source in ("exact", "optimistic"))
+    assert optimistic["wrong_hit_tokens"] > 0 and exact["wrong_hit_tokens"] < optimistic["wrong_hit_tokens"]
+
+
+def test_an_optimistic_tree_of_the_pools_size_is_wrong_less_often_than_a_larger_one():
+    large, fitting = (report(*TIGHT, *words)["routing"] for words in ([], ["index_source.max_blocks=80"]))
+    assert fitting["wrong_hit_tokens"] < large["wrong_hit_tokens"]
+    assert fitting["tree_evicted_blocks"] > 0 == large["tree_evicted_blocks"] and fitting["tree_blocks"] <= 4 * 80
+
+
+@pytest.mark.parametrize("source", ["optimistic", "exact"])
+def test_without_pressure_no_tree_is_wrong(source):
+    routing = report("cluster=colocated_4", "policy=prompt_tree", f"index_source={source}")["routing"]
+    assert routing["num_promised"] > 0 and routing["wrong_hits"] == 0
+
+
+@pytest.mark.parametrize("source", ["optimistic", "exact"])
+def test_macro_steps_change_no_choice(source):
+    reports = [
+        report(*PD, "policy=prompt_tree", f"index_source={source}", f"macro_steps={m}") for m in ("true", "false")
+    ]
+    assert reports[0]["ttft_s"] == reports[1]["ttft_s"] and reports[0]["routing"] == reports[1]["routing"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["policy=prompt_tree", "index_source=none"], "policy=PromptTree contradicts index_source=none"),
+        (["policy=cost_based", "index=none"], "policy=CostBased contradicts index=none"),
+        (["index_source.ttl_s=0"], "index_source.ttl_s=0"),
+        (["index_source.max_blocks=0"], "index_source.max_blocks=0"),
+        (["policy=prompt_tree", "policy.max_lead=0"], "policy.max_lead=0"),
+        (["policy=balanced_prefix", "policy.rel_bound=0"], "policy.rel_bound=0"),
+    ],
+)
+def test_contradictions_and_bounds_out_of_range_are_refused_before_anything_runs(words, message):
+    with pytest.raises(ConfigError, match=message):
+        LocalCluster(load_config(["exec=simulated", *words]))

@@ -1,0 +1,193 @@
+import numpy as np
+import pytest
+from mini_cluster import group_of
+
+from memserve.messages import Finished, Submit, Tokens, pack_times, pack_tokens
+from memserve.request import FinishReason, SamplingParams
+from memserve.sched.cost_model.fixed import FixedCostModel
+from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.sched.modes import PDBasic, PDCaching2, PDCaching3
+from memserve.sched.prefix_routing import BalancedPrefix, CostBased, LeastKV, PromptTree
+from memserve.sched.prompt_tree import NoPromptTree, Optimistic
+from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, RouteRequest, SessionAffinity
+
+COSTS = FixedCostModel(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0001)
+REQUEST = RouteRequest("r", "s", np.arange(100, dtype=np.int32))
+
+
+def choose(policy, cached, requests=None, tokens=None, work=None):
+    zeros = [0] * len(cached)
+    labels = [f"prefill-{i}" for i in range(len(cached))]
+    columns = [np.array(c or zeros, dtype=np.int64) for c in (requests, tokens)]
+    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), np.array(work or zeros, dtype=np.int64))
+    return policy.choose(REQUEST, snapshot, np.random.default_rng(0))
+
+
+def test_prompt_tree_takes_the_longest_prefix_and_among_equals_the_least_load():
+    assert choose(PromptTree(), [16, 64, 32], [0, 9, 0]) == 1
+    assert choose(PromptTree(), [64, 64, 32], [3, 2, 0]) == 1
+    assert choose(PromptTree(), [0, 0, 0], [3, 2, 1]) == 2
+
+
+def test_prompt_tree_passes_over_an_instance_that_leads_by_too_much():
+    assert choose(PromptTree(max_lead=2), [16, 64, 32], [0, 1, 0]) == 1
+    assert choose(PromptTree(max_lead=2), [16, 64, 32], [0, 2, 1]) == 2
+    assert choose(PromptTree(max_lead=1), [64, 64], [7, 7]) in (0, 1)
+
+
+def test_cost_based_weighs_what_is_queued_against_what_is_cached():
+    ms = 10**6
+    assert choose(CostBased(COSTS), [0, 80]) == 1
+    assert choose(CostBased(COSTS), [0, 80], work=[0, 79 * ms]) == 1
+    assert choose(CostBased(COSTS), [0, 80], work=[0, 81 * ms]) == 0
+    assert CostBased(COSTS).work(80, 20) == 30 * ms
+
+
+def test_balanced_prefix_follows_locality_until_the_load_is_uneven_or_the_prefix_short():
+    policy = BalancedPrefix(abs_bound=3, rel_bound=2, min_share=0.5)
+    assert choose(policy, [0, 64], [0, 3]) == 1
+    assert choose(policy, [0, 64], [0, 4]) == 0
+    assert choose(policy, [0, 64], [5, 9]) == 1  # 4 more, and less than twice as many
+    assert choose(policy, [0, 48], [0, 1]) == 0
+
+
+def test_least_kv_weighs_a_prefix_against_load_in_tokens():
+    assert choose(LeastKV(), [0, 50], tokens=[100, 149]) == 1
+    assert choose(LeastKV(), [0, 50], tokens=[100, 151]) == 0
+    assert choose(LeastKV(), [0, 0], [2, 1], [100, 100]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PromptTree(0), "max_lead=0: expected null or an integer >= 1"),
+        (lambda: BalancedPrefix(abs_bound=-1), "abs_bound=-1"),
+        (lambda: BalancedPrefix(rel_bound=0.5), "rel_bound=0.5: expected a finite number >= 1"),
+        (lambda: BalancedPrefix(min_share=1.5), "min_share=1.5"),
+        (lambda: CostBased(object()), "cost_model=object: expected a model that has `exec_time_s`"),
+    ],
+)
+def test_bounds_out_of_range_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def scheduler_of(policy, mode=None, decode=None, tree=None, labels=("i-0", "i-1")):
+    group = group_of(list(labels), policy, tree or Optimistic(len(labels), 4))
+    options = {} if mode is None else {"mode": mode, "decode": decode}
+    return GlobalScheduler(group, np.random.default_rng(0), **options)
+
+
+def serve(scheduler, name, prompt, output, session="s", now_ns=0):
+    """Submits and answers a request; the instance that got it."""
+    scheduler.receive(Submit(name, session, pack_tokens(prompt), SamplingParams(), now_ns), now_ns)
+    [(label, _)] = [pair for pair in scheduler.drain_outbox() if pair[0] != "client"]
+    for i, token in enumerate(output):
+        scheduler.receive(Tokens(name, 0, i, pack_tokens(np.array([token])), pack_times(np.array([now_ns]))), now_ns)
+    scheduler.receive(Finished(name, 0, FinishReason.LENGTH, "", None), now_ns)
+    scheduler.drain_outbox()
+    return label
+
+
+def test_a_turn_goes_where_the_one_before_it_left_its_kv():
+    scheduler = scheduler_of(PromptTree())
+    prompt, output = np.arange(12), np.arange(100, 106)
+    first = serve(scheduler, "a", prompt, output)
+    turn = np.concatenate([prompt, output, np.arange(7)])
+    assert serve(scheduler, "b", turn, [1]) == first
+    assert scheduler.timelines["b"].num_promised == 16  # whole blocks of 12 + 6 - 1 tokens
+    assert scheduler.timelines["a"].num_promised == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "at_prefill", "at_decode"), [(PDBasic(), 0, 0), (PDCaching2(), 12, 16), (PDCaching3(), 16, 16)]
+)
+def test_each_roles_tree_learns_what_the_mode_leaves_there(mode, at_prefill, at_decode):
+    decode = group_of(["d-0"], LeastKV(), Optimistic(1, 4))
+    scheduler = scheduler_of(PromptTree(), mode, decode, labels=("p-0",))
+    serve(scheduler, "a", np.arange(12), np.arange(100, 106))
+    path = pack_tokens(np.concatenate([np.arange(12), np.arange(100, 106)]))
+    assert scheduler.group.tree.match(path, 1).tolist() == [at_prefill]
+    assert decode.tree.match(path, 1).tolist() == [at_decode]
+
+
+def test_an_instance_that_is_gone_is_forgotten_in_the_trees():
+    scheduler = scheduler_of(PromptTree())
+    label = serve(scheduler, "a", np.arange(12), [1])
+    scheduler.instance_gone(label, 1)
+    assert serve(scheduler, "b", np.arange(12), [1]) != label
+    scheduler.instance_back(label)
+    assert scheduler.group.tree.match(pack_tokens(np.arange(12)), 2)[int(label[-1])] == 0
+
+
+def test_queued_work_is_what_has_no_first_token_yet():
+    scheduler = scheduler_of(CostBased(COSTS), labels=("i-0",))
+    group = scheduler.group
+
+    def work():
+        return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64)).queued_work.tolist()
+
+    for name in "ab":
+        scheduler.receive(Submit(name, "s", pack_tokens(np.arange(10)), SamplingParams(), 0), 0)
+    assert work() == [2 * COSTS_NS]
+    scheduler.receive(Tokens("a", 0, 0, pack_tokens(np.array([1])), pack_times(np.array([0]))), 0)
+    assert work() == [COSTS_NS]
+    scheduler.receive(Finished("a", 0, FinishReason.LENGTH, "", None), 0)
+    scheduler.receive(Finished("b", 0, FinishReason.ABORTED, "", None), 0)
+    assert work() == [0]
+
+
+COSTS_NS = 20 * 10**6  # a step, and 10 tokens
+
+
+def test_a_policy_that_names_an_unknown_instance_is_refused_with_the_known_ones():
+    class ByName(Policy):
+        def choose(self, request, cluster, rng):
+            return "decode-9"
+
+    with pytest.raises(ValueError, match=r"ByName chose row 'decode-9': expected 0 to 1 \(i-0, i-1\)"):
+        serve(scheduler_of(ByName()), "a", np.arange(3), [1])
+
+
+class StickyUnlessBusy(Policy):
+    """The README's example: a session's own instance, unless it has twice the mean load; then the longest prefix."""
+
+    looks_at_prefixes = True
+
+    def __init__(self, factor: float = 2.0) -> None:
+        self._factor, self._own = factor, SessionAffinity()
+
+    def choose(self, request, cluster, rng):
+        own = self._own.choose(request, cluster, rng)
+        if cluster.num_requests[own] <= self._factor * cluster.num_requests.mean():
+            return own
+        return int(np.argmax(cluster.num_cached - cluster.num_tokens))
+
+
+def test_a_policy_of_ones_own_is_one_class():
+    own = choose(StickyUnlessBusy(), [0, 0, 0])
+    loads = [0, 0, 0]
+    loads[own] = 9
+    cached = [40, 40, 40]
+    cached[(own + 1) % 3] = 80
+    assert choose(StickyUnlessBusy(), cached, loads) == (own + 1) % 3
+
+
+def test_placing_a_request_among_64_instances_asks_the_tree_once():
+    class Counting(Optimistic):
+        num_matches = 0
+
+        def match(self, tokens, now_ns):
+            self.num_matches += 1
+            return super().match(tokens, now_ns)
+
+    tree = Counting(64, 4)
+    scheduler = scheduler_of(PromptTree(), tree=tree, labels=[f"i-{i}" for i in range(64)])
+    serve(scheduler, "a", np.arange(400), [1])
+    assert tree.num_matches == 1 and scheduler.group.num_routed_to.sum() == 1
+
+
+def test_no_tree_leaves_load_alone_to_decide():
+    scheduler = scheduler_of(LeastLoad(), tree=NoPromptTree(2, 4))
+    serve(scheduler, "a", np.arange(12), [1])
+    assert scheduler.tree_counts() == {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
