@@ -17,7 +17,7 @@ from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry
-from memserve.instance import Instance, Runner
+from memserve.instance import Instance
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry, what_fits
@@ -29,7 +29,7 @@ from memserve.model.model_path import OpenedModel, open_model, open_random_model
 from memserve.model.no_tokenizer import NoTokenizer
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import Role
+from memserve.request import Role, Runner
 from memserve.sched.admission import Limits
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
@@ -112,7 +112,7 @@ def build_instance(
         memories = [mempool.arena.tensor, mempool.dram.tensor]
     handoffs = None
     if transport is not None:
-        handoffs = build_handoffs(cfg, role, pool, incarnation, _geometry(cfg, engine), transport, memories)
+        handoffs = build_handoffs(cfg, role, pool, incarnation, _geometry(cfg, engine), transport, memories, costs)
     mode: Mode = make(cfg.mode)
     scheduler = LocalScheduler(
         pool,

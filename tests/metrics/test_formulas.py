@@ -46,7 +46,7 @@ def test_a_request_that_was_handed_over_has_seven_phases_that_add_up(make_timeli
         timeline.stats, granted_ns=to_ns(granted), received_ns=to_ns(3.0), decode_scheduled_ns=to_ns(3.25)
     )
     metrics = measure(timeline)
-    assert metrics.phases == Phases(0.5, 0.5, 1.0, grant_wait, transfer, decode_queue=0.25, decode=1.75)
+    assert metrics.phases == Phases(0.5, None, 0.5, 1.0, grant_wait, transfer, decode_queue=0.25, decode=1.75)
     assert sum(astuple(metrics.phases)) == metrics.jct
 
 
