@@ -13,9 +13,9 @@ import pytest
 from memserve import LocalCluster, load_config
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.decisions import Holding
-from memserve.messages import Cancel, Dispatch, unpack_tokens
+from memserve.messages import Cancel, Dispatch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record
-from memserve.request import FinishReason, Phase
+from memserve.request import FinishReason, Phase, SamplingParams
 from memserve.transfer import MessageFaults
 
 WORKLOAD = [
@@ -137,10 +137,21 @@ def test_a_holder_that_has_evicted_it_refuses_and_the_prompt_is_computed():
 
 
 def test_a_requester_without_room_declines_and_computes_later():
-    words = ["kvcache.num_hbm_blocks=9", "workload.num_sessions=8", "workload.rate=10000"]
-    cluster = cluster_of(*COLOCATED, "fetch=always", *words)
-    timelines = play(cluster)
-    assert all(t.succeeded for t in timelines)
+    cluster, taken = cluster_of(*COLOCATED, "fetch=always", "macro_steps=false"), {}
+
+    def take_all_room_once(cluster):
+        """While a node waits for KV for the first time, somebody else holds what is free there."""
+        for node in cluster.nodes:
+            pool, label = node.instance.pool, node.instance.label
+            fetching = any(s.request.phase is Phase.FETCHING for s in node.instance._served.values())
+            if fetching and label not in taken:
+                taken[label] = len(pool.alloc(pool.num_available, ("test",)))
+            elif not fetching and taken.get(label):
+                taken[label] = 0
+                pool.release_all(("test",))
+
+    timelines = play(cluster, take_all_room_once)
+    assert_right(timelines)
     assert any(r.outcome == "refused" and "no room" in r.reason for r in records(timelines))
 
 
@@ -195,11 +206,11 @@ def test_the_time_that_a_fetch_takes_is_the_one_predicted_when_nothing_else_is_s
 
 def test_the_time_that_fetching_saves_is_the_one_predicted():
     """Both ways of the same requests, one session at a time: what Eq. 2 chooses is what was faster."""
-    right = []
-    for gb_per_s in (3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 1e-2):
-        one = ["workload.num_sessions=1", "workload.num_turns=4", f"link.gb_per_s={gb_per_s}"]
-        ways = [play(cluster_of(*COLOCATED, f"fetch={word}", *one)) for word in ("always", "never")]
-        for fetched, computed in zip(*ways, strict=True):
+    right, one = [], ["workload.num_sessions=1", "workload.num_turns=4"]
+    without = play(cluster_of(*COLOCATED, "fetch=never", *one))
+    for gb_per_s in (3e-5, 1.2e-4, 3e-4, 1e-2):
+        always = play(cluster_of(*COLOCATED, "fetch=always", *one, f"link.gb_per_s={gb_per_s}"))
+        for fetched, computed in zip(always, without, strict=True):
             record = fetched.stats.fetch
             if record is not None and abs(record.fetch_s / record.compute_s - 1) > 0.1:
                 ttft_ns = [t.token_times_ns[0] - t.arrival_ns for t in (fetched, computed)]
@@ -208,9 +219,18 @@ def test_the_time_that_fetching_saves_is_the_one_predicted():
 
 
 def test_requests_that_come_together_are_decided_together():
-    words = ["workload.rate=1e9", "workload.num_turns=2", "workload.num_sessions=6"]
-    timelines = play(cluster_of(*COLOCATED, "fetch=cost", *words))
-    assert max(record.num_in_batch for record in records(timelines)) > 1
+    instance = cluster_of(*COLOCATED, "fetch=always").nodes[0].instance
+    for number in range(3):
+        tokens = pack_tokens(np.arange(50, dtype=np.int32) + number)
+        elsewhere = (Holding(1, 48),) if number else ()
+        instance.receive(Dispatch(str(number), 0, "", tokens, SamplingParams(), 0, None, elsewhere))
+    batch = instance.schedule(0)
+    assert [request.request_id for request in batch.requests] == ["0"]
+    sent = instance.drain_peer_outbox()
+    assert [(to, message.limit, message.num_held) for to, message in sent] == [(1, 48, 0)] * 2
+    records = [entry.record for entry in instance.handoffs.fetches._open.values()]
+    assert [record.num_in_batch for record in records] == [2, 2]
+    assert records[0].fetch_s == records[1].fetch_s > 0
 
 
 def test_a_decision_is_in_the_requests_line_and_its_wait_is_a_phase(tmp_path):
