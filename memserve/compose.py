@@ -17,7 +17,7 @@ from memserve.config.checks import ConfigError, check_config, check_target
 from memserve.config.schema import RunConfig
 
 TARGETS = (
-    "mode", "policy", "index", "eviction", "queue", "preemption", "swap", "layout", "cost_model", "workload",
+    "mode", "policy", "index", "eviction", "queue", "preemption", "swap", "fetch", "layout", "cost_model", "workload",
     "tracking", "granularity", "link", "decode_policy", "index_source",
 )  # fmt: skip
 

@@ -4,7 +4,7 @@
                                                                   -> FAILED: kept until it is redirected or aborted
     decode instance    arrival -> a Request with its blocks -> local scheduler -> finished -> given back (PD-Caching-3)
 
-What travels as `private` beside the KV is one of the two words below, as msgpack.
+What travels as `private` beside the KV is one of the two words below or that of a fetch (fetches.py), as msgpack.
 """
 
 from collections import OrderedDict
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from memserve.fetches import FetchedKV, Fetches
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
-from memserve.messages import Ask, PoolMessage, RequestStats, pack_tokens, unpack_tokens
+from memserve.messages import Ask, Fetch, PoolMessage, Refuse, RequestStats, pack_tokens, unpack_tokens
 from memserve.request import FinishReason, Request, SamplingParams, ScheduledBatch
 from memserve.sched.modes import Mode
 
@@ -44,7 +45,7 @@ class GivenBack(msgspec.Struct, frozen=True, tag=True):
     session_id: str
 
 
-Word = HandedOver | GivenBack
+Word = HandedOver | GivenBack | FetchedKV
 _words: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
 
 
@@ -60,8 +61,8 @@ class _Handoff:
 class Handoffs:
     """The transfers of one instance's requests. mode: says what is sent where, and what is indexed."""
 
-    def __init__(self, transfers: Transfers, mode: Mode) -> None:
-        self.transfers = transfers
+    def __init__(self, transfers: Transfers, mode: Mode, fetches: Fetches) -> None:
+        self.transfers, self.fetches = transfers, fetches
         self.num_overtaken = 0
         self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode = mode
@@ -134,6 +135,7 @@ class Handoffs:
     def finished(self, request: Request, prefill: int | None, reason: FinishReason, now_ns: int) -> None:
         """A request has ended here. prefill: the instance that prefilled it, if it was another."""
         self.drop(request.request_id, f"the request ended: {reason}", now_ns)
+        self.fetches.drop(request)
         if prefill is not None and reason.succeeded and self._mode.gives_back:
             self._give_back(request, prefill, now_ns)
 
@@ -153,6 +155,9 @@ class Handoffs:
     def receive(self, inbox: Collection[tuple[int, PoolMessage]], sessions: Collection[str], now_ns: int) -> None:
         """Takes (sender, message) pairs. sessions: of the requests here; what is given back for them comes too late."""
         for sender, message in inbox:
+            if isinstance(message, Fetch):
+                self.fetches.receive(sender, message, now_ns)
+                continue
             if isinstance(message, Ask):
                 word = _words.decode(message.private)
                 self.num_overtaken += isinstance(word, GivenBack) and word.session_id in sessions
@@ -164,9 +169,42 @@ class Handoffs:
             late = msgspec.msgpack.encode(GivenBack(session_id))
             self.num_overtaken += sum(ask.private == late for ask in self.transfers.open_asks)
 
+    def answered(self, sender: int, message: PoolMessage, now_ns: int) -> bool:
+        """Takes what answers a ticket or a Fetch of this instance; False for what begins something here."""
+        if message.ticket[0] != self.transfers.incarnation:
+            return False
+        if not (isinstance(message, Refuse) and self.fetches.refused(message, now_ns)):
+            self.transfers.receive(sender, message, now_ns)
+        return True
+
+    def poll(self, now_ns: int) -> list[Ticket]:
+        """Lets time pass; the tickets that have ended."""
+        self.fetches.let_time_pass(now_ns)
+        ended = self.transfers.poll(now_ns)
+        for ticket in ended:
+            self.fetches.ended(ticket)
+        return ended
+
+    def peer_gone(self, incarnation: int, now_ns: int) -> None:
+        """Another instance's process is gone."""
+        self.transfers.peer_gone(incarnation, now_ns)
+        self.fetches.peer_gone(incarnation, now_ns)
+
+    def drain_outbox(self) -> list[tuple[int, PoolMessage]]:
+        """(incarnation, message) pairs to deliver."""
+        return self.transfers.drain_outbox() + self.fetches.drain_outbox()
+
+    def next_time_ns(self) -> int | None:
+        """When `poll` has something to do because of time alone; None when never."""
+        times = (self.transfers.next_time_ns(), self.fetches.next_time_ns())
+        return min((t for t in times if t is not None), default=None)
+
     def read(self, arrival: Arrival) -> Word:
-        """What came with an arrival."""
-        return _words.decode(arrival.private)
+        """What came with an arrival; a fetch is over with it."""
+        word = _words.decode(arrival.private)
+        if isinstance(word, FetchedKV):
+            self.fetches.arrived(word, arrival)
+        return word
 
     def take_over(self, word: HandedOver, arrival: Arrival) -> Request:
         """The request that has arrived; from now on it holds the blocks, not the ticket."""

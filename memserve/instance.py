@@ -14,7 +14,6 @@ so that the same instance runs in virtual time, in a torchrun rank, and inside `
 """
 
 from collections.abc import Collection, Generator
-from typing import Protocol
 
 import numpy as np
 
@@ -32,20 +31,12 @@ from memserve.messages import (
     unpack_tokens,
 )
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Phase, Request, Role, SamplingParams, ScheduledBatch, StepOutput
+from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.served import Served, drawn_seed, stop_strings
+from memserve.served import Served, new_request, stop_strings
 
 _CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
-
-
-class Runner(Protocol):
-    """Computes batches, and moves no request's borders. forward_by_layer: yields each layer that all KV is in."""
-
-    def forward(self, batch: ScheduledBatch) -> StepOutput: ...
-
-    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]: ...
 
 
 class Instance:
@@ -102,8 +93,7 @@ class Instance:
     def receive_from_peer(self, sender: int, message: PoolMessage, now_ns: int) -> None:
         """Takes a message of another instance's pool. What answers a ticket of ours is read at once."""
         assert self.handoffs is not None, "a colocated instance has no peers"
-        if message.ticket[0] == self.handoffs.transfers.incarnation:
-            self.handoffs.transfers.receive(sender, message, now_ns)
+        if self.handoffs.answered(sender, message, now_ns):
             self.poll(now_ns)
         else:
             self._peer_inbox.append((sender, message))
@@ -111,14 +101,14 @@ class Instance:
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """Another instance's process is gone: what is under way between the two has failed."""
         if self.handoffs is not None:
-            self.handoffs.transfers.peer_gone(incarnation, now_ns)
+            self.handoffs.peer_gone(incarnation, now_ns)
             self.poll(now_ns)
 
     def poll(self, now_ns: int) -> None:
         """Lets time pass: moves arrive, deadlines pass, tickets end, requests that waited for a grant may go on."""
         if self.handoffs is None:
             return
-        for ticket in self.handoffs.transfers.poll(now_ns):
+        for ticket in self.handoffs.poll(now_ns):
             request = self.handoffs.ended(ticket)
             if request is not None:
                 self._handed_off(request, ticket)
@@ -139,6 +129,7 @@ class Instance:
                 case _:
                     raise TypeError(f"an instance takes no {type(message).__name__}")
         self._read_peers(now_ns)
+        self._add_fetched(now_ns)
         self._began_ns = now_ns
         batch = self.scheduler.schedule()
         if self._ask_for_admitted(now_ns) and batch is None:
@@ -182,13 +173,14 @@ class Instance:
 
     def drain_peer_outbox(self) -> list[tuple[int, PoolMessage]]:
         """(incarnation, message) pairs for other instances since the last call."""
-        return [] if self.handoffs is None else self.handoffs.transfers.drain_outbox()
+        return [] if self.handoffs is None else self.handoffs.drain_outbox()
 
     def check(self) -> None:
         """Raises unless every book of this instance agrees with the others."""
         handing_off = [s.request for s in self._served.values() if s.request.phase is Phase.HANDING_OFF]
         self.scheduler.check(handing_off)
-        num_known = self.scheduler.num_unfinished + len(handing_off)
+        num_fetching = sum(s.request.phase is Phase.FETCHING for s in self._served.values())
+        num_known = self.scheduler.num_unfinished + len(handing_off) + num_fetching
         assert num_known == len(self._served), "requests were lost between instance and scheduler"
         if self.handoffs is not None:
             self.handoffs.transfers.check()
@@ -206,21 +198,15 @@ class Instance:
         except RequestRefused as refusal:
             self._outbox.append(Finished(message.request_id, message.attempt, FinishReason.REFUSED, str(refusal), None))
             return
-        request = Request(
-            message.request_id,
-            prompt,
-            message.params,
-            attempt=message.attempt,
-            session_id=message.session_id,
-            arrival_ns=message.arrival_ns,
-            seed=drawn_seed(self._seed, message.request_id),
-            max_num_tokens=len(prompt) + self.limits.max_tokens(len(prompt), message.params),
-        )
+        request = new_request(message, self._seed, self.limits.max_tokens(len(prompt), message.params))
         if self.handoffs is not None:
             self.handoffs.next_turn(message.session_id)
         stops = stop_strings(self._tokenizer, message.params)
         self._served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
-        self.scheduler.add(request)
+        if self.handoffs is not None and message.held_elsewhere:
+            self.handoffs.fetches.offer(request, message.held_elsewhere)
+        else:
+            self.scheduler.add(request)
 
     def _abort(self, message: Abort, now_ns: int) -> None:
         served = self._served.get(message.request_id)
@@ -285,6 +271,16 @@ class Instance:
             self.handoffs.transfers.settle(arrival)
             if isinstance(word, HandedOver):  # its prefill instance may have let go of it before it heard of the abort
                 self._outbox.append(Finished(word.request_id, word.attempt, *_CANCELLED, word.stats))
+
+    def _add_fetched(self, now_ns: int) -> None:
+        """Decides for what others hold more of, and lets go on what need not wait for it any more."""
+        if self.handoffs is None:
+            return
+        self.handoffs.fetches.decide(self.scheduler.num_cached, now_ns)
+        for request, record in self.handoffs.fetches.drain_ready():
+            served = self._served[request.request_id]
+            served.fetch, served.fetch_end_ns = record, now_ns
+            self.scheduler.add(request)
 
     def _adopt(self, word: HandedOver, arrival: Arrival) -> None:
         """A request whose prompt was prefilled elsewhere goes on here."""

@@ -22,6 +22,7 @@
 | `Reserved` | that pool -> the first                 | where they are                                               |
 | `Release`  | the first pool -> the other            | free them                                                    |
 | `Released` | the other pool -> the first            | they are free                                                |
+| `Fetch`    | an instance -> one that holds more     | send what you hold of this prefix; a transfer or `Refuse`    |
 
 Token ids travel as little-endian int32 bytes and times as int64 bytes, so that a message means the same in every
 process and no list of Python integers is built on the way.
@@ -30,6 +31,7 @@ process and no list of Python integers is built on the way.
 import msgspec
 import numpy as np
 
+from memserve.decisions import FetchRecord, Holding
 from memserve.request import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -48,6 +50,8 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Dispatch(msgspec.Struct, frozen=True, tag=True):
+    """held_elsewhere: who else may hold more of the prompt than the instance that is chosen (Eq. 2)."""
+
     request_id: str
     attempt: int
     session_id: str
@@ -55,6 +59,7 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     arrival_ns: int
     decode: int | None = None  # incarnation of the decode instance, for a prefill instance
+    held_elsewhere: tuple[Holding, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -76,11 +81,13 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 class RequestStats(msgspec.Struct, frozen=True):
     """What an instance counted for one attempt. Token counts; times in nanoseconds on the cluster's clock.
 
-    num_cached_local: prompt tokens found in the instance's own index at first admission. num_computed: tokens
+    num_cached_local: prompt tokens found in the instance's own index at first admission; num_fetched: those that had
+    come from another instance for this request. num_computed: tokens
     prefilled, those computed again after a preemption included; num_computed_on_decode: of them, by a decode instance.
     num_preemptions_on_decode: of num_preemptions, there. decode_instance: who generated all but the first token, "" if
     the same. granted_ns, received_ns, decode_scheduled_ns: when it granted the hand-off, had all of the KV, and began
-    its first step.
+    its first step.  fetch: what was decided about KV held elsewhere.  fetch_end_ns: when the request waited for
+    it no longer.
     """
 
     instance: str
@@ -92,12 +99,15 @@ class RequestStats(msgspec.Struct, frozen=True):
     num_computed: int
     num_generated: int
     num_preemptions: int
+    num_fetched: int = 0
     num_computed_on_decode: int = 0
     decode_instance: str = ""
     granted_ns: int | None = None
     received_ns: int | None = None
     num_preemptions_on_decode: int = 0
     decode_scheduled_ns: int | None = None
+    fetch: FetchRecord | None = None
+    fetch_end_ns: int | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
@@ -237,8 +247,20 @@ class Released(msgspec.Struct, frozen=True, tag=True):
     all: bool
 
 
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Send the KV of `tokens`, up to `limit` of them, of which the first num_held are here already.
+
+    ticket: (incarnation of who asks, its number there, below 0); the transfer that answers has one of its own.
+    """
+
+    ticket: tuple[int, int]
+    tokens: bytes
+    limit: int
+    num_held: int
+
+
 PoolMessage = (
-    Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck | Reserve | Reserved | Release | Released
+    Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck | Reserve | Reserved | Release | Released | Fetch
 )
 Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffFailed | Redirect | PoolMessage
 

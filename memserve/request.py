@@ -4,15 +4,15 @@
     # [0, num_cached) reused | [num_cached, num_computed) computed here | [num_computed, num_tokens) to do
     # [0, num_prompt) prompt | [num_prompt, num_tokens) generated
 
-Phases: WAITING -> RUNNING -> FINISHED; RUNNING -> WAITING by preemption; RUNNING -> HANDING_OFF on a prefill instance;
-any -> FINISHED by abort.
+Phases: WAITING -> RUNNING -> FINISHED, where KV is fetched FETCHING before; RUNNING -> WAITING by preemption;
+RUNNING -> HANDING_OFF on a prefill instance; any -> FINISHED by abort.
 """
 
 import enum
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -95,6 +95,7 @@ def _require_int(name: str, value: object, low: int, allowed: str, high: int | N
 
 class Phase(enum.Enum):
     WAITING = "waiting"
+    FETCHING = "fetching"
     RUNNING = "running"
     HANDING_OFF = "handing off"
     FINISHED = "finished"
@@ -282,3 +283,11 @@ class LayerRun(Generic[Output]):
         for _ in self:
             pass
         return self.output
+
+
+class Runner(Protocol):
+    """Computes batches, and moves no request's borders. forward_by_layer: yields each layer that all KV is in."""
+
+    def forward(self, batch: ScheduledBatch) -> StepOutput: ...
+
+    def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]: ...

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from memserve.messages import RequestStats, Tokens, pack_times, pack_tokens
+from memserve.decisions import FetchRecord
+from memserve.messages import Dispatch, RequestStats, Tokens, pack_times, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Request, SamplingParams, TokenLogprobs
@@ -41,6 +42,8 @@ class Served:
     prefill_stats: RequestStats | None = None  # of that instance
     granted_ns: int | None = None
     received_ns: int | None = None
+    fetch: FetchRecord | None = None  # what was decided about KV held elsewhere
+    fetch_end_ns: int | None = None
 
     def generated(self, token_ids: np.ndarray, times_ns: np.ndarray, logprobs: TokenLogprobs | None) -> Tokens:
         """The message of the request's last len(token_ids) tokens (int32 [n]), generated at times_ns (int64 [n])."""
@@ -60,6 +63,15 @@ class Served:
         if self.stop_strings is not None and self.stop_strings.ended_by(new_tokens):
             return FinishReason.STOP
         return FinishReason.LENGTH if request.num_tokens >= request.max_num_tokens else None
+
+    @property
+    def num_fetched(self) -> int:
+        """Tokens that were fetched for the request and still there when it was admitted."""
+        return (
+            0
+            if self.fetch is None
+            else min(self.fetch.num_fetched, max(self.request.num_cached - self.fetch.num_cached, 0))
+        )
 
     def stats(self, label: str) -> RequestStats:
         """The request's counts; of one that another instance prefilled, both instances' together."""
@@ -82,11 +94,29 @@ class Served:
             first_scheduled_ns=self.first_scheduled_ns,
             prefill_end_ns=self.prefill_end_ns,
             num_prompt=request.num_prompt,
-            num_cached_local=request.num_cached,
+            num_cached_local=request.num_cached - self.num_fetched,
+            num_fetched=self.num_fetched,
+            fetch=self.fetch,
+            fetch_end_ns=self.fetch_end_ns,
             num_computed=request.num_prefilled,
             num_generated=request.num_generated,
             num_preemptions=request.num_preemptions,
         )
+
+
+def new_request(message: Dispatch, engine_seed: int, max_tokens: int) -> Request:
+    """The request that a Dispatch asks for, whose answer may have max_tokens tokens."""
+    prompt = unpack_tokens(message.tokens)
+    return Request(
+        message.request_id,
+        prompt,
+        message.params,
+        attempt=message.attempt,
+        session_id=message.session_id,
+        arrival_ns=message.arrival_ns,
+        seed=drawn_seed(engine_seed, message.request_id),
+        max_num_tokens=len(prompt) + max_tokens,
+    )
 
 
 def stop_strings(tokenizer: Tokenizer | None, params: SamplingParams) -> StopStrings | None:

@@ -1,12 +1,16 @@
 """Every word in configs/ composes and runs three requests; every bad word is refused by name."""
 
+import msgspec
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from memserve import LocalCluster, load_config
+from memserve.cluster.costs import subject_of
 from memserve.compose import config_dir
 from memserve.config.checks import ConfigError
+from memserve.sched.cost_model.fitted import CostFile, Provenance
+from memserve.sched.cost_model.operator import OperatorCostModel
 
 SMALL = [
     "workload.num_sessions=3",
@@ -21,11 +25,26 @@ WORDS = sorted(
     if path.parent != config_dir()
 )
 DISAGGREGATED = ["mode=pd_caching_3", "cluster=1p1d"]
-BESIDE = {"granularity": DISAGGREGATED, "link": DISAGGREGATED, "mode": ["cluster=1p1d"]}  # what a word needs
+BESIDE = {  # what a word needs
+    "granularity": DISAGGREGATED,
+    "link": DISAGGREGATED,
+    "mode": ["cluster=1p1d"],
+    "fetch": ["cluster=colocated_2"],
+}
 
 
 def run(*words):
     return LocalCluster(load_config(words)).run()
+
+
+def cost_file(directory):
+    """Costs of this machine, made up."""
+    subject = subject_of(load_config(["exec=simulated"]), None)
+    provenance = Provenance("2026-01-01", "none", "none", 16, 1, 0.0, {})
+    operator = OperatorCostModel([1, 100], [0.001, 0.01], 0, 0, 0, 0, 0).arguments()
+    path = directory / "costs.json"
+    path.write_bytes(msgspec.json.encode(CostFile(subject, provenance, operator, {}, [], [])))
+    return path
 
 
 @pytest.mark.parametrize("word", [word for word in WORDS if word != "mode=colocated"])
@@ -49,7 +68,9 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
         words = ["model=tiny", *words]
     if word == "model=smollm2":
         request.getfixturevalue("smollm2_path")
-    report = run(*words, word)
+    if word == "cost_model=fitted":
+        words = [*words, f"cost_model.path={cost_file(tmp_path)}"]
+    report = run(word, *words)
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 
 

@@ -14,21 +14,22 @@ import tomllib
 from source_tree import ROOT, Source, is_module, sources
 
 FLOORS = [
-    {"clock", "request", "messages", "timeline", "config"},  # 0: words and numbers
+    {"clock", "request", "decisions", "messages", "timeline", "config"},  # 0: words and numbers
     {"transfer"},  # 1: moves and copies tensors; knows no KV
     {"kvcache"},  # 2: blocks
     {"model"},  # 3: tensors
     {"sched"},  # 4: decides; names no tensor
-    {"instance", "handoff", "served", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
+    {"instance", "handoff", "fetches", "served", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
     {"compose", "cluster", "llm", "scripts"},  # 6: drivers
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 
 # Units of one floor do not know each other, but for these.
 BESIDE = {
-    "messages": {"request"},
+    "messages": {"request", "decisions"},
     "timeline": {"request", "messages"},
     "config": {"request"},
+    "handoff": {"fetches"},
     "instance": {"handoff", "served"},
     "cluster": {"compose"},
     "llm": {"compose", "cluster"},

@@ -18,7 +18,7 @@ from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry
-from memserve.instance import Instance, Runner
+from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockCopier, BlockPool, IndexFactory, NothingToCopy
 from memserve.kvcache.index import NullIndex
@@ -31,7 +31,7 @@ from memserve.model.no_tokenizer import NoTokenizer
 from memserve.model.parallel import WHOLE, Shard, check_divides
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import Role
+from memserve.request import Role, Runner
 from memserve.sched.admission import Limits
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
@@ -151,7 +151,7 @@ def build_instance(
     handoffs = None
     if transport is not None:
         handoffs = build_handoffs(
-            cfg, role, pool, incarnation, _geometry(cfg, engine), transport, part.memories,
+            cfg, role, pool, incarnation, _geometry(cfg, engine), transport, part.memories, costs,
             getattr(cfg.cluster.tensor_parallel, role),
         )  # fmt: skip
     mode: Mode = make(cfg.mode)

@@ -153,7 +153,7 @@ class EmulatedCluster:
         if time_ns != node.timer_ns:
             return False
         assert node.instance.handoffs is not None and self.transport is not None
-        waits_ns = node.instance.handoffs.transfers.next_time_ns()
+        waits_ns = node.instance.handoffs.next_time_ns()
         arrives_ns = self.transport.next_time_ns()
         if any(t is not None and t <= time_ns for t in (waits_ns, arrives_ns)):
             return True
@@ -257,7 +257,7 @@ class EmulatedCluster:
             for time_ns in times:
                 self._push(time_ns, _PEER, self.nodes[peer], (sender, message))
         assert node.instance.handoffs is not None
-        self._set_timer(node, node.instance.handoffs.transfers.next_time_ns())
+        self._set_timer(node, node.instance.handoffs.next_time_ns())
         arrives_ns = transport.next_time_ns()
         if arrives_ns is not None:
             for endpoint in transport.waiting_endpoints:

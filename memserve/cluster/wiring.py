@@ -10,6 +10,7 @@ from memserve.clock import to_ns
 from memserve.cluster.make import make
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
+from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.block_pool import BlockPool
@@ -19,6 +20,9 @@ from memserve.kvcache.layout import CacheGeometry
 from memserve.kvcache.ticket import Timeouts
 from memserve.kvcache.transfers import Transfers
 from memserve.request import Role
+from memserve.sched.cost_model.base import CostModel
+from memserve.sched.cost_model.transfer import TransferCost
+from memserve.sched.fetch_policy import FetchPrices, NeverFetch
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.modes import Mode
@@ -32,18 +36,22 @@ from memserve.transfer.transport import Transport
 
 
 def build_transport(cfg: RunConfig) -> InProcess | None:
-    """What moves KV between the instances of this process; None where nothing is handed over."""
+    """What moves KV between the instances of this process; None where nothing is handed over or fetched."""
+    return InProcess(make(cfg.link)) if _transfers_kv(cfg) else None
+
+
+def _transfers_kv(cfg: RunConfig) -> bool:
     mode: Mode = make(cfg.mode)
-    return InProcess(make(cfg.link)) if mode.hand_off is not None else None
+    fetches = len(cfg.cluster.roles) > 1 and not isinstance(make(cfg.fetch), NeverFetch)
+    return mode.hand_off is not None or fetches
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:
-    """What moves KV between instances that are processes; None where nothing is handed over.
+    """What moves KV between instances that are processes; None where nothing is.
 
     store: of all of them.  host: this process's address, as the others reach it.
     """
-    mode: Mode = make(cfg.mode)
-    if mode.hand_off is None:
+    if not _transfers_kv(cfg):
         return None
     if cfg.transport == "mapped":
         return Mapped(store)
@@ -60,22 +68,26 @@ def build_handoffs(
     geometry: CacheGeometry,
     transport: Transport,
     memories: Sequence[torch.Tensor | None],
+    costs: CostModel,
     num_ranks: int = 1,
 ) -> Handoffs:
     """One instance's transfers. geometry, memories: of one rank's HBM and DRAM, of num_ranks over which its heads are
-    split; None where nothing is stored.
+    split; None where nothing is stored.  costs: of computing.
     """
-    t = cfg.transfer
+    t, granularity = cfg.transfer, _granularity(cfg, geometry, num_ranks)
+    timeouts = Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s))
     transfers = Transfers(
         pool,
         AddressBook(pool.allocator, incarnation),
         transport,
         memories,
-        _granularity(cfg, geometry, num_ranks),
-        Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s)),
+        granularity,
+        timeouts,
         cfg.sched.decode_headroom_blocks if role is Role.DECODE else 0,
     )
-    return Handoffs(transfers, make(cfg.mode))
+    transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
+    prices = FetchPrices(costs, transfer, cfg.kvcache.block_size)
+    return Handoffs(transfers, make(cfg.mode), Fetches(transfers, pool, make(cfg.fetch), prices, timeouts))
 
 
 def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:

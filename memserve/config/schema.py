@@ -98,6 +98,7 @@ class RunConfig:
     queue: Any = MISSING
     preemption: Any = MISSING
     swap: Any = MISSING
+    fetch: Any = MISSING
     layout: Any = MISSING
     cost_model: Any = MISSING
     model: ModelConfigNode = field(default_factory=ModelConfigNode)

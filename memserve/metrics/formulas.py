@@ -24,13 +24,15 @@ from memserve.timeline import RequestTimeline
 class Phases:
     """Where a request's time went, in seconds; None where it never came so far. They add up to its JCT.
 
-    dispatch: arrival until it reached the instance.  queue: until its first step began.  prefill: until the first
+    dispatch: arrival until it reached the instance.  fetch: until it waited no longer for KV of another instance; None
+    where nobody held more.  queue: until its first step began.  prefill: until the first
     token.  grant_wait: until the decode instance had made room.  transfer: until it had all of the KV.  decode_queue:
     until its first step there.  decode: until the end; time lost to preemption is in it.  The three before it are None
     where one instance does both, and what ended before the prefill did (by layer) counts as 0.
     """
 
     dispatch: float | None = None
+    fetch: float | None = None
     queue: float | None = None
     prefill: float | None = None
     grant_wait: float | None = None
@@ -78,7 +80,8 @@ def _phases(timeline: RequestTimeline) -> Phases:
         return Phases()
     phases = Phases(
         dispatch=_between_s(timeline.arrival_ns, stats.queued_ns),
-        queue=_between_s(stats.queued_ns, stats.first_scheduled_ns),
+        fetch=_between_s(stats.queued_ns, stats.fetch_end_ns),
+        queue=_between_s(stats.fetch_end_ns or stats.queued_ns, stats.first_scheduled_ns),
         prefill=_between_s(stats.first_scheduled_ns, stats.prefill_end_ns),
         decode=_between_s(stats.prefill_end_ns, timeline.finished_ns),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from memserve.clock import NS_PER_S, to_s
+from memserve.decisions import FetchRecord
 from memserve.messages import RequestStats
 from memserve.metrics.formulas import measure
 from memserve.timeline import RequestTimeline
@@ -25,6 +26,7 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
         "arrival_s": to_s(timeline.arrival_ns),
         "dispatched_s": _seconds(timeline.dispatched_ns),
         "queued_s": _seconds(_of(stats, "queued_ns")),
+        "fetch_end_s": _seconds(_of(stats, "fetch_end_ns")),
         "first_scheduled_s": _seconds(_of(stats, "first_scheduled_ns")),
         "prefill_end_s": _seconds(_of(stats, "prefill_end_ns")),
         "granted_s": _seconds(_of(stats, "granted_ns")),
@@ -37,10 +39,12 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
         "jct_s": metrics.jct,
         "num_prompt": timeline.num_prompt,
         "num_cached_local": _of(stats, "num_cached_local"),
+        "num_fetched": _of(stats, "num_fetched"),
         "num_computed": _of(stats, "num_computed"),
         "num_computed_on_decode": _of(stats, "num_computed_on_decode"),
         "num_generated": timeline.num_output,
         "num_preemptions": _of(stats, "num_preemptions"),
+        "fetch": None if stats is None or stats.fetch is None else fetch_record(stats.fetch),
         "finish_reason": None if timeline.reason is None else str(timeline.reason),
         "detail": timeline.detail,
         "output_token_ids": timeline.token_ids.tolist(),
@@ -49,6 +53,17 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
     if timeline.logprobs:
         record["logprobs"] = msgspec.to_builtins(timeline.logprobs, str_keys=True)
     return record
+
+
+def fetch_record(record: FetchRecord) -> dict[str, Any]:
+    """A decision to fetch or to compute; times and predictions in seconds, `actual_fetch_s` null where nothing came.
+
+    What computing took in fact is the request's prefill: from first_scheduled_s to prefill_end_s.
+    """
+    values = msgspec.to_builtins(record)
+    began_ns, ended_ns = values.pop("began_ns"), values.pop("ended_ns")
+    fetched_s = None if record.outcome != "fetched" or ended_ns is None else to_s(ended_ns - began_ns)
+    return {**values, "began_s": to_s(began_ns), "ended_s": _seconds(ended_ns), "actual_fetch_s": fetched_s}
 
 
 def record_lines(timelines: Iterable[RequestTimeline]) -> Iterator[str]:

@@ -99,6 +99,7 @@ def build_report(
         "hit_ratio": _hit_ratio(tokens),
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
         "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p)},
+        "fetches": _fetches(timelines),
         "instances": rows,
         "skew": _skew(rows),
         "routing": routing_figures(timelines, rows, tree_counts),
@@ -163,11 +164,18 @@ def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:
     return {
         "prompt": sum(stats.num_prompt for stats in begun),
         "cached_local": sum(stats.num_cached_local for stats in begun),
-        "fetched": 0,  # between instances that hand nothing over
+        "fetched": sum(stats.num_fetched for stats in begun),
         "computed": sum(stats.num_computed for stats in begun),
         "computed_on_decode": sum(stats.num_computed_on_decode for stats in begun),
         "generated": sum(stats.num_generated for stats in begun),
     }
+
+
+def _fetches(timelines: Sequence[RequestTimeline]) -> dict[str, int]:
+    """Decisions of Eq. 2 by what came of them: `computed` by choice, `fetched`, or `refused` and `failed`: computed."""
+    records = [t.stats.fetch for t in timelines if t.stats is not None and t.stats.fetch is not None]
+    found = Counter(record.outcome for record in records)
+    return {outcome: found[outcome] for outcome in ("computed", "fetched", "refused", "failed")}
 
 
 def _hit_ratio(tokens: dict[str, int]) -> float | None:
@@ -215,6 +223,7 @@ def _part_of(instance: str, stats: RequestStats) -> RequestStats | None:
         stats,
         num_prompt=0,
         num_cached_local=0,
+        num_fetched=0,
         num_computed=0,
         num_generated=stats.num_generated - first_tokens,
         num_preemptions=stats.num_preemptions_on_decode,

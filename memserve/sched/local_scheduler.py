@@ -124,7 +124,7 @@ class LocalScheduler:
         if request.phase is Phase.RUNNING:
             self._publish(request)
             self.running.remove(request)
-        elif request.phase is not Phase.HANDING_OFF:
+        elif request.phase not in (Phase.HANDING_OFF, Phase.FETCHING):
             (self._preempted if request in self._preempted else self.waiting).remove(request)
         self.pool.release_all(request.holder)
         request.phase = Phase.FINISHED
@@ -213,9 +213,10 @@ class LocalScheduler:
     def _next_waiting(self) -> Request | None:
         if self._preempted:
             return self._preempted[0]
-        return min(self.waiting, key=lambda r: self._queue.key(r, self._num_cached), default=None)
+        return min(self.waiting, key=lambda r: self._queue.key(r, self.num_cached), default=None)
 
-    def _num_cached(self, request: Request) -> int:
+    def num_cached(self, request: Request) -> int:
+        """Tokens of a request that would come from the cache now."""
         return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
 
     def _admit(self, request: Request) -> bool:

@@ -1,0 +1,203 @@
+"""Fetches: KV that this instance gets from others instead of computing it, and what others get from it. Sans-IO.
+
+    requester   offered -> decided once a batch -> Fetch -> the holder's transfer arrives            -> ready: fetched
+                                                         -> Refuse, deadline or the holder is gone   -> ready: computed
+                                                -> nothing is sent                                   -> ready: computed
+    holder      Fetch -> what it still holds more of: a best-effort transfer_with_insert; else Refuse
+
+A request waits here, holding no block, until it is ready; then the local scheduler has it as any other. What was
+fetched is found in the index. Whatever goes wrong costs time: the prompt is computed. A Fetch is repeated until
+something comes; a repeated one changes nothing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from memserve.decisions import FetchRecord, Holding
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.ticket import Arrival, Ticket, TicketState, Timeouts, TransferOptions
+from memserve.kvcache.transfers import Transfers
+from memserve.messages import Fetch, PoolMessage, Refuse, pack_tokens, unpack_tokens
+from memserve.request import Phase, Request
+from memserve.sched.admission import usable_prefix
+from memserve.sched.fetch_policy import Choice, FetchPolicy, FetchPrices
+
+NUM_REMEMBERED = 4096  # fetches that were served, so that a repeated Fetch is not served twice
+
+
+class FetchedKV(msgspec.Struct, frozen=True, tag=True):
+    """What travels beside KV that was asked for: which Fetch it answers."""
+
+    fetch: tuple[int, int]
+
+
+@dataclass
+class _Open:
+    """A fetch that has not come."""
+
+    request: Request
+    message: Fetch
+    record: FetchRecord
+    retry_ns: int
+    deadline_ns: int
+
+
+class Fetches:
+    """One instance's fetches, of both ends. timeouts: a fetch that has not come by the deadline is given up."""
+
+    def __init__(
+        self, transfers: Transfers, pool: BlockPool, policy: FetchPolicy, prices: FetchPrices, timeouts: Timeouts
+    ) -> None:
+        self._transfers, self._pool, self._policy, self._prices = transfers, pool, policy, prices
+        self._timeouts = timeouts
+        self._offers: list[tuple[Request, Sequence[Holding]]] = []
+        self._open: dict[tuple[int, int], _Open] = {}
+        self._ready: list[tuple[Request, FetchRecord | None]] = []
+        self._served: OrderedDict[tuple[int, int], Ticket] = OrderedDict()
+        self._outbox: list[tuple[int, PoolMessage]] = []
+        self._gone: set[int] = set()
+        self._num_fetches = 0
+
+    @property
+    def num_open(self) -> int:
+        """Requests that wait here for KV."""
+        return len(self._open)
+
+    def offer(self, request: Request, holdings: Sequence[Holding]) -> None:
+        """Takes a request of which others hold more; `decide` is next."""
+        request.phase = Phase.FETCHING
+        self._offers.append((request, holdings))
+
+    def decide(self, num_cached: Callable[[Request], int], now_ns: int) -> None:
+        """Fetch or compute, once for all that was offered since the last call. num_cached: tokens found here."""
+        offers, self._offers = self._offers, []
+        choices: list[tuple[Request, int, Choice]] = []
+        for request, holdings in offers:
+            best = self._best(request, holdings, num_cached(request))
+            if best is None:
+                self._ready.append((request, None))
+            else:
+                choices.append((request, *best))
+        if not choices:
+            return
+        batch = [choice for _, _, choice in choices]
+        fetch_s, compute_s = self._prices.fetch_time_s(batch), self._prices.compute_time_s(batch)
+        fetched = self._policy.fetches(fetch_s, compute_s)
+        for request, holder, choice in choices:
+            record = FetchRecord(
+                holder, choice.num_cached, choice.num_held, len(batch), fetch_s, compute_s, fetched, now_ns
+            )
+            if fetched:
+                self._ask(request, holder, choice, record, now_ns)
+            else:
+                self._ready.append((request, record))
+
+    def drain_ready(self) -> list[tuple[Request, FetchRecord | None]]:
+        """Requests that wait no longer, with what was decided; None where nobody holds more after all."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def drop(self, request: Request) -> None:
+        """A request has ended. Should its KV still come, it is cached."""
+        self._offers = [offer for offer in self._offers if offer[0] is not request]
+        self._ready = [entry for entry in self._ready if entry[0] is not request]
+        for ticket in [t for t, entry in self._open.items() if entry.request is request]:
+            del self._open[ticket]
+
+    def receive(self, sender: int, message: Fetch, now_ns: int) -> None:
+        """Somebody asks for KV."""
+        ticket = self._served.get(message.ticket)
+        if ticket is not None:
+            self.ended(ticket)  # open: the transfer repeats itself; failed: said again
+            return
+        tokens = unpack_tokens(message.tokens)
+        found = self._pool.match(tokens, message.limit)
+        if found.num_tokens <= message.num_held:
+            reason = f"{found.num_tokens} tokens are held, no more than the {message.num_held} there"
+            self._outbox.append((sender, Refuse(message.ticket, reason)))
+            return
+        private, options = (
+            msgspec.msgpack.encode(FetchedKV(message.ticket)),
+            TransferOptions(insert=True, best_effort=True),
+        )
+        sent = tokens[: found.num_tokens]
+        self._served[message.ticket] = self._transfers.start(sender, sent, found.blocks, options, private, now_ns)
+        if len(self._served) > NUM_REMEMBERED:
+            self._served.popitem(last=False)
+
+    def ended(self, ticket: Ticket) -> None:
+        """A transfer has ended: if it answered a Fetch and failed, whoever asked is told."""
+        if ticket.state is TicketState.FAILED:
+            for fetch, served in self._served.items():
+                if served is ticket:
+                    self._outbox.append((fetch[0], Refuse(fetch, ticket.reason)))
+
+    def refused(self, message: Refuse, now_ns: int) -> bool:
+        """Takes a Refuse if it answers a Fetch of this instance."""
+        if message.ticket[1] >= 0:
+            return False
+        self._fail(message.ticket, "refused", message.reason, now_ns)
+        return True
+
+    def arrived(self, word: FetchedKV, arrival: Arrival) -> None:
+        """KV is here, and in the index."""
+        entry = self._open.pop(word.fetch, None)
+        if entry is not None:
+            num_fetched = len(arrival.tokens) - arrival.num_held
+            changes = {"outcome": "fetched", "num_fetched": num_fetched, "ended_ns": arrival.received_ns}
+            self._ready.append((entry.request, msgspec.structs.replace(entry.record, **changes)))
+
+    def let_time_pass(self, now_ns: int) -> None:
+        """Asks again, and gives up what has not come by its deadline."""
+        for ticket, entry in list(self._open.items()):
+            if now_ns >= entry.deadline_ns:
+                self._fail(ticket, "failed", "not all of the KV came within the deadline", now_ns)
+            elif now_ns >= entry.retry_ns:
+                entry.retry_ns = now_ns + self._timeouts.retry_ns
+                self._outbox.append((entry.record.holder, entry.message))
+
+    def peer_gone(self, incarnation: int, now_ns: int) -> None:
+        """An instance's process is gone: nothing comes from it any more."""
+        self._gone.add(incarnation)
+        for ticket in [t for t, entry in self._open.items() if entry.record.holder == incarnation]:
+            self._fail(ticket, "failed", f"instance {incarnation} is gone", now_ns)
+
+    def drain_outbox(self) -> list[tuple[int, PoolMessage]]:
+        """(incarnation, message) pairs to deliver."""
+        out, self._outbox = self._outbox, []
+        return out
+
+    def next_time_ns(self) -> int | None:
+        """When `let_time_pass` has something to do."""
+        return min((min(e.retry_ns, e.deadline_ns) for e in self._open.values()), default=None)
+
+    def _best(self, request: Request, holdings: Sequence[Holding], num_cached: int) -> tuple[int, Choice] | None:
+        """Who holds most and what that is, or None if it is no more than what is here."""
+        me, size = self._transfers.incarnation, self._pool.block_size
+        others = [h for h in holdings if h.instance != me and h.instance not in self._gone]
+        if not others:
+            return None
+        best = max(others, key=lambda h: h.num_tokens)
+        num_held = min(best.num_tokens, usable_prefix(request.num_tokens)) // size * size
+        if num_held <= num_cached:
+            return None
+        return best.instance, Choice(request.num_tokens, num_cached, num_held)
+
+    def _ask(self, request: Request, holder: int, choice: Choice, record: FetchRecord, now_ns: int) -> None:
+        self._num_fetches += 1
+        ticket = (self._transfers.incarnation, -self._num_fetches)  # no transfer has a number below 0
+        tokens = pack_tokens(np.ascontiguousarray(request.tokens.view[: choice.num_held]))
+        message = Fetch(ticket, tokens, choice.num_held, choice.num_cached)
+        times = now_ns + self._timeouts.retry_ns, now_ns + self._timeouts.deadline_ns
+        self._open[ticket] = _Open(request, message, record, *times)
+        self._outbox.append((holder, message))
+
+    def _fail(self, ticket: tuple[int, int], outcome: str, reason: str, now_ns: int) -> None:
+        entry = self._open.pop(ticket, None)
+        if entry is not None:
+            record = msgspec.structs.replace(entry.record, outcome=outcome, reason=reason, ended_ns=now_ns)
+            self._ready.append((entry.request, record))
