@@ -17,7 +17,7 @@ media = st.sampled_from([HBM, HBM, DRAM])
 options = st.builds(TransferOptions, medium=media, best_effort=st.booleans(), pinned=st.booleans())
 events = st.lists(st.sampled_from(
     ["delivered"] * 12 + ["lost", "repeated", "overtaken", "a move", "a move", "a retry", "a retry", "a deadline",
-     "patience", "cancelled", "stalled", "settled", "given up", "deleted", "evicted", "room made"]
+     "patience", "cancelled", "stalled", "settled", "freed", "freed", "given up", "deleted", "evicted", "room made"]
 ), min_size=2, max_size=16)  # fmt: skip
 ways = st.lists(st.sampled_from(["on demand", "reserved", "unseen"]), max_size=3)
 
@@ -149,6 +149,8 @@ class WiresMachine(PoolWires):
             self.stall(3 * TIMEOUTS.deadline_ns)
         elif event == "settled":
             self.settle(pick, holder)
+        elif event == "freed":
+            self.free_reserved(pick, 0)
         elif event == "given up":
             self.abort(holder)
         elif event == "deleted":
