@@ -8,7 +8,7 @@ nothing: what a host grants to nobody who waits is given back.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,12 +41,16 @@ class _Wanted:
 
 @dataclass
 class _Owned:
-    """What is left of a reservation here. pool: the host's."""
+    """What is left of a reservation here. pool: the host's.
+
+    inserted: addresses, int64 [n], that the host's index may have by now: nothing may be written there any more.
+    """
 
     host: int
     holder: Holder
     addrs: np.ndarray
     pool: PoolSize
+    inserted: np.ndarray = field(default_factory=lambda: _NO_ADDRS)
 
 
 @dataclass
@@ -90,13 +94,24 @@ class Reservations:
     def pool_of(self, host: int, addrs: np.ndarray) -> PoolSize:
         """The size of the host's pool, if this pool has reserved all of `addrs` (int64 [n]) there.
 
-        Raises StaleAddress for any that it has not, or has freed.
+        Raises StaleAddress for any that it has not, or has freed; ValueError for any that was inserted there: the
+        host's index may answer with it, and a second write would change what other requests read.
         """
-        found = [owned for owned in self._owned.values() if owned.host == host and np.isin(owned.addrs, addrs).any()]
+        found = self._owning(host, addrs)
         known = np.concatenate([owned.addrs for owned in found]) if found else _NO_ADDRS
         if not len(addrs) or not np.isin(addrs, known).all() or len(np.unique(addrs)) != len(addrs):
             raise StaleAddress(f"addresses on instance {host}: expected each once, and reserved by alloc_mem from here")
+        if any(np.isin(owned.inserted, addrs).any() for owned in found):
+            raise ValueError(f"dst_addrs on instance {host}: expected none that a transfer_with_insert has gone to")
         return found[0].pool
+
+    def note_inserted(self, host: int, addrs: np.ndarray) -> None:
+        """The host's index may have `addrs` (int64 [n]) from now on."""
+        for owned in self._owning(host, addrs):
+            owned.inserted = np.union1d(owned.inserted, addrs[np.isin(addrs, owned.addrs)])
+
+    def _owning(self, host: int, addrs: np.ndarray) -> list[_Owned]:
+        return [owned for owned in self._owned.values() if owned.host == host and np.isin(owned.addrs, addrs).any()]
 
     def free(self, addrs: np.ndarray, holder: Holder, now_ns: int) -> None:
         """Gives up addresses (int64 [n]) that `holder` has reserved. Raises StaleAddress, with none given up."""

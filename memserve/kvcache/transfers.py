@@ -98,7 +98,7 @@ class Transfers:
 
         ready: the blocks are final; else `mark_ready` says when.  addrs: where they go, int64 [n] reserved before: no
         grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
-        tokens, StaleAddress for addresses that are not reserved.
+        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before.
         """
         needed = self._pool.blocks_for(len(tokens))
         if peer == self.incarnation:
@@ -116,6 +116,8 @@ class Transfers:
         )  # fmt: skip
         layers = self.geometry.num_layers
         ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
+        if addrs is not None and options.insert:
+            self._reservations.note_inserted(peer, addrs)
         if peer in self._gone:
             self._sending.peer_gone(peer, now_ns)
         return ticket

@@ -12,7 +12,7 @@ import time
 
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from kvcache.pool_machine import PoolMachine
+from kvcache.wires_machine import WiresMachine
 
 STEPS_A_ROUND = 2_000
 STEPS_AN_EXAMPLE = 100
@@ -27,7 +27,7 @@ def run_round(number):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(seed(number)(type("Fuzzed", (PoolMachine,), {})), settings=rules)
+    run_state_machine_as_test(seed(number)(type("Fuzzed", (WiresMachine,), {})), settings=rules)
 
 
 def main():

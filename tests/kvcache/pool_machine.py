@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from kvcache.pool_model import DRAM, HBM
-from kvcache.pool_pair import BLOCK_SIZE, NUM_BLOCKS, PoolPair, addrs_of, as_addrs
+from kvcache.pool_pair import BLOCK_SIZE, NUM_BLOCKS, PoolPair, addrs_of, as_addrs, refused
 
-from memserve.kvcache import NotHeld, OutOfBlocks, StaleAddress
+from memserve.kvcache import NotHeld, OutOfBlocks, Placement, StaleAddress
 
 holders = st.sampled_from([("request", name, 0) for name in "abcd"])
 lengths = st.integers(0, 7 * BLOCK_SIZE)
@@ -34,16 +34,26 @@ class PoolMachine(PoolPair):
     def alloc_mem(self, holder, count, medium):
         self.try_alloc(holder, count, medium)
 
+    @rule(holder=holders, count=st.integers(0, 2 * NUM_BLOCKS))
+    def alloc_mixed(self, holder, count):
+        blocks = self.model.alloc_mixed(holder, count)
+        if blocks is None:
+            refused(OutOfBlocks, lambda: self.pool.alloc_mem(count, Placement.MIXED, holder=holder))
+            self.side.learn()
+        else:
+            self.side.follow(blocks, self.pool.alloc_mem(count, Placement.MIXED, holder=holder))
+            self.side.write(blocks)
+
     def try_alloc(self, holder, count, medium=HBM):
         """New blocks, or None where the model says that there is no room."""
         if not self.model.room_for(count, medium):
-            self.refused(OutOfBlocks, lambda: self.pool.alloc_mem(count, medium, holder=holder))
-            self.learn()
+            refused(OutOfBlocks, lambda: self.pool.alloc_mem(count, medium, holder=holder))
+            self.side.learn()
             return None
         addrs = self.pool.alloc_mem(count, medium, holder=holder)
         blocks = self.model.alloc(holder, [None] * count, medium)
-        self.follow(blocks, addrs)
-        self.write(blocks)
+        self.side.follow(blocks, addrs)
+        self.side.write(blocks)
         return blocks
 
     @rule(holder=holders, mask=masks)
@@ -69,7 +79,7 @@ class PoolMachine(PoolPair):
         moved = self.model.swap_out(count)
         ticket = self.pool.swap_out(count)
         assert ticket.ended and ticket.ticket_id[0] == self.pool.incarnation
-        self.follow(moved, ticket.addrs)
+        self.side.follow(moved, ticket.addrs)
 
     @rule(holder=holders, mask=masks)
     def swap_in(self, holder, mask):
@@ -80,10 +90,10 @@ class PoolMachine(PoolPair):
         addrs = addrs_of(blocks)
         here = self.model.swap_in(holder, blocks)
         if here is None:
-            self.refused(OutOfBlocks, lambda: self.pool.swap_in(addrs, holder=holder))
-            self.learn()
+            refused(OutOfBlocks, lambda: self.pool.swap_in(addrs, holder=holder))
+            self.side.learn()
             return blocks
-        self.follow(here, self.pool.swap_in(addrs, holder=holder).addrs)
+        self.side.follow(here, self.pool.swap_in(addrs, holder=holder).addrs)
         return here
 
     @rule(holder=holders, mask=masks, resume=st.booleans())
@@ -93,7 +103,7 @@ class PoolMachine(PoolPair):
         there = self.model.move_out(holder, blocks)
         moved = self.pool.blocks.move_out(numbers, holder)
         assert (moved is None) == (there is None)
-        self.follow(there or [], self.pool.addresses(numbers[:0] if moved is None else moved))
+        self.side.follow(there or [], self.pool.addresses(numbers[:0] if moved is None else moved))
         if there and resume:
             self.bring_back(holder, there)
 
@@ -123,14 +133,14 @@ class PoolMachine(PoolPair):
     @rule(holder=holders, tokens=prompts, cached=st.integers(-6, 6), mask=masks, turn=st.integers(0, 7))
     def insert_any(self, holder, tokens, cached, mask, turn):
         """What the holder has, in any order and medium, as the KV of any prompt, cached or not; refused if it must."""
-        mine = chosen(self.model.mine(holder), mask)
+        mine = chosen([b for b in self.model.mine(holder) if self.model.is_at_rest(b)], mask)
         if 0 <= cached < len(self.model.index.blocks):  # in DRAM and long ones first
             by_depth = sorted(self.model.index.blocks.items(), key=lambda item: (-item[1].medium, -len(item[0])))
             tokens = by_depth[cached][0]
         path = self.model.index.prefixes(tokens)[: len(mine)]
         blocks = [*mine[turn:], *mine[:turn]][: len(path)]
         if path and not self.model.may_insert(path[-1], blocks):
-            self.refused(ValueError, lambda: self.pool.insert(path[-1], addrs_of(blocks), holder=holder))
+            refused(ValueError, lambda: self.pool.insert(path[-1], addrs_of(blocks), holder=holder))
         elif path:
             cached = self.model.index.blocks.values()
             fresh = [(block, prefix) for block, prefix in zip(blocks, path, strict=True) if block not in cached]
@@ -140,7 +150,7 @@ class PoolMachine(PoolPair):
     def insert(self, holder, tokens, blocks):
         whole, addrs = list(tokens[: len(blocks) * BLOCK_SIZE]), addrs_of(blocks)
         canonical = self.model.insert(holder, whole, blocks)
-        self.follow(canonical, self.pool.insert(whole, addrs, holder=holder))
+        self.side.follow(canonical, self.pool.insert(whole, addrs, holder=holder))
 
     @rule(tokens=prompts, limit=st.none() | lengths)
     def match(self, tokens, limit):
@@ -166,6 +176,26 @@ class PoolMachine(PoolPair):
             assert self.pool.blocks.clear() == len(gone)
             self.model.bury(gone)
 
+    # -- what is told -----------------------------------------------------------------------------------------------
+
+    @rule(pick=st.integers(0, 999))
+    def explain(self, pick):
+        """Of any block in use: who holds it and what it caches. Of others: why they are not in use."""
+        if blocks := list(self.model.refcounts()):
+            block = blocks[pick % len(blocks)]
+            story = self.pool.explain(block.addr)
+            prefix = next((list(p) for p, cached in self.model.index.blocks.items() if cached is block), None)
+            assert story.state == "in use" and sorted(story.holders) == sorted(self.model.holders_of(block))
+            assert (None if story.tokens is None else story.tokens.tolist()) == prefix
+        if self.model.dead:
+            assert self.pool.explain(self.model.dead[pick % len(self.model.dead)]).state == "stale"
+        for block in self.sides[self.there].model.refcounts():
+            assert self.pool.explain(block.addr).state == "not of this pool"
+
+    @rule()
+    def lose_events(self):
+        self.side.missed |= bool(self.pool.drain_events())
+
     # -- wrong calls: refused by name, and the invariants below see that nothing changed --------------------------
 
     @precondition(lambda self: self.model.dead)
@@ -175,41 +205,39 @@ class PoolMachine(PoolPair):
         addrs.insert(place, self.model.dead[pick % len(self.model.dead)])
         self.refused_everywhere(StaleAddress, addrs, holder)
 
-    @rule(holder=holders, medium=st.sampled_from([HBM, DRAM]), mask=masks)
-    def use_an_address_of_another_pool(self, holder, medium, mask):
-        if self.model.sizes[medium]:
-            theirs = self.other.alloc_mem(1, medium, holder=holder)
+    @rule(holder=holders, mask=masks)
+    def use_an_address_of_another_pool(self, holder, mask):
+        if theirs := self.sides[self.there].model.open_to_all():
             mine = addrs_of(chosen(self.model.mine(holder), mask)).tolist()
-            self.refused_everywhere(StaleAddress, [*mine, *theirs.tolist()], holder)
-            self.other.free_mem(theirs, holder=holder)
+            self.refused_everywhere(StaleAddress, [*mine, theirs[mask % len(theirs)].addr], holder)
 
     @rule(holder=holders, bad=not_holders, count=not_counts, tokens=not_tokens, addrs=not_addresses)
     def say_what_is_no_such_thing(self, holder, bad, count, tokens, addrs):
         self.refused_everywhere(ValueError, addrs, holder)
         mine = addrs_of(self.model.mine(holder)[:1])
-        self.refused(ValueError, lambda: self.pool.alloc_mem(1, holder=bad))
+        refused(ValueError, lambda: self.pool.alloc_mem(1, holder=bad))
         self.refused_everywhere(ValueError, mine, bad)
-        self.refused(ValueError, lambda: self.pool.alloc_mem(count, holder=holder))
-        self.refused(ValueError, lambda: self.pool.swap_out(count))
-        self.refused(ValueError, lambda: self.pool.insert(tokens, mine, holder=holder))
+        refused(ValueError, lambda: self.pool.alloc_mem(count, holder=holder))
+        refused(ValueError, lambda: self.pool.swap_out(count))
+        refused(ValueError, lambda: self.pool.insert(tokens, mine, holder=holder))
         for call in (self.pool.match, self.pool.delete):
-            self.refused(ValueError, functools.partial(call, tokens))
+            refused(ValueError, functools.partial(call, tokens))
         if count is not None:
-            self.refused(ValueError, lambda: self.pool.match([0, 0], count))
+            refused(ValueError, lambda: self.pool.match([0, 0], count))
 
     @rule(holder=holders, mask=masks)
     def use_what_another_holds(self, holder, mask):
         if foreign := self.model.of_others(holder):
             addrs = addrs_of([*chosen(self.model.mine(holder), mask), foreign[mask % len(foreign)]])
             for call in self.calls(addrs, holder, but="retain"):
-                self.refused(NotHeld, call)
+                refused(NotHeld, call)
 
     @rule(holder=holders, mask=masks)
     def use_a_block_twice_at_once(self, holder, mask):
         if blocks := chosen(self.model.mine(holder), mask):
             self.refused_everywhere((NotHeld, ValueError), addrs_of([*blocks, blocks[0]]), holder)
-            self.refused(ValueError, lambda: self.pool.retain(addrs_of(blocks), holder=holder))
-            self.refused(ValueError, lambda: self.pool.insert([0], addrs_of(blocks), holder=holder))
+            refused(ValueError, lambda: self.pool.retain(addrs_of(blocks), holder=holder))
+            refused(ValueError, lambda: self.pool.insert([0], addrs_of(blocks), holder=holder))
 
     def calls(self, addrs, holder, but=None):
         """Every call of the pool's that takes addresses, with these."""
@@ -225,14 +253,7 @@ class PoolMachine(PoolPair):
 
     def refused_everywhere(self, error, addrs, holder):
         for call in self.calls(addrs, holder):
-            self.refused(error, call)
-
-    def refused(self, error, call):
-        try:
-            call()
-        except error:
-            return
-        raise AssertionError(f"expected {error}")
+            refused(error, call)
 
 
 def chosen(blocks, mask):

@@ -5,7 +5,6 @@ the pool for it. So an operation may move blocks and evict one of them a moment 
 """
 
 from collections import Counter
-from itertools import count
 
 from kvcache.brute_force import BruteForceIndex
 
@@ -15,22 +14,25 @@ HBM, DRAM = Medium.HBM, Medium.DRAM
 
 
 class Block:
-    """medium and addr: where it is now. kv: the number that all of its KV must read as."""
+    """medium and addr: where it is now. kv: the number that all of its KV must read as; None while others write it."""
 
     def __init__(self, medium, kv, addr=None):
         self.medium, self.kv, self.addr = medium, kv, addr
 
 
 class PoolModel:
-    """held: holder -> blocks, in the order taken. dead: addresses of freed blocks. sizes: medium -> blocks."""
+    """held: holder -> blocks, in the order taken. dead: addresses of freed blocks. sizes: medium -> blocks.
 
-    def __init__(self, num_blocks, num_dram_blocks, **index):
+    scratch: numbers that no other block's KV has.
+    """
+
+    def __init__(self, num_blocks, num_dram_blocks, scratch, **index):
         self.sizes = {HBM: num_blocks, DRAM: num_dram_blocks}
         self.index = BruteForceIndex(self, **index)
         self.held = {}
         self.dead = []
         self.num_evicted = self.num_swapped_out = self.num_swapped_in = 0
-        self._scratch = count(-1, -1)
+        self._scratch = scratch
 
     def __getitem__(self, block):
         """The block's number of holders, the index included."""
@@ -53,8 +55,21 @@ class PoolModel:
         return self.held.get(holder, [])
 
     def of_others(self, holder):
-        """Blocks in use that this holder does not hold."""
-        return [block for block in self.refcounts() if block not in self.mine(holder)]
+        """Blocks in use that this holder does not hold, and may."""
+        return [block for block in self.open_to_all() if block not in self.mine(holder)]
+
+    def open_to_all(self):
+        """Blocks in use, but those that are only there for another pool to write to."""
+        closed = {b for h, blocks in self.held.items() if h[0] in ("remote", "quarantine") for b in blocks}
+        return [block for block in self.refcounts() if block.kv is not None and block not in closed]
+
+    def is_at_rest(self, block):
+        """Whether no other pool reads or writes it, so that a holder may compute it anew."""
+        return all(h[0] == "request" for h in self.holders_of(block) if h != ("index",))
+
+    def holders_of(self, block):
+        cached = [("index",)] if block in self.index.blocks.values() else []
+        return [*cached, *(holder for holder, blocks in self.held.items() if block in blocks)]
 
     # -- holders --------------------------------------------------------------------------------------------------
 
@@ -63,6 +78,18 @@ class PoolModel:
         blocks = [Block(medium, next(self._scratch), addr) for addr in addrs]
         self.take(holder, blocks)
         return blocks
+
+    def alloc_mixed(self, holder, num_blocks):
+        """Blocks of both media, those in HBM first: its free ones, then DRAM's, then what HBM caches. None: no room."""
+        wanted = max(0, num_blocks - self.free(HBM))
+        num_below = min(wanted, self.free(DRAM) + len(self.evictable(DRAM)))
+        if not self.room_for(num_below, DRAM):
+            return None
+        below = self.alloc(holder, [None] * num_below, DRAM)
+        if not self.room_for(num_blocks - num_below, HBM):
+            self.drop(holder, below)
+            return None
+        return [*self.alloc(holder, [None] * (num_blocks - num_below), HBM), *below]
 
     def take(self, holder, blocks):
         """The holder takes what it does not hold yet."""

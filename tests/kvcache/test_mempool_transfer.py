@@ -129,6 +129,20 @@ def test_blocks_allocated_on_another_instance_are_written_without_asking_again(p
     assert here.transfers.num_open == there.transfers.num_open == 0
 
 
+def test_addresses_that_were_inserted_elsewhere_are_written_no_second_time(pools):
+    here, there = pools
+    addrs, other = reserved(pools, 3).addrs, here.alloc_mem(2, holder=A)
+    here.transfer_with_insert(2, list(range(8)), here.alloc_mem(2, holder=A), addrs[:2])
+    for late in (False, True):
+        with pytest.raises(ValueError, match="expected none that a transfer_with_insert has gone to"):
+            here.transfer(2, other, addrs[1:])
+        with pytest.raises(ValueError, match="expected none that a transfer_with_insert has gone to"):
+            here.transfer_with_insert(2, list(range(50, 58)), other, addrs[:2])
+        assert late or play(pools)
+    assert here.transfer(2, other[:1], addrs[2:]) in play(pools)
+    assert there.match(list(range(8))).num_tokens == 8
+
+
 def test_addresses_elsewhere_are_given_up_in_parts_and_used_no_more(pools):
     here, there = pools
     addrs = reserved(pools, 4).addrs

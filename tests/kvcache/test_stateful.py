@@ -1,4 +1,5 @@
-"""Random sequences of every operation, 10,000 steps and more, against the brute-force model: the same ones each time.
+"""Random sequences of every operation on two pools and the wires between them, 10,000 steps and more, against the
+brute-force models: the same ones each time.
 
 `make fuzz MINUTES=5` runs fresh ones (fuzz.py).
 """
@@ -6,8 +7,8 @@
 import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from kvcache.pool_machine import PoolMachine
 from kvcache.pool_pair import EVICTIONS
+from kvcache.wires_machine import WiresMachine
 
 from memserve.kvcache import HashIndex, RadixIndex
 
@@ -15,9 +16,9 @@ STEPS_AN_EXAMPLE = 100
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)
-@pytest.mark.parametrize(("index", "num_examples"), [(RadixIndex, 32), (HashIndex, 12)])
-def test_a_pool_agrees_with_the_model_after_every_step(index, num_examples, eviction):
-    machine = type("Pool", (PoolMachine,), {"indexes": (index,), "evictions": (eviction,)})
+@pytest.mark.parametrize(("index", "num_examples"), [(RadixIndex, 20), (HashIndex, 8)])
+def test_two_pools_agree_with_their_models_after_every_step(index, num_examples, eviction):
+    machine = type("Pool", (WiresMachine,), {"indexes": (index,), "evictions": (eviction,)})
     rules = settings(
         max_examples=num_examples,
         stateful_step_count=STEPS_AN_EXAMPLE,

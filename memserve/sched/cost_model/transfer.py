@@ -46,7 +46,8 @@ class TransferCost:
 
 def _calls_and_bytes(granularity: Granularity, num_blocks: int, num_layers: int) -> tuple[int, int]:
     blocks = 2 * np.arange(num_blocks, dtype=np.int32)
-    here, there = End((0, 0), 2 * num_blocks, blocks), End((1, 0), 2 * num_blocks, blocks)
+    here, there = (End((end, 0), 2 * num_blocks, blocks, granularity.num_ranks) for end in (0, 1))
     nothing, everything = np.zeros(num_layers, dtype=np.int64), np.full(num_layers, num_blocks)
-    moves = [granularity.move(here, there, s.layer) for s in granularity.stretches(nothing, everything, num_blocks)]
+    stretches = granularity.stretches(nothing, everything, num_blocks)
+    moves = [move for stretch in stretches for move in granularity.moves(here, there, stretch.layer)]
     return sum(move.num_calls for move in moves), sum(move.num_bytes for move in moves)
