@@ -1,4 +1,4 @@
-"""KernelLaunch: one launch of a Triton kernel, to be run, interpreted on a CPU, or compiled for a GPU that is not there.
+"""KernelLaunch: one launch of a Triton kernel, to be run, interpreted on a CPU, or compiled for an absent GPU.
 
 Everything that names Triton goes through here, so that modules with kernels import where Triton is not installed. What
 is compiled for inspection is what would run: the signature is read off the launch's own arguments, which may then be
@@ -36,7 +36,8 @@ _TYPES = {
 
 
 def jit(*varying: str) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator for kernels. varying: integers that change from step to step; no variant is compiled for their values.
+    """A decorator for kernels. varying: numbers, and pointers into larger tensors, that change from step to step: no
+    variant is compiled for their values or alignment.
 
     Where Triton is not installed the function stays as it is and is never called.
     """
@@ -122,7 +123,7 @@ class KernelLaunch:
     def _is_aligned(self, name: str) -> bool:
         value = self.args[name]
         if isinstance(value, torch.Tensor):
-            return True  # as allocators align tensors
+            return name not in self._varying  # as allocators align what is not a part of another tensor
         return isinstance(value, int) and value % _ALIGNMENT == 0 and name not in self._varying
 
     @property

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel's default configuration for GPUs that need not be there, and says what each takes.
 
-    python scripts/compile_kernels.py                                  # all, for sm_80 and sm_90; same as make compile-all
+    python scripts/compile_kernels.py                                  # all of them: make compile-all
     python scripts/compile_kernels.py --capabilities 90 --kernels paged_decode --markdown table.md
 
 Every line is one kernel, head dim and dtype with the configuration that the runner would use: registers of a thread,

@@ -56,6 +56,7 @@ class ModelRunner:
         self.block_size = block_size
         self._kv, self._kv_layers = kv, kv.unbind(0)
         self._attention: type[Attention] = attention_backend(attention)
+        self._attention.check(model.device, model.dtype)
         self._sampler = model.shard.sampler(sampler if sampler is not None else Sampler())
         if model.decode_graph is not None:
             model.decode_graph.warm_up(kv)
@@ -98,7 +99,7 @@ class ModelRunner:
                 x_TE = layer(x_TE, rotation, attention)
             yield i
         with torch.inference_mode():
-            return self.model.logits(x_TE[step.sample_rows_S])
+            return self.model.logits(x_TE[step.sample_rows_S], attention.ops)
 
     @torch.inference_mode()
     def _sample(

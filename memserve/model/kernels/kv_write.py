@@ -13,10 +13,10 @@ from memserve.model.kernels.configs import ELEMENTWISE, power_of_two
 
 @jit()
 def _kv_write_kernel(
-    qk_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, q_out_ptr: tl.tensor, kv_ptr: tl.tensor,
-    slots_ptr: tl.tensor, qk_stride_T: tl.tensor, v_stride_T: tl.tensor,
-    kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    qk_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, q_out_ptr: tl.tensor,
+    kv_ptr: tl.tensor, slots_ptr: tl.tensor, qk_stride_T: tl.tensor, v_stride_T: tl.tensor, kv_stride_2: tl.tensor,
+    kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor, H: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots_ptr + token)  # int64; negative: a padding row, which writes nowhere

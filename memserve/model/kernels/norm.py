@@ -14,8 +14,8 @@ from memserve.model.kernels.configs import norm_config, power_of_two
 @jit("num_rows")
 def _norm_kernel(
     x_ptr: tl.tensor, delta_ptr: tl.tensor, sum_ptr: tl.tensor, y_ptr: tl.tensor, scale_ptr: tl.tensor,
-    x_stride_T: tl.tensor, num_rows: tl.tensor, sum_eps: tl.tensor,
-    W: tl.constexpr, E: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    x_stride_T: tl.tensor, num_rows: tl.tensor, sum_eps: tl.tensor, W: tl.constexpr, E: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ) -> None:  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_E)[None, :]
@@ -49,14 +49,14 @@ def norm_launch(
     """
     num_features = x.shape[-1]
     num_heads = x.shape[1] if x.dim() == 3 else 1
-    assert x[0].is_contiguous() and y.is_contiguous() and scale.shape[-1] == num_features
+    assert x.stride()[1:] == y.stride()[1:] and y.is_contiguous() and scale.shape[-1] == num_features
     config = norm_config(num_features)
     block = power_of_two(num_features)
     rows = max(1, config.block_elements // block)
     num_rows = x.numel() // num_features
     adds = delta_TE is not None and sum_TE is not None
     args = {
-        "x_ptr": x, "delta_ptr": delta_TE if delta_TE is not None else x, "sum_ptr": sum_TE if sum_TE is not None else y,
+        "x_ptr": x, "delta_ptr": x if delta_TE is None else delta_TE, "sum_ptr": y if sum_TE is None else sum_TE,
         "y_ptr": y, "scale_ptr": scale, "x_stride_T": x.stride(0), "num_rows": num_rows, "sum_eps": sum_eps,
     }  # fmt: skip
     constants = {"W": num_heads, "E": num_features, "ADD": adds, "ROWS": rows, "BLOCK_E": block}

@@ -29,11 +29,11 @@ def _split_tokens(num_kv: tl.tensor, MAX_SPLITS: tl.constexpr, MIN_SPLIT_TOKENS:
     return tl.maximum(tl.cdiv(tl.cdiv(num_kv, MAX_SPLITS), MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
 
 
-@jit("table_stride_R", "num_splits")
+@jit("table_stride_R", "num_splits", "requests_ptr", "rows_ptr")
 def _paged_decode_kernel(
-    q_ptr: tl.tensor, sums_ptr: tl.tensor, log_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor, lens_ptr: tl.tensor,
-    requests_ptr: tl.tensor, rows_ptr: tl.tensor, table_stride_R: tl.tensor, num_splits: tl.tensor, scale: tl.tensor,
-    kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
+    q_ptr: tl.tensor, sums_ptr: tl.tensor, log_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor,
+    lens_ptr: tl.tensor, requests_ptr: tl.tensor, rows_ptr: tl.tensor, table_stride_R: tl.tensor, num_splits: tl.tensor,
+    scale: tl.tensor, kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
     MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -71,11 +71,11 @@ def _paged_decode_kernel(
         tl.store(log_ptr + part, peak + tl.log2(total), mask=g < G)
 
 
-@jit("num_splits")
+@jit("num_splits", "requests_ptr", "rows_ptr")
 def _combine_kernel(
-    sums_ptr: tl.tensor, log_ptr: tl.tensor, out_ptr: tl.tensor, lens_ptr: tl.tensor, requests_ptr: tl.tensor, rows_ptr: tl.tensor,
-    num_splits: tl.tensor, H: tl.constexpr, D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    sums_ptr: tl.tensor, log_ptr: tl.tensor, out_ptr: tl.tensor, lens_ptr: tl.tensor, requests_ptr: tl.tensor,
+    rows_ptr: tl.tensor, num_splits: tl.tensor, H: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     head, i = tl.program_id(0), tl.program_id(1)
     num_kv = tl.load(lens_ptr + tl.load(requests_ptr + i)).to(tl.int32)
@@ -85,7 +85,8 @@ def _combine_kernel(
     mask = (s < used)[:, None] & (d < D)[None, :]
     logs = tl.load(log_ptr + part, mask=s < used, other=float("-inf"))
     sums = tl.load(sums_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
-    weights = tl.where(s < used, tl.exp2(logs - tl.max(logs, axis=0)), 0.0)
+    peak = tl.where(used > 0, tl.max(logs, axis=0), 0.0)
+    weights = tl.exp2(logs - peak)
     total = tl.where(used > 0, tl.sum(weights, axis=0), 1.0)
     out = tl.sum(sums * weights[:, None], axis=0) / total
     tl.store(out_ptr + (tl.load(rows_ptr + i) * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
@@ -93,7 +94,8 @@ def _combine_kernel(
 
 def num_splits(num_kv: np.ndarray) -> np.ndarray:
     """int64: into how many splits each length (int64, >= 0) is cut, at most MAX_SPLITS."""
-    tokens = np.maximum(-(-(-(-num_kv // MAX_SPLITS)) // MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
+    share = -(-num_kv // MAX_SPLITS)
+    tokens = np.maximum(-(-share // MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
     splits: np.ndarray = -(-num_kv // tokens)
     return splits
 

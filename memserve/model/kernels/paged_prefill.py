@@ -18,15 +18,16 @@ import torch
 from memserve.jit import KernelLaunch, jit, tl
 from memserve.model.kernels.configs import paged_prefill_config, power_of_two
 from memserve.model.kernels.paged_tile import attend_tile
+from memserve.transfer.block_copy import to_device
 
 
-@jit("table_stride_R")
+@jit("table_stride_R", "tile_requests_ptr", "tile_tokens_ptr")
 def _paged_prefill_kernel(
-    q_ptr: tl.tensor, out_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor, starts_ptr: tl.tensor, lens_ptr: tl.tensor,
-    tile_requests_ptr: tl.tensor, tile_tokens_ptr: tl.tensor, table_stride_R: tl.tensor, scale: tl.tensor,
-    kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
-    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr: tl.tensor, out_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor, starts_ptr: tl.tensor,
+    lens_ptr: tl.tensor, tile_requests_ptr: tl.tensor, tile_tokens_ptr: tl.tensor, table_stride_R: tl.tensor,
+    scale: tl.tensor, kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     request, first = tl.load(tile_requests_ptr + tile), tl.load(tile_tokens_ptr + tile).to(tl.int32)
@@ -80,12 +81,6 @@ class PrefillTiles:
         columns = np.stack((tile_requests[order], tokens[order])).astype(np.int32)
         requests_P, tokens_P = to_device(columns, device)
         return PrefillTiles(requests_P, tokens_P)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on `device`; to a GPU through pinned memory, so that nobody waits for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def tokens_a_tile(num_groups: int, head_dim: int, dtype: torch.dtype, capability: int) -> int:

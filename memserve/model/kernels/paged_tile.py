@@ -14,18 +14,15 @@ from memserve.jit import jit, tl
 @jit()
 def _load_rows(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
     """Unmasked where that is known beforehand: such loads are wider and run further ahead."""
-    if MASKED:
-        rows = tl.load(pointers, mask=mask, other=0.0)
-    else:
-        rows = tl.load(pointers)
-    return rows
+    return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
 
 
 @jit()
 def attend_tile(
-    q: tl.tensor, sums: tl.tensor, total: tl.tensor, peak: tl.tensor, first: tl.tensor, end: tl.tensor, last_seen: tl.tensor, scale: tl.tensor,
-    table_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q: tl.tensor, sums: tl.tensor, total: tl.tensor, peak: tl.tensor, first: tl.tensor, end: tl.tensor,
+    last_seen: tl.tensor, scale: tl.tensor, table_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor,
+    kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Folds in positions [first, first + N); of them, where MASKED, those below `end` that row m sees: <= last_seen[m].
 
