@@ -22,7 +22,7 @@ import torch._inductor.config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from memserve.clock import monotonic_ns, to_s
-from memserve.model.attention.base import LayerAttention
+from memserve.model.attention.base import TorchWrite
 from memserve.model.batch import ForwardBatch
 from memserve.model.ops import Ops
 from memserve.model.rope import RotaryEmbedding
@@ -121,7 +121,7 @@ class DecodeGraph:
         return model.logits(x_RE, attention.ops)
 
 
-class _TracedAttention(LayerAttention):
+class _TracedAttention(TorchWrite):
     """Attention as plain tensor algebra over the block table, for the compiler to fuse.
 
     Each block is reduced on its own first, so that its values are read while they are near.

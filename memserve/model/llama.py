@@ -102,6 +102,7 @@ class Llama(torch.nn.Module):
         self.config = config = load.shard.config(config)
         self.dtype, self.device, self.shard = load.dtype, load.device, load.shard
         self.decode_graph: DecodeGraph | None = None
+        self.captures_decode = False
         shape = (config.vocab_size, config.hidden_size)
         self.register_buffer("embedding_VE", load.tensor("model.embed_tokens.weight", shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
@@ -116,7 +117,8 @@ class Llama(torch.nn.Module):
         return load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
 
     def compile(self) -> None:
-        """Lets decode steps run as one compiled graph; it is built when a runner starts. See `DecodeGraph`.
+        """Lets decode steps run as one graph, built when a runner starts: on a GPU each runner captures its own
+        (`CapturedDecode`), elsewhere all share a compiled one (`DecodeGraph`).
 
         Raises ValueError where that cannot be: on a model split over ranks, and see `DecodeGraph`.
         """
@@ -124,7 +126,9 @@ class Llama(torch.nn.Module):
             raise ValueError(
                 f"model.compile=true: contradicts a model split over {self.shard.size} ranks, expected false"
             )
-        self.decode_graph = DecodeGraph(self)
+        self.captures_decode = self.device.type == "cuda"
+        if not self.captures_decode:
+            self.decode_graph = DecodeGraph(self)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, E]."""

@@ -22,10 +22,23 @@ class LayerAttention(ABC):
 
     ops: Ops = TorchOps()
 
+    @abstractmethod
     def rotate_and_write(
         self, layer: int, qk_THD: torch.Tensor, v_TKD: torch.Tensor, rotation: Rotation
     ) -> torch.Tensor:
         """Rotates queries and keys, [T, H + K, D], and stores keys and values. Returns the queries, [T, H, D]."""
+
+    @abstractmethod
+    def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """Causal attention of each token to its request's KV up to itself, after the write. Returns [T, H, D]."""
+
+
+class TorchWrite(LayerAttention):
+    """RoPE in torch, and then the write."""
+
+    def rotate_and_write(
+        self, layer: int, qk_THD: torch.Tensor, v_TKD: torch.Tensor, rotation: Rotation
+    ) -> torch.Tensor:
         turned_THD = rotate(qk_THD, *rotation)
         num_heads = qk_THD.shape[1] - v_TKD.shape[1]
         self.write(layer, torch.stack((turned_THD[:, num_heads:], v_TKD), 1))
@@ -35,12 +48,8 @@ class LayerAttention(ABC):
     def write(self, layer: int, new_kv_T2KD: torch.Tensor) -> None:
         """Stores the step's new keys and values in the slots of its tokens."""
 
-    @abstractmethod
-    def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """Causal attention of each token to its request's KV up to itself, after the write. Returns [T, H, D]."""
 
-
-class Attention(LayerAttention):
+class Attention(TorchWrite):
     """Attention of one step. What all layers share is worked out once, by the constructor.
 
     A backend is a subclass. The runner makes one object a step.
