@@ -104,7 +104,7 @@ class CapturedDecode:
         self._steps = recorded[::-1]
 
     def takes(self, batch: ForwardBatch) -> bool:
-        """Whether a graph computes such a batch. All its rows sample: who reads their tokens has waited for the step."""
+        """Whether a graph computes such a batch. All its rows sample: their tokens are read before the next step."""
         fits = batch.num_requests <= BUCKETS[-1] and batch.block_tables.shape[1] <= self._max_blocks
         return batch.decode_only and fits and len(batch.sample_rows) == batch.num_requests
 
