@@ -29,6 +29,7 @@ def run_child(command: list[str], **environment: str) -> str:
 
 
 @needs_triton
+@pytest.mark.timeout(600)  # seconds on a free machine; the interpreter is slow beside other work
 @pytest.mark.parametrize("name", ["check_attention.py", "check_captured.py", "check_rest.py"])
 def test_interpreted_kernels_equal_plain_torch(name) -> None:
     said = run_child(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)], TRITON_INTERPRET="1")
