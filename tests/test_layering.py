@@ -45,7 +45,7 @@ CONFINED = {
     "omegaconf": {"config", "compose", "cluster", "scripts"},
     "transformers": {"model", "scripts"},
     "gguf": {"model"},
-    "triton": {"jit"},
+    "triton": {"jit", "scripts"},
     "wandb": {"metrics"},
     "rich": {"metrics", "cluster", "scripts"},
     "zmq": {"cluster"},
