@@ -4,10 +4,11 @@
 # make lint    the first three of those
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
 # make fuzz    random operations on the block pool against a brute-force model, for MINUTES=5, with fresh seeds
+# make compile-all  every Triton kernel compiled for sm_80 and sm_90, without a GPU: registers, spills, shared memory
 # make survive real processes killed and stopped at random moments of SEEDS=50 runs; answers right or failures named
 # make clean   removes caches and build products; keeps .venv and outputs/
 
-.PHONY: setup demo test lint bench fuzz survive clean
+.PHONY: setup demo test lint bench fuzz compile-all survive clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -48,6 +49,9 @@ bench: setup
 
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m kvcache.fuzz --minutes $(or $(MINUTES),5)
+
+compile-all: setup
+	$(BIN)/python scripts/compile_kernels.py
 
 survive: setup
 	PYTHONPATH=tests $(BIN)/python tests/cluster/survival.py --seeds $(or $(SEEDS),50)

@@ -60,11 +60,18 @@ def resolve(composed: DictConfig) -> RunConfig:
     cfg = cast(RunConfig, merged)
     check_config(cfg)
     if cfg.model.attention == "auto":
-        cfg.model.attention = "sparse" if (cfg.model.device, cfg.model.dtype) == ("cpu", "float32") else "sdpa"
+        cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
     for name in TARGETS:
         check_target(name, cast(dict[str, Any], OmegaConf.to_container(merged[name])))
     OmegaConf.set_readonly(merged, True)
     return cfg
+
+
+def _best_attention(device: str, dtype: str) -> str:
+    """What attention=auto means."""
+    if device.startswith("cuda"):
+        return "triton"
+    return "sparse" if (device, dtype) == ("cpu", "float32") else "sdpa"
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -159,3 +159,17 @@ def test_a_loaded_config_is_read_only():
 def test_overrides_must_be_a_list():
     with pytest.raises(ConfigError, match="expected a list"):
         load_config("index=none")
+
+
+@pytest.mark.parametrize(
+    ("words", "attention"),
+    [([], "sparse"), (["model.dtype=bfloat16"], "sdpa"), (["model.device=cuda"], "triton")],
+)
+def test_attention_auto_is_the_fastest_that_can(words, attention):
+    assert load_config(words).model.attention == attention
+
+
+def test_triton_on_a_cpu_is_refused_before_anything_runs():
+    words = ["model=tiny", "model.attention=triton", *SMALL]
+    with pytest.raises(ValueError, match=r"attention='triton' on cpu: expected a CUDA device"):
+        run(*words)

@@ -14,7 +14,7 @@ import tomllib
 from source_tree import ROOT, Source, is_module, sources
 
 FLOORS = [
-    {"clock", "request", "decisions", "messages", "timeline", "config"},  # 0: words and numbers
+    {"clock", "request", "decisions", "messages", "timeline", "config", "jit"},  # 0: words, numbers, kernel launches
     {"transfer"},  # 1: moves and copies tensors; knows no KV
     {"kvcache"},  # 2: blocks
     {"model"},  # 3: tensors
@@ -41,11 +41,12 @@ ONLY = {("model", "kvcache"): {"memserve.kvcache.layout"}}
 
 # Libraries that only these units may import.
 CONFINED = {
-    "torch": {"transfer", "kvcache", "model", "hash_runner", "cluster", "scripts", "metrics"},
+    "torch": {"jit", "transfer", "kvcache", "model", "hash_runner", "cluster", "scripts", "metrics"},
     "hydra": {"compose", "cluster", "scripts"},
     "omegaconf": {"config", "compose", "cluster", "scripts"},
     "transformers": {"model", "scripts"},
     "gguf": {"model"},
+    "triton": {"jit", "scripts"},
     "wandb": {"metrics"},
     "rich": {"metrics", "cluster", "scripts"},
     "zmq": {"cluster"},

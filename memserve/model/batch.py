@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from memserve.request import ScheduledBatch
+from memserve.transfer.block_copy import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class ForwardBatch:
         return self._tensor(self.sample_rows)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(array, self.device)
 
     def next_step(self, token_ids_R: torch.Tensor) -> "ForwardBatch":
         """The decode step after this one (itself a decode step): token_ids_R int64 [R] are what it sampled."""
@@ -109,7 +110,7 @@ def build_forward_batch(batch: ScheduledBatch, block_size: int, device: torch.de
     block_tables = _block_tables(batch, -(-(seq_lens + batch.num_steps - 1) // block_size))
     tokens = [r.tokens.view[c:n] for r, c, n in zip(batch.requests, num_computed, seq_lens, strict=True)]
     return ForwardBatch(
-        token_ids=torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device),
+        token_ids=to_device(np.concatenate(tokens).astype(np.int64), device),
         positions=positions,
         slot_mapping=_slots(block_tables, rows, positions, block_size),
         block_tables=block_tables,

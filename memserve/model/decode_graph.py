@@ -22,7 +22,9 @@ import torch._inductor.config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from memserve.clock import monotonic_ns, to_s
+from memserve.model.attention.base import TorchWrite
 from memserve.model.batch import ForwardBatch
+from memserve.model.ops import Ops
 from memserve.model.rope import RotaryEmbedding
 
 # Most requests of a compiled step; above it products are bound by arithmetic and eager is as fast.
@@ -50,7 +52,7 @@ class Decoder(Protocol):
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor: ...
-    def logits(self, x_SE: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, x_SE: torch.Tensor, ops: Ops) -> torch.Tensor: ...
 
 
 class DecodeGraph:
@@ -116,10 +118,10 @@ class DecodeGraph:
         x_RE = model.embed(token_ids_R)
         for layer in model.layers:
             x_RE = layer(x_RE, rotation, attention)
-        return model.logits(x_RE)
+        return model.logits(x_RE, attention.ops)
 
 
-class _TracedAttention:
+class _TracedAttention(TorchWrite):
     """Attention as plain tensor algebra over the block table, for the compiler to fuse.
 
     Each block is reduced on its own first, so that its values are read while they are near.

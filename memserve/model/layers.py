@@ -20,7 +20,7 @@ class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least.
 
     Written with the vector norm: |x| / sqrt(n) is the root mean square and hypot adds eps under the root, so that all
-    of it is four small operators instead of seven. `scale` is weight * sqrt(n).
+    of it is four small operators instead of seven. `scale` is weight * sqrt(n), `sum_eps` n * eps.
     """
 
     scale: torch.Tensor
@@ -30,8 +30,9 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         num_features = weight.shape[-1]
+        self.sum_eps = num_features * eps
         self.register_buffer("scale", wide * math.sqrt(num_features))
-        self.register_buffer("root_eps", wide.new_tensor(math.sqrt(num_features * eps)))
+        self.register_buffer("root_eps", wide.new_tensor(math.sqrt(self.sum_eps)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(self.scale.dtype)

@@ -10,16 +10,15 @@ Shape legend: T tokens, E hidden size, H query heads, K kv heads, D head dim, V 
 import torch
 from torch.nn import functional
 
-from memserve.model.attention.base import Attention
+from memserve.model.attention.base import LayerAttention
 from memserve.model.decode_graph import DecodeGraph
-from memserve.model.layers import Linear, RMSNorm, swiglu
+from memserve.model.layers import Linear, RMSNorm
 from memserve.model.loader import Loader
 from memserve.model.model_config import ModelConfig
+from memserve.model.ops import Ops
 from memserve.model.parallel import WHOLE, Shard
-from memserve.model.rope import RotaryEmbedding, rotate
+from memserve.model.rope import RotaryEmbedding, Rotation
 from memserve.model.weights import WeightSource
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class SelfAttention(torch.nn.Module):
@@ -41,16 +40,16 @@ class SelfAttention(torch.nn.Module):
         k_D = load.tensor(f"{prefix}.k_norm.weight", (self.head_dim,))
         return torch.cat((q_D.expand(self.num_heads, -1), k_D.expand(self.num_kv_heads, -1)))
 
-    def qkv_of(self, x_TE: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [T, H, D] and the new KV [T, 2, K, D] of normed hidden states."""
+    def forward(self, layer: int, x_TE: torch.Tensor, rotation: Rotation, attention: LayerAttention) -> torch.Tensor:
+        """Of normed hidden states, [T, E]; writes their KV. Of a model split over ranks, this rank's addend."""
         qkv_THD = self.qkv(x_TE).view(len(x_TE), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         qk_THD = qkv_THD[:, :num_rotated]
         if self.qk_norm is not None:
-            qk_THD = self.qk_norm(qk_THD)
-        qk_THD = rotate(qk_THD, *rotation)
-        q_THD, k_TKD = qk_THD[:, : self.num_heads], qk_THD[:, self.num_heads :]
-        return q_THD, torch.stack((k_TKD, qkv_THD[:, num_rotated:]), 1)
+            qk_THD = attention.ops.norm(self.qk_norm, qk_THD)
+        q_THD = attention.rotate_and_write(layer, qk_THD, qkv_THD[:, num_rotated:], rotation)
+        y_TE: torch.Tensor = self.o(attention.attend(layer, q_THD).flatten(1))
+        return y_TE
 
 
 class MLP(torch.nn.Module):
@@ -64,8 +63,8 @@ class MLP(torch.nn.Module):
             f"{prefix}.down_proj", config.hidden_size, config.intermediate_size, config.mlp_bias
         )
 
-    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        y_TE: torch.Tensor = self.down(swiglu(self.gate_up(x_TE)))
+    def forward(self, x_TE: torch.Tensor, ops: Ops) -> torch.Tensor:
+        y_TE: torch.Tensor = self.down(ops.swiglu(self.gate_up(x_TE)))
         return y_TE
 
 
@@ -81,20 +80,13 @@ class DecoderLayer(torch.nn.Module):
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, load, f"{prefix}.mlp")
 
-    def forward(self, x_TE: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
+    def forward(self, x_TE: torch.Tensor, rotation: Rotation, attention: LayerAttention) -> torch.Tensor:
         """[T, E] -> [T, E]; writes this layer's KV and reads it through `attention`."""
-        q_THD, new_kv_T2KD = self.before_attention(x_TE, rotation)
-        attention.write(self.number, new_kv_T2KD)
-        return self.after_attention(x_TE, attention.attend(self.number, q_THD))
-
-    def before_attention(self, x_TE: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [T, H, D] and the new KV [T, 2, K, D]."""
-        return self.attention.qkv_of(self.attention_norm(x_TE), rotation)
-
-    def after_attention(self, x_TE: torch.Tensor, attended_THD: torch.Tensor) -> torch.Tensor:
-        x_TE = x_TE + self._shard.sum(self.attention.o(attended_THD.flatten(1)))
-        x_TE = x_TE + self._shard.sum(self.mlp(self.mlp_norm(x_TE)))
-        return x_TE
+        ops = attention.ops
+        normed_TE = ops.norm(self.attention_norm, x_TE)
+        attended_TE = self._shard.sum(self.attention(self.number, normed_TE, rotation, attention))
+        x_TE, normed_TE = ops.add_norm(self.mlp_norm, x_TE, attended_TE)
+        return x_TE + self._shard.sum(self.mlp(normed_TE, ops))
 
 
 class Llama(torch.nn.Module):
@@ -110,6 +102,7 @@ class Llama(torch.nn.Module):
         self.config = config = load.shard.config(config)
         self.dtype, self.device, self.shard = load.dtype, load.device, load.shard
         self.decode_graph: DecodeGraph | None = None
+        self.captures_decode = False
         shape = (config.vocab_size, config.hidden_size)
         self.register_buffer("embedding_VE", load.tensor("model.embed_tokens.weight", shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
@@ -124,7 +117,8 @@ class Llama(torch.nn.Module):
         return load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
 
     def compile(self) -> None:
-        """Lets decode steps run as one compiled graph; it is built when a runner starts. See `DecodeGraph`.
+        """Lets decode steps run as one graph, built when a runner starts: on a GPU each runner captures its own
+        (`CapturedDecode`), elsewhere all share a compiled one (`DecodeGraph`).
 
         Raises ValueError where that cannot be: on a model split over ranks, and see `DecodeGraph`.
         """
@@ -132,15 +126,17 @@ class Llama(torch.nn.Module):
             raise ValueError(
                 f"model.compile=true: contradicts a model split over {self.shard.size} ranks, expected false"
             )
-        self.decode_graph = DecodeGraph(self)
+        self.captures_decode = self.device.type == "cuda"
+        if not self.captures_decode:
+            self.decode_graph = DecodeGraph(self)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, E]."""
         return functional.embedding(token_ids_T, self.embedding_VE)
 
-    def logits(self, x_SE: torch.Tensor) -> torch.Tensor:
+    def logits(self, x_SE: torch.Tensor, ops: Ops) -> torch.Tensor:
         """[S, E], rows that left the last layer -> [S, V]; see `Shard.gather` for ranks that do not sample."""
-        return self.shard.gather(self.head(self.norm(x_SE)))
+        return self.shard.gather(self.head(ops.norm(self.norm, x_SE)))
 
 
 def load_model(

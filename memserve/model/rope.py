@@ -10,6 +10,8 @@ import torch
 
 from memserve.model.model_config import ModelConfig, RopeScaling
 
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
 
 class RotaryEmbedding:
     """Turns positions into the rotation that `rotate` applies; one for a whole model."""
@@ -18,7 +20,7 @@ class RotaryEmbedding:
         self._inv_freq_F = _scaled(_inverse_frequencies(config), config.rope_scaling).to(device)
         self._dtype = dtype
 
-    def rotation(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(self, positions_T: torch.Tensor) -> Rotation:
         """int64 [T] -> (cos, sin), each [T, 1, 2, F]: sin carries the sign of each half."""
         angles_TF = positions_T[:, None].to(self._inv_freq_F.dtype) * self._inv_freq_F
         cos_TF, sin_TF = angles_TF.cos().to(self._dtype), angles_TF.sin().to(self._dtype)

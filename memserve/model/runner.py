@@ -1,8 +1,8 @@
 """ModelRunner: turns a ScheduledBatch into tokens. Knows no scheduler, index or role; it never changes a request.
 
 The life of a step: build the ForwardBatch -> embed -> every layer writes and reads its KV -> logits of the rows that
-sample -> Sampler. A compiled model takes the middle part of a decode step in one go, as its DecodeGraph. Whoever
-scheduled the batch appends the tokens and advances `num_computed` afterwards.
+sample -> Sampler. A compiled model takes the middle part of a decode step in one go, as its DecodeGraph, or on a GPU
+as the runner's CapturedDecode. Whoever scheduled the batch appends the tokens and advances `num_computed` afterwards.
 
 Shape legend: R requests, E hidden size, S sampled rows, V vocabulary; kv[L, 2, N, B, K, D] as in kvcache/layout.py.
 """
@@ -15,10 +15,13 @@ import torch
 from memserve.kvcache.layout import CacheGeometry, DiscreteLayout
 from memserve.model.attention import Attention, attention_backend
 from memserve.model.batch import ForwardBatch, build_forward_batch
+from memserve.model.captured_decode import CapturedDecode
+from memserve.model.decode_graph import DecodeGraph
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
 from memserve.model.sampler import Sampler, SamplingRow
 from memserve.request import LayerRun, Request, ScheduledBatch, StepOutput, TokenLogprobs
+from memserve.transfer.block_copy import to_device
 
 Logprobs = list[TokenLogprobs | None] | None
 
@@ -54,9 +57,9 @@ class ModelRunner:
         self.block_size = block_size
         self._kv, self._kv_layers = kv, kv.unbind(0)
         self._attention: type[Attention] = attention_backend(attention)
+        self._attention.check(model.device, model.dtype)
         self._sampler = model.shard.sampler(sampler if sampler is not None else Sampler())
-        if model.decode_graph is not None:
-            model.decode_graph.warm_up(kv)
+        self._decode_graph = self._built_graph(attention)
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Computes the whole batch, all of its `num_steps`."""
@@ -77,12 +80,24 @@ class ModelRunner:
             if len(sampling):
                 token_ids[sampling, i], logprobs = self._sample(logits_SV, step, [batch.requests[r] for r in sampling])
             if i + 1 < batch.num_steps:
-                step = step.next_step(torch.from_numpy(token_ids[:, i]).to(self.model.device, torch.int64))
+                step = step.next_step(to_device(token_ids[:, i].astype(np.int64), self.model.device))
         return StepOutput(token_ids, _one_a_request(logprobs, sampling, len(batch.requests)))
+
+    def _built_graph(self, attention: str) -> CapturedDecode | DecodeGraph | None:
+        """What computes decode steps in one go, ready to run; None where nothing does."""
+        if self.model.captures_decode:
+            if attention != "triton":
+                raise ValueError(
+                    f"model.compile=true on a GPU with attention={attention!r}: expected attention='triton'"
+                )
+            return CapturedDecode(self.model, self._kv, self.block_size)
+        if self.model.decode_graph is not None:
+            self.model.decode_graph.warm_up(self._kv)
+        return self.model.decode_graph
 
     def _layers(self, step: ForwardBatch) -> Generator[int, None, torch.Tensor]:
         """Yields each layer's number once its KV is written; returns the logits [S, V] of the rows that sample."""
-        graph = self.model.decode_graph
+        graph = self._decode_graph
         if graph is not None and graph.takes(step):
             logits_SV = graph.step(step, self._kv)[step.sample_rows_S]
             yield from range(self.model.config.num_layers)
@@ -96,7 +111,7 @@ class ModelRunner:
                 x_TE = layer(x_TE, rotation, attention)
             yield i
         with torch.inference_mode():
-            return self.model.logits(x_TE[step.sample_rows_S])
+            return self.model.logits(x_TE[step.sample_rows_S], attention.ops)
 
     @torch.inference_mode()
     def _sample(

@@ -44,13 +44,16 @@ class Sampler:
         """
         assert logits_RV.shape[0] == len(rows)
         tokens_R = logits_RV.argmax(-1)
-        _check_finite(logits_RV, tokens_R)
+        largest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         at_once = _rows_at_once(logits_RV)
         for start in range(0, len(drawn), at_once):
             some = drawn[start : start + at_once]
             tokens_R[some] = _draw(logits_RV[some].float(), [rows[i] for i in some])
-        return tokens_R.to("cpu", torch.int32).numpy(), _logprobs(logits_RV, tokens_R, rows)
+        # one copy: on a GPU it is all that this waits for, unless a row draws by top-k or top-p or asks for logprobs
+        tokens, finite = torch.stack((tokens_R, largest_R.isfinite().to(torch.int64))).cpu().numpy()
+        _check_finite(finite, largest_R)
+        return tokens.astype(np.int32), _logprobs(logits_RV, tokens_R, rows)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -133,13 +136,12 @@ def _largest(logits_RV: torch.Tensor, n: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
 
 
-def _check_finite(logits_RV: torch.Tensor, tokens_R: torch.Tensor) -> None:
-    """NaN counts as the largest value, so one look at each row's largest finds it."""
-    finite_R = logits_RV.gather(1, tokens_R[:, None])[:, 0].isfinite()
-    if not finite_R.all():
-        row = int((~finite_R).nonzero()[0, 0])
-        value = float(logits_RV[row, tokens_R[row]])
-        raise InvalidLogits(f"row {row} of {len(tokens_R)}: the largest logit is {value}, expected a finite number")
+def _check_finite(finite: np.ndarray, largest_R: torch.Tensor) -> None:
+    """NaN counts as the largest value, so one look at each row's largest finds it. finite: of each row, 0 or 1."""
+    if not finite.all():
+        row = int(finite.argmin())
+        value = float(largest_R[row])
+        raise InvalidLogits(f"row {row} of {len(finite)}: the largest logit is {value}, expected a finite number")
 
 
 def _logprobs(

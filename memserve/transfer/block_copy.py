@@ -3,13 +3,16 @@
 On a CPU NumPy views of the bytes copy scattered rows several times faster than torch's indexing does. Wide runs of
 neighbours are copied one by one; narrow rows are gathered and scattered through a buffer that stays in the processor's
 cache, by two calls for many rows: a call gives up the interpreter's lock, and who has to take it back for every row
-makes no progress beside a busy thread.
+makes no progress beside a busy thread. Within one GPU a kernel copies rows from and to where they lie (row_kernel.py).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from memserve.jit import runs_on
+from memserve.transfer.row_kernel import row_copy_launch
 
 _FEW_BYTES = 1 << 16  # up to here any way will do
 _WIDE_BYTES = 1 << 16  # runs from here on are copied one by one
@@ -45,8 +48,12 @@ def copy_rows(
     if source.device.type == target.device.type == "cpu":
         _copy_on_cpu(source, source_rows, target, target_rows, row_bytes)
         return
-    picked = as_bytes(source).view(-1, row_bytes)[torch.from_numpy(source_rows).to(source.device)]
-    rows = torch.from_numpy(target_rows).to(target.device)
+    rows = to_device(target_rows, target.device)
+    if source.device == target.device and runs_on(source.device):
+        picks = to_device(source_rows, source.device)
+        row_copy_launch(as_bytes(source), picks, as_bytes(target), rows, row_bytes).run()
+        return
+    picked = as_bytes(source).view(-1, row_bytes)[to_device(source_rows, source.device)]
     as_bytes(target).view(-1, row_bytes)[rows] = picked.to(target.device)
 
 
@@ -58,6 +65,10 @@ def gather_rows(memory: torch.Tensor, rows: np.ndarray, buffer: torch.Tensor, ro
             _copy_wide(memory_N, rows, buffer_N, np.arange(len(rows)), row_bytes)
         else:
             np.take(_as_rows(memory_N, row_bytes), rows, out=_as_rows(buffer_N, row_bytes), mode="clip")
+        return
+    if memory.device == buffer.device and runs_on(memory.device):
+        copy_rows(memory, rows, buffer, np.arange(len(rows)), row_bytes)
+        torch.cuda.current_stream(memory.device).synchronize()
         return
     buffer.view(-1, row_bytes).copy_(_picked(memory, rows, row_bytes))
 
@@ -71,10 +82,16 @@ def scatter_rows(buffer: torch.Tensor, memory: torch.Tensor, rows: np.ndarray, r
         else:
             _as_rows(memory_N, row_bytes)[rows] = _as_rows(buffer_N, row_bytes)
         return
-    rows_on_device = torch.from_numpy(rows).to(memory.device)
-    as_bytes(memory).view(-1, row_bytes)[rows_on_device] = buffer.to(memory.device).view(-1, row_bytes)
+    on_device = buffer.to(memory.device)
+    copy_rows(on_device, np.arange(len(rows)), memory, rows, row_bytes)
     if memory.device.type == "cuda":
         torch.cuda.current_stream(memory.device).synchronize()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on `device`; to a GPU through pinned memory, so that nobody waits for it. To a CPU, its memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def are_neighbours(rows: np.ndarray) -> bool:

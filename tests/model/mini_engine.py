@@ -51,7 +51,7 @@ class MiniEngine:
         sampler: Sampler | None = None,
     ) -> None:
         shape = LAYOUTS[layout].shape(geometry(model.config, block_size, model.dtype), num_blocks)
-        self.kv = LAYOUTS[layout].view(torch.full(shape, torch.nan, dtype=model.dtype))
+        self.kv = LAYOUTS[layout].view(torch.full(shape, torch.nan, dtype=model.dtype, device=model.device))
         self.vocab_size = model.config.vocab_size
         self.runner = ModelRunner(model, self.kv, block_size, attention=attention, sampler=sampler)
         blocks = np.arange(num_blocks, dtype=np.int32)

@@ -4,6 +4,7 @@ from memserve.model.attention.base import Attention
 from memserve.model.attention.reference import ReferenceAttention
 from memserve.model.attention.sdpa import SdpaAttention
 from memserve.model.attention.sparse import SparseAttention
+from memserve.model.attention.triton import TritonAttention
 
 __all__ = ["Attention", "attention_backend"]
 
@@ -11,6 +12,7 @@ _BACKENDS: dict[str, type[Attention]] = {
     "reference": ReferenceAttention,
     "sdpa": SdpaAttention,
     "sparse": SparseAttention,
+    "triton": TritonAttention,
 }
 
 

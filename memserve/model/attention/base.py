@@ -7,17 +7,52 @@ assumed contiguous, and whatever was not written through a request's block table
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from memserve.model.batch import ForwardBatch
+from memserve.model.ops import Ops, TorchOps
+from memserve.model.rope import Rotation, rotate
 
 
-class Attention(ABC):
+class LayerAttention(ABC):
+    """What a layer asks of a step's attention: `rotate_and_write`, then `attend`; and the operations beside it."""
+
+    ops: Ops = TorchOps()
+
+    @abstractmethod
+    def rotate_and_write(
+        self, layer: int, qk_THD: torch.Tensor, v_TKD: torch.Tensor, rotation: Rotation
+    ) -> torch.Tensor:
+        """Rotates queries and keys, [T, H + K, D], and stores keys and values. Returns the queries, [T, H, D]."""
+
+    @abstractmethod
+    def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        """Causal attention of each token to its request's KV up to itself, after the write. Returns [T, H, D]."""
+
+
+class TorchWrite(LayerAttention):
+    """RoPE in torch, and then the write."""
+
+    def rotate_and_write(
+        self, layer: int, qk_THD: torch.Tensor, v_TKD: torch.Tensor, rotation: Rotation
+    ) -> torch.Tensor:
+        turned_THD = rotate(qk_THD, *rotation)
+        num_heads = qk_THD.shape[1] - v_TKD.shape[1]
+        self.write(layer, torch.stack((turned_THD[:, num_heads:], v_TKD), 1))
+        return turned_THD[:, :num_heads]
+
+    @abstractmethod
+    def write(self, layer: int, new_kv_T2KD: torch.Tensor) -> None:
+        """Stores the step's new keys and values in the slots of its tokens."""
+
+
+class Attention(TorchWrite):
     """Attention of one step. What all layers share is worked out once, by the constructor.
 
-    A backend is a subclass. The runner makes one object a step; each layer calls `write` and then `attend`.
+    A backend is a subclass. The runner makes one object a step.
 
     kv_layers: kv[2, N, B, K, D] of each layer.  num_heads: query heads, a multiple of the kv heads.
     """
@@ -25,13 +60,15 @@ class Attention(ABC):
     def __init__(self, batch: ForwardBatch, kv_layers: Sequence[torch.Tensor], num_heads: int) -> None:
         self.batch = batch
         self.kv_layers = kv_layers
-        block, offset = np.divmod(batch.slot_mapping, batch.block_size)
-        self._write_index = (torch.from_numpy(block).to(batch.device), torch.from_numpy(offset).to(batch.device))
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ValueError, naming what is expected, for a device or dtype that the backend cannot run on."""
+
+    @cached_property
+    def _write_index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        block, offset = np.divmod(self.batch.slot_mapping, self.batch.block_size)
+        return torch.from_numpy(block).to(self.batch.device), torch.from_numpy(offset).to(self.batch.device)
 
     def write(self, layer: int, new_kv_T2KD: torch.Tensor) -> None:
-        """Stores the step's new keys and values in the slots of its tokens."""
         self.kv_layers[layer].permute(1, 2, 0, 3, 4)[self._write_index] = new_kv_T2KD
-
-    @abstractmethod
-    def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
-        """Causal attention of each token to its request's KV up to itself, after `write`. Returns [T, H, D]."""

@@ -23,20 +23,21 @@ from memserve.model.batch import ForwardBatch
 class SparseAttention(Attention):
     """Two sparse products and a softmax a layer for all decoding requests; SDPA for each of the others.
 
-    Raises ValueError unless the cache is float32 or float64 on a CPU, which is what torch's operators take.
+    `check` refuses all but float32 and float64 on a CPU, which is what torch's operators take.
     """
 
     def __init__(self, batch: ForwardBatch, kv_layers: Sequence[torch.Tensor], num_heads: int) -> None:
         super().__init__(batch, kv_layers, num_heads)
-        if batch.device.type != "cpu" or kv_layers[0].dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"attention='sparse': {kv_layers[0].dtype} on {batch.device}: expected float32 or float64 on a cpu"
-            )
         num_new = np.diff(batch.query_starts)
         self._spans = spans(batch, np.flatnonzero(num_new > 1).tolist())
         decoding = np.flatnonzero(num_new == 1)
         self._decode_rows = torch.from_numpy(batch.query_starts[decoding])
         self._pattern = _Pattern(batch, decoding, kv_layers[0], num_heads) if len(decoding) else None
+
+    @classmethod
+    def check(cls, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"attention='sparse': {dtype} on {device}: expected float32 or float64 on a cpu")
 
     def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
         kv_2NBKD = self.kv_layers[layer]

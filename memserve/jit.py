@@ -1,0 +1,143 @@
+"""KernelLaunch: one launch of a Triton kernel, to be run, interpreted on a CPU, or compiled for an absent GPU.
+
+Everything that names Triton goes through here, so that modules with kernels import where Triton is not installed. What
+is compiled for inspection is what would run: the signature is read off the launch's own arguments, which may then be
+tensors on the device "meta".
+
+Kernels are written under `from __future__ import annotations`, so that `tl.constexpr` is read by Triton alone.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ModuleNotFoundError:
+    triton = tl = GPUTarget = ASTSource = None
+
+__all__ = ["KernelLaunch", "KernelResources", "jit", "runs_on", "tl"]
+
+_ALIGNMENT = 16  # Triton tells apart whether a pointer or an integer is a multiple of this
+_TYPES = {
+    "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32",
+    "torch.uint8": "u8", "torch.int16": "i16", "torch.int32": "i32", "torch.int64": "i64",
+}  # fmt: skip
+
+
+def jit(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator for kernels. varying: numbers, and pointers into larger tensors, that change from step to step: no
+    variant is compiled for their values or alignment.
+
+    Where Triton is not installed the function stays as it is and is never called.
+    """
+    if triton is None:
+        return lambda function: function
+    decorator: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=list(varying))
+    return decorator
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run there: on a GPU, and under Triton's interpreter (TRITON_INTERPRET=1 at start) anywhere."""
+    return triton is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A kernel with its grid and arguments.
+
+    args: tensors and numbers by their names.  constants: the kernel's constexpr parameters.
+    fp_fusion: whether a product and a sum may become one operation that rounds once.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    constants: Mapping[str, int | bool]
+    num_warps: int
+    num_stages: int
+    fp_fusion: bool
+
+    def run(self) -> None:
+        """Starts it on the current stream of its tensors' device; an empty grid starts nothing."""
+        if 0 in self.grid:
+            return
+        device = next(x.device for x in self.args.values() if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](
+                **self.args,
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                enable_fp_fusion=self.fp_fusion,
+            )
+
+    def compile(self, capability: int) -> KernelResources:
+        """Compiles it for a compute capability (80 or 90, say), without a GPU; launches nothing."""
+        arguments = {name: self.args.get(name, self.constants.get(name)) for name in self.kernel.arg_names}
+        types = {name: self._type_of(name) for name in arguments}
+        aligned = [name for name, type_ in types.items() if type_ != "constexpr" and self._is_aligned(name)]
+        source = ASTSource(
+            self.kernel,
+            types,
+            {name: arguments[name] for name, type_ in types.items() if type_ == "constexpr"},
+            {(self.kernel.arg_names.index(name),): [["tt.divisibility", _ALIGNMENT]] for name in aligned},
+        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        registers, spill_bytes = _usage(compiled.asm["cubin"])
+        return KernelResources(registers, spill_bytes, compiled.metadata.shared)
+
+    def _type_of(self, name: str) -> str:
+        """Triton's name for the type of an argument; an integer of one is a constant to it, unless it varies."""
+        if name in self.constants:
+            return "constexpr"
+        value = self.args[name]
+        if isinstance(value, torch.Tensor):
+            return "*" + _TYPES[str(value.dtype)]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1 and name not in self._varying:
+            return "constexpr"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    def _is_aligned(self, name: str) -> bool:
+        value = self.args[name]
+        if isinstance(value, torch.Tensor):
+            return name not in self._varying  # as allocators align what is not a part of another tensor
+        return isinstance(value, int) and value % _ALIGNMENT == 0 and name not in self._varying
+
+    @property
+    def _varying(self) -> Sequence[str]:
+        names: Sequence[str] = self.kernel.do_not_specialize
+        return names
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes on the stack) of a thread, as cuobjdump reads them off the machine code."""
+    tool: str = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
+    assert found, f"cuobjdump said nothing of registers: {done.stdout}"
+    return int(found[1]), int(found[2])

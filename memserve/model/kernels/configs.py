@@ -1,0 +1,106 @@
+"""The launch configurations of all kernels, by kernel, head dim, element size and compute capability: looked up, never
+searched, so that the first request waits for no tuning. `make compile-all` compiles every one of them.
+
+A capability without rows of its own takes those of the nearest below it. Rows of 80 also fit the smaller shared memory
+of 86, 89 and 120 (99 KiB).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# A row: block_m, block_n, num_warps, num_stages. Head dims are padded to the next of these.
+HEAD_DIMS = (64, 128, 256)
+_Tiles = dict[tuple[int, int, int], tuple[int, int, int, int]]  # (capability, head dim, bytes of an element)
+# Five stages are two tiles of KV under way beside the one in use: the block table takes a stage before each.
+_PREFILL: _Tiles = {
+    (80, 64, 2): (128, 64, 8, 5),
+    (80, 128, 2): (128, 32, 8, 5),
+    (80, 256, 2): (32, 32, 4, 5),
+    (80, 64, 4): (32, 16, 4, 3),
+    (80, 128, 4): (16, 16, 8, 3),
+    (80, 256, 4): (16, 16, 8, 3),
+    (90, 64, 2): (128, 64, 4, 5),
+    (90, 128, 2): (128, 64, 8, 5),
+    (90, 256, 2): (128, 32, 8, 5),
+    (90, 64, 4): (32, 16, 4, 3),
+    (90, 128, 4): (16, 16, 8, 3),
+    (90, 256, 4): (16, 16, 8, 3),
+}
+_DECODE: _Tiles = {
+    (80, 64, 2): (16, 64, 4, 5),
+    (80, 128, 2): (16, 64, 4, 5),
+    (80, 256, 2): (16, 32, 4, 5),
+    (80, 64, 4): (16, 32, 4, 3),
+    (80, 128, 4): (16, 16, 4, 3),
+    (80, 256, 4): (16, 16, 8, 3),
+    (90, 64, 2): (16, 64, 4, 5),
+    (90, 128, 2): (16, 64, 4, 5),
+    (90, 256, 2): (16, 32, 4, 5),
+    (90, 64, 4): (16, 32, 4, 3),
+    (90, 128, 4): (16, 16, 4, 3),
+    (90, 256, 4): (16, 16, 8, 3),
+}
+_INTERPRETED = 80  # the interpreter takes the tiles of the smallest GPU
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """block_m: rows of queries, block_n: tokens of KV that a program holds at once."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """block_elements: elements that one program of an element-wise kernel holds at once."""
+
+    block_elements: int
+    num_warps: int
+
+
+ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
+
+
+def capability_of(device: torch.device) -> int:
+    """90 for compute capability 9.0. What is not on a GPU is interpreted, or compiled for a capability by name."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def paged_prefill_config(head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:
+    """Raises ValueError for a head dim, dtype or capability that there is no row for."""
+    return _tiles(_PREFILL, head_dim, dtype, capability)
+
+
+def paged_decode_config(head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:
+    """Raises ValueError for a head dim, dtype or capability that there is no row for."""
+    return _tiles(_DECODE, head_dim, dtype, capability)
+
+
+def norm_config(num_features: int) -> RowConfig:
+    """A row is held whole, so the widest take the most warps."""
+    return RowConfig(1024, min(16, max(4, power_of_two(num_features) // 1024)))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number` >= 1."""
+    return 1 << (number - 1).bit_length()
+
+
+def _tiles(table: _Tiles, head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:
+    known = sorted({row[0] for row in table if row[0] <= capability})
+    padded = next((d for d in HEAD_DIMS if head_dim <= d), None)
+    if not known:
+        raise ValueError(f"attention='triton' on compute capability {capability}: expected 80 or more")
+    if padded is None or (known[-1], padded, dtype.itemsize) not in table:
+        raise ValueError(
+            f"attention='triton' with head_dim={head_dim} in {dtype}: expected at most {HEAD_DIMS[-1]}, "
+            "in float16, bfloat16 or float32"
+        )
+    return TileConfig(*table[known[-1], padded, dtype.itemsize])

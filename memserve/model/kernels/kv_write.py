@@ -1,0 +1,92 @@
+"""RoPE and the write into the paged cache as one kernel. Knows no layer and no request.
+
+Shape legend: T tokens, H query heads, K kv heads, D head dim, F = D / 2; kv[2, N, B, K, D] is one layer of a cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from memserve.jit import KernelLaunch, jit, tl
+from memserve.model.kernels.configs import ELEMENTWISE, power_of_two
+
+
+@jit()
+def _kv_write_kernel(
+    qk_ptr: tl.tensor, v_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, q_out_ptr: tl.tensor,
+    kv_ptr: tl.tensor, slots_ptr: tl.tensor, qk_stride_T: tl.tensor, v_stride_T: tl.tensor, kv_stride_2: tl.tensor,
+    kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor, H: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots_ptr + token)  # int64; negative: a padding row, which writes nowhere
+    cell_ptr = kv_ptr + (slot // BLOCK_SIZE) * kv_stride_N + (slot % BLOCK_SIZE) * kv_stride_B
+    d = tl.arange(0, BLOCK_D)[None, :]
+    NUM_QK_PARTS: tl.constexpr = (H + K + BLOCK_H - 1) // BLOCK_H
+    if part < NUM_QK_PARTS:
+        head = (part * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+        mask = (head < H + K) & (d < D)
+        row_ptr = qk_ptr + token * qk_stride_T + head * D
+        x = tl.load(row_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        other_half = tl.load(row_ptr + (d + D // 2) % D, mask=mask, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)  # with each half's sign
+        turned = (x * cos + other_half * sin).to(qk_ptr.dtype.element_ty)
+        tl.store(q_out_ptr + token * H * D + head * D + d, turned, mask=mask & (head < H))
+        tl.store(cell_ptr + (head - H) * kv_stride_K + d, turned, mask=mask & (head >= H) & (slot >= 0))
+    else:
+        head = ((part - NUM_QK_PARTS) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+        mask = (head < K) & (d < D) & (slot >= 0)
+        v = tl.load(v_ptr + token * v_stride_T + head * D + d, mask=mask, other=0.0)
+        tl.store(cell_ptr + kv_stride_2 + head * kv_stride_K + d, v, mask=mask)
+
+
+def kv_write_launch(
+    qk_THD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_out_THD: torch.Tensor,
+    kv_2NBKD: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> KernelLaunch:
+    """Rotates queries and keys; queries go to q_out_THD, keys and values to the slots of their tokens.
+
+    qk_THD: [T, H + K, D], the key heads behind the query heads; the stride of T is free here and in v_TKD.
+    cos, sin: [T, 1, 2, F] of `RotaryEmbedding.rotation`.  slots_T: int64 [T]; a negative one is written nowhere.
+    kv_2NBKD: any strides but that of D; those of blocks may pass 2^31 elements.
+    """
+    num_tokens, num_heads, head_dim = q_out_THD.shape
+    block_size, num_kv_heads = kv_2NBKD.shape[2:4]
+    assert qk_THD.shape[1] == num_heads + num_kv_heads and q_out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
+    assert qk_THD.stride()[1:] == v_TKD.stride()[1:] == (head_dim, 1) and cos.is_contiguous() and sin.is_contiguous()
+    block_d = power_of_two(head_dim)
+    block_h = max(1, ELEMENTWISE.block_elements // block_d)
+    args = {
+        "qk_ptr": qk_THD, "v_ptr": v_TKD, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": q_out_THD, "kv_ptr": kv_2NBKD,
+        "slots_ptr": slots_T, "qk_stride_T": qk_THD.stride(0), "v_stride_T": v_TKD.stride(0),
+        **dict(zip(("kv_stride_2", "kv_stride_N", "kv_stride_B", "kv_stride_K"), kv_2NBKD.stride()[:4], strict=True)),
+    }  # fmt: skip
+    constants = {"H": num_heads, "K": num_kv_heads, "D": head_dim, "BLOCK_SIZE": block_size}
+    constants |= {"BLOCK_H": block_h, "BLOCK_D": block_d}
+    grid = (num_tokens, -(-(num_heads + num_kv_heads) // block_h) + -(-num_kv_heads // block_h))
+    return KernelLaunch(_kv_write_kernel, grid, args, constants, ELEMENTWISE.num_warps, 1, fp_fusion=False)
+
+
+def kv_write_reference(
+    qk_THD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_2NBKD: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> torch.Tensor:
+    """The same with torch's indexing, in the dtype of qk_THD; returns the queries [T, H, D]."""
+    x_TH2F = qk_THD.reshape(*qk_THD.shape[:-1], 2, -1)
+    turned_THD: torch.Tensor = (x_TH2F * cos + x_TH2F.flip(-2) * sin).flatten(-2)
+    num_heads = qk_THD.shape[1] - v_TKD.shape[1]
+    real_T = slots_T >= 0
+    block, offset = slots_T[real_T] // kv_2NBKD.shape[2], slots_T[real_T] % kv_2NBKD.shape[2]
+    kv_2NBKD[0, block, offset] = turned_THD[real_T, num_heads:]
+    kv_2NBKD[1, block, offset] = v_TKD[real_T]
+    return turned_THD[:, :num_heads]

@@ -1,0 +1,145 @@
+"""Attention of one new token a request over a paged cache: KV in splits, then a pass that combines them.
+
+Flash-decoding: the KV of a request is cut into splits, each a program of its own, so that few requests fill a GPU. How
+it is cut is a function of the request's length alone, so its answer does not depend on who else is in the batch. The
+query heads of one kv head go together. A request of length 0 is a padding row: its output is 0.
+
+Shape legend: R requests, H query heads, K kv heads, G = H / K, D head dim, S splits, M blocks of the widest table;
+kv[2, N, B, K, D] is one layer of a cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from memserve.jit import KernelLaunch, jit, tl
+from memserve.model.kernels.configs import paged_decode_config, power_of_two
+from memserve.model.kernels.paged_tile import attend_tile
+
+MAX_SPLITS = 32
+MIN_SPLIT_TOKENS = 256  # a shorter split spends more on its partial result than on its KV
+
+
+@jit()
+def _split_tokens(num_kv: tl.tensor, MAX_SPLITS: tl.constexpr, MIN_SPLIT_TOKENS: tl.constexpr) -> tl.tensor:
+    """Tokens of each split of a request but the last; `num_splits` says the same on the host."""
+    return tl.maximum(tl.cdiv(tl.cdiv(num_kv, MAX_SPLITS), MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
+
+
+@jit("table_stride_R", "num_splits", "requests_ptr", "rows_ptr")
+def _paged_decode_kernel(
+    q_ptr: tl.tensor, sums_ptr: tl.tensor, log_ptr: tl.tensor, kv_ptr: tl.tensor, tables_ptr: tl.tensor,
+    lens_ptr: tl.tensor, requests_ptr: tl.tensor, rows_ptr: tl.tensor, table_stride_R: tl.tensor, num_splits: tl.tensor,
+    scale: tl.tensor, kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    kv_head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    request = tl.load(requests_ptr + i)
+    num_kv = tl.load(lens_ptr + request).to(tl.int32)
+    tokens = _split_tokens(num_kv, MAX_SPLITS, MIN_SPLIT_TOKENS)
+    begin = split * tokens
+    end = tl.minimum(begin + tokens, num_kv)
+    if begin < end:
+        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        head = kv_head * G + g
+        mask = (g < G)[:, None] & (d < D)[None, :]
+        q_offsets = (tl.load(rows_ptr + i) * (K * G) + head)[:, None] * D + d[None, :]
+        q = tl.load(q_ptr + q_offsets, mask=mask, other=0.0)
+        last_seen = tl.zeros((BLOCK_G,), tl.int32) + num_kv
+        table_ptr = tables_ptr + request * table_stride_R
+        keys_ptr = kv_ptr + kv_head * kv_stride_K
+        sums = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        total = tl.zeros((BLOCK_G,), tl.float32)
+        peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        whole_end = begin + (end - begin) // BLOCK_N * BLOCK_N
+        for first in range(begin, whole_end, BLOCK_N):
+            sums, total, peak = attend_tile(
+                q, sums, total, peak, first, end, last_seen, scale, table_ptr, keys_ptr, keys_ptr + kv_stride_2,
+                kv_stride_N, kv_stride_B, False, D, BLOCK_SIZE, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        for first in range(whole_end, end, BLOCK_N):  # once at most; as a loop it takes the same few registers
+            sums, total, peak = attend_tile(
+                q, sums, total, peak, first, end, last_seen, scale, table_ptr, keys_ptr, keys_ptr + kv_stride_2,
+                kv_stride_N, kv_stride_B, True, D, BLOCK_SIZE, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        part = (i.to(tl.int64) * (K * G) + head) * num_splits + split
+        tl.store(sums_ptr + part[:, None] * D + d[None, :], sums / total[:, None], mask=mask)
+        tl.store(log_ptr + part, peak + tl.log2(total), mask=g < G)
+
+
+@jit("num_splits", "requests_ptr", "rows_ptr")
+def _combine_kernel(
+    sums_ptr: tl.tensor, log_ptr: tl.tensor, out_ptr: tl.tensor, lens_ptr: tl.tensor, requests_ptr: tl.tensor,
+    rows_ptr: tl.tensor, num_splits: tl.tensor, H: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    head, i = tl.program_id(0), tl.program_id(1)
+    num_kv = tl.load(lens_ptr + tl.load(requests_ptr + i)).to(tl.int32)
+    used = tl.cdiv(num_kv, _split_tokens(num_kv, MAX_SPLITS, MIN_SPLIT_TOKENS))
+    s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
+    part = (i.to(tl.int64) * H + head) * num_splits + s
+    mask = (s < used)[:, None] & (d < D)[None, :]
+    logs = tl.load(log_ptr + part, mask=s < used, other=float("-inf"))
+    sums = tl.load(sums_ptr + part[:, None] * D + d[None, :], mask=mask, other=0.0)
+    peak = tl.where(used > 0, tl.max(logs, axis=0), 0.0)
+    weights = tl.exp2(logs - peak)
+    total = tl.where(used > 0, tl.sum(weights, axis=0), 1.0)
+    out = tl.sum(sums * weights[:, None], axis=0) / total
+    tl.store(out_ptr + (tl.load(rows_ptr + i) * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def num_splits(num_kv: np.ndarray) -> np.ndarray:
+    """int64: into how many splits each length (int64, >= 0) is cut, at most MAX_SPLITS."""
+    share = -(-num_kv // MAX_SPLITS)
+    tokens = np.maximum(-(-share // MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
+    splits: np.ndarray = -(-num_kv // tokens)
+    return splits
+
+
+def paged_decode_launches(
+    q_THD: torch.Tensor,
+    kv_2NBKD: torch.Tensor,
+    out_THD: torch.Tensor,
+    block_tables_RM: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    requests_R: torch.Tensor,
+    rows_R: torch.Tensor,
+    grid_splits: int,
+    capability: int,
+) -> tuple[KernelLaunch, KernelLaunch]:
+    """Attention of the one new token of each of `requests_R`, and the pass that combines its splits; run both in order.
+
+    q_THD, out_THD: [T, H, D], contiguous; only the rows `rows_R` (int64, of each of the requests) are read and written.
+    kv_2NBKD: any strides but that of D.  block_tables_RM, seq_lens_R: int64, of the whole batch.  requests_R: int64,
+    numbers in the batch.  grid_splits: splits of the longest request at least, see `num_splits`.
+    """
+    block_size, num_kv_heads, head_dim = kv_2NBKD.shape[2:]
+    assert q_THD.is_contiguous() and out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
+    config = paged_decode_config(head_dim, q_THD.dtype, capability)
+    num_rows, num_heads = len(requests_R), q_THD.shape[1]
+    sums = torch.empty(num_rows, num_heads, grid_splits, head_dim, dtype=torch.float32, device=q_THD.device)
+    logs = torch.empty(num_rows, num_heads, grid_splits, dtype=torch.float32, device=q_THD.device)
+    shared = {
+        "sums_ptr": sums, "log_ptr": logs, "lens_ptr": seq_lens_R, "requests_ptr": requests_R, "rows_ptr": rows_R,
+        "num_splits": grid_splits,
+    }  # fmt: skip
+    args = {
+        **shared, "q_ptr": q_THD, "kv_ptr": kv_2NBKD, "tables_ptr": block_tables_RM,
+        "table_stride_R": block_tables_RM.stride(0), "scale": math.log2(math.e) / math.sqrt(head_dim),
+        **dict(zip(("kv_stride_2", "kv_stride_N", "kv_stride_B", "kv_stride_K"), kv_2NBKD.stride()[:4], strict=True)),
+    }  # fmt: skip
+    group = num_heads // num_kv_heads
+    limits = {"D": head_dim, "MAX_SPLITS": MAX_SPLITS, "MIN_SPLIT_TOKENS": MIN_SPLIT_TOKENS}
+    limits["BLOCK_D"] = max(16, power_of_two(head_dim))
+    constants = {**limits, "K": num_kv_heads, "G": group, "BLOCK_SIZE": block_size}
+    constants |= {"BLOCK_G": max(16, power_of_two(group)), "BLOCK_N": config.block_n}
+    grid = (num_kv_heads, grid_splits, num_rows)
+    attend = KernelLaunch(_paged_decode_kernel, grid, args, constants, config.num_warps, config.num_stages, True)
+    combined = {**shared, "out_ptr": out_THD}
+    return attend, KernelLaunch(
+        _combine_kernel, (num_heads, num_rows), combined, {**limits, "H": num_heads}, 4, 1, True
+    )

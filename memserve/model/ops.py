@@ -1,0 +1,84 @@
+"""Ops: the decoder's element-wise operations, as torch has them or as kernels. Know no layer but RMSNorm's numbers.
+
+Which one runs comes with the attention backend (`Attention.ops`): a model's weights serve runners with either.
+
+Shape legend: T tokens, E hidden size, F intermediate features.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from memserve.jit import runs_on
+from memserve.model.kernels.norm import norm_launch
+from memserve.model.kernels.swiglu import swiglu_launch
+from memserve.model.layers import RMSNorm, swiglu
+
+
+class Ops(ABC):
+    """What a layer computes between its products."""
+
+    @abstractmethod
+    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        """`norm` of x, [T, E] or, by heads, [T, W, E]; only the stride of T is free."""
+
+    @abstractmethod
+    def add_norm(self, norm: RMSNorm, x_TE: torch.Tensor, delta_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, `norm` of that), each [T, E]."""
+
+    @abstractmethod
+    def swiglu(self, gate_up_TO: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of [T, 2 F]: [T, F]."""
+
+
+class TorchOps(Ops):
+    """On any device, in any dtype."""
+
+    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = norm(x)
+        return normed
+
+    def add_norm(self, norm: RMSNorm, x_TE: torch.Tensor, delta_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TE = x_TE + delta_TE
+        return x_TE, norm(x_TE)
+
+    def swiglu(self, gate_up_TO: torch.Tensor) -> torch.Tensor:
+        return swiglu(gate_up_TO)
+
+
+class TritonOps(Ops):
+    """One kernel each, in float32 inside."""
+
+    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        norm_launch(in_rows(x), None, None, y, norm.scale, norm.sum_eps).run()
+        return y
+
+    def add_norm(self, norm: RMSNorm, x_TE: torch.Tensor, delta_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TE = x_TE.contiguous()
+        sum_TE, y_TE = torch.empty_like(x_TE), torch.empty_like(x_TE)
+        norm_launch(x_TE, delta_TE.contiguous(), sum_TE, y_TE, norm.scale, norm.sum_eps).run()
+        return sum_TE, y_TE
+
+    def swiglu(self, gate_up_TO: torch.Tensor) -> torch.Tensor:
+        num_tokens, num_features = gate_up_TO.shape
+        out_TF = torch.empty(num_tokens, num_features // 2, dtype=gate_up_TO.dtype, device=gate_up_TO.device)
+        swiglu_launch(in_rows(gate_up_TO), out_TF).run()
+        return out_TF
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, [T, ...], or a copy where what belongs to one token does not lie together; on a GPU it always does."""
+    together = x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])
+    return x if together else x.contiguous()
+
+
+def check_runs_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError, naming the alternative, where the kernels cannot run."""
+    if not runs_on(device):
+        raise ValueError(
+            f"attention='triton' on {device}: expected a CUDA device and the package triton (to try it on a CPU, set "
+            "TRITON_INTERPRET=1 before Python starts); or attention='sdpa', which runs anywhere"
+        )
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"attention='triton' in {dtype}: expected float16, bfloat16 or float32; or attention='sdpa'")

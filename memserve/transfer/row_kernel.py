@@ -1,0 +1,45 @@
+"""Rows copied between tensors of one GPU by one kernel: block gather, scatter, and both at once. Knows bytes only."""
+
+from __future__ import annotations
+
+import torch
+
+from memserve.jit import KernelLaunch, jit, tl
+
+_BLOCK_WORDS = 1024  # that one program copies
+_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+
+
+@jit()
+def _row_copy_kernel(
+    source_ptr: tl.tensor, source_rows_ptr: tl.tensor, target_ptr: tl.tensor, target_rows_ptr: tl.tensor,
+    row_words: tl.tensor, BLOCK_WORDS: tl.constexpr,
+) -> None:  # fmt: skip
+    i, part = tl.program_id(0), tl.program_id(1)
+    words = part * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
+    mask = words < row_words
+    source_row, target_row = tl.load(source_rows_ptr + i), tl.load(target_rows_ptr + i)  # int64
+    row = tl.load(source_ptr + source_row * row_words + words, mask=mask)
+    tl.store(target_ptr + target_row * row_words + words, row, mask=mask)
+
+
+def row_copy_launch(
+    source_N: torch.Tensor,
+    source_rows: torch.Tensor,
+    target_N: torch.Tensor,
+    target_rows: torch.Tensor,
+    row_bytes: int,
+) -> KernelLaunch:
+    """Copies rows of `source_N` to rows of `target_N`, both uint8 [bytes] of one device, rows of row_bytes each.
+
+    source_rows, target_rows: int64 [n], in range; no row is in both where the tensors share memory.
+    """
+    starts = (row_bytes, source_N.storage_offset(), target_N.storage_offset(), source_N.numel(), target_N.numel())
+    size, dtype = next((size, dtype) for size, dtype in _WORDS if all(start % size == 0 for start in starts))
+    row_words = row_bytes // size
+    args = {
+        "source_ptr": source_N.view(dtype), "source_rows_ptr": source_rows, "target_ptr": target_N.view(dtype),
+        "target_rows_ptr": target_rows, "row_words": row_words,
+    }  # fmt: skip
+    grid = (len(source_rows), -(-row_words // _BLOCK_WORDS))
+    return KernelLaunch(_row_copy_kernel, grid, args, {"BLOCK_WORDS": _BLOCK_WORDS}, 4, 1, fp_fusion=False)

@@ -1,0 +1,146 @@
+"""Compiles every Triton kernel's default configuration for GPUs that need not be there, and says what each takes.
+
+    python scripts/compile_kernels.py                                  # all of them: make compile-all
+    python scripts/compile_kernels.py --capabilities 90 --kernels paged_decode --markdown table.md
+
+Every line is one kernel, head dim and dtype with the configuration that the runner would use: registers of a thread,
+bytes of a thread that went to slow memory (spills), shared memory of a program and what the GPU has. Fails if one
+spills or does not fit.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from memserve.jit import KernelLaunch, KernelResources
+from memserve.model.kernels.kv_write import kv_write_launch
+from memserve.model.kernels.norm import norm_launch
+from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
+from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch
+from memserve.model.kernels.swiglu import swiglu_launch
+from memserve.transfer.row_kernel import row_copy_launch
+
+SHARED_KIB = {80: 163, 90: 227}
+KERNELS = ("paged_prefill", "paged_decode", "kv_write", "norm", "swiglu", "row_copy")
+HEAD_DIMS = (64, 80, 96, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 48, 32, 8, 16
+HIDDEN_SIZES, ROW_BYTES = (576, 4096, 8192), (1024, 40)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile. what: its size, such as `head_dim 128`."""
+
+    kernel: str
+    what: str
+    dtype: torch.dtype
+    capability: int
+    launch: KernelLaunch
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case and what came of it."""
+
+    case: Case
+    resources: KernelResources
+
+    @property
+    def fits(self) -> bool:
+        limit_bytes = SHARED_KIB[self.case.capability] * 1024
+        return self.resources.spill_bytes == 0 and self.resources.shared_bytes <= limit_bytes
+
+
+def cases(kernel: str, capability: int, sizes: Sequence[int] | None = None) -> Iterator[Case]:
+    """Every size and dtype of one kernel; sizes: head dims, features or bytes, all that are listed above by default."""
+    by_head = kernel in ("paged_prefill", "paged_decode", "kv_write")
+    known = HEAD_DIMS if by_head else ROW_BYTES if kernel == "row_copy" else HIDDEN_SIZES
+    unit = "head dim" if by_head else "row bytes" if kernel == "row_copy" else "features"
+    for size in sizes or known:
+        for dtype in DTYPES if kernel != "row_copy" else (torch.uint8,):
+            for launch in _launches(kernel, size, dtype, capability):
+                yield Case(launch.kernel.__name__.strip("_"), f"{unit} {size}", dtype, capability, launch)
+
+
+def compile_case(case: Case) -> Compiled:
+    return Compiled(case, case.launch.compile(case.capability))
+
+
+def _launches(kernel: str, size: int, dtype: torch.dtype, capability: int) -> list[KernelLaunch]:
+    if kernel == "norm":
+        return _norms(size, dtype)
+    if kernel == "swiglu":
+        return [swiglu_launch(_empty(dtype, NUM_TOKENS, 2 * size), _empty(dtype, NUM_TOKENS, size))]
+    if kernel == "row_copy":
+        memory, rows = _empty(torch.uint8, 64 * size), _empty(torch.int64, 8)
+        return [row_copy_launch(memory, rows, memory, rows, size)]
+    return _on_cache(kernel, size, dtype, capability)
+
+
+def _norms(size: int, dtype: torch.dtype) -> list[KernelLaunch]:
+    x_TE, scale_E = _empty(dtype, NUM_TOKENS, size), _empty(torch.float32, size)
+    return [norm_launch(x_TE, None, None, x_TE, scale_E, 0.1), norm_launch(x_TE, x_TE, x_TE, x_TE, scale_E, 0.1)]
+
+
+def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> list[KernelLaunch]:
+    kv = _empty(dtype, 2, 512, BLOCK_SIZE, NUM_KV_HEADS, head_dim)
+    q_THD = _empty(dtype, NUM_TOKENS, NUM_HEADS, head_dim)
+    index = _empty(torch.int64, NUM_TOKENS)
+    tables_RM = _empty(torch.int64, NUM_TOKENS, 8)
+    if kernel == "kv_write":
+        qkv_THD = _empty(dtype, NUM_TOKENS, NUM_HEADS + 2 * NUM_KV_HEADS, head_dim)
+        cos = _empty(dtype, NUM_TOKENS, 1, 2, head_dim // 2)
+        num_rotated = NUM_HEADS + NUM_KV_HEADS
+        return [kv_write_launch(qkv_THD[:, :num_rotated], qkv_THD[:, num_rotated:], cos, cos, q_THD, kv, index)]
+    if kernel == "paged_decode":
+        return list(paged_decode_launches(q_THD, kv, q_THD, tables_RM, index, index, index, MAX_SPLITS, capability))
+    one = np.ones(1, dtype=np.int64)
+    tiles = PrefillTiles.of(one * NUM_TOKENS, one * NUM_TOKENS, one * 0, 16, torch.device("cpu"))
+    return [paged_prefill_launch(q_THD, kv, q_THD, tables_RM, index, index, tiles, capability)]
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def as_markdown(done: Sequence[Compiled]) -> str:
+    lines = ["| kernel | size | dtype | GPU | warps | stages | registers | spilled | shared KiB of |", "|---" * 9 + "|"]
+    for c in done:
+        launch, got, capability = c.case.launch, c.resources, c.case.capability
+        shared = f"{got.shared_bytes / 1024:.1f} of {SHARED_KIB[capability]}"
+        dtype = str(c.case.dtype).removeprefix("torch.")
+        lines.append(
+            f"| {c.case.kernel} | {c.case.what} | {dtype} | sm_{capability} | {launch.num_warps} | {launch.num_stages} "
+            f"| {got.registers} | {got.spill_bytes} | {shared} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=sorted(SHARED_KIB), default=sorted(SHARED_KIB))
+    parser.add_argument("--markdown", type=Path, help="write the table there as well")
+    args = parser.parse_args(argv)
+    done: list[Compiled] = []
+    for kernel in args.kernels:
+        for capability in args.capabilities:
+            for case in cases(kernel, capability):
+                done.append(compile_case(case))
+                print(as_markdown(done).splitlines()[-1], "" if done[-1].fits else "<-- does not fit", flush=True)
+    if args.markdown is not None:
+        args.markdown.write_text(as_markdown(done), encoding="utf-8")
+    misfits = [c for c in done if not c.fits]
+    if misfits:
+        sys.exit(f"error: {len(misfits)} of {len(done)} kernels spill or take more shared memory than there is")
+    print(f"{len(done)} kernels: none spills, all fit")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,51 @@
+"""The kernels under Triton's interpreter, in processes that start with it; and where they cannot run at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memserve.jit import tl
+from memserve.model.attention import attention_backend
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
+
+
+def run_child(command: list[str], **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=HERE.parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.timeout(600)  # seconds on a free machine; the interpreter is slow beside other work
+@pytest.mark.parametrize("name", ["check_attention.py", "check_captured.py", "check_rest.py"])
+def test_interpreted_kernels_equal_plain_torch(name) -> None:
+    said = run_child(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)], TRITON_INTERPRET="1")
+    assert " passed" in said and "skipped" not in said
+
+
+def test_triton_on_a_cpu_is_refused_with_the_alternative_named() -> None:
+    with pytest.raises(ValueError, match=r"attention='triton' on cpu: expected a CUDA device .* attention='sdpa'"):
+        attention_backend("triton").check(torch.device("cpu"), torch.float32)
+
+
+def test_without_triton_every_kernel_imports_and_is_refused_by_name() -> None:
+    said = run_child(
+        ["-c", "import sys; sys.modules['triton'] = None\n"
+         "import torch\nfrom memserve.model.attention import attention_backend\n"
+         "try: attention_backend('triton').check(torch.device('cuda'), torch.float32)\n"
+         "except ValueError as error: print(error)"]
+    )  # fmt: skip
+    assert "the package triton" in said and "attention='sdpa'" in said

@@ -1,0 +1,35 @@
+"""scripts/compile_kernels.py: default configurations compile without a GPU, spill nothing and fit; the rest by make."""
+
+import pytest
+import torch
+
+from memserve.jit import KernelResources, tl
+
+needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
+# What models in use need most, and the smallest of each other kind; `make compile-all` compiles all.
+SELECTION = [
+    ("paged_prefill", 128, torch.bfloat16, 90),
+    ("paged_prefill", 64, torch.float16, 80),
+    ("paged_decode", 128, torch.bfloat16, 90),
+    ("paged_decode", 64, torch.float32, 80),
+    ("kv_write", 80, torch.bfloat16, 90),
+    ("norm", 4096, torch.bfloat16, 80),
+    ("swiglu", 576, torch.float16, 90),
+    ("row_copy", 1024, torch.uint8, 80),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "size", "dtype", "capability"), SELECTION)
+def test_the_default_configuration_compiles_spills_nothing_and_fits(script, kernel, size, dtype, capability) -> None:
+    chosen = [c for c in script("compile_kernels").cases(kernel, capability, [size]) if c.dtype == dtype]
+    done = [script("compile_kernels").compile_case(case) for case in chosen]
+    assert done and all(c.fits for c in done), [c.resources for c in done]
+
+
+@needs_triton
+def test_a_kernel_that_spills_or_takes_too_much_shared_memory_does_not_fit(script) -> None:
+    module = script("compile_kernels")
+    case = next(module.cases("row_copy", 80, [1024]))
+    fits = [module.Compiled(case, KernelResources(255, *got)).fits for got in ((0, 163 * 1024), (8, 0), (0, 166913))]
+    assert fits == [True, False, False]
