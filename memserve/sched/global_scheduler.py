@@ -32,7 +32,7 @@ from memserve.messages import (
     unpack_tokens,
 )
 from memserve.request import FinishReason, Role
-from memserve.sched.group import Assignment, Group
+from memserve.sched.group import Assignment, Group, held_elsewhere
 from memserve.sched.modes import Colocated, Mode
 from memserve.sched.prompt_tree import Exact
 from memserve.sched.routing import RouteRequest
@@ -185,7 +185,10 @@ class GlobalScheduler:
             decode = self.decode.incarnations[routed.decode_place.row]
         timeline.dispatched_ns, timeline.instance = now_ns, self.group.labels[routed.place.row]
         timeline.num_promised = routed.place.num_cached
-        dispatch = Dispatch(m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns, decode)
+        elsewhere = held_elsewhere([place for _, place in self._places(routed)])
+        dispatch = Dispatch(
+            m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns, decode, elsewhere
+        )
         self._outbox.append((timeline.instance, dispatch))
 
     def _cancel(self, message: Cancel) -> None:

@@ -5,23 +5,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.decisions import Holding
 from memserve.messages import pack_tokens
 from memserve.sched.admission import usable_prefix
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest
+
+NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, and the first may be gone
 
 
 @dataclass
 class Assignment:
     """A request's place in a group. row: of its instance.  num_cached: tokens it was believed to have there.
 
-    work: what it still adds to that instance's `queued_work`.
+    work: what it still adds to that instance's `queued_work`.  longest: who was believed to have most of it, longest
+    first.
     """
 
     row: int
     num_tokens: int
     num_cached: int
     work: int
+    longest: list[Holding]
+
+
+def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
+    """Who is believed to have more of a prompt than the instance that it goes to, of any role (Eq. 2).
+
+    places: in each group, that of the instance first.
+    """
+    return tuple(held for place in places for held in place.longest if held.num_tokens > places[0].num_cached)
 
 
 class Group:
@@ -89,7 +102,8 @@ class Group:
                 f"{type(self._policy).__name__} chose row {chosen!r}: expected 0 to {len(rows) - 1} ({names})"
             )
         held = int(num_cached[chosen])
-        placement = Assignment(int(rows[chosen]), num_tokens, held, self._policy.work(held, num_tokens - held))
+        work = self._policy.work(held, num_tokens - held)
+        placement = Assignment(int(rows[chosen]), num_tokens, held, work, self._longest(rows, num_cached))
         self._num_routed += not tried
         self.num_routed_to[placement.row] += 1
         self._count(placement, 1)
@@ -103,6 +117,11 @@ class Group:
     def forget(self, placement: Assignment) -> None:
         """A request has ended, or left its instance."""
         self._count(placement, -1)
+
+    def _longest(self, rows: np.ndarray, num_cached: np.ndarray) -> list[Holding]:
+        """The instances of some rows that have anything, at most NUM_HOLDINGS. num_cached: int64 [n], of these rows."""
+        order = np.argsort(-num_cached, kind="stable")[:NUM_HOLDINGS]
+        return [Holding(self.incarnations[rows[i]], int(num_cached[i])) for i in order if num_cached[i]]
 
     def _count(self, placement: Assignment, sign: int) -> None:
         self._num_requests[placement.row] += sign

@@ -1,6 +1,7 @@
 """KV fetched from another instance: the same answers as without, whatever goes wrong, and every decision on record.
 
-The test stands in for the global scheduler's trees: it attaches to each Dispatch what every other instance's index has.
+But for the last, the tests stand in for the global scheduler's trees: to each Dispatch they attach what every other
+instance's index has.
 """
 
 import functools
@@ -248,3 +249,12 @@ def test_a_decision_is_in_the_requests_line_and_its_wait_is_a_phase(tmp_path):
 def test_instances_that_fetch_nothing_have_no_transport():
     assert local(*COLOCATED).cluster().transport is None
     assert local("cluster=colocated_1", "fetch=always").cluster().transport is None
+
+
+@pytest.mark.parametrize("source", ["optimistic", "exact"])
+@pytest.mark.parametrize("place", [COLOCATED, PREFILL], ids=["colocated", "prefill"])
+def test_the_global_schedulers_trees_tell_who_holds_more(place, source):
+    """Without the stand-in: what is said to be elsewhere is asked for, and is there."""
+    timelines = play(local(*place, "fetch=always", f"index_source={source}").cluster())
+    assert_right(timelines)
+    assert sum(t.stats.num_fetched for t in timelines) > 0

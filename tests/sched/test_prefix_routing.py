@@ -64,7 +64,7 @@ def test_least_kv_weighs_a_prefix_against_load_in_tokens():
         (lambda: BalancedPrefix(abs_bound=-1), "abs_bound=-1"),
         (lambda: BalancedPrefix(rel_bound=0.5), "rel_bound=0.5: expected a finite number >= 1"),
         (lambda: BalancedPrefix(min_share=1.5), "min_share=1.5"),
-        (lambda: CostBased(object()), "cost_model=object: expected a model that has `exec_time_s`"),
+        (lambda: CostBased(object()), "cost_model=object: expected a CostModel"),
     ],
 )
 def test_bounds_out_of_range_are_refused_by_name(make, message):
