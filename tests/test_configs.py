@@ -92,6 +92,7 @@ def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures()
         (["exec=simulated", "step_time=measured"], "contradicts exec=simulated"),
         (["tokens=hash"], "tokens=hash contradicts exec=emulated"),
         (["exec=simulated", "tokens=model"], "tokens=model contradicts exec=simulated"),
+        (["cluster.max_unfinished=0"], "cluster.max_unfinished=0: expected null or an integer >= 1"),
         (["macro_steps=true"], "macro_steps=true contradicts"),
         (["kvcache.block_size=0"], "kvcache.block_size=0: expected an integer from 1"),
         (["kvcache.num_hbm_blocks=-1"], "num_hbm_blocks=-1"),

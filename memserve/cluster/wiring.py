@@ -112,6 +112,7 @@ def build_global_scheduler(
         decode=_group(cfg, "decode_policy", decoders) if decoders else None,
         mode=make(cfg.mode),
         recompute_failed=cfg.transfer.on_failure == "recompute",
+        max_unfinished=cfg.cluster.max_unfinished,
     )
 
 

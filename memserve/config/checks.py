@@ -85,6 +85,8 @@ def _check_transfer(cfg: RunConfig) -> None:
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
     _require(math.isfinite(silence_s) and silence_s >= 1, "cluster.silence_s", silence_s, "a number of seconds >= 1")
+    bound = cfg.cluster.max_unfinished
+    _require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks
     _require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
 

@@ -34,7 +34,7 @@ from memserve.messages import (
 from memserve.request import FinishReason, Role
 from memserve.sched.group import Assignment, Group, held_elsewhere
 from memserve.sched.modes import Colocated, Mode
-from memserve.sched.prompt_tree import Exact
+from memserve.sched.prompt_tree import Exact, counts_of
 from memserve.sched.routing import RouteRequest
 from memserve.timeline import RequestTimeline
 
@@ -60,7 +60,7 @@ class GlobalScheduler:
 
     decode: the decode instances that prefill instances hand over to, if they do.  mode: says what a request leaves in
     whose cache.  recompute_failed: a request whose hand-off failed, or whose instance is gone, is served again, up to
-    MAX_ATTEMPTS times; else it fails.
+    MAX_ATTEMPTS times; else it fails.  max_unfinished: a request that comes when so many are there is refused.
     """
 
     def __init__(
@@ -71,12 +71,13 @@ class GlobalScheduler:
         decode: Group | None = None,
         mode: Mode = _COLOCATED,
         recompute_failed: bool = True,
+        max_unfinished: int | None = None,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
         self.group, self.decode = group, decode
         self._takers = Role.COLOCATED if decode is None else Role.PREFILL
         self._mode = mode
-        self._recompute_failed = recompute_failed
+        self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rng = rng
         self._live: dict[str, _Routed] = {}
         self._outbox: list[tuple[str, Message]] = []
@@ -110,10 +111,13 @@ class GlobalScheduler:
         if message.request_id in self.timelines:
             raise ValueError(f"request_id={message.request_id!r} was submitted before: expected a new one")
         timeline = RequestTimeline(message.request_id, message.session_id, message.arrival_ns, len(message.tokens) // 4)
-        routed = _Routed(message, timeline)
+        routed, num_unfinished = _Routed(message, timeline), len(self._live)
         self.timelines[message.request_id] = timeline
         self._live[message.request_id] = routed
-        if (missing := self._missing_role()) is None:
+        if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
+            why = f"{num_unfinished} requests are unfinished: expected fewer than cluster.max_unfinished"
+            self._end(routed, _failed(routed, FinishReason.REFUSED, why), now_ns)
+        elif (missing := self._missing_role()) is None:
             self._dispatch(routed, now_ns)
         else:
             self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, f"no {missing} is left"), now_ns)
@@ -150,12 +154,7 @@ class GlobalScheduler:
 
     def tree_counts(self) -> dict[str, int]:
         """Of the prompt trees of all roles: blocks in them now, and those forgotten for space and for age."""
-        trees = [group.tree for group in (self.group, self.decode) if group is not None]
-        return {
-            "tree_blocks": sum(tree.num_blocks for tree in trees),
-            "tree_evicted_blocks": sum(tree.num_evicted_blocks for tree in trees),
-            "tree_expired_blocks": sum(tree.num_expired_blocks for tree in trees),
-        }
+        return counts_of([group.tree for group in (self.group, self.decode) if group is not None])
 
     @property
     def follows_events(self) -> bool:

@@ -193,3 +193,12 @@ class Exact(PromptIndex):
             self._tree.cut(row, event.path, event.first_block * self._tree.block_bytes)
         elif event.kind is EventKind.CLEARED:
             super().purge(row)
+
+
+def counts_of(trees: Sequence[PromptIndex]) -> dict[str, int]:
+    """Blocks in some trees now, and those forgotten for space and for age."""
+    return {
+        "tree_blocks": sum(tree.num_blocks for tree in trees),
+        "tree_evicted_blocks": sum(tree.num_evicted_blocks for tree in trees),
+        "tree_expired_blocks": sum(tree.num_expired_blocks for tree in trees),
+    }

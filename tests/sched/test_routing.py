@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from mini_cluster import group_of
 
+from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Finished, Submit, Tokens, pack_times, pack_tokens
 from memserve.request import FinishReason, SamplingParams
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
@@ -52,8 +53,8 @@ def submit(name, session="s"):
     return Submit(name, session, pack_tokens(np.arange(5)), SamplingParams(), 0)
 
 
-def make(policy=None, labels=("i-0", "i-1")):
-    return GlobalScheduler(group_of(labels, policy or RoundRobin()), np.random.default_rng(0))
+def make(policy=None, labels=("i-0", "i-1"), **options):
+    return GlobalScheduler(group_of(labels, policy or RoundRobin()), np.random.default_rng(0), **options)
 
 
 def load_of(scheduler):
@@ -114,3 +115,28 @@ def test_a_policy_that_names_no_instance_is_refused():
 
     with pytest.raises(ValueError, match="Wild chose row 9: expected 0 to 1"):
         make(Wild()).receive(submit("a"), 0)
+
+
+def test_a_request_beyond_the_bound_is_refused_by_name_and_room_comes_back():
+    scheduler = make(max_unfinished=2)
+    for name in "abc":
+        scheduler.receive(submit(name), 5)
+    (refused,) = [message for _, message in scheduler.drain_outbox() if isinstance(message, Finished)]
+    assert (refused.request_id, refused.reason) == ("c", FinishReason.REFUSED)
+    assert "2 requests are unfinished" in refused.detail and "cluster.max_unfinished" in refused.detail
+    assert load_of(scheduler).num_requests.tolist() == [1, 1] and scheduler.num_unfinished == 2
+    scheduler.receive(Finished("a", 0, FinishReason.STOP, "", None), 6)
+    scheduler.receive(submit("d"), 7)
+    assert scheduler.timelines["d"].reason is None and scheduler.timelines["c"].dispatched_ns is None
+
+
+@pytest.mark.parametrize("max_unfinished", [1, 3])
+def test_a_bounded_cluster_never_has_more_and_refuses_the_rest(max_unfinished):
+    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=20", "workload.num_turns=1"]
+    cfg = load_config([*words, "workload.rate=1000", f"cluster.max_unfinished={max_unfinished}"])
+    cluster, most = LocalCluster(cfg).cluster(), 0
+    while cluster.advance():
+        most = max(most, cluster.scheduler.num_unfinished)
+    ends = [timeline.reason for timeline in cluster.scheduler.timelines.values()]
+    assert most == max_unfinished and len(ends) == 20
+    assert 0 < ends.count(FinishReason.REFUSED) < 20 and ends.count(FinishReason.LENGTH) > 0
