@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch._dynamo
 import torch._inductor.config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
+import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from memserve.model.gguf_weights import GGUFWeights
 from memserve.model.tokenizer import HFTokenizer
@@ -72,7 +72,9 @@ def _wrap(file: GGUFWeights, backend: tokenizers.Tokenizer, tokens: list[str]) -
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = file.metadata(f"tokenizer.ggml.{key}_token_id")
         special[f"{name}_token"] = None if token_id is None else tokens[token_id]
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+    )
     wrapped.chat_template = file.metadata("tokenizer.chat_template")
     return wrapped
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import transformers  # what is asked of it below is loaded when it is: importing all of it takes seconds
 
 from memserve.model.chat_format import ChatFormat, ChatTemplateError, Message
 
@@ -72,7 +72,9 @@ class HFTokenizer(Tokenizer):
     A model without a chat template is a base model: its turns are joined by line ends, and a warning says so.
     """
 
-    def __init__(self, backend: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...] = (), name: str = "") -> None:
+    def __init__(
+        self, backend: "transformers.PreTrainedTokenizerBase", eos_token_ids: tuple[int, ...] = (), name: str = ""
+    ) -> None:
         self._backend = backend
         own = () if backend.eos_token_id is None else (backend.eos_token_id,)
         self.eos_token_ids = eos_token_ids or own
@@ -83,7 +85,7 @@ class HFTokenizer(Tokenizer):
     def from_directory(cls, directory: Path, eos_token_ids: tuple[int, ...] = ()) -> "HFTokenizer":
         """From a Hugging Face directory; runs no code out of it. Raises ValueError if its files cannot be read."""
         try:
-            backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise ValueError(f"{directory}: the tokenizer cannot be read: {error}") from error
         return cls(backend, eos_token_ids, str(directory))

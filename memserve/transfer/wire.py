@@ -90,7 +90,8 @@ class GlooCarrier:
             gloo = cast(Any, ProcessGroupGloo)  # torch's stubs leave its options out
             options = gloo._Options()
             options._timeout = patience
-            options._devices = [gloo.create_device(hostname=self.host)]
+            device = gloo.create_device(hostname=self.host) if self.host else gloo.create_default_device()
+            options._devices = [device]
             return cast(CallGroup, gloo(store, rank, 2, options))
         except RuntimeError as error:
             raise WireBroken(str(error)) from error
