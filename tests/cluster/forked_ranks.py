@@ -1,15 +1,17 @@
 """The ranks of a cluster, forked from one process that has imported everything: many times quicker than each by itself.
 
 argv: the number of ranks, and a directory with cases.json as distributed_ranks.py reads it. There it leaves found.json,
-what each rank printed, their process numbers in pids.json, and in the end their exit codes in codes.json.
+what each rank printed, their process numbers in pids.json, and their exit codes, null while they run, in codes.json.
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from cluster import distributed_ranks
@@ -21,7 +23,7 @@ class Forked:
     """The process that forks them, as a test sees it."""
 
     def __init__(self, directory, cases, num_ranks):
-        self.directory = directory
+        self.directory, self._num_ranks = directory, num_ranks
         (directory / "cases.json").write_text(json.dumps(cases))
         own = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))), "OMP_NUM_THREADS": "1"}
         self._parent = subprocess.Popen([sys.executable, __file__, str(num_ranks), directory], env=own)
@@ -33,8 +35,14 @@ class Forked:
         return self._parent.poll() is not None
 
     def codes(self):
-        """Exit codes by rank, once all have ended; negative for a signal."""
-        return json.loads((self.directory / "codes.json").read_text())
+        """Exit codes by rank, negative for a signal; None while it runs."""
+        codes = self.directory / "codes.json"
+        return json.loads(codes.read_text()) if codes.exists() else [None] * self._num_ranks
+
+    def signal(self, rank, signum):
+        """To a rank; one that has ended gets it no more."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pids()[rank], signum)
 
     def printed(self):
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.directory.glob("printed-*")))
@@ -42,9 +50,10 @@ class Forked:
     def kill(self):
         """Whoever is left."""
         if self._parent.poll() is None and (self.directory / "pids.json").exists():
-            for pid in self.pids():
-                if Path(f"/proc/{pid}").exists():
-                    os.kill(pid, 9)
+            for pid, code in zip(self.pids(), self.codes(), strict=True):
+                if code is None:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
         self._parent.kill()
         self._parent.wait()
 
@@ -76,9 +85,19 @@ def main(num_ranks, directory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pids = [fork_rank(rank, num_ranks, port, directory) for rank in range(num_ranks)]
-    (directory / "pids.json").write_text(json.dumps(pids))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    (directory / "codes.json").write_text(json.dumps(codes))
+    write(directory / "pids.json", pids)
+    codes = [None] * num_ranks
+    while None in codes:
+        pid, status = os.wait()
+        codes[pids.index(pid)] = os.waitstatus_to_exitcode(status)
+        write(directory / "codes.json", codes)
+
+
+def write(path, value):
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,16 @@ than a transfer's deadline, or for good. Used by test_survival.py, and by `make 
 import argparse
 import functools
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from cluster.forked_ranks import Forked
+
 from memserve import LocalCluster, load_config
 
-RANKS = Path(__file__).with_name("distributed_ranks.py")
 WORKLOAD = [
     "workload=synthetic", "workload.num_sessions=16", "workload.num_turns=3", "workload.prompt_tokens=400",
     "workload.turn_tokens=60", "workload.prefix_tokens=100", "workload.share_ratio=4", "workload.max_output_tokens=60",
@@ -46,37 +43,16 @@ def expected() -> dict[str, list[int]]:
     return {t.request_id: t.token_ids.tolist() for t in LocalCluster(load_config(words)).run_once().timelines}
 
 
-def start(directory: Path, words: list[str]) -> list[subprocess.Popen[bytes]]:
-    """The ranks, with nobody above them who would end all when one ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (directory / "cases.json").write_text(json.dumps([[words, NUM_RANKS]]))
-    ranks = []
-    for rank in range(NUM_RANKS):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": NUM_RANKS, "LOCAL_WORLD_SIZE": NUM_RANKS,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
-        command = [sys.executable, RANKS, directory / "cases.json", directory / "found.json"]
-        with (directory / f"printed-{rank}").open("wb") as printed:
-            own = {
-                **os.environ,
-                "PYTHONPATH": str(RANKS.parents[2]),
-                **{name: str(value) for name, value in place.items()},
-            }
-            ranks.append(subprocess.Popen(command, env=own, stdout=printed, stderr=subprocess.STDOUT))
-    return ranks
-
-
-def wait_for(is_so, limit_s: float, what: str, directory: Path, ranks=()) -> None:
+def wait_for(is_so, limit_s: float, what: str, ranks: Forked) -> None:
     until = time.monotonic() + limit_s
     while not is_so():
         if time.monotonic() > until:
-            for rank in ranks:
-                rank.send_signal(signal.SIGUSR1)
+            for rank, code in enumerate(ranks.codes()):
+                if code is None:
+                    ranks.signal(rank, signal.SIGUSR1)  # says where it hangs
             time.sleep(1.0)
-            printed = "\n".join(path.read_text()[-2000:] for path in sorted(directory.glob("*[0-9]")))
-            logs = "\n".join(path.read_text() for path in sorted(directory.glob("*.log")))
-            raise AssertionError(f"{what} within {limit_s} s: no\n{printed}\n{logs}")
+            logs = "\n".join(path.read_text() for path in sorted(ranks.directory.glob("*.log")))
+            raise AssertionError(f"{what} within {limit_s} s: no\n{ranks.printed()}\n{logs}")
         time.sleep(0.05)
 
 
@@ -91,35 +67,32 @@ def survive(seed: int, transport: str, directory: Path) -> dict[str, object]:
     words = [*CLUSTER, *WORKLOAD, f"transport={transport}", f"granularity={rng.choice(GRANULARITIES)}"]
     victims = [rng.choice((1, 2)), rng.choice((3, 4))]  # a rank of each role
     fates = [(rng.uniform(0.2, LASTS_S), victim, rng.choice(FATES)) for victim in victims]
-    ranks = start(directory, words)
+    ranks = Forked(directory, [[words, NUM_RANKS]], NUM_RANKS)
     try:
-        wait_for(lambda: have_started(directory), START_S, "the cluster starts", directory)
+        wait_for(lambda: have_started(directory), START_S, "the cluster starts", ranks)
         befall(sorted(fates), ranks)
-        done = ranks[0]
-        wait_for(lambda: done.poll() is not None, LIMIT_S, "rank 0 ends", directory, ranks)
-        survivors = [ranks[rank] for rank in range(NUM_RANKS) if rank not in victims]
-        wait_for(lambda: all(rank.poll() is not None for rank in survivors), 30, "the survivors end", directory, ranks)
-        assert all(rank.returncode == 0 for rank in survivors), [rank.returncode for rank in ranks]
+        wait_for(lambda: ranks.codes()[0] is not None, LIMIT_S, "rank 0 ends", ranks)
+        survivors = [rank for rank in range(NUM_RANKS) if rank not in victims]
+        wait_for(lambda: None not in [ranks.codes()[rank] for rank in survivors], 30, "the survivors end", ranks)
+        assert all(ranks.codes()[rank] == 0 for rank in survivors), ranks.codes()
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        ranks.kill()
     (found,) = json.loads((directory / "found.json").read_text())
     ends = check(found)
     return {"fates": [f"rank {victim} {fate} at {at_s:.1f} s" for at_s, victim, fate in sorted(fates)], "ends": ends}
 
 
-def befall(fates: list[tuple[float, int, str]], ranks: list[subprocess.Popen[bytes]]) -> None:
+def befall(fates: list[tuple[float, int, str]], ranks: Forked) -> None:
     began = time.monotonic()
     wakes: list[tuple[float, int]] = []
     for at_s, victim, fate in fates:
         time.sleep(max(0.0, began + at_s - time.monotonic()))
-        os.kill(ranks[victim].pid, signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
+        ranks.signal(victim, signal.SIGKILL if fate == "killed" else signal.SIGSTOP)
         if fate == "stopped and goes on":
             wakes.append((time.monotonic() + 2.0, victim))
     for at, victim in wakes:
         time.sleep(max(0.0, at - time.monotonic()))
-        os.kill(ranks[victim].pid, signal.SIGCONT)
+        ranks.signal(victim, signal.SIGCONT)
 
 
 def check(found: dict[str, dict]) -> dict[str, int]:

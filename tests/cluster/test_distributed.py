@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from cluster.forked_ranks import Forked
+from cluster.survival import wait_for
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.launch import check_world, find_place
 from memserve.config.checks import ConfigError
 
-RANKS = Path(__file__).with_name("distributed_ranks.py")
-TESTS = RANKS.parents[1]
+TESTS = Path(__file__).resolve().parents[1]
 WORKLOAD = [
     "workload=synthetic", "workload.num_sessions=4", "workload.num_turns=2", "workload.prompt_tokens=50",
     "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2", "workload.max_output_tokens=8",
@@ -64,9 +65,12 @@ def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
     chosen = list(cases(transport))
     distributed = ["exec=distributed", f"transport={transport}", "model.num_threads=1", *WORKLOAD]
     listed = [[[*distributed, f"tokens={tokens}", *words], ranks] for tokens, words, ranks in chosen]
-    (tmp_path / "cases.json").write_text(json.dumps(listed))
-    status, printed = torchrun(4, RANKS, tmp_path / "cases.json", tmp_path / "found.json")
-    assert status == 0, printed
+    ranks = Forked(tmp_path, listed, 4)
+    try:
+        wait_for(ranks.ended, LIMIT_S, "all cases end", ranks)
+    finally:
+        ranks.kill()
+    assert ranks.codes() == [0] * 4, ranks.printed()
     found = json.loads((tmp_path / "found.json").read_text())
     for (tokens, words, _), result in zip(chosen, found, strict=True):
         assert result["tokens"] == expected(tokens), words

@@ -4,7 +4,6 @@ becomes of an instance that loses a rank; and what is refused by name.
 
 import functools
 import json
-import os
 import re
 import signal
 import time
@@ -12,7 +11,7 @@ import time
 import pytest
 from cluster.forked_ranks import Forked
 from cluster.survival import LIMIT_S, NAMED, START_S, have_started, wait_for
-from cluster.test_distributed import RANKS, WORKLOAD, torchrun
+from cluster.test_distributed import TESTS, WORKLOAD, torchrun
 from torch.distributed import HashStore
 
 from memserve import LocalCluster, load_config
@@ -58,7 +57,7 @@ def _expected(workload):
 def test_split_instances_answer_as_whole_ones_and_hand_over_both_ways_between_any_sizes(tmp_path):
     ranks = Forked(tmp_path, [[[*DISTRIBUTED, *WORKLOAD, *words], ranks] for words, ranks in CASES], 7)
     try:
-        wait_for(ranks.ended, LIMIT_S + START_S, "all cases end", tmp_path)
+        wait_for(ranks.ended, LIMIT_S + START_S, "all cases end", ranks)
     finally:
         ranks.kill()
     assert ranks.codes() == [0] * 7, ranks.printed()
@@ -80,10 +79,10 @@ def test_an_instance_whose_follower_is_killed_is_gone_as_a_whole_and_its_request
     ]  # fmt: skip
     ranks = Forked(tmp_path, [[words, 6]], 6)
     try:
-        wait_for(lambda: have_started(tmp_path, (1, 3, 5)), START_S, "the cluster starts", tmp_path)
+        wait_for(lambda: have_started(tmp_path, (1, 3, 5)), START_S, "the cluster starts", ranks)
         time.sleep(0.5)
-        os.kill(ranks.pids()[2], signal.SIGKILL)
-        wait_for(ranks.ended, LIMIT_S, "all ranks end", tmp_path)
+        ranks.signal(2, signal.SIGKILL)
+        wait_for(ranks.ended, LIMIT_S, "all ranks end", ranks)
     finally:
         ranks.kill()
     assert ranks.codes() == [0, 1, -signal.SIGKILL, 0, 0, 0], ranks.printed()  # a leader left alone ends by itself
@@ -132,7 +131,7 @@ def test_contradictions_are_named_before_anything_runs(words, named):
 
 def test_a_model_that_cannot_be_split_so_is_refused_by_name(tmp_path):
     words = ["exec=distributed", "model=tiny", "transport=gloo", *sizes(colocated=4), f"hydra.run.dir={tmp_path}"]
-    status, printed = torchrun(5, RANKS.parents[2] / "scripts" / "run.py", *words, *WORKLOAD)
+    status, printed = torchrun(5, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
     assert status != 0
     assert (
         "error: cluster.tensor_parallel.colocated: tensor parallelism of 4 ranks: the model's num_kv_heads=2" in printed
