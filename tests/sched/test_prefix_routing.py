@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mini_cluster import group_of
@@ -11,6 +14,7 @@ from memserve.sched.prefix_routing import BalancedPrefix, CostBased, LeastKV, Pr
 from memserve.sched.prompt_tree import NoPromptTree, Optimistic
 from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, RouteRequest, SessionAffinity
 
+README = Path(__file__).parents[2] / "README.md"
 COSTS = FixedCostModel(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0001)
 REQUEST = RouteRequest("r", "s", np.arange(100, dtype=np.int32))
 
@@ -150,7 +154,7 @@ def test_a_policy_that_names_an_unknown_instance_is_refused_with_the_known_ones(
 
 
 class StickyUnlessBusy(Policy):
-    """The README's example: a session's own instance, unless it has twice the mean load; then the longest prefix."""
+    """A session's own instance, unless it has twice the mean load; then the longest prefix."""
 
     looks_at_prefixes = True
 
@@ -162,6 +166,13 @@ class StickyUnlessBusy(Policy):
         if cluster.num_requests[own] <= self._factor * cluster.num_requests.mean():
             return own
         return int(np.argmax(cluster.num_cached - cluster.num_tokens))
+
+
+def test_the_policy_that_the_readme_shows_works_as_it_stands():
+    (code,) = re.findall(r"```python\n(from memserve.sched.routing import Policy.*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert choose(names["FewestNewTokens"](), [0, 64, 32], work=[10, 90, 30]) == 2
 
 
 def test_a_policy_of_ones_own_is_one_class():
