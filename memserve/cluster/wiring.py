@@ -26,7 +26,7 @@ from memserve.sched.fetch_policy import FetchPrices, NeverFetch
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.modes import Mode
-from memserve.sched.prompt_tree import Exact, NoPromptTree, PromptIndex
+from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.routing import Policy
 from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
@@ -134,7 +134,12 @@ def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:
     """What is believed of the instances' caches; where they cache nothing there is nothing to believe."""
     if _caches_nothing(cfg):
         return NoPromptTree(num_rows, cfg.kvcache.block_size)
-    tree: PromptIndex = make(cfg.index_source, num_rows=num_rows, block_size=cfg.kvcache.block_size)
+    options = {"num_rows": num_rows, "block_size": cfg.kvcache.block_size}
+    if cfg.index_source.get("max_blocks", 0) is None:
+        in_blocks = cfg.kvcache.num_hbm_blocks is not None and cfg.kvcache.dram_bytes is None
+        num_blocks = (cfg.kvcache.num_hbm_blocks or 0) + cfg.kvcache.num_dram_blocks
+        options["max_blocks"] = num_blocks if in_blocks else MANY_BLOCKS
+    tree: PromptIndex = make(cfg.index_source, **options)
     return tree
 
 

@@ -19,6 +19,7 @@ from memserve.kvcache.errors import MissedEvents
 from memserve.kvcache.events import EventKind, IndexEvent, IndexSnapshot
 from memserve.sched.shared_tree import HolderNode, SharedTree
 
+MANY_BLOCKS = 65536  # a million tokens at 16 a block
 _NEVER = 1 << 63
 
 
@@ -75,7 +76,7 @@ class Optimistic(PromptIndex):
     since goes back under its new time when it comes up, so that using a prefix costs no heap operation.
     """
 
-    def __init__(self, num_rows: int, block_size: int, ttl_s: float = 300.0, max_blocks: int = 65536) -> None:
+    def __init__(self, num_rows: int, block_size: int, ttl_s: float = 300.0, max_blocks: int = MANY_BLOCKS) -> None:
         if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s < math.inf:
             raise ValueError(f"index_source.ttl_s={ttl_s!r}: expected a finite number of seconds > 0")
         if isinstance(max_blocks, bool) or not isinstance(max_blocks, int) or max_blocks < 1:

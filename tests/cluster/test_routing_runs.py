@@ -28,13 +28,16 @@ def test_where_sessions_share_prefixes_routing_by_prefix_beats_sessions_and_load
     assert all(r["num_failed"] == 0 and r["routing"]["skew_requests"] < 2.5 for r in found.values())
 
 
-def test_an_exact_tree_is_wrong_less_often_than_an_optimistic_one_when_pools_are_tight():
-    exact, optimistic = (report(*TIGHT, f"index_source={source}")["routing"] for source in ("exact", "optimistic"))
+def test_an_exact_tree_is_wrong_less_often_than_one_that_never_forgets_when_pools_are_tight():
+    exact, optimistic = (
+        report(*TIGHT, *words)["routing"] for words in (["index_source=exact"], ["index_source.max_blocks=65536"])
+    )
     assert optimistic["wrong_hit_tokens"] > 0 and exact["wrong_hit_tokens"] < optimistic["wrong_hit_tokens"]
 
 
 def test_an_optimistic_tree_of_the_pools_size_is_wrong_less_often_than_a_larger_one():
-    large, fitting = (report(*TIGHT, *words)["routing"] for words in ([], ["index_source.max_blocks=80"]))
+    """By itself it is of the pool's size."""
+    large, fitting = (report(*TIGHT, *words)["routing"] for words in (["index_source.max_blocks=65536"], []))
     assert fitting["wrong_hit_tokens"] < large["wrong_hit_tokens"]
     assert fitting["tree_evicted_blocks"] > 0 == large["tree_evicted_blocks"] and fitting["tree_blocks"] <= 4 * 80
 
