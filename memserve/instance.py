@@ -105,7 +105,8 @@ class Instance:
             self.poll(now_ns)
 
     def poll(self, now_ns: int) -> None:
-        """Lets time pass: moves arrive, deadlines pass, tickets end, requests that waited for a grant may go on."""
+        """Lets time pass: copies end, moves arrive, deadlines pass, tickets end, who waited for a grant may go on."""
+        self.pool.poll(now_ns)
         if self.handoffs is None:
             return
         for ticket in self.handoffs.poll(now_ns):
@@ -128,6 +129,7 @@ class Instance:
                     self._redirect(message, now_ns)
                 case _:
                     raise TypeError(f"an instance takes no {type(message).__name__}")
+        self.pool.poll(now_ns)
         self._read_peers(now_ns)
         self._add_fetched(now_ns)
         self._began_ns = now_ns

@@ -5,7 +5,8 @@
     # [0, num_prompt) prompt | [num_prompt, num_tokens) generated
 
 Phases: WAITING -> RUNNING -> FINISHED, where KV is fetched FETCHING before; RUNNING -> WAITING by preemption;
-RUNNING -> HANDING_OFF on a prefill instance; any -> FINISHED by abort.
+WAITING -> SWAPPING_IN -> WAITING while KV comes from DRAM beside compute; RUNNING -> HANDING_OFF on a prefill instance;
+any -> FINISHED by abort.
 """
 
 import enum
@@ -96,6 +97,7 @@ def _require_int(name: str, value: object, low: int, allowed: str, high: int | N
 class Phase(enum.Enum):
     WAITING = "waiting"
     FETCHING = "fetching"
+    SWAPPING_IN = "swapping in"
     RUNNING = "running"
     HANDING_OFF = "handing off"
     FINISHED = "finished"

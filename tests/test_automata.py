@@ -104,7 +104,7 @@ def play(instance: Instance, event: str) -> None:
         case "Abort" | "Abort of another attempt":
             instance.receive(Abort("r", 0 if event == "Abort" else 1))
         case "a step with room for it":
-            if instance.scheduler.waiting:
+            if instance.scheduler.room.waiting:
                 instance.receive(Abort("old", 0))  # which has the only place
             return step(instance)
         case "a step without room":

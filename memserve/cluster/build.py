@@ -20,7 +20,8 @@ from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers
-from memserve.kvcache.block_pool import BlockCopier, BlockPool, IndexFactory, NothingToCopy
+from memserve.kvcache.block_pool import BlockPool, IndexFactory
+from memserve.kvcache.copy_engine import AtOnce, BlockCopier, NothingToCopy
 from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry, what_fits
 from memserve.model.byte_tokenizer import ByteTokenizer
@@ -147,7 +148,7 @@ def build_instance(
     part = build_part(cfg, engine)
     part = part if followers is None else _led(part, followers)
     index = index_factory(cfg, costs)
-    pool = BlockPool(num_blocks, block_size, index, num_dram_blocks=num_dram_blocks, copier=part.copier)
+    pool = BlockPool(num_blocks, block_size, index, num_dram_blocks=num_dram_blocks, engine=AtOnce(part.copier))
     handoffs = None
     if transport is not None:
         handoffs = build_handoffs(

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import torch
 
-from memserve.kvcache.block_pool import BlockCopier
+from memserve.kvcache.copy_engine import BlockCopier
 from memserve.messages import pack_tokens, unpack_tokens
 from memserve.model.parallel import LEADER, GroupBroken, Shard
 from memserve.model.runner import ModelRunner
@@ -138,6 +138,7 @@ class ParallelCopier(BlockCopier):
 
     def __init__(self, copier: BlockCopier, followers: Followers) -> None:
         self._copier, self._followers = copier, followers
+        self.device = copier.device
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies blocks `source` to `target`, int32 [n]. Raises GroupBroken when a follower has gone."""

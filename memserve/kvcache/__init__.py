@@ -2,7 +2,8 @@
 
 from memserve.kvcache.address import Medium, Placement
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
-from memserve.kvcache.block_pool import BlockPool, PoolStats
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.copy_engine import AtOnce, BlockCopier, Copy, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
 from memserve.kvcache.errors import BrokenInvariant, MissedEvents, NotHeld, OutOfBlocks, StaleAddress
 from memserve.kvcache.events import EventKind, IndexEvent, IndexSnapshot
 from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
@@ -12,6 +13,7 @@ from memserve.kvcache.index_follower import IndexFollower
 from memserve.kvcache.inspect import BlockStory
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout, Layout
 from memserve.kvcache.mempool import AddressMatch, MemPool
+from memserve.kvcache.pool_stats import PoolStats
 from memserve.kvcache.radix import RadixIndex
 from memserve.kvcache.radix_tree import RadixNode
 from memserve.kvcache.ticket import Ticket, TicketState, Timeouts, TransferOptions
@@ -24,16 +26,21 @@ __all__ = [
     "AddressMatch",
     "AggregatedLayout",
     "Allocator",
+    "AtOnce",
+    "BlockCopier",
     "BlockPool",
     "BlockStory",
     "BrokenInvariant",
     "CacheGeometry",
+    "Copy",
+    "CopyEngine",
     "CostAware",
     "DiscreteLayout",
     "EventKind",
     "Eviction",
     "HashIndex",
     "Holder",
+    "InVirtualTime",
     "Index",
     "IndexEvent",
     "IndexFollower",
@@ -44,7 +51,9 @@ __all__ = [
     "MemPool",
     "MissedEvents",
     "NotHeld",
+    "NothingToCopy",
     "NullIndex",
+    "OnAThread",
     "OutOfBlocks",
     "Placement",
     "PoolStats",

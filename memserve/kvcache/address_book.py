@@ -9,13 +9,17 @@ from memserve.kvcache.errors import StaleAddress
 
 
 class AddressBook:
-    """One instance's addresses. incarnation: its number in the cluster. Raises ValueError for one out of range."""
+    """One instance's addresses, and the names of its tickets. incarnation: its number in the cluster.
+
+    Raises ValueError for one out of range.
+    """
 
     def __init__(self, allocator: Allocator, incarnation: int) -> None:
         if not 0 <= incarnation <= address.MAX_INCARNATION:
             raise ValueError(f"incarnation={incarnation}: expected 0 to {address.MAX_INCARNATION}")
         self.incarnation = incarnation
         self._allocator = allocator
+        self._num_tickets = 0
         self._hbm_head = address.head(incarnation, Medium.HBM)
         self._dram_head = address.head(incarnation, Medium.DRAM)
 
@@ -29,6 +33,11 @@ class AddressBook:
         in_dram = places >= num_hbm
         heads = np.where(in_dram, self._dram_head, self._hbm_head)
         return address.encode(heads, generations, places - num_hbm * in_dram)
+
+    def new_ticket_id(self) -> tuple[int, int]:
+        """(incarnation, number): no other ticket of the cluster has it."""
+        self._num_tickets += 1
+        return self.incarnation, self._num_tickets
 
     def are_elsewhere(self, addrs: np.ndarray) -> bool:
         """Whether addresses (int64 [n], n >= 1) name blocks of another instance, all of them of the same one."""

@@ -3,10 +3,13 @@
 import numpy as np
 import torch
 
+from memserve.kvcache.copy_engine import BlockCopier
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.regions import regions_of, row_bytes_of
-from memserve.transfer.block_copy import copy_rows
+from memserve.transfer.block_copy import copy_rows, gather_rows, scatter_rows
 from memserve.transfer.shared_memory import SharedHandle, SharedMemory, available_bytes
+
+_STAGING_BYTES = 64 << 20  # of a swap between a device and the host, at once
 
 
 class Arena:
@@ -49,11 +52,12 @@ class Arena:
         return f"{self.num_blocks} KV blocks need {self.num_bytes} bytes ({self.num_bytes / 2**30:.2f} GiB) on {device}"
 
 
-class TwoTiers:
+class TwoTiers(BlockCopier):
     """The arenas of HBM and DRAM under one numbering: blocks from `hbm`'s size on lie in `dram`."""
 
     def __init__(self, hbm: Arena, dram: Arena, num_hbm_blocks: int) -> None:
         self._arenas = (hbm, dram)
+        self.device = hbm.tensor.device
         self._num_hbm_blocks = num_hbm_blocks
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
@@ -66,7 +70,23 @@ class TwoTiers:
             regions_of(arena.layout, arena.geometry, arena.num_blocks, blocks, row_bytes=row_bytes).rows
             for arena, blocks in ((from_arena, from_blocks), (to_arena, to_blocks))
         )
-        copy_rows(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
+        if from_arena.tensor.device == to_arena.tensor.device:
+            copy_rows(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
+        else:
+            self._stage(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
+
+    def _stage(
+        self, source: torch.Tensor, from_rows: np.ndarray, target: torch.Tensor, to_rows: np.ndarray, row_bytes: int
+    ) -> None:
+        """Between a device and the host through page-locked memory: gathered there, copied as one piece, scattered."""
+        rows_at_once = max(1, _STAGING_BYTES // row_bytes)
+        most = min(rows_at_once, len(from_rows)) * row_bytes
+        staging = torch.empty(most, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        for start in range(0, len(from_rows), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            part = staging[: len(from_rows[rows]) * row_bytes]
+            gather_rows(source, from_rows[rows], part, row_bytes)
+            scatter_rows(part, target, to_rows[rows], row_bytes)
 
     def _locate(self, blocks: np.ndarray) -> tuple[Arena, np.ndarray]:
         """The arena of blocks of one medium, and their numbers in it."""

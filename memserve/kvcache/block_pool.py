@@ -3,16 +3,20 @@
 What the local scheduler uses. Its one rule: allocating evicts what only the index holds, before it says OutOfBlocks.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Allocator, Holder
+from memserve.kvcache.copy_engine import AtOnce, CopyEngine, NothingToCopy
 from memserve.kvcache.errors import BrokenInvariant, OutOfBlocks
 from memserve.kvcache.events import EventRecorder, IndexEvent, IndexSnapshot
 from memserve.kvcache.index import Index, Match, require_block_size
+from memserve.kvcache.moves import Move, Moves
+from memserve.kvcache.pool_stats import PoolStats
+
+_NOTHING = np.empty(0, dtype=np.int32)
 
 
 class IndexFactory(Protocol):
@@ -21,45 +25,11 @@ class IndexFactory(Protocol):
     def __call__(self, block_size: int, refcounts: np.ndarray, *, num_hbm_blocks: int) -> Index: ...
 
 
-class BlockCopier(Protocol):
-    """Moves the contents of blocks (int32 [n]) to others, within a medium or across."""
-
-    def copy(self, source: np.ndarray, target: np.ndarray) -> None: ...
-
-
-class NothingToCopy(BlockCopier):
-    """For pools that only count: there is no memory behind the blocks."""
-
-    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copies nothing."""
-
-
-@dataclass(frozen=True)
-class PoolStats:
-    """Blocks now, and counts since the pool was made.
-
-    num_blocks, num_free, num_evictable, peak_used (most that requests held at a time): in HBM; *_dram: in DRAM.
-    num_indexed: in the index, either medium.  num_swapped_out, num_swapped_in: blocks moved down and up.
-    """
-
-    num_blocks: int
-    num_free: int
-    num_evictable: int
-    num_indexed: int
-    num_evicted: int
-    num_allocated: int
-    peak_used: int
-    num_dram_blocks: int
-    num_free_dram: int
-    num_evictable_dram: int
-    num_swapped_out: int
-    num_swapped_in: int
-
-
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens in HBM, `num_dram_blocks` in DRAM, and the index over what they cache.
 
-    copier: moves contents between blocks; by default there are none to move.  Raises ValueError for sizes out of range.
+    engine: copies contents between blocks; by default there are none to copy.  swap_ahead_blocks: how many blocks of
+    HBM `swap_ahead` keeps free.  Raises ValueError for sizes out of range.
     """
 
     def __init__(
@@ -69,17 +39,20 @@ class BlockPool:
         index: IndexFactory,
         *,
         num_dram_blocks: int = 0,
-        copier: BlockCopier | None = None,
+        engine: CopyEngine | None = None,
+        swap_ahead_blocks: int = 0,
     ) -> None:
         self.block_size = require_block_size(block_size)
         self.allocator = Allocator(num_blocks, num_dram_blocks)
         self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)
+        if not 0 <= swap_ahead_blocks <= num_blocks:
+            raise ValueError(f"swap_ahead_blocks={swap_ahead_blocks}: expected 0 to {num_blocks}, the blocks in HBM")
+        self._moves = Moves(self.allocator, self.index, engine or AtOnce(NothingToCopy()))
+        self._swap_ahead_blocks = swap_ahead_blocks
         self._events = EventRecorder(block_size, num_blocks)
-        self._copier = copier or NothingToCopy()
+        self._now_ns = 0
         self._num_evicted = 0
         self._num_allocated = 0
-        self._num_swapped_out = 0
-        self._num_swapped_in = 0
         self._peak_used = 0
 
     @property
@@ -99,7 +72,17 @@ class BlockPool:
     @property
     def num_swapped(self) -> int:
         """Blocks moved between the media, both ways."""
-        return self._num_swapped_out + self._num_swapped_in
+        return self._moves.num_out + self._moves.num_in
+
+    @property
+    def num_moving(self) -> int:
+        """Moves between the media that have not ended."""
+        return len(self._moves.open)
+
+    @property
+    def next_time_ns(self) -> int | None:
+        """When the first of them ends, if anything is known of that."""
+        return self._moves.next_time_ns
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -116,81 +99,97 @@ class BlockPool:
         self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
         return blocks
 
-    def swap_out(self, num_blocks: int) -> np.ndarray:
-        """Moves what eviction would take first in HBM to DRAM, as far as DRAM has free blocks (Table 1).
-
-        Returns where it lies now, int32 [n <= num_blocks].
-        """
+    def swap_out(self, num_blocks: int) -> Move:
+        """Moves what eviction would take first in HBM to DRAM, as far as DRAM has free blocks (Table 1)."""
         if num_blocks < 0:
             raise ValueError(f"num_blocks={num_blocks}: expected an integer >= 0")
         blocks = self.index.coldest(min(num_blocks, self.allocator.num_free_dram))
-        return self._move(blocks, Medium.DRAM, INDEX)
+        return self._moves.begin(blocks, Medium.DRAM, INDEX, self._now_ns)
 
-    def swap_in(self, blocks: np.ndarray, holder: Holder) -> np.ndarray:
+    def swap_in(self, blocks: np.ndarray, holder: Holder) -> Move:
         """Brings those of `blocks` that lie in DRAM back to HBM; `holder` holds them all, before and after.
 
-        Returns the blocks, int32 [n], with the new ones in place; the index follows. Others that hold a block keep
-        theirs in DRAM. Raises OutOfBlocks, with nothing moved.
+        The index follows. Others that hold a block keep theirs in DRAM. Raises OutOfBlocks, with nothing moved.
         """
-        in_dram = blocks >= self.num_blocks
-        if not in_dram.any():
-            return blocks
-        self._make_room(int(np.count_nonzero(in_dram)), holder, Medium.HBM)
-        here = blocks.copy()
-        here[in_dram] = self._move(blocks[in_dram], Medium.HBM, holder)
-        return here
+        in_dram = blocks[blocks >= self.num_blocks]
+        self._make_room(len(in_dram), holder, Medium.HBM)
+        return self._moves.begin(in_dram, Medium.HBM, holder, self._now_ns)
 
     def move_out(self, blocks: np.ndarray, holder: Holder) -> np.ndarray | None:
         """Moves a request's blocks to DRAM, except those that others use too; None, with none moved, if DRAM is full.
 
-        Returns the blocks, int32 [n], with the moved ones in place, all held by `holder` still.
+        Waits for the copy. Returns the blocks, int32 [n], with the moved ones in place, all held by `holder` still.
         """
-        alone = (self.allocator.refcounts[blocks] <= 3) & (blocks < self.num_blocks)
-        count = int(np.count_nonzero(alone))
+        alone = blocks[(self.allocator.refcounts[blocks] <= 3) & (blocks < self.num_blocks)]
         try:
-            self._make_room(count, holder, Medium.DRAM)
+            self._make_room(len(alone), holder, Medium.DRAM)
         except OutOfBlocks:
             return None
-        there = blocks.copy()
-        there[alone] = self._move(blocks[alone], Medium.DRAM, holder)
-        return there
+        move = self._moves.begin(alone, Medium.DRAM, holder, self._now_ns)
+        self._moves.end(move)
+        return move.replaced(blocks)
 
-    def _move(self, blocks: np.ndarray, medium: Medium, holder: Holder) -> np.ndarray:
-        """Copies blocks to free ones of a medium, and with them the index's hold and `holder`'s."""
-        new = self.allocator.alloc(len(blocks), holder, medium)
-        self._copier.copy(blocks, new)
-        if medium is Medium.DRAM:
-            self._num_swapped_out += len(blocks)
-        else:
-            self._num_swapped_in += len(blocks)
-        indexed = (self.allocator.refcounts[blocks] & 1) == 1
-        self.index.repoint(blocks[indexed], new[indexed])
-        if holder != INDEX:
-            self.allocator.retain(new[indexed], INDEX)
-            self.allocator.release(blocks[indexed], INDEX)
-        self.allocator.release(blocks, holder)
-        return new
+    def swap_ahead(self) -> None:
+        """Begins to move what eviction would take first, until `swap_ahead_blocks` of HBM are free or will be."""
+        if self._swap_ahead_blocks:
+            leaving = sum(len(m.sources) for m in self._moves.open if self._frees(m, Medium.HBM))
+            self.swap_out(max(0, self._swap_ahead_blocks - self.allocator.num_free - leaving))
+
+    def poll(self, now_ns: int) -> list[Move]:
+        """Sets the time of the calls that follow, in ns; returns the moves that end by it."""
+        self._now_ns = now_ns
+        return self._moves.end_due(now_ns) if self._moves.open else []
+
+    def wait(self) -> None:
+        """Waits for every move that has not ended."""
+        self._moves.end_all()
+
+    def move_up_of(self, blocks: np.ndarray) -> Move | None:
+        """The first open move that brings any of `blocks` (int32 [n]) to HBM."""
+        for move in self._moves.open:
+            if self._frees(move, Medium.DRAM) and np.isin(move.sources, blocks).any():
+                return move
+        return None
+
+    def are_moving(self, blocks: np.ndarray) -> np.ndarray:
+        """bool [n]: which of `blocks` an open move takes elsewhere."""
+        return np.isin(blocks, np.concatenate([_NOTHING, *(move.sources for move in self._moves.open)]))
+
+    def _frees(self, move: Move, medium: Medium) -> bool:
+        """Whether a move's end frees blocks of a medium."""
+        return bool(move.sources[0] >= self.num_blocks) == bool(medium)
 
     def _make_room(self, num_blocks: int, holder: Holder, medium: Medium) -> None:
-        """Frees blocks of a medium until `num_blocks` are free: HBM's go to DRAM while that has room, else the coldest
-        leaves go for good, wherever they lie. Raises OutOfBlocks.
+        """Frees blocks of a medium until `num_blocks` are free: what is leaving it anyway goes first, then HBM's blocks
+        to DRAM while that has room, else the coldest leaves for good, wherever they lie. Raises OutOfBlocks.
         """
-        a = self.allocator
-        free, evictable, capacity = (
-            (a.num_free_dram, a.num_index_only_dram, a.num_dram_blocks)
-            if medium
-            else (a.num_free, a.num_index_only, a.num_blocks)
-        )
+        free, evictable, capacity = self._room(medium)
+        if num_blocks > free + evictable and self._moves.end_all():
+            free, evictable, _ = self._room(medium)
         if num_blocks > free + evictable:
             raise OutOfBlocks(
                 f"{num_blocks} blocks in {medium.name} asked for by {holder}: {free} free and {evictable} evictable "
                 f"of {capacity}"
             )
-        while (short := num_blocks - (a.num_free_dram if medium else a.num_free)) > 0:
-            if medium is Medium.HBM and a.num_free_dram and len(self.swap_out(short)):
+        while (short := num_blocks - self._room(medium)[0]) > 0:
+            if self._moves.open and self._moves.end_all(lambda move: self._frees(move, medium)):
                 continue
-            if not self._evict(short):
+            if medium is Medium.HBM and self.allocator.num_free_dram and self._swap_out_at_once(short):
+                continue
+            if not self._evict(short) and not self._moves.end_all():
                 raise OutOfBlocks(f"{short} more cached blocks had to go, but lie above blocks that are in use")
+
+    def _room(self, medium: Medium) -> tuple[int, int, int]:
+        """Free blocks of a medium, those that only the index holds, and all."""
+        a = self.allocator
+        if medium:
+            return a.num_free_dram, a.num_index_only_dram, a.num_dram_blocks
+        return a.num_free, a.num_index_only, a.num_blocks
+
+    def _swap_out_at_once(self, num_blocks: int) -> int:
+        move = self.swap_out(num_blocks)
+        self._moves.end(move)
+        return len(move.arrived)
 
     def _evict(self, num_blocks: int) -> int:
         gone = self.index.evict(num_blocks)
@@ -274,8 +273,8 @@ class BlockPool:
             num_dram_blocks=allocator.num_dram_blocks,
             num_free_dram=allocator.num_free_dram,
             num_evictable_dram=allocator.num_index_only_dram,
-            num_swapped_out=self._num_swapped_out,
-            num_swapped_in=self._num_swapped_in,
+            num_swapped_out=self._moves.num_out,
+            num_swapped_in=self._moves.num_in,
         )
 
     def check(self) -> None:

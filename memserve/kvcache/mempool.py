@@ -4,6 +4,7 @@ Whoever calls it names a holder, and a block lives as long as somebody holds it.
 another instance's, another medium's or a freed block's raises StaleAddress and changes nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -14,7 +15,8 @@ from memserve.kvcache.address import Medium, Placement
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.arena import Arena, TwoTiers
-from memserve.kvcache.block_pool import BlockPool, IndexFactory, PoolStats
+from memserve.kvcache.block_pool import BlockPool, IndexFactory
+from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine
 from memserve.kvcache.errors import NotHeld
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.granularity import Granularity
@@ -22,7 +24,9 @@ from memserve.kvcache.inputs import Tokens, as_tokens, count_of, named
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
-from memserve.kvcache.ticket import PLAIN, Ticket, TicketState, Timeouts, TransferOptions
+from memserve.kvcache.pool_stats import PoolStats
+from memserve.kvcache.swap import SwapTickets
+from memserve.kvcache.ticket import PLAIN, Ticket, Timeouts, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.transfer.transport import Transport
 
@@ -40,6 +44,7 @@ class MemPool:
 
     geometry, layout: shape of a block and how it lies in memory.  device: what HBM is; DRAM is the host's memory, and
     page-locked unless `device` is the CPU.  incarnation: this instance's number in the cluster, in every address.
+    engine: copies between the two media; with `OnAThread` swaps go on beside whatever else is done, until `poll`.
     """
 
     def __init__(
@@ -52,11 +57,11 @@ class MemPool:
         num_dram_blocks: int = 0,
         device: torch.device | str = "cpu",
         incarnation: int = 0,
+        engine: Callable[[BlockCopier], CopyEngine] = AtOnce,
     ) -> None:
         self.geometry = geometry
         self.layout = layout
         self.incarnation = incarnation
-        self._num_tickets = 0
         self._now_ns = 0
         self._transfers: Transfers | None = None
         device = torch.device(device)
@@ -68,9 +73,10 @@ class MemPool:
             geometry.block_size,
             index,
             num_dram_blocks=num_dram_blocks,
-            copier=TwoTiers(self.arena, self.dram, num_blocks),
+            engine=engine(TwoTiers(self.arena, self.dram, num_blocks)),
         )
         self._book = AddressBook(self.blocks.allocator, incarnation)
+        self._swaps = SwapTickets(self.blocks, self._book)
 
     @property
     def block_size(self) -> int:
@@ -168,26 +174,19 @@ class MemPool:
     def swap_out(self, num_blocks: int) -> Ticket:
         """Moves up to `num_blocks` cached blocks that nobody uses to DRAM, those that eviction would take first.
 
-        The ticket's addrs say where they lie now: as many as were movable and DRAM had free. The index follows them.
+        The ticket's addrs say where they lie then: as many as were movable and DRAM had free, less those that somebody
+        came to use before they were there. The index follows them.
         """
-        return self._swapped(self.blocks.swap_out(count_of(num_blocks)))
+        return self._swaps.swap_out(count_of(num_blocks))
 
     def swap_in(self, addrs: np.ndarray, *, holder: Holder) -> Ticket:
-        """Brings blocks that `holder` holds from DRAM back to HBM; the ticket's addrs are all of them as they are now.
+        """Brings blocks that `holder` holds from DRAM back to HBM; the ticket's addrs are all of them as they are then.
 
-        Those in HBM stay. The old addresses of the others are stale unless somebody else holds them. Raises
-        OutOfBlocks, NotHeld, StaleAddress, and ValueError for a block given twice, with nothing moved.
+        Those in HBM stay. The old addresses of the others are stale at its end unless somebody else holds them. It
+        fails if `holder` gives some up before. Raises OutOfBlocks, NotHeld, StaleAddress, and ValueError for a block
+        given twice or on its way already, with nothing moved.
         """
-        blocks = self.resolve(addrs)
-        if not np.isin(blocks, self.blocks.allocator.held_by(named(holder))).all():
-            raise NotHeld(f"{holder} swaps in blocks that it does not hold")
-        if len(np.unique(blocks)) != len(blocks):
-            raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: expected each once")
-        return self._swapped(self.blocks.swap_in(blocks, holder))
-
-    def _swapped(self, blocks: np.ndarray) -> Ticket:
-        self._num_tickets += 1
-        return Ticket((self.incarnation, self._num_tickets), self.addresses(blocks), TicketState.DONE)
+        return self._swaps.swap_in(self.resolve(addrs), named(holder))
 
     def connect(
         self, transport: Transport, granularity: Granularity, timeouts: Timeouts, *, headroom_blocks: int = 0
@@ -264,7 +263,9 @@ class MemPool:
     def poll(self, now_ns: int) -> list[Ticket]:
         """Sets the time of the calls that follow, in ns; returns the tickets that have ended since the last call."""
         self._now_ns = now_ns
-        return [] if self._transfers is None else self._transfers.poll(now_ns)
+        self.blocks.poll(now_ns)
+        swapped = self._swaps.drain_ended()
+        return swapped if self._transfers is None else swapped + self._transfers.poll(now_ns)
 
     def addresses(self, blocks: np.ndarray) -> np.ndarray:
         """The present addresses, int64 [n], of block numbers (int32 [n])."""

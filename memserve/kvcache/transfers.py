@@ -52,7 +52,6 @@ class Transfers:
         self._receiving = Receiving(
             pool, size, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
         )
-        self._num_tickets = 0
         self._gone: set[int] = set()
         transport.attach(book.incarnation, memories)
 
@@ -111,7 +110,7 @@ class Transfers:
             raise ValueError(f"{len(addrs)} dst_addrs for {needed} blocks: expected one each")
         target = None if addrs is None else self._reservations.pool_of(peer, addrs)
         ask = Ask(
-            self._new_ticket(), pack_tokens(tokens), needed, int(options.medium), options.insert,
+            self._book.new_ticket_id(), pack_tokens(tokens), needed, int(options.medium), options.insert,
             options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
         layers = self.geometry.num_layers
@@ -128,7 +127,7 @@ class Transfers:
 
     def reserve(self, peer: int, num_blocks: int, medium: Medium, holder: Holder, now_ns: int) -> Ticket:
         """Asks `peer` for blocks in its pool, to be written later. The ticket's addrs say where, once it is DONE."""
-        ticket = self._reservations.reserve(peer, self._new_ticket(), num_blocks, medium, holder, now_ns)
+        ticket = self._reservations.reserve(peer, self._book.new_ticket_id(), num_blocks, medium, holder, now_ns)
         if peer in self._gone:
             self._reservations.peer_gone(peer)
         return ticket
@@ -141,10 +140,6 @@ class Transfers:
         if self._sending.is_writing_to(peer, addrs):
             raise ValueError(f"addresses on instance {peer}: a transfer that has not ended writes there")
         self._reservations.free(addrs, holder, now_ns)
-
-    def _new_ticket(self) -> tuple[int, int]:
-        self._num_tickets += 1
-        return self.incarnation, self._num_tickets
 
     def mark_ready(self, ticket: Ticket, num_blocks: int, layer: int, ready_ns: int) -> None:
         """The ticket's first `num_blocks` blocks are final in `layer` since ready_ns."""

@@ -2,8 +2,9 @@
 
 A request's life here (states of request.Phase):
 
-    add -> WAITING in `waiting` -> admitted: cached prefix retained, blocks for its tokens allocated -> RUNNING in
-    `running` -> chunks until num_computed catches up with num_tokens, then a token a step -> finish -> FINISHED
+    add -> WAITING -> admitted: cached prefix retained, blocks for its tokens allocated -> RUNNING in `running`
+        -> chunks until num_computed catches up with num_tokens, then a token a step -> finish -> FINISHED
+    WAITING -> SWAPPING_IN while what is cached comes up from DRAM, where that is copied beside compute -> WAITING
     RUNNING -> preempted when a decode step finds no block -> WAITING, ahead of the queue; any -> abort -> FINISHED
 
 There is no prefill phase or decode phase: each step, every running request gets as many of its tokens computed as the
@@ -19,10 +20,12 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
 from memserve.sched.admission import usable_prefix
+from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
 from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.swap_policy import SwapPolicy
+from memserve.sched.waiting_room import WaitingRoom
 
 
 class LocalScheduler:
@@ -47,10 +50,9 @@ class LocalScheduler:
         holds_admitted: bool = False,
     ) -> None:
         self.pool = pool
-        self.waiting: list[Request] = []
+        self.room = WaitingRoom(queue)
         self.running: list[Request] = []
         self.counts = SchedulerCounts()
-        self._queue = queue
         self._preemption = preemption
         self._swap = swap
         self._token_budget = token_budget
@@ -58,16 +60,15 @@ class LocalScheduler:
         self._max_running = max_running
         self._publishes = publishes
         self._holds_admitted = holds_admitted
-        self._preempted: list[Request] = []
         self._admitted: list[Request] = []
 
     @property
     def num_unfinished(self) -> int:
-        return len(self.waiting) + len(self._preempted) + len(self.running)
+        return len(self.room) + len(self.running)
 
     def add(self, request: Request) -> None:
         request.phase = Phase.WAITING
-        self.waiting.append(request)
+        self.room.waiting.append(request)
 
     def schedule(self) -> ScheduledBatch | None:
         """This step's batch, blocks included, or None when there is nothing to do."""
@@ -78,12 +79,14 @@ class LocalScheduler:
                 break
             if request.phase is Phase.RUNNING and not request.on_hold and self._grow(request):
                 budget -= self._take(batch, request, budget)
-        while budget > 0 and len(self.running) < self._max_running and (head := self._next_waiting()) is not None:
+        self.room.unpark()
+        while budget > 0 and (head := self._next()) is not None:
             if self._admit(head):
-                budget -= 0 if head.on_hold else self._take(batch, head, budget)
-            elif self.running or not self._drop_swapped():
+                budget -= self._take(batch, head, budget) if head.phase is Phase.RUNNING and not head.on_hold else 0
+            elif self.running or not (self.room.unpark() or self._drop_swapped()):
                 break
         self._drop_preempted(batch)
+        self.pool.swap_ahead()
         batch = replace(batch, num_swapped_blocks=self.pool.num_swapped - num_swapped)
         return batch if batch.requests else None
 
@@ -106,7 +109,7 @@ class LocalScheduler:
     def adopt(self, request: Request) -> None:
         """Takes a request whose KV is in its block table already; it runs once there is room for one token more."""
         request.phase = Phase.WAITING
-        self._preempted.append(request)
+        self.room.returning.append(request)
 
     def hand_off(self, request: Request) -> None:
         """Stops running a request; it keeps its blocks until it is finished."""
@@ -125,7 +128,7 @@ class LocalScheduler:
             self._publish(request)
             self.running.remove(request)
         elif request.phase not in (Phase.HANDING_OFF, Phase.FETCHING):
-            (self._preempted if request in self._preempted else self.waiting).remove(request)
+            self.room.remove(request)
         self.pool.release_all(request.holder)
         request.phase = Phase.FINISHED
         request.finish_reason = reason
@@ -155,18 +158,7 @@ class LocalScheduler:
 
     def check(self, handing_off: Collection[Request] = ()) -> None:
         """Raises unless tables, holders and borders agree; handing_off: what `hand_off` let go. For tests, fuzzing."""
-        self.pool.check()
-        for request in self.running:
-            assert request.num_computed <= request.num_tokens
-            assert len(request.block_table) >= self.pool.blocks_for(request.num_computed)
-            held = self.pool.allocator.held_by(request.holder)
-            assert np.isin(request.block_table.view, held).all(), f"{request.request_id} uses a block it does not hold"
-        names = {r.holder for r in (*self.running, *self._preempted, *handing_off)}
-        for _, blocks in self.pool.index.iter_prefixes():
-            in_use = self.pool.allocator.refcounts[blocks] > 1
-            assert not (in_use[1:] & ~in_use[:-1]).any(), "a cached block in use hangs below one that may be evicted"
-        strangers = [h for h in self.pool.allocator.holders() if h[0] == "request" and h not in names]
-        assert not strangers, f"blocks held by requests that do not run: {strangers}"
+        check_books(self.pool, self.running, [*self.room.holders(), *handing_off])
 
     def _in_turn(self) -> list[Request]:
         """Running requests, those that decode before those that prefill, each in order of admission."""
@@ -202,7 +194,7 @@ class LocalScheduler:
         victim.phase = Phase.WAITING
         victim.num_preemptions += 1
         self.counts.preemptions += 1
-        self._preempted.insert(0, victim)
+        self.room.returning.insert(0, victim)
 
     def _drop_preempted(self, batch: ScheduledBatch) -> None:
         """Takes out requests that were preempted after they had been put into the batch."""
@@ -210,32 +202,34 @@ class LocalScheduler:
         batch.requests[:] = [r for r, _ in kept]
         batch.num_new[:] = [n for _, n in kept]
 
-    def _next_waiting(self) -> Request | None:
-        if self._preempted:
-            return self._preempted[0]
-        return min(self.waiting, key=lambda r: self._queue.key(r, self.num_cached), default=None)
-
     def num_cached(self, request: Request) -> int:
         """Tokens of a request that would come from the cache now."""
         return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
 
+    def _next(self) -> Request | None:
+        """Who is admitted next, unless max_running are."""
+        is_full = len(self.running) + self.room.num_moving >= self._max_running
+        return None if is_full else self.room.next(self.num_cached)
+
     def _admit(self, request: Request) -> bool:
-        """Gives the request its blocks and runs it; False, holding no more than before, when the pool lacks blocks."""
-        return self._return_from_dram(request) if len(request.block_table) else self._start_with_prefix(request)
+        """Gives the request its blocks and runs it, or parks it until a copy has ended; False, holding no more than
+        before, when the pool lacks blocks.
+        """
+        return self._go_on(request) if len(request.block_table) else self._start_with_prefix(request)
 
     def _start_with_prefix(self, request: Request) -> bool:
-        """Retains the cached prefix, swapping it in as the policy says, and allocates the rest."""
+        """Retains the cached prefix and swaps it in, as far as the policy says; the rest is computed."""
         found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
         cached = found.blocks[: self._swap.num_to_use(found.blocks, self.pool.num_blocks, request.num_tokens)]
+        if (move := self.pool.move_up_of(cached)) is not None:
+            self.room.park(request, move, is_own=False)
+            return True
         self.pool.retain(cached, request.holder)
-        try:
-            request.block_table.extend(self.pool.swap_in(cached, request.holder))
-            self._cover(request, request.num_tokens)
-        except OutOfBlocks:
+        request.block_table.extend(cached)
+        if not self._bring_up(request):
             request.block_table.truncate(0)
             self.pool.release_all(request.holder)
             return False
-        self._run(request)
         num_cached = len(cached) * self.pool.block_size
         request.num_computed = request.num_published = num_cached
         request.prefill_end = request.num_tokens
@@ -244,18 +238,27 @@ class LocalScheduler:
             self.counts.cached += num_cached
         return True
 
-    def _return_from_dram(self, request: Request) -> bool:
-        """Swaps in what the request was preempted with; it goes on where it was."""
+    def _go_on(self, request: Request) -> bool:
+        """The request has KV: what it was preempted with, its cached prefix, or its prefill elsewhere."""
+        if not self._bring_up(request):
+            return False
+        if request.phase is Phase.RUNNING:
+            request.num_published = 0
+            self._publish(request)
+        return True
+
+    def _bring_up(self, request: Request) -> bool:
+        """Swaps the block table in and allocates the rest; it runs, or is parked while it comes. False: no room."""
         try:
-            table = self.pool.swap_in(request.block_table.view, request.holder)
-            request.block_table.truncate(0)
-            request.block_table.extend(table)
+            move = self.pool.swap_in(request.block_table.view, request.holder)
+            if not move.has_ended:
+                self.room.park(request, move, is_own=True)
+                return True
+            move.replace_in(request.block_table)
             self._cover(request, request.num_tokens)
         except OutOfBlocks:
             return False
         self._run(request)
-        request.num_published = 0
-        self._publish(request)
         return True
 
     def _drop_swapped(self) -> bool:
@@ -263,7 +266,7 @@ class LocalScheduler:
 
         Nothing runs and nothing can: what swapped requests share with each other was left in HBM and fills it.
         """
-        for request in reversed(self._preempted):
+        for request in reversed(self.room.returning):
             if len(request.block_table):
                 Recompute().preempt(request, self.pool)
                 self.counts.swaps_dropped += 1
@@ -271,7 +274,7 @@ class LocalScheduler:
         return False
 
     def _run(self, request: Request) -> None:
-        (self._preempted if request in self._preempted else self.waiting).remove(request)
+        self.room.remove(request)
         self.running.append(request)
         request.phase = Phase.RUNNING
         request.on_hold = self._holds_admitted

@@ -18,7 +18,8 @@ from memserve.cluster.worker import Followers, IdleHand, ParallelCopier, Paralle
 from memserve.instance import Instance
 from memserve.kvcache import LRU, DiscreteLayout, RadixIndex
 from memserve.kvcache.arena import Arena, TwoTiers
-from memserve.kvcache.block_pool import BlockCopier, BlockPool, NothingToCopy
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.copy_engine import AtOnce, BlockCopier, NothingToCopy
 from memserve.model.llama import Llama
 from memserve.model.parallel import GroupBroken, GroupShard
 from memserve.model.runner import ModelRunner, geometry
@@ -44,7 +45,7 @@ def parts_of_an_instance(model: Llama) -> tuple[ModelRunner, TwoTiers]:
 def instance_over(runner: ModelRunner | ParallelRunner, copier: BlockCopier) -> Instance:
     """An instance whose pool is too small for what it is asked, so that it swaps and preempts."""
     index = functools.partial(RadixIndex, eviction=LRU())
-    pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, index, num_dram_blocks=NUM_DRAM_BLOCKS, copier=copier)
+    pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, index, num_dram_blocks=NUM_DRAM_BLOCKS, engine=AtOnce(copier))
     scheduler = LocalScheduler(pool, FCFS(), SwapOut(), Always(), token_budget=64, chunk_size=None, max_running=8)
     return Instance("colocated-0", Role.COLOCATED, scheduler, runner, Limits(512, 104, NUM_BLOCKS, BLOCK_SIZE))
 

@@ -1,0 +1,126 @@
+"""Moves: blocks on their way between the media. Knows block numbers, who holds them, and the index; not why they go.
+
+    begin: new blocks in the other medium; these and the old ones are held by ("swap", n)
+    end:   the index, and the holder for whom they move, have the new ones; the old ones are given up
+
+Until a move has ended everybody goes on with the old blocks. When it ends, what has become of them meanwhile decides:
+whatever nobody wants any more is dropped, at both ends.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memserve.kvcache.address import Medium
+from memserve.kvcache.allocator import INDEX, Allocator, Holder
+from memserve.kvcache.copy_engine import NOTHING_TO_WAIT_FOR, Copy, CopyEngine
+from memserve.kvcache.index import Index
+from memserve.request import IntBuffer
+
+
+@dataclass(eq=False)
+class Move:
+    """sources, targets: int32 [n].  holder: for whom they move; the index alone if it is INDEX.
+
+    moved: bool [n], once it has ended: which blocks `holder` has at the new place.  then: called at its end.
+    """
+
+    name: Holder
+    sources: np.ndarray
+    targets: np.ndarray
+    holder: Holder
+    copy: Copy
+    has_ended: bool = False
+    moved: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
+    then: Callable[[], None] | None = None
+
+    @property
+    def arrived(self) -> np.ndarray:
+        """Where the blocks that moved lie now, int32 [at most n]."""
+        arrived: np.ndarray = self.targets[self.moved]
+        return arrived
+
+    def replaced(self, blocks: np.ndarray) -> np.ndarray:
+        """`blocks`, int32 [m], with those that moved where they lie now."""
+        new_place = dict(zip(self.sources[self.moved].tolist(), self.arrived.tolist(), strict=True))
+        return np.array([new_place.get(block, block) for block in blocks.tolist()], dtype=np.int32)
+
+    def replace_in(self, table: IntBuffer) -> None:
+        """The same in a request's block table."""
+        if len(self.sources):
+            blocks = self.replaced(table.view)
+            table.truncate(0)
+            table.extend(blocks)
+
+
+class Moves:
+    """The moves of one pool. num_out, num_in: blocks moved down and up since it was made."""
+
+    def __init__(self, allocator: Allocator, index: Index, engine: CopyEngine) -> None:
+        self._allocator, self._index, self._engine = allocator, index, engine
+        self._num_begun = 0
+        self.open: list[Move] = []
+        self.num_out = 0
+        self.num_in = 0
+
+    @property
+    def next_time_ns(self) -> int | None:
+        """When the first ends, if anything is known of that."""
+        return min((m.copy.due_ns for m in self.open if m.copy.due_ns is not None), default=None)
+
+    def begin(self, sources: np.ndarray, medium: Medium, holder: Holder, now_ns: int) -> Move:
+        """Moves blocks of one medium to free ones of the other. Raises OutOfBlocks, with nothing begun."""
+        if not len(sources):
+            return Move(INDEX, sources, sources, holder, NOTHING_TO_WAIT_FOR, has_ended=True)
+        name: Holder = ("swap", self._num_begun)
+        targets = self._allocator.alloc(len(sources), name, medium)
+        self._allocator.retain(sources, name)
+        self._num_begun += 1
+        move = Move(name, sources, targets, holder, self._engine.start(sources, targets, now_ns))
+        self.open.append(move)
+        if move.copy.has_ended(now_ns):
+            self.end(move)
+        return move
+
+    def end_due(self, now_ns: int) -> list[Move]:
+        """Ends what has been copied; returns it."""
+        due = [move for move in self.open if move.copy.has_ended(now_ns)]
+        for move in due:
+            self.end(move)
+        return due
+
+    def end_all(self, which: Callable[[Move], bool] = lambda move: True) -> bool:
+        """Waits for the open moves that `which` picks; whether there were any."""
+        picked = [move for move in self.open if which(move)]
+        for move in picked:
+            self.end(move)
+        return bool(picked)
+
+    def end(self, move: Move) -> None:
+        """Waits for a move's copy, if it has not ended; whoever wants the blocks has the new ones then."""
+        if move.has_ended:
+            return
+        move.copy.finish()
+        self.open.remove(move)
+        move.has_ended = True
+        a, counts = self._allocator, self._allocator.refcounts[move.sources]
+        cached = (counts & 1) == 1
+        if move.holder == INDEX:
+            move.moved = cached = counts == 3  # the index and this move: whoever came to use it meanwhile stays there
+        else:
+            move.moved = np.isin(move.sources, a.held_by(move.holder))
+        self._index.repoint(move.sources[cached], move.targets[cached])
+        a.retain(move.targets[cached], INDEX)
+        a.release(move.sources[cached], INDEX)
+        if move.holder != INDEX:
+            a.retain(move.arrived, move.holder)
+            a.release(move.sources[move.moved], move.holder)
+        a.release_all(move.name)
+        num_kept = int(np.count_nonzero(cached | move.moved))
+        if move.targets[0] >= a.num_blocks:
+            self.num_out += num_kept
+        else:
+            self.num_in += num_kept
+        if move.then is not None:
+            move.then()
