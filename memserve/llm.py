@@ -28,7 +28,10 @@ OPTIONS = {
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",
-    **{name: f"kvcache.{name}" for name in ("num_dram_blocks", "hbm_bytes", "dram_bytes")},
+    **{
+        name: f"kvcache.{name}"
+        for name in ("num_dram_blocks", "hbm_bytes", "dram_bytes", "async_swap", "swap_ahead_blocks")
+    },
 }
 
 
@@ -75,7 +78,7 @@ class LLM:
         cfg = load_config([f"model.path={_word(str(path))}", *words])
         engine = build_engine(cfg)
         self.tokenizer: Tokenizer = engine.tokenizer
-        self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0)
+        self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0, in_real_time=True)
         self._num_requests = 0
 
     def generate(
@@ -123,7 +126,9 @@ class LLM:
 
     def _step(self) -> list[Tokens | Finished]:
         batch = self.instance.schedule(monotonic_ns())
-        if batch is not None:
+        if batch is None:
+            self.instance.pool.wait()  # nothing is there to compute meanwhile
+        else:
             output = self.instance.forward(batch)
             self.instance.commit(batch, output, np.array([monotonic_ns()]))
         return [m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished)]

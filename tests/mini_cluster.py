@@ -7,7 +7,7 @@ import numpy as np
 
 from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance
-from memserve.kvcache import LRU, DiscreteLayout, MemPool, NullIndex, RadixIndex
+from memserve.kvcache import LRU, AtOnce, DiscreteLayout, MemPool, NullIndex, RadixIndex
 from memserve.messages import Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
 from memserve.request import Role, SamplingParams
 from memserve.sched.admission import Limits
@@ -37,13 +37,16 @@ class Options:
     preemption: object = field(default_factory=Recompute)
     swap: object = field(default_factory=Always)
     eviction: object = field(default_factory=LRU)
+    engine: object = AtOnce
+    swap_ahead_blocks: int = 0
 
 
 def hash_instance(options: Options | None = None, **changes) -> Instance:
     """An instance that runs HashRunner over a pool of its own."""
     o = options or Options(**changes)
     index = functools.partial(RadixIndex, eviction=o.eviction) if o.index == "radix" else NullIndex
-    pool = MemPool(hash_geometry(o.block_size), o.layout, o.num_blocks, index, num_dram_blocks=o.num_dram_blocks)
+    geometry, tiers = hash_geometry(o.block_size), {"num_dram_blocks": o.num_dram_blocks, "engine": o.engine}
+    pool = MemPool(geometry, o.layout, o.num_blocks, index, **tiers)
     scheduler = LocalScheduler(
         pool.blocks,
         o.queue,
@@ -52,6 +55,7 @@ def hash_instance(options: Options | None = None, **changes) -> Instance:
         token_budget=o.token_budget,
         chunk_size=o.chunk_size,
         max_running=o.max_running,
+        swap_ahead_blocks=o.swap_ahead_blocks,
     )
     limits = Limits(o.max_context, VOCAB, o.num_blocks, o.block_size)
     return Instance("colocated-0", Role.COLOCATED, scheduler, HashRunner(pool.kv, VOCAB), limits)
@@ -86,7 +90,8 @@ def collect(instance: Instance, check: bool = True) -> tuple[dict[str, list[int]
         batch = instance.schedule(now_ns)
         if batch is not None:
             instance.commit(batch, instance.forward(batch), np.array([now_ns]))
-        stuck = 0 if batch is not None or not instance.num_unfinished else stuck + 1
+        is_waiting = instance.num_unfinished and not instance.pool.num_swapping
+        stuck = stuck + 1 if batch is None and is_waiting else 0
         assert stuck < 3, "the instance makes no progress"
         if check:
             instance.check()

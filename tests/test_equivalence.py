@@ -1,5 +1,6 @@
 """With HashRunner, every way to run a request gives the same answer: the whole product, in seconds."""
 
+import functools
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from mini_cluster import Options, hash_answer, hash_instance, serve
 
-from memserve.kvcache import FIFO, LFU, LRU, AggregatedLayout, CostAware, DiscreteLayout
+from memserve.kvcache import FIFO, LFU, LRU, AggregatedLayout, CostAware, DiscreteLayout, InVirtualTime, OnAThread
 from memserve.sched.preemption import Recompute, SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
 from memserve.sched.swap_policy import Always, Never
@@ -83,6 +84,7 @@ def serve_twice_in_too_small_a_pool(block_size, layout, dram_share, **options):
     assert serve(instance, FEW, MAX_TOKENS, check=block_size == 4) == expected, (block_size, layout, dram_share)
     again = {f"again-{name}": prompt for name, prompt in FEW.items()}
     assert list(serve(instance, again, MAX_TOKENS, check=False).values()) == list(expected.values())
+    instance.pool.wait()
     instance.check()
     stats = instance.pool.stats()
     assert stats.num_free + stats.num_evictable == stats.num_blocks
@@ -102,6 +104,20 @@ def test_answers_are_the_same_in_the_whole_product_of_ways_between_hbm_and_dram(
     preempted, evicted, swapped_out, swapped_in = total
     assert preempted > 0 and evicted > 0 and swapped_out > 0
     assert (swapped_in > 0) == (preemption == "swap" or swap == "always")
+
+
+ENGINES = {"a thread": OnAThread, "5 steps a block": functools.partial(InVirtualTime, seconds_for=lambda n: 5e-9 * n)}
+
+
+@pytest.mark.parametrize("swap_ahead_blocks", [0, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_answers_are_the_same_where_blocks_are_copied_beside_compute(preemption, engine, swap_ahead_blocks):
+    total = np.zeros(4, dtype=int)
+    for block_size, layout, share in TIERED:
+        options = {"preemption": WAYS[preemption](), "engine": ENGINES[engine], "swap_ahead_blocks": swap_ahead_blocks}
+        total += serve_twice_in_too_small_a_pool(block_size, layout, share, **options)
+    assert (total > 0).all()
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)

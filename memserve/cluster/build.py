@@ -21,7 +21,7 @@ from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
-from memserve.kvcache.copy_engine import AtOnce, BlockCopier, NothingToCopy
+from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
 from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry, what_fits
 from memserve.model.byte_tokenizer import ByteTokenizer
@@ -138,17 +138,25 @@ def build_instance(
     incarnation: int,
     transport: Transport | None = None,
     followers: Followers | None = None,
+    *,
+    in_real_time: bool = False,
 ) -> Instance:
     """One instance with its own pool, scheduler and runner. transport: what its mode hands KV over with.
 
-    followers: the other ranks of an instance of several.
+    followers: the other ranks of an instance of several.  in_real_time: whoever drives it goes by the machine's clock.
     """
     block_size, costs = cfg.kvcache.block_size, build_cost_model(cfg, engine.model)
     num_blocks, num_dram_blocks = _capacity(cfg, engine)
     part = build_part(cfg, engine)
     part = part if followers is None else _led(part, followers)
     index = index_factory(cfg, costs)
-    pool = BlockPool(num_blocks, block_size, index, num_dram_blocks=num_dram_blocks, engine=AtOnce(part.copier))
+    pool = BlockPool(
+        num_blocks,
+        block_size,
+        index,
+        num_dram_blocks=num_dram_blocks,
+        engine=_swap_engine(cfg, part.copier, costs, in_real_time),
+    )
     handoffs = None
     if transport is not None:
         handoffs = build_handoffs(
@@ -164,6 +172,7 @@ def build_instance(
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,
+        swap_ahead_blocks=cfg.kvcache.swap_ahead_blocks,
         publishes=mode.inserts(role),
         holds_admitted=role is Role.PREFILL and handoffs is not None and handoffs.asks_at_admission,
     )
@@ -178,6 +187,13 @@ def build_instance(
         seed=cfg.seed,
         handoffs=handoffs,
     )
+
+
+def _swap_engine(cfg: RunConfig, copier: BlockCopier, costs: CostModel, in_real_time: bool) -> CopyEngine:
+    """In virtual time a copy takes what the cost model says, and the machine's where time is the machine's."""
+    if not cfg.kvcache.async_swap:
+        return AtOnce(copier)
+    return OnAThread(copier) if in_real_time else InVirtualTime(copier, costs.swap_time_s)
 
 
 def describe_pool(cfg: RunConfig, engine: Engine) -> str:

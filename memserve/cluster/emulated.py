@@ -132,8 +132,7 @@ class EmulatedCluster:
         for kind, what in deferred:
             self._push(self.now_ns, kind, node, what)
         node.timer_ns = None
-        if node.instance.handoffs is not None:
-            self._poll(node)
+        self._poll(node)
 
     def _handle(self, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
         if kind == _BEGIN:
@@ -152,9 +151,8 @@ class EmulatedCluster:
         """Whether anything still waits for a timer; what it was set for may have ended long ago."""
         if time_ns != node.timer_ns:
             return False
-        assert node.instance.handoffs is not None and self.transport is not None
-        waits_ns = node.instance.handoffs.next_time_ns()
-        arrives_ns = self.transport.next_time_ns()
+        waits_ns = node.next_time_ns
+        arrives_ns = None if self.transport is None else self.transport.next_time_ns()
         if any(t is not None and t <= time_ns for t in (waits_ns, arrives_ns)):
             return True
         node.timer_ns = None
@@ -162,7 +160,7 @@ class EmulatedCluster:
         return False
 
     def _poll(self, node: Node) -> None:
-        """Lets time pass for a node's transfers; it may have room, or a request to go on with, since."""
+        """Lets time pass for a node's swaps and transfers; it may have room, or a request to go on with, since."""
         node.instance.poll(self.now_ns)
         self._arouse(node)
         self._send(node)
@@ -247,17 +245,16 @@ class EmulatedCluster:
         self._feed.send(node, self.now_ns)
         if self.transport is not None:
             self._send_to_peers(node, self.transport)
+        self._set_timer(node, node.next_time_ns)
 
     def _send_to_peers(self, node: Node, transport: InProcess) -> None:
-        """Puts a node's messages on the wire, and notes when its transfers, or anybody's moves, want attention next."""
+        """Puts a node's messages on the wire, and notes when anybody's moves want attention next."""
         sender = self.nodes.index(node)
         for peer, message in node.instance.drain_peer_outbox():
             due_ns = self.now_ns + transport.link.message_ns
             times = [due_ns] if self.faults is None else self.faults.times_ns(type(message).__name__, due_ns)
             for time_ns in times:
                 self._push(time_ns, _PEER, self.nodes[peer], (sender, message))
-        assert node.instance.handoffs is not None
-        self._set_timer(node, node.instance.handoffs.next_time_ns())
         arrives_ns = transport.next_time_ns()
         if arrives_ns is not None:
             for endpoint in transport.waiting_endpoints:

@@ -34,7 +34,7 @@ class Node:
     begin_is_due: bool = False
     epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
     commit_ns: int = 0  # measured cost of the last commit, charged to the next step
-    timer_ns: int | None = None  # the next time at which its transfers want to be polled
+    timer_ns: int | None = None  # the next time at which its swaps or transfers want to be polled
     is_gone: bool = False
     is_stopped: bool = False
     deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
@@ -42,3 +42,10 @@ class Node:
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
         self.activity = Activity()
+
+    @property
+    def next_time_ns(self) -> int | None:
+        """When a swap or a transfer of this instance wants to be polled."""
+        handoffs = self.instance.handoffs
+        times = (self.instance.pool.next_time_ns, None if handoffs is None else handoffs.next_time_ns())
+        return min((time_ns for time_ns in times if time_ns is not None), default=None)

@@ -58,9 +58,15 @@ class Member:
         label, role = build_roles(self._cfg)[self._instance]
         if number == 0:
             with self._followers(shard, engine) as followers:
-                warm_up(build_instance(self._cfg, engine, label, role, self._instance, followers=followers))
+                warm_up(
+                    build_instance(
+                        self._cfg, engine, label, role, self._instance, followers=followers, in_real_time=True
+                    )
+                )
         with self._followers(shard, engine) as followers, self._transport(number, followers) as transport:
-            instance = build_instance(self._cfg, engine, label, role, self._instance, transport, followers)
+            instance = build_instance(
+                self._cfg, engine, label, role, self._instance, transport, followers, in_real_time=True
+            )
             if follows_events(self._cfg):
                 instance.pool.follow()
             processes = [_this_process()]

@@ -137,7 +137,8 @@ class InstanceLoop:
         self._send()
         self._occupancy.offer(self._now_ns())
         if not self._instance.has_inbox:
-            self._receive(_TRANSFERRING_MS if self._is_transferring else _IDLE_MS)
+            soon = self._is_transferring or self._instance.pool.num_swapping
+            self._receive(_TRANSFERRING_MS if soon else _IDLE_MS)
 
     def _compute(self, batch: ScheduledBatch) -> None:
         began_ns = self._now_ns()

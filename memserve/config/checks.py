@@ -41,6 +41,7 @@ def check_config(cfg: RunConfig) -> None:
     tiered = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes is not None
     if tiered and cfg.index.get("_target_", "").endswith(".HashIndex"):
         raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
+    _check_async_swap(cfg, bool(tiered))
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
         _require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
@@ -75,6 +76,24 @@ def _check_capacity(cfg: RunConfig) -> None:
     if kv.dram_bytes is not None and kv.num_dram_blocks:
         raise ConfigError(f"kvcache.dram_bytes={kv.dram_bytes} contradicts kvcache.num_dram_blocks="
                           f"{kv.num_dram_blocks}: expected one of them, and 0 blocks beside bytes")  # fmt: skip
+
+
+def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
+    kv, sizes = cfg.kvcache, cfg.cluster.tensor_parallel
+    _require(kv.swap_ahead_blocks >= 0, "kvcache.swap_ahead_blocks", kv.swap_ahead_blocks, "an integer >= 0")
+    if kv.num_hbm_blocks is not None and kv.swap_ahead_blocks > kv.num_hbm_blocks:
+        raise ConfigError(f"kvcache.swap_ahead_blocks={kv.swap_ahead_blocks} contradicts kvcache.num_hbm_blocks="
+                          f"{kv.num_hbm_blocks}: expected no more")  # fmt: skip
+    if kv.swap_ahead_blocks and not kv.async_swap:
+        raise ConfigError(f"kvcache.swap_ahead_blocks={kv.swap_ahead_blocks} contradicts kvcache.async_swap=false: "
+                          "blocks that everybody waits for are moved when they are needed")  # fmt: skip
+    if not kv.async_swap:
+        return
+    if not is_tiered:
+        raise ConfigError("kvcache.async_swap=true contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
+    if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
+        raise ConfigError("kvcache.async_swap=true contradicts cluster.tensor_parallel above 1: the ranks of an "
+                          "instance copy together, between two steps")  # fmt: skip
 
 
 def _check_transfer(cfg: RunConfig) -> None:

@@ -26,13 +26,18 @@ class ModelConfigNode:
 
 @dataclass
 class KVCacheConfig:
-    """Sizes of an instance's pool. block_size in tokens; each medium in blocks, or in bytes (integers or 512MiB)."""
+    """Sizes of an instance's pool. block_size in tokens; each medium in blocks, or in bytes (integers or 512MiB).
+
+    async_swap: between the media, blocks are copied beside compute.  swap_ahead_blocks: so many are kept free.
+    """
 
     block_size: int = 16
     num_hbm_blocks: int | None = 2048
     num_dram_blocks: int = 0
     hbm_bytes: Any = None
     dram_bytes: Any = None
+    async_swap: bool = False
+    swap_ahead_blocks: int = 0
 
 
 @dataclass

@@ -13,8 +13,8 @@ from memserve.kvcache.copy_engine import AtOnce, CopyEngine, NothingToCopy
 from memserve.kvcache.errors import BrokenInvariant, OutOfBlocks
 from memserve.kvcache.events import EventRecorder, IndexEvent, IndexSnapshot
 from memserve.kvcache.index import Index, Match, require_block_size
-from memserve.kvcache.moves import Move, Moves
 from memserve.kvcache.pool_stats import PoolStats
+from memserve.kvcache.swaps import Swap, Swaps
 
 _NOTHING = np.empty(0, dtype=np.int32)
 
@@ -28,8 +28,8 @@ class IndexFactory(Protocol):
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens in HBM, `num_dram_blocks` in DRAM, and the index over what they cache.
 
-    engine: copies contents between blocks; by default there are none to copy.  swap_ahead_blocks: how many blocks of
-    HBM `swap_ahead` keeps free.  Raises ValueError for sizes out of range.
+    engine: copies contents between blocks; by default there are none to copy.  Raises ValueError for sizes out of
+    range.
     """
 
     def __init__(
@@ -40,15 +40,11 @@ class BlockPool:
         *,
         num_dram_blocks: int = 0,
         engine: CopyEngine | None = None,
-        swap_ahead_blocks: int = 0,
     ) -> None:
         self.block_size = require_block_size(block_size)
         self.allocator = Allocator(num_blocks, num_dram_blocks)
         self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)
-        if not 0 <= swap_ahead_blocks <= num_blocks:
-            raise ValueError(f"swap_ahead_blocks={swap_ahead_blocks}: expected 0 to {num_blocks}, the blocks in HBM")
-        self._moves = Moves(self.allocator, self.index, engine or AtOnce(NothingToCopy()))
-        self._swap_ahead_blocks = swap_ahead_blocks
+        self._swaps = Swaps(self.allocator, self.index, engine or AtOnce(NothingToCopy()))
         self._events = EventRecorder(block_size, num_blocks)
         self._now_ns = 0
         self._num_evicted = 0
@@ -72,17 +68,17 @@ class BlockPool:
     @property
     def num_swapped(self) -> int:
         """Blocks moved between the media, both ways."""
-        return self._moves.num_out + self._moves.num_in
+        return self._swaps.num_out + self._swaps.num_in
 
     @property
-    def num_moving(self) -> int:
-        """Moves between the media that have not ended."""
-        return len(self._moves.open)
+    def num_swapping(self) -> int:
+        """Swaps that have not ended."""
+        return len(self._swaps.open)
 
     @property
     def next_time_ns(self) -> int | None:
         """When the first of them ends, if anything is known of that."""
-        return self._moves.next_time_ns
+        return self._swaps.next_time_ns
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -99,21 +95,21 @@ class BlockPool:
         self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
         return blocks
 
-    def swap_out(self, num_blocks: int) -> Move:
+    def swap_out(self, num_blocks: int) -> Swap:
         """Moves what eviction would take first in HBM to DRAM, as far as DRAM has free blocks (Table 1)."""
         if num_blocks < 0:
             raise ValueError(f"num_blocks={num_blocks}: expected an integer >= 0")
         blocks = self.index.coldest(min(num_blocks, self.allocator.num_free_dram))
-        return self._moves.begin(blocks, Medium.DRAM, INDEX, self._now_ns)
+        return self._swaps.begin(blocks, Medium.DRAM, INDEX, self._now_ns)
 
-    def swap_in(self, blocks: np.ndarray, holder: Holder) -> Move:
+    def swap_in(self, blocks: np.ndarray, holder: Holder) -> Swap:
         """Brings those of `blocks` that lie in DRAM back to HBM; `holder` holds them all, before and after.
 
         The index follows. Others that hold a block keep theirs in DRAM. Raises OutOfBlocks, with nothing moved.
         """
         in_dram = blocks[blocks >= self.num_blocks]
         self._make_room(len(in_dram), holder, Medium.HBM)
-        return self._moves.begin(in_dram, Medium.HBM, holder, self._now_ns)
+        return self._swaps.begin(in_dram, Medium.HBM, holder, self._now_ns)
 
     def move_out(self, blocks: np.ndarray, holder: Holder) -> np.ndarray | None:
         """Moves a request's blocks to DRAM, except those that others use too; None, with none moved, if DRAM is full.
@@ -125,46 +121,47 @@ class BlockPool:
             self._make_room(len(alone), holder, Medium.DRAM)
         except OutOfBlocks:
             return None
-        move = self._moves.begin(alone, Medium.DRAM, holder, self._now_ns)
-        self._moves.end(move)
-        return move.replaced(blocks)
+        swap = self._swaps.begin(alone, Medium.DRAM, holder, self._now_ns)
+        self._swaps.end(swap)
+        return swap.replaced(blocks)
 
-    def swap_ahead(self) -> None:
-        """Begins to move what eviction would take first, until `swap_ahead_blocks` of HBM are free or will be."""
-        if self._swap_ahead_blocks:
-            leaving = sum(len(m.sources) for m in self._moves.open if self._frees(m, Medium.HBM))
-            self.swap_out(max(0, self._swap_ahead_blocks - self.allocator.num_free - leaving))
+    def swap_ahead(self, num_blocks: int) -> None:
+        """Begins to move what eviction would take first to DRAM, while less than `num_blocks` of HBM will be free."""
+        if not num_blocks:
+            return
+        leaving = sum(len(s.sources) for s in self._swaps.open if self._frees(s, Medium.HBM))
+        self.swap_out(max(0, num_blocks - self.allocator.num_free - leaving))
 
-    def poll(self, now_ns: int) -> list[Move]:
+    def poll(self, now_ns: int) -> list[Swap]:
         """Sets the time of the calls that follow, in ns; returns the moves that end by it."""
         self._now_ns = now_ns
-        return self._moves.end_due(now_ns) if self._moves.open else []
+        return self._swaps.end_due(now_ns) if self._swaps.open else []
 
     def wait(self) -> None:
-        """Waits for every move that has not ended."""
-        self._moves.end_all()
+        """Waits for every swap that has not ended."""
+        self._swaps.end_all()
 
-    def move_up_of(self, blocks: np.ndarray) -> Move | None:
-        """The first open move that brings any of `blocks` (int32 [n]) to HBM."""
-        for move in self._moves.open:
-            if self._frees(move, Medium.DRAM) and np.isin(move.sources, blocks).any():
-                return move
+    def swap_in_of(self, blocks: np.ndarray) -> Swap | None:
+        """The first open swap that brings any of `blocks` (int32 [n]) to HBM."""
+        for swap in self._swaps.open:
+            if self._frees(swap, Medium.DRAM) and np.isin(swap.sources, blocks).any():
+                return swap
         return None
 
-    def are_moving(self, blocks: np.ndarray) -> np.ndarray:
-        """bool [n]: which of `blocks` an open move takes elsewhere."""
-        return np.isin(blocks, np.concatenate([_NOTHING, *(move.sources for move in self._moves.open)]))
+    def are_swapping(self, blocks: np.ndarray) -> np.ndarray:
+        """bool [n]: which of `blocks` an open swap takes elsewhere."""
+        return np.isin(blocks, np.concatenate([_NOTHING, *(swap.sources for swap in self._swaps.open)]))
 
-    def _frees(self, move: Move, medium: Medium) -> bool:
+    def _frees(self, swap: Swap, medium: Medium) -> bool:
         """Whether a move's end frees blocks of a medium."""
-        return bool(move.sources[0] >= self.num_blocks) == bool(medium)
+        return bool(swap.sources[0] >= self.num_blocks) == bool(medium)
 
     def _make_room(self, num_blocks: int, holder: Holder, medium: Medium) -> None:
         """Frees blocks of a medium until `num_blocks` are free: what is leaving it anyway goes first, then HBM's blocks
         to DRAM while that has room, else the coldest leaves for good, wherever they lie. Raises OutOfBlocks.
         """
         free, evictable, capacity = self._room(medium)
-        if num_blocks > free + evictable and self._moves.end_all():
+        if num_blocks > free + evictable and self._swaps.end_all():
             free, evictable, _ = self._room(medium)
         if num_blocks > free + evictable:
             raise OutOfBlocks(
@@ -172,11 +169,11 @@ class BlockPool:
                 f"of {capacity}"
             )
         while (short := num_blocks - self._room(medium)[0]) > 0:
-            if self._moves.open and self._moves.end_all(lambda move: self._frees(move, medium)):
+            if self._swaps.open and self._swaps.end_all(lambda swap: self._frees(swap, medium)):
                 continue
             if medium is Medium.HBM and self.allocator.num_free_dram and self._swap_out_at_once(short):
                 continue
-            if not self._evict(short) and not self._moves.end_all():
+            if not self._evict(short) and not self._swaps.end_all():
                 raise OutOfBlocks(f"{short} more cached blocks had to go, but lie above blocks that are in use")
 
     def _room(self, medium: Medium) -> tuple[int, int, int]:
@@ -187,9 +184,9 @@ class BlockPool:
         return a.num_free, a.num_index_only, a.num_blocks
 
     def _swap_out_at_once(self, num_blocks: int) -> int:
-        move = self.swap_out(num_blocks)
-        self._moves.end(move)
-        return len(move.arrived)
+        swap = self.swap_out(num_blocks)
+        self._swaps.end(swap)
+        return len(swap.arrived)
 
     def _evict(self, num_blocks: int) -> int:
         gone = self.index.evict(num_blocks)
@@ -273,8 +270,8 @@ class BlockPool:
             num_dram_blocks=allocator.num_dram_blocks,
             num_free_dram=allocator.num_free_dram,
             num_evictable_dram=allocator.num_index_only_dram,
-            num_swapped_out=self._moves.num_out,
-            num_swapped_in=self._moves.num_in,
+            num_swapped_out=self._swaps.num_out,
+            num_swapped_in=self._swaps.num_in,
         )
 
     def check(self) -> None:

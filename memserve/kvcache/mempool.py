@@ -25,7 +25,7 @@ from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
 from memserve.kvcache.pool_stats import PoolStats
-from memserve.kvcache.swap import SwapTickets
+from memserve.kvcache.swap_tickets import SwapTickets
 from memserve.kvcache.ticket import PLAIN, Ticket, Timeouts, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.transfer.transport import Transport

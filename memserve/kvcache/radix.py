@@ -124,7 +124,7 @@ class RadixIndex(Index):
                 continue
             in_hbm = node.blocks[node.blocks < self._num_hbm_blocks]
             movable = in_hbm[self._refcounts[in_hbm] == 1][-missing:]
-            if len(movable) < len(in_hbm):
+            if len(in_hbm):  # whether those go in the end is not known here
                 kept.append(node)
             found.append(movable[::-1])
             missing -= len(movable)

@@ -33,6 +33,7 @@ class LocalScheduler:
 
     token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
     max_running: most requests admitted at once.  publishes: what is computed here enters the index.
+    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.
     holds_admitted: a request that is admitted waits, in `drain_admitted`, until its `on_hold` is taken off.
     """
 
@@ -46,6 +47,7 @@ class LocalScheduler:
         token_budget: int,
         chunk_size: int | None,
         max_running: int,
+        swap_ahead_blocks: int = 0,
         publishes: bool = True,
         holds_admitted: bool = False,
     ) -> None:
@@ -58,6 +60,7 @@ class LocalScheduler:
         self._token_budget = token_budget
         self._chunk_size = chunk_size or token_budget
         self._max_running = max_running
+        self._swap_ahead_blocks = swap_ahead_blocks
         self._publishes = publishes
         self._holds_admitted = holds_admitted
         self._admitted: list[Request] = []
@@ -86,7 +89,7 @@ class LocalScheduler:
             elif self.running or not (self.room.unpark() or self._drop_swapped()):
                 break
         self._drop_preempted(batch)
-        self.pool.swap_ahead()
+        self.pool.swap_ahead(self._swap_ahead_blocks)
         batch = replace(batch, num_swapped_blocks=self.pool.num_swapped - num_swapped)
         return batch if batch.requests else None
 
@@ -207,8 +210,7 @@ class LocalScheduler:
         return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
 
     def _next(self) -> Request | None:
-        """Who is admitted next, unless max_running are."""
-        is_full = len(self.running) + self.room.num_moving >= self._max_running
+        is_full = len(self.running) + self.room.num_swapping >= self._max_running
         return None if is_full else self.room.next(self.num_cached)
 
     def _admit(self, request: Request) -> bool:
@@ -221,8 +223,8 @@ class LocalScheduler:
         """Retains the cached prefix and swaps it in, as far as the policy says; the rest is computed."""
         found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
         cached = found.blocks[: self._swap.num_to_use(found.blocks, self.pool.num_blocks, request.num_tokens)]
-        if (move := self.pool.move_up_of(cached)) is not None:
-            self.room.park(request, move, is_own=False)
+        if (swap := self.pool.swap_in_of(cached)) is not None:
+            self.room.park(request, swap, is_own=False)
             return True
         self.pool.retain(cached, request.holder)
         request.block_table.extend(cached)
@@ -250,11 +252,11 @@ class LocalScheduler:
     def _bring_up(self, request: Request) -> bool:
         """Swaps the block table in and allocates the rest; it runs, or is parked while it comes. False: no room."""
         try:
-            move = self.pool.swap_in(request.block_table.view, request.holder)
-            if not move.has_ended:
-                self.room.park(request, move, is_own=True)
+            swap = self.pool.swap_in(request.block_table.view, request.holder)
+            if not swap.has_ended:
+                self.room.park(request, swap, is_own=True)
                 return True
-            move.replace_in(request.block_table)
+            swap.replace_in(request.block_table)
             self._cover(request, request.num_tokens)
         except OutOfBlocks:
             return False

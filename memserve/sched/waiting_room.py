@@ -11,17 +11,17 @@ one that waited for another's looks for it in the index again.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from memserve.kvcache.moves import Move
+from memserve.kvcache.swaps import Swap
 from memserve.request import Phase, Request
 from memserve.sched.queue_policy import QueuePolicy
 
 
 @dataclass(frozen=True)
 class _Parked:
-    """is_own: the move brings the request's own block table up."""
+    """is_own: the swap brings the request's own block table up."""
 
     request: Request
-    move: Move
+    swap: Swap
     is_own: bool
 
 
@@ -38,7 +38,7 @@ class WaitingRoom:
         return len(self.waiting) + len(self.returning) + len(self._parked)
 
     @property
-    def num_moving(self) -> int:
+    def num_swapping(self) -> int:
         """Parked requests that hold blocks, as running ones do."""
         return sum(parked.is_own for parked in self._parked)
 
@@ -54,19 +54,19 @@ class WaitingRoom:
             return self.returning[0]
         return min(self.waiting, key=lambda r: self._queue.key(r, num_cached), default=None)
 
-    def park(self, request: Request, move: Move, *, is_own: bool) -> None:
-        """Lets a request that waits here wait for a move."""
+    def park(self, request: Request, swap: Swap, *, is_own: bool) -> None:
+        """Lets a request that waits here wait for a swap."""
         self.remove(request)
         request.phase = Phase.SWAPPING_IN
-        self._parked.append(_Parked(request, move, is_own))
+        self._parked.append(_Parked(request, swap, is_own))
 
     def unpark(self) -> bool:
-        """Those whose move has ended wait for their turn again; whether there were any."""
-        ready = [parked for parked in self._parked if parked.move.has_ended]
-        self._parked = [parked for parked in self._parked if not parked.move.has_ended]
+        """Those whose swap has ended wait for their turn again; whether there were any."""
+        ready = [parked for parked in self._parked if parked.swap.has_ended]
+        self._parked = [parked for parked in self._parked if not parked.swap.has_ended]
         own = [parked for parked in ready if parked.is_own]
         for parked in own:
-            parked.move.replace_in(parked.request.block_table)
+            parked.swap.replace_in(parked.request.block_table)
         self.returning[:0] = [parked.request for parked in own]
         self.waiting += [parked.request for parked in ready if not parked.is_own]
         for parked in ready:

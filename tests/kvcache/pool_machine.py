@@ -85,9 +85,41 @@ class PoolMachine(PoolPair):
     def swap_in(self, holder, mask):
         self.bring_back(holder, chosen(self.model.mine(holder), mask))
 
-    def bring_back(self, holder, blocks):
-        """The blocks as they are then; as they were where HBM has no room."""
+    @rule(count=counts)
+    def begin_swap_out(self, count):
+        swap = self.model.begin_swap_out(count)
+        with self.side.engine.beside():
+            self.side.begun(swap, self.pool.swap_out(count))
+
+    @rule(holder=holders, mask=masks)
+    def begin_swap_in(self, holder, mask):
+        blocks = chosen(self.model.mine(holder), mask)
         addrs = addrs_of(blocks)
+        if self.model.are_coming(blocks):
+            refused(ValueError, lambda: self.pool.swap_in(addrs, holder=holder))
+            return
+        swap = self.model.begin_swap_in(holder, blocks)
+        with self.side.engine.beside():
+            if swap is False:
+                refused(OutOfBlocks, lambda: self.pool.swap_in(addrs, holder=holder))
+                self.side.learn()
+            else:
+                self.side.begun(swap, self.pool.swap_in(addrs, holder=holder))
+
+    @rule(mask=masks)
+    def end_swaps(self, mask):
+        """Some copies end, in any order."""
+        swaps = chosen(self.model.open_swaps, mask)
+        self.side.engine.end([self.side.swaps[swap] for swap in swaps])
+        self.pool.blocks.poll(0)
+        self.model.end_swaps(swaps)
+
+    def bring_back(self, holder, blocks):
+        """The blocks as they are then; as they were where HBM has no room, or where some of them are coming."""
+        addrs = addrs_of(blocks)
+        if self.model.are_coming(blocks):
+            refused(ValueError, lambda: self.pool.swap_in(addrs, holder=holder))
+            return blocks
         here = self.model.swap_in(holder, blocks)
         if here is None:
             refused(OutOfBlocks, lambda: self.pool.swap_in(addrs, holder=holder))
@@ -98,7 +130,7 @@ class PoolMachine(PoolPair):
 
     @rule(holder=holders, mask=masks, resume=st.booleans())
     def preempt_to_dram(self, holder, mask, resume):
-        blocks = chosen(self.model.mine(holder), mask)
+        blocks = [b for b in chosen(self.model.mine(holder), mask) if not self.model.are_coming([b])]
         numbers = self.pool.resolve(addrs_of(blocks))
         there = self.model.move_out(holder, blocks)
         moved = self.pool.blocks.move_out(numbers, holder)

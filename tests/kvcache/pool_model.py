@@ -20,6 +20,17 @@ class Block:
         self.medium, self.kv, self.addr = medium, kv, addr
 
 
+class OpenSwap:
+    """sources are on their way to targets, for a holder of theirs or for the index.  addrs: once it has ended, where
+    the ticket says that its blocks are; None if it failed.  blocks: that the holder named.
+    """
+
+    def __init__(self, number, sources, targets, holder, blocks):
+        self.holders = ("swap", number), holder
+        self.sources, self.targets, self.blocks = sources, targets, blocks
+        self.is_open, self.addrs = True, None
+
+
 class PoolModel:
     """held: holder -> blocks, in the order taken. dead: addresses of freed blocks. sizes: medium -> blocks.
 
@@ -32,6 +43,7 @@ class PoolModel:
         self.held = {}
         self.dead = []
         self.num_evicted = self.num_swapped_out = self.num_swapped_in = 0
+        self.open_swaps, self.num_swaps = [], 0
         self._scratch = scratch
 
     def __getitem__(self, block):
@@ -135,20 +147,29 @@ class PoolModel:
     def room_for(self, num_blocks, medium):
         """Makes room as alloc_mem has to; whether `num_blocks` are free then."""
         if num_blocks > self.free(medium) + len(self.evictable(medium)):
+            self.end_swaps(self.open_swaps)
+        if num_blocks > self.free(medium) + len(self.evictable(medium)):
             return False
         while (short := num_blocks - self.free(medium)) > 0:
+            if self.end_swaps([swap for swap in self.open_swaps if swap.sources[0].medium is medium]):
+                continue
             if medium is HBM and self.swap_out(short):
                 continue
             gone = self.index.evict(short)
             self.num_evicted += len(gone)
             self.bury(gone)
-            if not gone:
+            if not gone and not self.end_swaps(self.open_swaps):
                 return False
         return True
 
+    def _leaving(self, num_blocks):
+        """The cached blocks that eviction would take first, as far as DRAM has room; in that order."""
+        return self.index.coldest(min(num_blocks, self.free(DRAM)), lambda block: block.medium is HBM)
+
     def swap_out(self, num_blocks):
-        """The cached blocks that eviction would take first, moved as far as DRAM has room; in that order."""
-        moved = self.index.coldest(min(num_blocks, self.free(DRAM)), lambda block: block.medium is HBM)
+        """Moves them at once."""
+        moved = self._leaving(num_blocks)
+        self.num_swaps += bool(moved)
         self.num_swapped_out += len(moved)
         self.dead += [block.addr for block in moved if block.addr is not None]
         for block in moved:
@@ -160,8 +181,62 @@ class PoolModel:
         below = [block for block in blocks if block.medium is DRAM]
         if not self.room_for(len(below), HBM):
             return None
+        self.num_swaps += bool(below)
         self.num_swapped_in += len(below)
         return self._moved(holder, blocks, below, HBM)
+
+    def begin_swap_out(self, num_blocks):
+        """An open swap; None where nothing is to be moved."""
+        return self._begin(self._leaving(num_blocks), DRAM, ("index",), [])
+
+    def begin_swap_in(self, holder, blocks):
+        """The same of a holder's blocks in DRAM; False where there is no room."""
+        below = [block for block in blocks if block.medium is DRAM]
+        return self.room_for(len(below), HBM) and self._begin(below, HBM, holder, blocks)
+
+    def _begin(self, sources, medium, holder, blocks):
+        if not sources:
+            return None
+        swap = OpenSwap(self.num_swaps, sources, [Block(medium, None) for _ in sources], holder, blocks)
+        self.num_swaps += 1
+        self.take(swap.holders[0], [*swap.targets, *sources])
+        self.open_swaps.append(swap)
+        return swap
+
+    def are_coming(self, blocks):
+        """Whether any of them is on its way to HBM."""
+        return any(b in s.sources for s in self.open_swaps for b in blocks if b.medium is DRAM)
+
+    def end_swaps(self, swaps):
+        """Who wants the blocks has the new ones; whether there were any swaps."""
+        ended = list(swaps)
+        for swap in ended:
+            self._end(swap)
+        return bool(ended)
+
+    def _end(self, swap):
+        self.open_swaps.remove(swap)
+        swap.is_open, (name, holder) = False, swap.holders
+        counts, prefix_of = self.refcounts(), {block: prefix for prefix, block in self.index.blocks.items()}
+        moved, new_place = [], {}
+        for old, new in zip(swap.sources, swap.targets, strict=True):
+            wanted = counts[old] == 2 if holder == ("index",) else True  # who uses it meanwhile keeps it there
+            if old in prefix_of and wanted:
+                self.index.blocks[prefix_of[old]] = new
+            if wanted and (old in prefix_of if holder == ("index",) else old in self.mine(holder)):
+                new_place[old] = new
+            if self.index.blocks.get(prefix_of.get(old)) is new or old in new_place:
+                new.kv = old.kv
+                moved.append(new)
+        if holder != ("index",):
+            self.take(holder, new_place.values())
+            self.drop(holder, new_place)
+        self.drop(name, [*swap.targets, *swap.sources])
+        self.num_swapped_out += len(moved) if swap.targets[0].medium is DRAM else 0
+        self.num_swapped_in += len(moved) if swap.targets[0].medium is HBM else 0
+        here = [new_place.get(block, block) for block in swap.blocks or new_place]
+        if all(block in self.mine(holder) for block in here) or holder == ("index",):
+            swap.addrs = [block.addr for block in here]
 
     def move_out(self, holder, blocks):
         """As a request's preemption: those in HBM that no other request uses lie in DRAM then. None: no room."""
@@ -169,6 +244,7 @@ class PoolModel:
         alone = [block for block in blocks if block.medium is HBM and block not in others]
         if not self.room_for(len(alone), DRAM):
             return None
+        self.num_swaps += bool(alone)
         self.num_swapped_out += len(alone)
         return self._moved(holder, blocks, alone, DRAM)
 

@@ -5,6 +5,7 @@ hit, a lost, overwritten or shared block shows in the bytes, whatever the books 
 The rules face one of the two sides at a time; what they do not touch has nothing to be checked anew.
 """
 
+import contextlib
 import functools
 import itertools
 
@@ -20,7 +21,9 @@ from memserve.kvcache import (
     LFU,
     LRU,
     AggregatedLayout,
+    AtOnce,
     CacheGeometry,
+    Copy,
     CostAware,
     DiscreteLayout,
     IndexFollower,
@@ -42,14 +45,53 @@ EVICTIONS = {
 }
 
 
+class CopyByHand(Copy):
+    """Ends when it is told to, or when somebody cannot wait."""
+
+    def __init__(self, copy):
+        self._copy, self.was_told = copy, False
+
+    def has_ended(self, now_ns):
+        return self.was_told
+
+    def finish(self):
+        self._copy()
+
+
+class ByHand(AtOnce):
+    """Copies at once, but beside everything else what is started within `beside`."""
+
+    def __init__(self, copier):
+        super().__init__(copier)
+        self.started, self._is_beside = [], False
+
+    @contextlib.contextmanager
+    def beside(self):
+        self._is_beside = True
+        yield
+        self._is_beside = False
+
+    def start(self, source, target, now_ns):
+        """Room is made at once, whatever it is made for."""
+        if not self._is_beside:
+            return super().start(source, target, now_ns)
+        self.started.append(CopyByHand(lambda: self._copier.copy(source, target)))
+        return self.started[-1]
+
+    def end(self, copies):
+        for copy in copies:
+            copy.was_told = True
+
+
 class Side:
-    """One pool, its model, and a follower of its index.
+    """One pool, its model, and a follower of its index. swaps: the copy of each that was begun; tickets: theirs.
 
     seen: every address that was ever given.  missed: events were dropped that the follower has not asked for anew.
     """
 
     def __init__(self, pool, model):
         self.pool, self.model, self.seen = pool, model, set()
+        self.engine, self.swaps, self.tickets = pool.blocks._swaps._engine, {}, {}
         self.follower, self.missed = IndexFollower(BLOCK_SIZE), False
         self.follower.rebuild(pool.follow())
 
@@ -88,10 +130,21 @@ class Side:
             assert block.addr == addr
         self.learn()
 
+    def begun(self, swap, ticket):
+        """A swap was begun, or found nothing to do."""
+        self.learn()
+        if swap is None:
+            assert ticket.ended
+            return
+        self.swaps[swap], self.tickets[swap] = self.engine.started[-1], ticket
+        targets = self.pool.blocks.allocator.held_by(swap.holders[0])[: len(swap.targets)]
+        self.follow(swap.targets, self.pool.addresses(targets))
+
     # -- after every step -----------------------------------------------------------------------------------------
 
     def check(self):
         self.pool.check()
+        self.swaps_end_as_the_models()
         self.the_counts_are_the_models()
         self.every_holder_holds_what_the_model_says()
         self.every_block_in_use_holds_its_own_kv()
@@ -107,6 +160,14 @@ class Side:
         assert stats.num_indexed == len(model.index.blocks)
         assert stats.num_evicted == model.num_evicted
         assert (stats.num_swapped_out, stats.num_swapped_in) == (model.num_swapped_out, model.num_swapped_in)
+
+    def swaps_end_as_the_models(self):
+        for swap, ticket in list(self.tickets.items()):
+            state = "open" if swap.is_open else "failed" if swap.addrs is None else "done"
+            assert ticket.state == state, f"{ticket} of a swap that is {state}"
+            assert ticket.addrs.tolist() == (swap.addrs or [])
+            if not swap.is_open:
+                del self.tickets[swap]
 
     def every_holder_holds_what_the_model_says(self):
         allocator = self.pool.blocks.allocator
@@ -172,9 +233,8 @@ class PoolPair(RuleBasedStateMachine):
         scratch = itertools.count(-1, -1)
         self.sides = {}
         for incarnation in (3, 4):
-            pool = MemPool(
-                GEOMETRY, layout(), NUM_BLOCKS, factory, num_dram_blocks=num_dram_blocks, incarnation=incarnation
-            )
+            options = {"num_dram_blocks": num_dram_blocks, "incarnation": incarnation, "engine": ByHand}
+            pool = MemPool(GEOMETRY, layout(), NUM_BLOCKS, factory, **options)
             has_nodes = index is RadixIndex
             order = {"block_size": BLOCK_SIZE, "order": eviction, "has_nodes": has_nodes}
             self.sides[incarnation] = Side(pool, PoolModel(NUM_BLOCKS, num_dram_blocks, scratch, **order))

@@ -173,6 +173,8 @@ class WiresMachine(PoolWires):
         if not hasattr(self, "sides"):
             return
         for side in self.sides.values():
+            side.pool.blocks.wait()
+            side.model.end_swaps(side.model.open_swaps)
             for holder in [h for h in side.model.held if h[0] == "request"]:
                 side.pool.blocks.release_all(holder)
                 side.model.drop(holder, side.model.mine(holder))

@@ -1,9 +1,9 @@
-"""Moves: blocks on their way between the media. Knows block numbers, who holds them, and the index; not why they go.
+"""Swaps: blocks on their way between the media. Knows block numbers, who holds them, and the index; not why they go.
 
     begin: new blocks in the other medium; these and the old ones are held by ("swap", n)
     end:   the index, and the holder for whom they move, have the new ones; the old ones are given up
 
-Until a move has ended everybody goes on with the old blocks. When it ends, what has become of them meanwhile decides:
+Until a swap has ended everybody goes on with the old blocks. When it ends, what has become of them meanwhile decides:
 whatever nobody wants any more is dropped, at both ends.
 """
 
@@ -20,7 +20,7 @@ from memserve.request import IntBuffer
 
 
 @dataclass(eq=False)
-class Move:
+class Swap:
     """sources, targets: int32 [n].  holder: for whom they move; the index alone if it is INDEX.
 
     moved: bool [n], once it has ended: which blocks `holder` has at the new place.  then: called at its end.
@@ -54,13 +54,13 @@ class Move:
             table.extend(blocks)
 
 
-class Moves:
-    """The moves of one pool. num_out, num_in: blocks moved down and up since it was made."""
+class Swaps:
+    """The swaps of one pool. num_out, num_in: blocks moved down and up since it was made."""
 
     def __init__(self, allocator: Allocator, index: Index, engine: CopyEngine) -> None:
         self._allocator, self._index, self._engine = allocator, index, engine
         self._num_begun = 0
-        self.open: list[Move] = []
+        self.open: list[Swap] = []
         self.num_out = 0
         self.num_in = 0
 
@@ -69,58 +69,58 @@ class Moves:
         """When the first ends, if anything is known of that."""
         return min((m.copy.due_ns for m in self.open if m.copy.due_ns is not None), default=None)
 
-    def begin(self, sources: np.ndarray, medium: Medium, holder: Holder, now_ns: int) -> Move:
+    def begin(self, sources: np.ndarray, medium: Medium, holder: Holder, now_ns: int) -> Swap:
         """Moves blocks of one medium to free ones of the other. Raises OutOfBlocks, with nothing begun."""
         if not len(sources):
-            return Move(INDEX, sources, sources, holder, NOTHING_TO_WAIT_FOR, has_ended=True)
+            return Swap(INDEX, sources, sources, holder, NOTHING_TO_WAIT_FOR, has_ended=True)
         name: Holder = ("swap", self._num_begun)
         targets = self._allocator.alloc(len(sources), name, medium)
         self._allocator.retain(sources, name)
         self._num_begun += 1
-        move = Move(name, sources, targets, holder, self._engine.start(sources, targets, now_ns))
-        self.open.append(move)
-        if move.copy.has_ended(now_ns):
-            self.end(move)
-        return move
+        swap = Swap(name, sources, targets, holder, self._engine.start(sources, targets, now_ns))
+        self.open.append(swap)
+        if swap.copy.has_ended(now_ns):
+            self.end(swap)
+        return swap
 
-    def end_due(self, now_ns: int) -> list[Move]:
+    def end_due(self, now_ns: int) -> list[Swap]:
         """Ends what has been copied; returns it."""
-        due = [move for move in self.open if move.copy.has_ended(now_ns)]
-        for move in due:
-            self.end(move)
+        due = [swap for swap in self.open if swap.copy.has_ended(now_ns)]
+        for swap in due:
+            self.end(swap)
         return due
 
-    def end_all(self, which: Callable[[Move], bool] = lambda move: True) -> bool:
-        """Waits for the open moves that `which` picks; whether there were any."""
-        picked = [move for move in self.open if which(move)]
-        for move in picked:
-            self.end(move)
+    def end_all(self, which: Callable[[Swap], bool] = lambda swap: True) -> bool:
+        """Waits for the open swaps that `which` picks; whether there were any."""
+        picked = [swap for swap in self.open if which(swap)]
+        for swap in picked:
+            self.end(swap)
         return bool(picked)
 
-    def end(self, move: Move) -> None:
-        """Waits for a move's copy, if it has not ended; whoever wants the blocks has the new ones then."""
-        if move.has_ended:
+    def end(self, swap: Swap) -> None:
+        """Waits for a swap's copy, if it has not ended; whoever wants the blocks has the new ones then."""
+        if swap.has_ended:
             return
-        move.copy.finish()
-        self.open.remove(move)
-        move.has_ended = True
-        a, counts = self._allocator, self._allocator.refcounts[move.sources]
+        swap.copy.finish()
+        self.open.remove(swap)
+        swap.has_ended = True
+        a, counts = self._allocator, self._allocator.refcounts[swap.sources]
         cached = (counts & 1) == 1
-        if move.holder == INDEX:
-            move.moved = cached = counts == 3  # the index and this move: whoever came to use it meanwhile stays there
+        if swap.holder == INDEX:
+            swap.moved = cached = counts == 3  # the index and this swap: whoever came to use it meanwhile stays there
         else:
-            move.moved = np.isin(move.sources, a.held_by(move.holder))
-        self._index.repoint(move.sources[cached], move.targets[cached])
-        a.retain(move.targets[cached], INDEX)
-        a.release(move.sources[cached], INDEX)
-        if move.holder != INDEX:
-            a.retain(move.arrived, move.holder)
-            a.release(move.sources[move.moved], move.holder)
-        a.release_all(move.name)
-        num_kept = int(np.count_nonzero(cached | move.moved))
-        if move.targets[0] >= a.num_blocks:
+            swap.moved = np.isin(swap.sources, a.held_by(swap.holder))
+        self._index.repoint(swap.sources[cached], swap.targets[cached])
+        a.retain(swap.targets[cached], INDEX)
+        a.release(swap.sources[cached], INDEX)
+        if swap.holder != INDEX:
+            a.retain(swap.arrived, swap.holder)
+            a.release(swap.sources[swap.moved], swap.holder)
+        a.release_all(swap.name)
+        num_kept = int(np.count_nonzero(cached | swap.moved))
+        if swap.targets[0] >= a.num_blocks:
             self.num_out += num_kept
         else:
             self.num_in += num_kept
-        if move.then is not None:
-            move.then()
+        if swap.then is not None:
+            swap.then()

@@ -1,4 +1,4 @@
-"""Swap tickets: Table 1's swap_out and swap_in as their callers see them. Knows addresses; moves.py knows what moves.
+"""Swap tickets: Table 1's swap_out and swap_in as their callers see them. Knows addresses; swaps.py knows what moves.
 
 A ticket is DONE when it is returned where copies are done at once. Else it is OPEN: the blocks at both of its ends are
 held by ("swap", n), the old addresses are good, and `MemPool.poll` returns it when it has ended.
@@ -12,7 +12,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import NotHeld
-from memserve.kvcache.moves import Move
+from memserve.kvcache.swaps import Swap
 from memserve.kvcache.ticket import Ticket, TicketState
 
 
@@ -25,12 +25,12 @@ class SwapTickets:
 
     def swap_out(self, num_blocks: int) -> Ticket:
         """As MemPool's."""
-        move, ticket = self._blocks.swap_out(num_blocks), self._new()
+        swap, ticket = self._blocks.swap_out(num_blocks), self._new()
 
         def end() -> None:
-            ticket.addrs, ticket.state = self._book.addresses(move.arrived), TicketState.DONE
+            ticket.addrs, ticket.state = self._book.addresses(swap.arrived), TicketState.DONE
 
-        self._ends_with(move, ticket, end)
+        self._ends_with(swap, ticket, end)
         return ticket
 
     def swap_in(self, blocks: np.ndarray, holder: Holder) -> Ticket:
@@ -39,18 +39,18 @@ class SwapTickets:
             raise NotHeld(f"{holder} swaps in blocks that it does not hold")
         if len(np.unique(blocks)) != len(blocks):
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: expected each once")
-        if self._blocks.move_up_of(blocks) is not None:
+        if self._blocks.swap_in_of(blocks) is not None:
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: some of them are on their way already")
-        move, ticket = self._blocks.swap_in(blocks, holder), self._new()
+        swap, ticket = self._blocks.swap_in(blocks, holder), self._new()
 
         def end() -> None:
-            here = move.replaced(blocks)
+            here = swap.replaced(blocks)
             if np.isin(here, self._blocks.allocator.held_by(holder)).all():
                 ticket.addrs, ticket.state = self._book.addresses(here), TicketState.DONE
             else:
                 ticket.reason, ticket.state = f"{holder} gave up blocks before they were here", TicketState.FAILED
 
-        self._ends_with(move, ticket, end)
+        self._ends_with(swap, ticket, end)
         return ticket
 
     def drain_ended(self) -> list[Ticket]:
@@ -61,9 +61,9 @@ class SwapTickets:
     def _new(self) -> Ticket:
         return Ticket(self._book.new_ticket_id(), np.empty(0, dtype=np.int64))
 
-    def _ends_with(self, move: Move, ticket: Ticket, end: Callable[[], None]) -> None:
-        """Ends the ticket when its move does: addresses are good at that moment, and may be stale soon after."""
-        if move.has_ended:
+    def _ends_with(self, swap: Swap, ticket: Ticket, end: Callable[[], None]) -> None:
+        """Ends the ticket when its swap does: addresses are good at that moment, and may be stale soon after."""
+        if swap.has_ended:
             end()
             return
 
@@ -71,4 +71,4 @@ class SwapTickets:
             end()
             self._ended.append(ticket)
 
-        move.then = later
+        swap.then = later
