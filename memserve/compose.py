@@ -13,13 +13,44 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from memserve.config.checks import ConfigError, check_config, check_target
+from memserve.config.checks import ConfigError, check_config
 from memserve.config.schema import RunConfig
+from memserve.config.targets import check_target
+from memserve.kvcache.eviction import Eviction
+from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.index import Index
+from memserve.kvcache.layout import Layout
+from memserve.metrics.tracking import Tracking
+from memserve.sched.cost_model.base import CostModel
+from memserve.sched.fetch_policy import FetchPolicy
+from memserve.sched.modes import Mode
+from memserve.sched.preemption import Preemption
+from memserve.sched.prompt_tree import PromptIndex
+from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.routing import Policy
+from memserve.sched.swap_policy import SwapPolicy
+from memserve.transfer.link import LinkModel
+from memserve.workload.session import Workload
 
-TARGETS = (
-    "mode", "policy", "index", "eviction", "queue", "preemption", "swap", "fetch", "layout", "cost_model", "workload",
-    "tracking", "granularity", "link", "decode_policy", "index_source",
-)  # fmt: skip
+TARGETS: dict[str, type[object]] = {  # what the object of each node must be
+    "mode": Mode,
+    "policy": Policy,
+    "decode_policy": Policy,
+    "index": Index,
+    "index_source": PromptIndex,
+    "eviction": Eviction,
+    "queue": QueuePolicy,
+    "preemption": Preemption,
+    "swap": SwapPolicy,
+    "fetch": FetchPolicy,
+    "layout": Layout,
+    "granularity": Granularity,
+    "link": LinkModel,
+    "cost_model": CostModel,
+    "workload": Workload,
+    "tracking": Tracking,
+}
+FILLED_IN = ("index_source.max_blocks", "eviction.attention_tokens")  # null until cluster/ knows the pool and the costs
 
 
 def config_dir() -> Path:
@@ -61,8 +92,10 @@ def resolve(composed: DictConfig) -> RunConfig:
     check_config(cfg)
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
-    for name in TARGETS:
-        check_target(name, cast(dict[str, Any], OmegaConf.to_container(merged[name])))
+    for name, kind in TARGETS.items():
+        node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
+        given = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
+        check_target(name, given, kind)
     OmegaConf.set_readonly(merged, True)
     return cfg
 

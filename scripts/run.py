@@ -42,7 +42,7 @@ def main(composed: DictConfig) -> None:
             run_point(cfg, Path(__file__), hydra_cfg.overrides.task, output_dir)
             return
         report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
-    except (ValueError, InstanceFailed) as error:
+    except (ValueError, MemoryError, InstanceFailed) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
         print(f"error: {interrupted}", file=sys.stderr, flush=True)

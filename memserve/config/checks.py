@@ -1,10 +1,6 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
-import importlib
-import inspect
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
@@ -34,6 +30,8 @@ def check_config(cfg: RunConfig) -> None:
     _require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
     _require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
+    if cfg.channels > 1 and cfg.transport not in ("gloo", "nccl"):
+        raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
     _check_capacity(cfg)
     has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
     if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not has_dram:
@@ -185,29 +183,6 @@ def _check_tensor_parallel(cfg: RunConfig) -> None:
             f"cluster.tensor_parallel.prefill={sizes['prefill']} and decode={sizes['decode']}: "
             "expected that one divides the other"
         )
-
-
-def check_target(name: str, node: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless node's `_target_` can be imported and takes the node's other keys."""
-    if "_target_" not in node:
-        raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
-    path = str(node["_target_"])
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={path}: cannot be imported ({error})") from error
-    parameters = inspect.signature(target).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
-    unknown = [key for key in node if not str(key).startswith("_") and key not in parameters]
-    if unknown:
-        raise ConfigError(
-            f"{name}.{unknown[0]}={node[unknown[0]]!r}: {path} takes {', '.join(parameters) or 'nothing'}"
-        )
-    for key, value in node.items():
-        if isinstance(value, Mapping) and "_target_" in value:
-            check_target(f"{name}.{key}", value)
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -79,7 +79,7 @@ def load_run(directory: Path | str) -> RunFiles:
         texts["config.yaml"],
         json.loads(texts["env.json"]),
         json.loads(texts["report.json"]),
-        [json.loads(line) for line in texts["requests.jsonl"].splitlines()],
+        [json.loads(line) for line in texts["requests.jsonl"].split("\n") if line],
         load_occupancy(directory),
         load_activity(directory),
     )

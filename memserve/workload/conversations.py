@@ -166,11 +166,16 @@ def _messages(entry: dict[str, object], where: str) -> list[ChatMessage]:
 def _text(content: object, key: str, where: str) -> str:
     if not isinstance(content, str):
         raise _bad(where, f"{key!r} is {type(content).__name__}: expected a string")
+    require_text(where, key, content)
+    return content
+
+
+def require_text(where: str, key: str, content: str) -> None:
+    """Raises BadConversation for half a surrogate pair, which JSON can write and no tokenizer can read."""
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
         raise _bad(where, f"{key!r} has half a surrogate pair at character {error.start}: not Unicode text") from None
-    return content
 
 
 def _turns(messages: list[ChatMessage], where: str) -> tuple[ConversationTurn, ...]:

@@ -1,11 +1,12 @@
 """Records: JSON lines with fields of text, for workloads that are no conversations. Errors name file and line."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memserve.workload.conversations import BadConversation
+from memserve.workload.conversations import BadConversation, require_text
 
 
 def iter_records(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -15,12 +16,14 @@ def iter_records(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dic
     """
     if not path.is_file():
         raise ValueError(f"workload.path={str(path)!r}: no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadConversation(f"{where}: invalid UTF-8 at byte {error.start} of the line") from None
         except json.JSONDecodeError as error:
             raise BadConversation(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from None
         if not isinstance(record, dict):
@@ -35,3 +38,5 @@ def require_fields(where: str, record: object, fields: dict[str, type]) -> None:
         value = record.get(name) if isinstance(record, dict) else None
         if not isinstance(value, kind):
             raise BadConversation(f"{where}: {name!r} is {type(value).__name__}: expected {kind.__name__}")
+        if isinstance(value, str):
+            require_text(where, name, value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from memserve.metrics.output import environment, git_state, write_output
+from memserve.metrics.output import environment, git_state, load_run, write_output
 from memserve.metrics.records import request_record
 from memserve.metrics.report import build_report
 from memserve.request import FinishReason, TokenLogprobs
@@ -62,6 +62,11 @@ def test_the_output_directory_holds_the_six_files_and_nothing_else(tmp_path, mak
     assert [json.loads(line)["request_id"] for line in lines] == ["a/0", "é/1"]
     assert json.loads((directory / "report.json").read_text())["num_requests"] == 2
     assert (directory / "config.yaml").read_text() == "seed: 0\n"
+
+
+def test_what_was_written_is_read_back_whatever_a_session_is_called(tmp_path, make_timeline):
+    written = write(tmp_path, [make_timeline("a\u2028b\x85/1")])
+    assert load_run(written).records[0]["request_id"] == "a\u2028b\x85/1"
 
 
 def test_a_write_that_fails_leaves_no_report_and_no_half_file(tmp_path, make_timeline):

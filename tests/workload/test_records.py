@@ -78,3 +78,18 @@ def test_the_real_files_play(tokenizer, shared_workloads):
     assert len(agents) == 140 and min(len(s.turns) for s in agents) >= 1
     questions = DocumentQA(str(shared_workloads / "docqa_loogle.jsonl"), questions=100).sessions(tokenizer, 0)
     assert len(questions) > 100 and all(len(s.turns[0].tokens) > 1000 for s in questions)
+
+
+def test_a_line_may_hold_any_separator_but_a_newline_and_one_that_is_no_text_is_named(tokenizer, tmp_path):
+    path = tmp_path / "documents.jsonl"
+    record = {"id": "a\u2028b", "document": "two\x85pages", "questions": [{"q": "Which?", "a": "Both."}]}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    (session,) = DocumentQA(path=str(path), document_tokens=8).sessions(tokenizer, 0)
+    assert session.session_id.startswith("a\u2028b")
+    path.write_bytes(path.read_bytes() + b"\xff\n")
+    with pytest.raises(BadConversation, match=r"documents\.jsonl:2: invalid UTF-8 at byte 0"):
+        DocumentQA(path=str(path)).sessions(tokenizer, 0)
+    record["questions"][0]["q"] = "\ud83d?"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with pytest.raises(BadConversation, match=r"question 1: 'q' has half a surrogate pair at character 0"):
+        DocumentQA(path=str(path)).sessions(tokenizer, 0)

@@ -1,0 +1,49 @@
+"""Nodes that describe an object: a `_target_` and the arguments of that class. Checks them, and builds nothing."""
+
+import importlib
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from memserve.config.checks import ConfigError
+
+_PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
+
+
+def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object) -> None:
+    """Raises ConfigError unless node's `_target_` can be imported, is a subclass of `kind` where it is a class, and
+    takes the node's other keys, numbers and words of the types that it says.
+    """
+    if "_target_" not in node:
+        raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
+    path = str(node["_target_"])
+    target = _imported(name, path)
+    if not callable(target) or (inspect.isclass(target) and not issubclass(target, kind)):
+        raise ConfigError(f"{name}._target_={path}: expected a class derived from {kind.__name__}")
+    arguments = {str(key): value for key, value in node.items() if not str(key).startswith("_")}
+    parameters = inspect.signature(target).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for key, value in arguments.items():
+        if key not in parameters and not takes_all:
+            raise ConfigError(f"{name}.{key}={value!r}: {path} takes {', '.join(parameters) or 'nothing'}")
+        _check_type(f"{name}.{key}", value, hints.get(key))
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_target(f"{name}.{key}", value)
+
+
+def _imported(name: str, path: str) -> Any:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name}._target_={path}: cannot be imported ({error})") from error
+
+
+def _check_type(name: str, value: object, hint: object) -> None:
+    """Plain values only: what an object may be is its class's to say."""
+    allowed = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+    if not set(allowed) <= _PLAIN.keys() or type(value) in allowed or (float in allowed and type(value) is int):
+        return
+    raise ConfigError(f"{name}={value!r}: expected {' or '.join(_PLAIN[kind] for kind in allowed)}")
