@@ -75,8 +75,7 @@ class LocalScheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """This step's batch, blocks included, or None when there is nothing to do."""
-        batch, num_swapped = ScheduledBatch([], []), self.pool.num_swapped
-        budget = self._token_budget
+        batch, budget, num_swapped = ScheduledBatch([], []), self._token_budget, self.pool.num_swapped
         for request in self._in_turn():
             if budget == 0:
                 break
