@@ -162,7 +162,8 @@ class Receiving:
         incoming = Incoming(ask, reason=self._why_never(ask))
         self.tickets[ask.ticket] = incoming
         first_come = not any(i.state is ReceiverState.WAITING for i in self.tickets.values())
-        if not incoming.reason and (first_come or ask.best_effort) and self._allocate(incoming):
+        in_turn = first_come or ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
+        if not incoming.reason and in_turn and self._allocate(incoming):
             self.event(incoming, ReceiverEvent.ASK_FITS, now_ns)
         elif incoming.reason or ask.best_effort:
             incoming.reason = incoming.reason or f"{DECLINED}: no room for {ask.num_blocks} blocks"

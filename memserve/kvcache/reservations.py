@@ -113,13 +113,16 @@ class Reservations:
     def _owning(self, host: int, addrs: np.ndarray) -> list[_Owned]:
         return [owned for owned in self._owned.values() if owned.host == host and np.isin(owned.addrs, addrs).any()]
 
-    def free(self, addrs: np.ndarray, holder: Holder, now_ns: int) -> None:
-        """Gives up addresses (int64 [n]) that `holder` has reserved. Raises StaleAddress, with none given up."""
-        mine = {key: owned for key, owned in self._owned.items() if owned.holder == holder}
-        known = np.concatenate([owned.addrs for owned in mine.values()]) if mine else _NO_ADDRS
-        if not np.isin(addrs, known).all() or len(np.unique(addrs)) != len(addrs):
+    def check_owned(self, addrs: np.ndarray, holder: Holder) -> None:
+        """Raises StaleAddress unless `holder` has reserved all of `addrs` (int64 [n]), each given once."""
+        mine = [owned.addrs for owned in self._owned.values() if owned.holder == holder]
+        if not np.isin(addrs, np.concatenate([_NO_ADDRS, *mine])).all() or len(np.unique(addrs)) != len(addrs):
             host = incarnation_of(addrs[:1])[0]
             raise StaleAddress(f"addresses on instance {host}: expected each once, and reserved by {holder}")
+
+    def free(self, addrs: np.ndarray, holder: Holder, now_ns: int) -> None:
+        """Gives up addresses (int64 [n]) that `holder` has reserved (`check_owned`)."""
+        mine = {key: owned for key, owned in self._owned.items() if owned.holder == holder}
         for ticket_id, owned in mine.items():
             gone = np.isin(owned.addrs, addrs)
             if gone.any():

@@ -136,6 +136,7 @@ class Transfers:
         """Gives up addresses of another instance. Raises StaleAddress for any that `holder` has not reserved, and
         ValueError while a transfer writes there.
         """
+        self._reservations.check_owned(addrs, holder)
         peer = int(incarnation_of(addrs[:1])[0])
         if self._sending.is_writing_to(peer, addrs):
             raise ValueError(f"addresses on instance {peer}: a transfer that has not ended writes there")

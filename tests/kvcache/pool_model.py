@@ -63,6 +63,10 @@ class PoolModel:
         counts = self.refcounts()
         return [b for b in self.index.blocks.values() if counts[b] == 1 and b.medium is medium]
 
+    def available(self, medium):
+        """Free, or free as soon as somebody asks."""
+        return self.free(medium) + len(self.evictable(medium))
+
     def mine(self, holder):
         return self.held.get(holder, [])
 
@@ -94,7 +98,7 @@ class PoolModel:
     def alloc_mixed(self, holder, num_blocks):
         """Blocks of both media, those in HBM first: its free ones, then DRAM's, then what HBM caches. None: no room."""
         wanted = max(0, num_blocks - self.free(HBM))
-        num_below = min(wanted, self.free(DRAM) + len(self.evictable(DRAM)))
+        num_below = min(wanted, self.available(DRAM))
         if not self.room_for(num_below, DRAM):
             return None
         below = self.alloc(holder, [None] * num_below, DRAM)
@@ -146,9 +150,9 @@ class PoolModel:
 
     def room_for(self, num_blocks, medium):
         """Makes room as alloc_mem has to; whether `num_blocks` are free then."""
-        if num_blocks > self.free(medium) + len(self.evictable(medium)):
+        if num_blocks > self.available(medium):
             self.end_swaps(self.open_swaps)
-        if num_blocks > self.free(medium) + len(self.evictable(medium)):
+        if num_blocks > self.available(medium):
             return False
         while (short := num_blocks - self.free(medium)) > 0:
             if self.end_swaps([swap for swap in self.open_swaps if swap.sources[0].medium is medium]):

@@ -78,6 +78,7 @@ class PoolWires(PoolMachine):
         self.now_ns += wait_ns
         for number, side in self.sides.items():
             side.pool.poll(self.now_ns)
+            self._end_tickets(number, self.receivers[7 - number])  # what is sent makes room for who waits
             self.receivers[number].let_time_pass(self.now_ns)
             self.listen(number)
 

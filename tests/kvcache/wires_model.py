@@ -6,6 +6,7 @@ have stopped, and is cached when the sender has said Done and not before.
 
 from dataclasses import dataclass, field
 
+from kvcache.pool_model import HBM
 from kvcache.pool_pair import BLOCK_SIZE
 
 from memserve.kvcache import Medium
@@ -78,7 +79,7 @@ class Receiver:
         entry = Entry(ask, kv)
         fits = ask.num_blocks <= self.model.sizes[Medium(ask.medium)] and self._targets(ask) is not None
         waits = any(other.state == "waiting" for other in self.entries.values())
-        granted = fits and (ask.best_effort or not waits) and self._grant(entry, now_ns)
+        granted = fits and (ask.best_effort or ask.addrs or not waits) and self._grant(entry, now_ns)
         if granted or (fits and not ask.best_effort):
             self.entries[ask.ticket] = entry
         else:
@@ -92,7 +93,8 @@ class Receiver:
             found = model.index.match(entry.tokens) if ask.insert else []
             model.take(entry.holder, found)
             missing, medium = ask.num_blocks - len(found), Medium(ask.medium)
-            if not model.room_for(missing, medium):
+            waits = medium is HBM and not ask.best_effort  # for swaps to end by themselves
+            if (waits and missing > model.available(HBM)) or not model.room_for(missing, medium):
                 model.drop(entry.holder, found)
                 return False
             new = model.alloc(entry.holder, [None] * missing, medium)
