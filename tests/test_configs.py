@@ -83,6 +83,9 @@ def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures()
     assert reports[0] == reports[1] and reports[0]["num_finished"] >= 20
 
 
+BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -104,6 +107,11 @@ def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures()
         (["kvcache.dram_bytes=1GiBs"], "dram_bytes='1GiBs': expected bytes"),
         (["kvcache.dram_bytes=-5"], "dram_bytes=-5: expected bytes"),
         (["preemption=swap"], "preemption=swap contradicts kvcache.num_dram_blocks=0"),
+        (["kvcache.async_swap=true"], "async_swap=true contradicts kvcache.num_dram_blocks=0"),
+        (["kvcache.num_dram_blocks=9", "kvcache.swap_ahead_blocks=3"], "contradicts kvcache.async_swap=false"),
+        (["kvcache.swap_ahead_blocks=-1"], "kvcache.swap_ahead_blocks=-1: expected an integer >= 0"),
+        (["kvcache.swap_ahead_blocks=3000"], "contradicts kvcache.num_hbm_blocks=2048: expected no more"),
+        ([*BESIDE_COMPUTE, "cluster.tensor_parallel.colocated=2"], "contradicts cluster.tensor_parallel above 1"),
         (["sched.token_budget=0"], "sched.token_budget=0"),
         (["sched.chunk_size=0"], "sched.chunk_size=0"),
         (["model.dtype=int8"], "model.dtype='int8': expected one of float32"),

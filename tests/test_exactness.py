@@ -117,6 +117,10 @@ TIERED = {
         "preemption": "recompute", "swap": "always", "eviction": "cost_aware", "layout": "aggregated",
         "attention": "reference", "block_size": 4, "num_blocks": 34, "num_dram_blocks": 200,
     },
+    "preempted by swapping, copied beside compute": {
+        "preemption": "swap", "swap": "always", "eviction": "lru", "layout": "discrete", "attention": "sdpa",
+        "block_size": 4, "num_blocks": 34, "num_dram_blocks": 200, "async_swap": True, "swap_ahead_blocks": 4,
+    },
     "preempted by recomputing, a small DRAM": {
         "preemption": "recompute", "swap": "always", "eviction": "fifo", "layout": "discrete", "attention": "sdpa",
         "block_size": 5, "num_blocks": 27, "num_dram_blocks": 7, "chunk_size": 7,
@@ -220,6 +224,9 @@ SMOLLM2 = {
     "small chunks": {"block_size": 16, "chunk_size": 16, "attention": "sparse"},
     "swapped in from DRAM": {
         "block_size": 32, "layout": "aggregated", "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True,
+    },
+    "swapped in from DRAM beside compute": {
+        "block_size": 32, "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True, "async_swap": True,
     },
     "one token a block": {"block_size": 1, "num_blocks": 1200},
     "preempted to DRAM": {

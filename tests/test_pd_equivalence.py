@@ -77,10 +77,11 @@ def test_answers_are_the_same_on_more_instances_under_every_policy(mode, cluster
     assert answers([*words, f"granularity={granularity}", "kvcache.num_hbm_blocks=40"])[0] == expected()
 
 
+@pytest.mark.parametrize("async_swap", [False, True])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_a_decode_instance_that_preempts_computes_the_same(preemption):
+def test_a_decode_instance_that_preempts_computes_the_same(preemption, async_swap):
     words = ["mode=pd_caching_3", "cluster=2p1d", "kvcache.num_hbm_blocks=11", "sched.decode_headroom_blocks=0"]
-    words += [f"preemption={preemption}", "kvcache.num_dram_blocks=20"]
+    words += [f"preemption={preemption}", "kvcache.num_dram_blocks=20", f"kvcache.async_swap={async_swap}"]
     got, report = answers(words)
     assert got == expected()
     assert report["preemptions"] > 0

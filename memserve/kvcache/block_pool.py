@@ -66,6 +66,11 @@ class BlockPool:
         return self.allocator.num_free + self.allocator.num_index_only
 
     @property
+    def num_unmoved(self) -> int:
+        """Of these, the blocks that `alloc` could hand out without moving any to DRAM."""
+        return self.allocator.num_free if self.allocator.num_dram_blocks else self.num_available
+
+    @property
     def num_swapped(self) -> int:
         """Blocks moved between the media, both ways."""
         return self._swaps.num_out + self._swaps.num_in
@@ -83,6 +88,11 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def fits(self, blocks: np.ndarray, num_tokens: int) -> bool:
+        """Whether HBM has room for those of `blocks` (int32 [n]) that lie in DRAM, and what else `num_tokens` need."""
+        num_new = self.blocks_for(num_tokens) - len(blocks)
+        return int(np.count_nonzero(blocks >= self.num_blocks)) + max(num_new, 0) <= self.num_available
 
     def alloc(self, num_blocks: int, holder: Holder, medium: Medium = Medium.HBM) -> np.ndarray:
         """Exactly `num_blocks` blocks, int32. What only the index holds makes room: moved to DRAM, else evicted.

@@ -89,8 +89,7 @@ class LocalScheduler:
                 break
         self._drop_preempted(batch)
         self.pool.swap_ahead(self._swap_ahead_blocks)
-        batch = replace(batch, num_swapped_blocks=self.pool.num_swapped - num_swapped)
-        return batch if batch.requests else None
+        return replace(batch, num_swapped_blocks=self.pool.num_swapped - num_swapped) if batch.requests else None
 
     def commit(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Enters what the forward computed: borders move, new tokens are appended, full prompt blocks are indexed."""
@@ -138,19 +137,20 @@ class LocalScheduler:
     def max_macro_steps(self, batch: ScheduledBatch) -> int:
         """How often `batch` can be repeated before anybody ends, needs a block that is not there, or could join.
 
-        1 unless every request decodes and its length is known beforehand.
+        1 unless every request decodes and its length is known beforehand, and while blocks are on their way.
         """
         decoding = all(r.num_computed >= r.prefill_end and not r.params.can_stop_early for r in batch.requests)
-        if not decoding or len(batch.requests) < len(self.running):
+        if not decoding or len(batch.requests) < len(self.running) or self.pool.num_swapping:
             return 1
         most = min(r.max_num_tokens - r.num_tokens for r in batch.requests)
         computed = np.array([r.num_computed for r in batch.requests])
         held = sum(len(r.block_table) for r in batch.requests)
+        room = self.pool.num_unmoved - self._swap_ahead_blocks
         low, high = 1, max(most, 1)
         while low < high:  # the largest number of steps whose blocks can be had
             middle = (low + high + 1) // 2
             needed = int(np.sum(-(-(computed + middle) // self.pool.block_size))) - held
-            low, high = (middle, high) if needed <= self.pool.num_available else (low, middle - 1)
+            low, high = (middle, high) if needed <= room else (low, middle - 1)
         return low
 
     def extend(self, batch: ScheduledBatch) -> None:
@@ -213,9 +213,7 @@ class LocalScheduler:
         return None if is_full else self.room.next(self.num_cached)
 
     def _admit(self, request: Request) -> bool:
-        """Gives the request its blocks and runs it, or parks it until a copy has ended; False, holding no more than
-        before, when the pool lacks blocks.
-        """
+        """Gives the request its blocks and runs it, or parks it until a copy has ended; False: the pool lacks them."""
         return self._go_on(request) if len(request.block_table) else self._start_with_prefix(request)
 
     def _start_with_prefix(self, request: Request) -> bool:
@@ -250,6 +248,8 @@ class LocalScheduler:
 
     def _bring_up(self, request: Request) -> bool:
         """Swaps the block table in and allocates the rest; it runs, or is parked while it comes. False: no room."""
+        if not self.pool.fits(request.block_table.view, request.num_tokens):
+            return False
         try:
             swap = self.pool.swap_in(request.block_table.view, request.holder)
             if not swap.has_ended:

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 from mini_cluster import group_of, hash_answer, hash_instance
@@ -5,6 +7,7 @@ from mini_cluster import group_of, hash_answer, hash_instance
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.step_time import Measured, Modelled
+from memserve.kvcache import InVirtualTime
 from memserve.request import SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
@@ -70,6 +73,17 @@ def test_macro_steps_change_nothing_but_the_number_of_events(options, concurrenc
     assert few < many * 2 / 3
     if "num_blocks" in options:
         assert sum(n.instance.scheduler.counts.preemptions + n.instance.pool.stats().num_evicted for n in macro_nodes)
+
+
+@pytest.mark.parametrize("swap_ahead_blocks", [0, 12])
+def test_macro_steps_change_nothing_where_blocks_are_copied_beside_compute(swap_ahead_blocks):
+    slow = functools.partial(InVirtualTime, seconds_for=lambda num_blocks: 0.003 * num_blocks)
+    options = {"num_blocks": 70, "num_dram_blocks": 90, "engine": slow, "swap_ahead_blocks": swap_ahead_blocks}
+    single, single_nodes, _ = run(make_sessions(), False, **options)
+    macro, macro_nodes, _ = run(make_sessions(), True, **options)
+    assert as_rows(macro) == as_rows(single)
+    assert [n.instance.pool.stats() for n in macro_nodes] == [n.instance.pool.stats() for n in single_nodes]
+    assert sum(n.instance.pool.stats().num_swapped_in for n in macro_nodes)
 
 
 def test_every_answer_is_right_and_every_turn_is_played():

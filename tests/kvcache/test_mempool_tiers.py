@@ -1,8 +1,7 @@
 """MemPool over two media: what moves down and up, what the index says of it, and where blocks are allocated."""
 
-import numpy as np
 import pytest
-from kvcache.small_pools import A, B, make_pool
+from kvcache.small_pools import A, B, contents, filled_pool, make_pool
 
 from memserve.kvcache import (
     NotHeld,
@@ -14,29 +13,8 @@ from memserve.kvcache.address import Medium
 from memserve.kvcache.mempool import Placement
 
 
-def filled(num_blocks=4, num_dram_blocks=4):
-    """A pool whose HBM is full of one cached prompt; its blocks say which they are."""
-    pool = make_pool(num_blocks, num_dram_blocks)
-    tokens = np.arange(4 * num_blocks, dtype=np.int32)
-    addrs = pool.alloc_mem(num_blocks, holder=A)
-    for i in range(num_blocks):
-        pool.kv[:, :, i] = i + 1
-    pool.insert(tokens, addrs, holder=A)
-    pool.blocks.release_all(A)
-    return pool, tokens, addrs
-
-
-def contents(pool, addrs):
-    """The first element of each block, wherever it lies."""
-    arenas = {Medium.HBM: pool.arena, Medium.DRAM: pool.dram}
-    blocks, media = address.block_of(addrs), address.medium_of(addrs)
-    return [
-        int(arenas[Medium(m)].kv[0, 0, b].flatten()[0]) for b, m in zip(blocks.tolist(), media.tolist(), strict=True)
-    ]
-
-
 def test_swap_out_moves_the_coldest_and_the_index_follows():
-    pool, tokens, addrs = filled()
+    pool, tokens, addrs = filled_pool()
     moved = pool.swap_out(2).addrs
     assert contents(pool, moved) == [4, 3] and (address.medium_of(moved) == Medium.DRAM).all()
     found = pool.match(tokens)
@@ -49,7 +27,7 @@ def test_swap_out_moves_the_coldest_and_the_index_follows():
 
 
 def test_swap_in_brings_back_what_its_holder_holds():
-    pool, tokens, _ = filled()
+    pool, tokens, _ = filled_pool()
     pool.swap_out(3)
     found = pool.match(tokens).addrs
     with pytest.raises(NotHeld):
@@ -62,7 +40,7 @@ def test_swap_in_brings_back_what_its_holder_holds():
 
 
 def test_alloc_moves_cached_blocks_down_before_it_evicts_any():
-    pool, tokens, _ = filled(num_dram_blocks=3)
+    pool, tokens, _ = filled_pool(num_dram_blocks=3)
     pool.alloc_mem(3, holder=B)
     assert pool.match(tokens).num_tokens == 16 and pool.stats().num_evicted == 0
     pool.alloc_mem(1, holder=B)
@@ -73,7 +51,7 @@ def test_alloc_moves_cached_blocks_down_before_it_evicts_any():
 
 
 def test_a_block_in_use_never_moves():
-    pool, tokens, addrs = filled()
+    pool, tokens, addrs = filled_pool()
     pool.retain(addrs[:3], holder=B)
     assert len(pool.swap_out(4).addrs) == 1
     assert pool.match(tokens).addrs[:3].tolist() == addrs[:3].tolist()
@@ -81,7 +59,7 @@ def test_a_block_in_use_never_moves():
 
 
 def test_dram_can_be_allocated_by_name_and_has_its_own_end():
-    pool, _, _ = filled(num_dram_blocks=2)
+    pool, _, _ = filled_pool(num_dram_blocks=2)
     addrs = pool.alloc_mem(2, Medium.DRAM, holder=B)
     assert (address.medium_of(addrs) == Medium.DRAM).all()
     with pytest.raises(OutOfBlocks, match="in DRAM"):
@@ -106,7 +84,7 @@ def test_mixed_takes_hbm_first_then_dram_and_all_or_nothing():
 
 
 def test_mixed_evicts_only_when_both_media_are_full():
-    pool, tokens, _ = filled(num_blocks=4, num_dram_blocks=2)
+    pool, tokens, _ = filled_pool(num_blocks=4, num_dram_blocks=2)
     pool.alloc_mem(2, Placement.MIXED, holder=B)
     assert pool.match(tokens).num_tokens == 16
     pool.alloc_mem(1, Placement.MIXED, holder=B)
@@ -116,4 +94,4 @@ def test_mixed_evicts_only_when_both_media_are_full():
 
 def test_a_pool_says_what_fits():
     assert make_pool().describe() == "8 blocks of 4 tokens = 32 tokens, 0.00 GiB in HBM; 0 in DRAM"
-    assert filled()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 0.00 GiB in DRAM")
+    assert filled_pool()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 0.00 GiB in DRAM")

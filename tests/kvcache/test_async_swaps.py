@@ -1,0 +1,102 @@
+"""Swaps that take time: what their callers and everybody else see until they have ended, and when they fail."""
+
+import functools
+
+import pytest
+from kvcache.small_pools import A, B, contents, filled_pool
+
+from memserve.kvcache import BlockCopier, CopyEngine, InVirtualTime, Medium, OnAThread, StaleAddress, address
+
+SECOND = 10**9
+SLOW = functools.partial(InVirtualTime, seconds_for=lambda num_blocks: float(num_blocks))
+
+
+def slow_pool(**options):
+    return filled_pool(engine=SLOW, **options)
+
+
+def test_a_swap_out_is_open_until_its_copy_has_ended_and_only_then_does_the_index_follow():
+    pool, tokens, addrs = slow_pool()
+    ticket = pool.swap_out(2)
+    assert ticket.state == "open" and len(ticket.addrs) == 0
+    assert pool.poll(2 * SECOND - 1) == [] and pool.match(tokens).addrs.tolist() == addrs.tolist()
+    assert pool.stats().num_free == 0 and pool.stats().num_free_dram == 2
+    assert pool.poll(2 * SECOND) == [ticket] and ticket.state == "done"
+    assert contents(pool, ticket.addrs) == [4, 3] and (address.medium_of(ticket.addrs) == Medium.DRAM).all()
+    assert contents(pool, pool.match(tokens).addrs) == [1, 2, 3, 4] and pool.stats().num_free == 2
+    with pytest.raises(StaleAddress):
+        pool.retain(addrs[2:], holder=B)
+    assert pool.poll(3 * SECOND) == []
+    pool.check()
+
+
+def test_swaps_share_one_link_and_end_in_their_order():
+    pool, tokens, _ = slow_pool()
+    tickets = [pool.swap_out(1), pool.swap_out(2)]
+    assert pool.blocks.next_time_ns == SECOND
+    assert pool.poll(SECOND) == tickets[:1] and pool.blocks.next_time_ns == 3 * SECOND
+    assert pool.poll(3 * SECOND) == tickets[1:] and pool.blocks.next_time_ns is None
+    assert contents(pool, pool.match(tokens).addrs) == [1, 2, 3, 4]
+
+
+def test_what_somebody_uses_before_it_is_down_stays_where_it_is():
+    pool, tokens, addrs = slow_pool()
+    ticket = pool.swap_out(2)
+    pool.retain(addrs[:3], holder=B)
+    pool.poll(2 * SECOND)
+    assert contents(pool, ticket.addrs) == [4]
+    assert pool.match(tokens).addrs[:3].tolist() == addrs[:3].tolist()
+    pool.check()
+
+
+def test_a_swap_in_fails_when_its_holder_gives_blocks_up_before():
+    pool, tokens, _ = slow_pool()
+    pool.swap_out(4)
+    pool.poll(4 * SECOND)
+    found = pool.match(tokens).addrs
+    pool.retain(found, holder=A)
+    ticket = pool.swap_in(found, holder=A)
+    with pytest.raises(ValueError, match="on their way already"):
+        pool.swap_in(found[:1], holder=A)
+    pool.free_mem(found[1:], holder=A)
+    assert pool.poll(8 * SECOND) == [ticket] and ticket.state == "failed"
+    assert "gave up blocks before they were here" in ticket.reason
+    assert contents(pool, pool.match(tokens).addrs) == [1, 2, 3, 4], "what is cached came up all the same"
+    pool.blocks.release_all(A)
+    assert (pool.stats().num_evictable, pool.stats().num_free_dram) == (4, 4)
+    pool.check()
+
+
+def test_whoever_cannot_wait_ends_the_swaps_that_are_in_the_way():
+    pool, tokens, _ = slow_pool()
+    ticket = pool.swap_out(2)
+    pool.alloc_mem(2, holder=B)
+    assert ticket.state == "done" and pool.match(tokens).num_tokens == 16
+    assert pool.poll(0) == [ticket]
+    pool.check()
+
+
+def test_blocks_kept_free_ahead_count_those_that_are_leaving():
+    pool, _, _ = slow_pool()
+    for _ in range(3):
+        pool.blocks.swap_ahead(3)
+    assert pool.blocks.num_swapping == 1
+    pool.poll(3 * SECOND)
+    assert pool.stats().num_free == 3 and pool.blocks.num_swapping == 0
+
+
+class _Broken(BlockCopier):
+    def copy(self, source, target):
+        raise RuntimeError(f"cannot copy {len(source)} blocks")
+
+
+def broken(copier) -> CopyEngine:
+    return OnAThread(_Broken())
+
+
+def test_a_copy_that_fails_on_its_thread_is_raised_where_its_end_is_noticed():
+    for notice in (lambda pool: pool.alloc_mem(4, holder=B), lambda pool: pool.blocks.wait()):
+        pool, _, _ = filled_pool(engine=broken)
+        with pytest.raises(RuntimeError, match="cannot copy 2 blocks"):
+            pool.swap_out(2)
+            notice(pool)
