@@ -20,8 +20,12 @@ from memserve.kvcache.block_pool import BlockPool
 
 MAX_POINTS = 1000
 TIERS = ("hbm", "dram")
-KINDS = ("request", "both", "index", "transfer", "quarantine", "free")
-_APART = ("quarantine", "transfer")  # first words of holders that are shown as kinds; a block of several: the first
+KINDS = ("request", "both", "index", "swap", "transfer", "quarantine", "free")
+_APART = (
+    "quarantine",
+    "transfer",
+    "swap",
+)  # first words of holders that are shown as kinds; a block of several: the first
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Sample:
     """Blocks of an instance at a time. Each tier has one count for each of KINDS; they sum to the tier's blocks.
 
     request: held for requests alone.  both: for requests, and cached.  index: cached alone, so evictable.
-    transfer, quarantine: by such a holder, whoever else holds them.
+    swap, transfer, quarantine: by such a holder, whoever else holds them; a block on its way counts at both ends.
     """
 
     instance: str
@@ -80,8 +84,8 @@ class Occupancy:
 
 
 def count_blocks(pool: BlockPool) -> tuple[dict[str, int], dict[str, int]]:
-    """The blocks of HBM and of DRAM by kind. From the allocator's counters: looks at no block of HBM but those held by
-    a transfer or in quarantine.
+    """The blocks of HBM and of DRAM by kind. From the allocator's counters: of HBM's it looks only at those that move
+    or are in quarantine.
     """
     a = pool.allocator
     dram_indexed = int(np.count_nonzero(a.refcounts[a.num_blocks :] & 1)) if a.num_dram_blocks else 0
@@ -100,7 +104,7 @@ def _by_kind(num_blocks: int, num_free: int, num_index_only: int, num_indexed: i
 
 
 def _set_apart(allocator: Allocator, hbm: dict[str, int], dram: dict[str, int]) -> None:
-    """Moves the blocks of transfers and of the quarantine from the kinds that they were counted as."""
+    """Moves the blocks of swaps, of transfers and of the quarantine from the kinds that they were counted as."""
     taken = np.empty(0, dtype=np.int32)
     holders = [holder for holder in allocator.named_holders() if holder[0] in _APART]
     for holder in sorted(holders, key=lambda h: _APART.index(str(h[0]))):

@@ -85,35 +85,6 @@ class PoolMachine(PoolPair):
     def swap_in(self, holder, mask):
         self.bring_back(holder, chosen(self.model.mine(holder), mask))
 
-    @rule(count=counts)
-    def begin_swap_out(self, count):
-        swap = self.model.begin_swap_out(count)
-        with self.side.engine.beside():
-            self.side.begun(swap, self.pool.swap_out(count))
-
-    @rule(holder=holders, mask=masks)
-    def begin_swap_in(self, holder, mask):
-        blocks = chosen(self.model.mine(holder), mask)
-        addrs = addrs_of(blocks)
-        if self.model.are_coming(blocks):
-            refused(ValueError, lambda: self.pool.swap_in(addrs, holder=holder))
-            return
-        swap = self.model.begin_swap_in(holder, blocks)
-        with self.side.engine.beside():
-            if swap is False:
-                refused(OutOfBlocks, lambda: self.pool.swap_in(addrs, holder=holder))
-                self.side.learn()
-            else:
-                self.side.begun(swap, self.pool.swap_in(addrs, holder=holder))
-
-    @rule(mask=masks)
-    def end_swaps(self, mask):
-        """Some copies end, in any order."""
-        swaps = chosen(self.model.open_swaps, mask)
-        self.side.engine.end([self.side.swaps[swap] for swap in swaps])
-        self.pool.blocks.poll(0)
-        self.model.end_swaps(swaps)
-
     def bring_back(self, holder, blocks):
         """The blocks as they are then; as they were where HBM has no room, or where some of them are coming."""
         addrs = addrs_of(blocks)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
-from kvcache.pool_machine import PoolMachine
 from kvcache.pool_pair import BLOCK_SIZE, GEOMETRY
+from kvcache.swap_machine import SwapMachine
 from kvcache.wires_model import Receiver
 
 from memserve.kvcache import Ticket, TicketState, Timeouts
@@ -45,7 +45,7 @@ class Reservation:
     inserted: set = field(default_factory=set)
 
 
-class PoolWires(PoolMachine):
+class PoolWires(SwapMachine):
     """What befalls messages and moves, and what the models learn of it."""
 
     def connect(self, layout):

@@ -49,9 +49,10 @@ def test_blocks_of_transfers_and_of_the_quarantine_are_set_apart_and_counted_onc
     pool.retain(blocks[3:5], ("transfer", 8))
     pool.retain(blocks[4:], ("quarantine", 1))
     pool.alloc(1, ("transfer", 7), Medium.DRAM)
+    pool.alloc(2, ("swap", 0), Medium.DRAM)
     hbm, dram = count_blocks(pool)
     assert nonzero(hbm) == {"both": 2, "transfer": 2, "quarantine": 2, "free": 14}
-    assert nonzero(dram) == {"transfer": 1, "free": 9}
+    assert nonzero(dram) == {"swap": 2, "transfer": 1, "free": 7}
 
 
 @pytest.mark.parametrize("gap_ns", [1, 1000, 10**9])

@@ -1,0 +1,79 @@
+"""Swaps that are begun and ended apart, and what befalls their blocks meanwhile."""
+
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+from kvcache.pool_machine import PoolMachine, chosen, counts, holders, masks, prompts
+from kvcache.pool_pair import addrs_of, refused
+
+from memserve.kvcache import OutOfBlocks
+
+events = st.lists(st.sampled_from(
+    ["used", "used", "computed", "given up", "given up in part", "deleted", "room made", "more goes", "some end"]
+), max_size=5)  # fmt: skip
+
+
+class SwapMachine(PoolMachine):
+    """What callers do while blocks are on their way."""
+
+    @rule(count=counts)
+    def begin_swap_out(self, count):
+        swap = self.model.begin_swap_out(count)
+        with self.side.engine.beside():
+            self.side.begun(swap, self.pool.swap_out(count))
+
+    @rule(holder=holders, mask=masks)
+    def begin_swap_in(self, holder, mask):
+        blocks = chosen(self.model.mine(holder), mask)
+        addrs = addrs_of(blocks)
+        if self.model.are_coming(blocks):
+            refused(ValueError, lambda: self.pool.swap_in(addrs, holder=holder))
+            return
+        swap = self.model.begin_swap_in(holder, blocks)
+        with self.side.engine.beside():
+            if swap is False:
+                refused(OutOfBlocks, lambda: self.pool.swap_in(addrs, holder=holder))
+                self.side.learn()
+            else:
+                self.side.begun(swap, self.pool.swap_in(addrs, holder=holder))
+
+    @rule(mask=masks)
+    def end_swaps(self, mask):
+        """Some copies end, in any order."""
+        swaps = chosen(self.model.open_swaps, mask)
+        self.side.engine.end([self.side.swaps[swap] for swap in swaps])
+        self.pool.blocks.poll(0)
+        self.model.end_swaps(swaps)
+
+    @rule(holder=holders, other=holders, tokens=prompts, is_up=st.booleans(), count=counts, mask=masks, several=events)
+    def swap_beside(self, holder, other, tokens, is_up, count, mask, several):
+        """Cached blocks on their way down, or up for a holder; what may happen until they are there; their end."""
+        self.compute_and_insert(holder, tokens, "as it lies")
+        if is_up:
+            self.preempt_to_dram(holder, 0, resume=False)
+            self.begin_swap_in(holder, 0)
+        else:
+            self.abort(holder)
+            self.begin_swap_out(count)
+        for event in several:
+            self.befalls(event, holder, other, tokens, count, mask)
+        self.end_swaps(0)
+
+    def befalls(self, event, holder, other, tokens, count, mask):
+        """One of `events`."""
+        if event == "used":
+            self.compute_and_insert(other, tokens, "as it lies")
+        elif event == "computed":
+            self.compute_and_insert(other, tokens, "unused")
+        elif event == "given up":
+            self.abort(holder)
+        elif event == "given up in part":
+            self.free_mem(holder, mask)
+        elif event == "deleted":
+            self.delete(tokens)
+        elif event == "room made":
+            self.try_alloc(other, count)
+            self.abort(other)
+        elif event == "more goes":
+            self.begin_swap_out(count)
+        else:
+            self.end_swaps(mask)
