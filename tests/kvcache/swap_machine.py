@@ -9,7 +9,7 @@ from memserve.kvcache import OutOfBlocks
 
 events = st.lists(st.sampled_from(
     ["used", "used", "computed", "given up", "given up in part", "deleted", "room made", "more goes", "some end"]
-), max_size=5)  # fmt: skip
+), min_size=1, max_size=5)  # fmt: skip
 
 
 class SwapMachine(PoolMachine):
@@ -44,18 +44,25 @@ class SwapMachine(PoolMachine):
         self.pool.blocks.poll(0)
         self.model.end_swaps(swaps)
 
-    @rule(holder=holders, other=holders, tokens=prompts, is_up=st.booleans(), count=counts, mask=masks, several=events)
-    def swap_beside(self, holder, other, tokens, is_up, count, mask, several):
-        """Cached blocks on their way down, or up for a holder; what may happen until they are there; their end."""
+    @rule(holder=holders, other=holders, tokens=prompts, count=counts, mask=masks, several=events)
+    def down_beside(self, holder, other, tokens, count, mask, several):
+        """Cached blocks on their way down, what may happen until they are there, and their end."""
         self.compute_and_insert(holder, tokens, "as it lies")
-        if is_up:
-            self.preempt_to_dram(holder, 0, resume=False)
-            self.begin_swap_in(holder, 0)
-        else:
-            self.abort(holder)
-            self.begin_swap_out(count)
+        self.abort(holder)
+        self.begin_swap_out(count)
+        self.befall(several, holder, other, tokens, count, mask)
+
+    @rule(holder=holders, other=holders, tokens=prompts, count=counts, mask=masks, several=events)
+    def up_beside(self, holder, other, tokens, count, mask, several):
+        """The same of a holder's blocks on their way up."""
+        self.compute_and_insert(holder, tokens, "as it lies")
+        self.preempt_to_dram(holder, 0, resume=False)
+        self.begin_swap_in(holder, 0)
+        self.befall(several, holder, other, tokens, count, mask)
+
+    def befall(self, several, *things):
         for event in several:
-            self.befalls(event, holder, other, tokens, count, mask)
+            self.befalls(event, *things)
         self.end_swaps(0)
 
     def befalls(self, event, holder, other, tokens, count, mask):
