@@ -225,7 +225,7 @@ class PoolPair(RuleBasedStateMachine):
         index=st.runner().flatmap(lambda machine: st.sampled_from(machine.indexes)),
         eviction=st.runner().flatmap(lambda machine: st.sampled_from(machine.evictions)),
         layout=st.sampled_from([DiscreteLayout, AggregatedLayout]),
-        num_dram_blocks=st.sampled_from([3, 8, 0]),
+        num_dram_blocks=st.sampled_from([8, 3, 8, 0]),
     )
     def make(self, index, eviction, layout, num_dram_blocks):
         num_dram_blocks = num_dram_blocks if index is RadixIndex else 0  # a HashIndex has no tiers
