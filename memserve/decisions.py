@@ -1,6 +1,10 @@
-"""Decisions: who is taken to hold what, and whether it was fetched or computed (Eq. 2), as numbers that can travel."""
+"""Decisions: where a request went, who is taken to hold what, and whether it was fetched or computed (Eq. 2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 
 class Holding(msgspec.Struct, frozen=True):
@@ -29,3 +33,32 @@ class FetchRecord(msgspec.Struct, frozen=True):
     outcome: str = "computed"
     reason: str = ""
     num_fetched: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RouteChoice:
+    """One choice among instances, and what was known of them, a row each. chosen: a row.  why: in the policy's words.
+
+    num_cached: int64 [n], tokens of the prompt that each was believed to have.  num_requests: int64 [n], unfinished.
+    first_token_s: float64 [n], seconds by the cost model: what is queued there, and this prefill (Eq. 1); None where no
+    prefill is placed.
+    """
+
+    labels: Sequence[str]
+    chosen: int
+    why: str
+    num_cached: np.ndarray
+    num_requests: np.ndarray
+    first_token_s: np.ndarray | None
+
+    @property
+    def regret_s(self) -> float | None:
+        """Seconds by which the first token is predicted later than where it would come soonest."""
+        at = self.first_token_s
+        return None if at is None else float(at[self.chosen] - at.min())
+
+    @property
+    def elsewhere_s(self) -> float | None:
+        """The mean prediction of the other instances; None if there is none."""
+        at = self.first_token_s
+        return None if at is None or len(at) == 1 else float((at.sum() - at[self.chosen]) / (len(at) - 1))

@@ -61,9 +61,9 @@ def hash_instance(options: Options | None = None, **changes) -> Instance:
     return Instance("colocated-0", Role.COLOCATED, scheduler, HashRunner(pool.kv, VOCAB), limits)
 
 
-def group_of(labels: list[str], policy: Policy, tree: PromptIndex | None = None) -> Group:
+def group_of(labels: list[str], policy: Policy, tree: PromptIndex | None = None, costs=None) -> Group:
     """A group of the global scheduler; without a tree it believes nothing of the instances' caches."""
-    return Group(labels, range(len(labels)), policy, tree or NoPromptTree(len(labels), 4))
+    return Group(labels, range(len(labels)), policy, tree or NoPromptTree(len(labels), 4), costs)
 
 
 def dispatch(instance: Instance, name: str, prompt, params: SamplingParams, now_ns: int = 0) -> None:

@@ -27,7 +27,7 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 # Units of one floor do not know each other, but for these.
 BESIDE = {
     "messages": {"request", "decisions"},
-    "timeline": {"request", "messages"},
+    "timeline": {"decisions", "request", "messages"},
     "config": {"request"},
     "handoff": {"fetches"},
     "instance": {"handoff", "served"},

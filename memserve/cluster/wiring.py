@@ -127,7 +127,8 @@ def _group(cfg: RunConfig, name: str, members: Sequence[tuple[str, int]]) -> Gro
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
         raise ConfigError(f"{name}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
-    return Group([label for label, _ in members], [number for _, number in members], policy, tree)
+    costs: CostModel | None = make(cfg.cost_model) if name == "policy" else None
+    return Group([label for label, _ in members], [number for _, number in members], policy, tree, costs)
 
 
 def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:

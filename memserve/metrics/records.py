@@ -1,13 +1,13 @@
 """Records: requests.jsonl, one line a request, from which every figure of the report can be computed again."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from memserve.clock import NS_PER_S, to_s
-from memserve.decisions import FetchRecord
+from memserve.decisions import FetchRecord, RouteChoice
 from memserve.messages import RequestStats
 from memserve.metrics.formulas import measure
 from memserve.timeline import RequestTimeline
@@ -37,6 +37,7 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
         "ttft_s": metrics.ttft,
         "tpot_s": metrics.tpot,
         "jct_s": metrics.jct,
+        **_routes(timeline.routes),
         "num_prompt": timeline.num_prompt,
         "num_cached_local": _of(stats, "num_cached_local"),
         "num_fetched": _of(stats, "num_fetched"),
@@ -53,6 +54,32 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
     if timeline.logprobs:
         record["logprobs"] = msgspec.to_builtins(timeline.logprobs, str_keys=True)
     return record
+
+
+def _routes(routes: Sequence[RouteChoice]) -> dict[str, Any]:
+    """Every choice made for a request; of the first also why, and the predictions for its first token, apart."""
+    first = routes[0] if routes else None
+    at = None if first is None else first.first_token_s
+    return {
+        "routes": [_route_record(route) for route in routes],
+        "why": "" if first is None else first.why,
+        "predicted_s": None if first is None or at is None else float(at[first.chosen]),
+        "predicted_soonest_s": None if at is None else float(at.min()),
+        "predicted_elsewhere_s": None if first is None else first.elsewhere_s,
+    }
+
+
+def _route_record(route: RouteChoice) -> dict[str, Any]:
+    """A choice: of each instance that could be chosen, a value in each list."""
+    at = route.first_token_s
+    return {
+        "instance": route.labels[route.chosen],
+        "why": route.why,
+        "instances": list(route.labels),
+        "num_cached": route.num_cached.tolist(),
+        "num_requests": route.num_requests.tolist(),
+        "predicted_s": None if at is None else at.tolist(),
+    }
 
 
 def fetch_record(record: FetchRecord) -> dict[str, Any]:

@@ -56,6 +56,8 @@ _COMPARED = (
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
     _Row("requests, busiest / mean", ("routing", "skew_requests"), "number"),
+    _Row("sent to the soonest", ("routing", "soonest_ratio"), "share"),
+    _Row("predicted later than there", ("routing", "mean_regret_s"), "seconds"),
     _Row("wrong hits", ("routing", "wrong_hit_ratio"), "share"),
     _Row("tokens of wrong hits", ("routing", "wrong_hit_tokens"), "count"),
     _Row("makespan", ("makespan_s",), "seconds"),

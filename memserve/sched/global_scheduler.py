@@ -184,6 +184,7 @@ class GlobalScheduler:
             decode = self.decode.incarnations[routed.decode_place.row]
         timeline.dispatched_ns, timeline.instance = now_ns, self.group.labels[routed.place.row]
         timeline.num_promised = routed.place.num_cached
+        timeline.routes += [place.choice for _, place in self._places(routed)]
         elsewhere = held_elsewhere([place for _, place in self._places(routed)])
         dispatch = Dispatch(
             m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns, decode, elsewhere
@@ -269,6 +270,7 @@ class GlobalScheduler:
             request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
             decode.forget(routed.decode_place)
             routed.decode_place = decode.route(request, now_ns, self._rng, routed.tried)
+            routed.timeline.routes.append(routed.decode_place.choice)
             redirect = Redirect(m.request_id, message.attempt, decode.incarnations[routed.decode_place.row])
             self._outbox.append((routed.timeline.instance, redirect))
             return

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.decisions import Holding
+from memserve.clock import NS_PER_S, to_ns
+from memserve.decisions import Holding, RouteChoice
 from memserve.messages import pack_tokens
 from memserve.sched.admission import usable_prefix
+from memserve.sched.cost_model.base import CostModel
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest
 
+LATELY = 16  # requests an instance
 NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, and the first may be gone
 
 
@@ -18,15 +21,17 @@ NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, an
 class Assignment:
     """A request's place in a group. row: of its instance.  num_cached: tokens it was believed to have there.
 
-    work: what it still adds to that instance's `queued_work`.  longest: who was believed to have most of it, longest
-    first.
+    work: what it still adds to that instance's `queued_work`.  queued_ns: the same in nanoseconds by the cost model.
+    longest: who was believed to have most of it, longest first.
     """
 
     row: int
     num_tokens: int
     num_cached: int
     work: int
+    queued_ns: int
     longest: list[Holding]
+    choice: RouteChoice
 
 
 def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
@@ -39,16 +44,26 @@ def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
 
 class Group:
     """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them.  tree: what each
-    is believed to have cached.  num_routed_to: int64 [n], requests that each row was given.
+    is believed to have cached.  num_routed_to: int64 [n], requests that each row was given.  cost_model: says in the
+    records what each choice costs, and what another would have; None where the group prefills nothing.
     """
 
-    def __init__(self, labels: Sequence[str], incarnations: Sequence[int], policy: Policy, tree: PromptIndex) -> None:
+    def __init__(
+        self,
+        labels: Sequence[str],
+        incarnations: Sequence[int],
+        policy: Policy,
+        tree: PromptIndex,
+        cost_model: CostModel | None = None,
+    ) -> None:
         self.labels, self.incarnations, self.tree = list(labels), list(incarnations), tree
         self.num_routed_to = np.zeros(len(labels), dtype=np.int64)
-        self._policy = policy
+        self._policy, self._cost_model = policy, cost_model
         self._num_requests = np.zeros(len(labels), dtype=np.int64)
         self._num_tokens = np.zeros(len(labels), dtype=np.int64)
         self._queued_work = np.zeros(len(labels), dtype=np.int64)
+        self._queued_ns = np.zeros(len(labels), dtype=np.int64)
+        self._num_lately = np.zeros(len(labels))
         self._num_routed = 0
         self._is_here = np.ones(len(labels), dtype=bool)
 
@@ -87,7 +102,8 @@ class Group:
         """What the policy sees now of some rows. num_cached: int64 [n], of these rows."""
         labels = self.labels if len(rows) == len(self.labels) else [self.labels[row] for row in rows]
         columns = self._num_requests[rows], self._num_tokens[rows]
-        return ClusterSnapshot(labels, *columns, self._num_routed, num_cached, self._queued_work[rows])
+        of_them = self._queued_work[rows], self._num_lately[rows]
+        return ClusterSnapshot(labels, *columns, self._num_routed, num_cached, *of_them)
 
     def route(
         self, request: RouteRequest, now_ns: int, rng: np.random.Generator, tried: Collection[int] = ()
@@ -95,24 +111,45 @@ class Group:
         """Where the request goes, counted there. Raises ValueError where the policy names none of the instances."""
         num_tokens, rows = len(request.tokens), self.rows(tried)
         num_cached = self.tree.match(pack_tokens(request.tokens[: usable_prefix(num_tokens)]), now_ns)[rows]
-        chosen = self._policy.choose(request, self.snapshot(rows, num_cached), rng)
+        snapshot = self.snapshot(rows, num_cached)
+        chosen = self._policy.choose(request, snapshot, rng)
         if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen < len(rows):
             names = ", ".join(self.labels[row] for row in rows)
             raise ValueError(
                 f"{type(self._policy).__name__} chose row {chosen!r}: expected 0 to {len(rows) - 1} ({names})"
             )
-        held = int(num_cached[chosen])
-        work = self._policy.work(held, num_tokens - held)
-        placement = Assignment(int(rows[chosen]), num_tokens, held, work, self._longest(rows, num_cached))
+        placement = self._assign(request, snapshot, rows, int(chosen))
         self._num_routed += not tried
         self.num_routed_to[placement.row] += 1
+        self._num_lately *= 1 - 1 / (LATELY * len(self.labels))
+        self._num_lately[placement.row] += 1
         self._count(placement, 1)
         return placement
+
+    def _assign(self, request: RouteRequest, snapshot: ClusterSnapshot, rows: np.ndarray, chosen: int) -> Assignment:
+        """A place in one of `rows`, and the record of why there."""
+        num_cached = snapshot.num_cached
+        num_new = len(request.tokens) - num_cached
+        exec_s = None if self._cost_model is None else self._cost_model.exec_time_s(num_cached, num_new)
+        choice = RouteChoice(
+            snapshot.labels,
+            chosen,
+            self._policy.why(request, snapshot, chosen),
+            num_cached,
+            snapshot.num_requests,
+            None if exec_s is None else self._queued_ns[rows] / NS_PER_S + exec_s,
+        )
+        held = int(num_cached[chosen])
+        work = self._policy.work(held, len(request.tokens) - held)
+        queued_ns = 0 if exec_s is None else to_ns(float(exec_s[chosen]))
+        longest = self._longest(rows, num_cached)
+        return Assignment(int(rows[chosen]), len(request.tokens), held, work, queued_ns, longest, choice)
 
     def prefilled(self, placement: Assignment) -> None:
         """Its first token is there: it waits in no queue any more."""
         self._queued_work[placement.row] -= placement.work
-        placement.work = 0
+        self._queued_ns[placement.row] -= placement.queued_ns
+        placement.work = placement.queued_ns = 0
 
     def forget(self, placement: Assignment) -> None:
         """A request has ended, or left its instance."""
@@ -127,3 +164,4 @@ class Group:
         self._num_requests[placement.row] += sign
         self._num_tokens[placement.row] += sign * placement.num_tokens
         self._queued_work[placement.row] += sign * placement.work
+        self._queued_ns[placement.row] += sign * placement.queued_ns

@@ -31,25 +31,48 @@ class PromptTree(Policy):
             cached = np.where(lead < self._max_lead, cached, -1)
         return least_loaded(cluster, cached == cached.max(), rng)
 
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        if cluster.num_cached[row] < cluster.num_cached.max():
+            return "longest prefix but for who leads"
+        return _by_prefix(cluster)
+
 
 class CostBased(Policy):
     """The soonest first token: what is queued there and what this request would cost there (Eq. 1, section 5.3).
 
     `queued_work` is the sum of Eq. 1 in nanoseconds, kept as requests come and go. A request under way counts as a
     whole until its first token, and decode steps beside it do not count, as in the paper.
+
+    max_skew: an instance that lately took more than so many times the mean of all is passed over. While nothing queues,
+    Eq. 1 alone sends every session that begins with the same prefix to where that was seen first, and the caches of all
+    others stay empty; None is Eq. 1 alone. Raises ValueError for a skew out of range.
     """
 
     looks_at_prefixes = True
 
-    def __init__(self, cost_model: CostModel) -> None:
+    def __init__(self, cost_model: CostModel, max_skew: float | None = None) -> None:
         if not isinstance(cost_model, CostModel):
             raise ValueError(f"policy.cost_model={type(cost_model).__name__}: expected a CostModel")
-        self._cost_model = cost_model
+        if max_skew is not None:
+            _require("max_skew", max_skew, 1 <= max_skew < math.inf, "null or a finite number >= 1")
+        self._cost_model, self._max_skew = cost_model, max_skew
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        seconds = self._cost_model.exec_time_s(cluster.num_cached, len(request.tokens) - cluster.num_cached)
-        ends_ns = cluster.queued_work + np.rint(seconds * NS_PER_S).astype(np.int64)
+        ends_ns = self._ends_ns(request, cluster)
+        if self._max_skew is not None:
+            most = self._max_skew * cluster.num_lately.mean() + 1
+            ends_ns[cluster.num_lately > most] = np.iinfo(np.int64).max
         return least_loaded(cluster, ends_ns == ends_ns.min(), rng)
+
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        ends_ns = self._ends_ns(request, cluster)
+        return "soonest first token" + (" but for who took most" if ends_ns[row] > ends_ns.min() else "")
+
+    def _ends_ns(self, request: RouteRequest, cluster: ClusterSnapshot) -> np.ndarray:
+        """Eq. 1 for each instance, int64 [n]."""
+        seconds = self._cost_model.exec_time_s(cluster.num_cached, len(request.tokens) - cluster.num_cached)
+        ends_ns: np.ndarray = cluster.queued_work + np.rint(seconds * NS_PER_S).astype(np.int64)
+        return ends_ns
 
     def work(self, num_cached: int, num_new: int) -> int:
         """Nanoseconds of its prefill."""
@@ -73,12 +96,22 @@ class BalancedPrefix(Policy):
         self._abs_bound, self._rel_bound, self._min_share = abs_bound, rel_bound, min_share
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        most, least = int(cluster.num_requests.max()), int(cluster.num_requests.min())
-        uneven = most - least > self._abs_bound and most > self._rel_bound * least
         longest = cluster.num_cached.max()
-        is_near = longest >= max(self._min_share * len(request.tokens), 1)
-        among = cluster.num_cached == longest if is_near and not uneven else np.ones(len(cluster.labels), dtype=bool)
+        by_prefix = self._is_long(request, cluster) and not self._is_uneven(cluster)
+        among = cluster.num_cached == longest if by_prefix else np.ones(len(cluster.labels), dtype=bool)
         return least_loaded(cluster, among, rng)
+
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        if self._is_uneven(cluster):
+            return "least load: it is uneven"
+        return _by_prefix(cluster) if self._is_long(request, cluster) else "least load: no long prefix"
+
+    def _is_uneven(self, cluster: ClusterSnapshot) -> bool:
+        most, least = int(cluster.num_requests.max()), int(cluster.num_requests.min())
+        return most - least > self._abs_bound and most > self._rel_bound * least
+
+    def _is_long(self, request: RouteRequest, cluster: ClusterSnapshot) -> bool:
+        return bool(cluster.num_cached.max() >= max(self._min_share * len(request.tokens), 1))
 
 
 class LeastKV(Policy):
@@ -95,6 +128,13 @@ class LeastKV(Policy):
         rows = np.flatnonzero(held == held.min())
         fewest = cluster.num_requests[rows]
         return any_of(rows[fewest == fewest.min()], rng)
+
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        return "least KV to hold"
+
+
+def _by_prefix(cluster: ClusterSnapshot) -> str:
+    return "longest prefix" if cluster.num_cached.max() > 0 else "least load: nothing is cached"
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -18,7 +18,8 @@ class ClusterSnapshot:
     labels: their names.  num_requests: int64 [n], dispatched and unfinished.  num_tokens: int64 [n], prompt tokens of
     those.  num_routed: requests routed so far in this cluster.  num_cached: int64 [n], tokens of this request that each
     is believed to have, at least one token short of all.  queued_work: int64 [n], the policy's `work` of the requests
-    that have no first token yet; on decode instances, of all that have not ended.
+    that have no first token yet; on decode instances, of all that have not ended.  num_lately: float64 [n], requests
+    that went to each, of which the latest count most: about 16 an instance.
     """
 
     labels: list[str]
@@ -27,6 +28,7 @@ class ClusterSnapshot:
     num_routed: int
     num_cached: np.ndarray
     queued_work: np.ndarray
+    num_lately: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Policy(ABC):
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         """The row of the instance that serves the request."""
 
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        """In a few words for the report, why `choose` took this row; "" says nothing."""
+        return ""
+
     def work(self, num_cached: int, num_new: int) -> int:
         """What a request's prefill adds to `queued_work`, an int in a unit of the policy's own: its new tokens."""
         return num_new
@@ -58,6 +64,9 @@ class Random(Policy):
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         return int(rng.integers(len(cluster.labels)))
 
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        return "drawn"
+
 
 class RoundRobin(Policy):
     """Instances in turn."""
@@ -65,12 +74,18 @@ class RoundRobin(Policy):
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         return cluster.num_routed % len(cluster.labels)
 
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        return "its turn"
+
 
 class LeastLoad(Policy):
     """The fewest unfinished requests, then the fewest prompt tokens; ties by the generator (Table 6, least-load)."""
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         return least_loaded(cluster, np.ones(len(cluster.labels), dtype=bool), rng)
+
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        return "least load"
 
 
 class SessionAffinity(Policy):
@@ -83,6 +98,9 @@ class SessionAffinity(Policy):
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
         scores = [_score(request.session_id, label) for label in cluster.labels]
         return int(np.argmax(scores))
+
+    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
+        return "its session's"
 
 
 def least_loaded(cluster: ClusterSnapshot, among: np.ndarray, rng: np.random.Generator) -> int:

@@ -19,12 +19,18 @@ COSTS = FixedCostModel(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0001
 REQUEST = RouteRequest("r", "s", np.arange(100, dtype=np.int32))
 
 
-def choose(policy, cached, requests=None, tokens=None, work=None):
+def choose(policy, cached, requests=None, tokens=None, work=None, lately=None):
+    return chosen_and_why(policy, cached, requests, tokens, work, lately)[0]
+
+
+def chosen_and_why(policy, cached, requests=None, tokens=None, work=None, lately=None):
     zeros = [0] * len(cached)
     labels = [f"prefill-{i}" for i in range(len(cached))]
     columns = [np.array(c or zeros, dtype=np.int64) for c in (requests, tokens)]
-    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), np.array(work or zeros, dtype=np.int64))
-    return policy.choose(REQUEST, snapshot, np.random.default_rng(0))
+    more = [np.array(c or zeros, dtype=kind) for c, kind in ((work, np.int64), (lately, np.float64))]
+    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), *more)
+    row = policy.choose(REQUEST, snapshot, np.random.default_rng(0))
+    return row, policy.why(REQUEST, snapshot, row)
 
 
 def test_prompt_tree_takes_the_longest_prefix_and_among_equals_the_least_load():
@@ -45,6 +51,51 @@ def test_cost_based_weighs_what_is_queued_against_what_is_cached():
     assert choose(CostBased(COSTS), [0, 80], work=[0, 79 * ms]) == 1
     assert choose(CostBased(COSTS), [0, 80], work=[0, 81 * ms]) == 0
     assert CostBased(COSTS).work(80, 20) == 30 * ms
+
+
+def test_cost_based_passes_over_who_lately_took_more_than_its_skew():
+    policy = CostBased(COSTS, max_skew=1.5)
+    assert chosen_and_why(policy, [0, 80, 16], lately=[1, 5, 1]) == (2, "soonest first token but for who took most")
+    assert chosen_and_why(policy, [0, 80, 16], lately=[1, 3, 1]) == (1, "soonest first token")
+    assert choose(CostBased(COSTS), [0, 80, 16], lately=[0, 99, 0]) == 1, "Eq. 1 alone"
+
+
+def test_policies_say_why_in_a_few_words():
+    assert chosen_and_why(PromptTree(max_lead=2), [0, 64], [0, 1]) == (1, "longest prefix")
+    assert chosen_and_why(PromptTree(max_lead=2), [0, 64], [0, 2]) == (0, "longest prefix but for who leads")
+    assert chosen_and_why(PromptTree(), [0, 0], [1, 0]) == (1, "least load: nothing is cached")
+    balanced = BalancedPrefix(abs_bound=3, rel_bound=2, min_share=0.5)
+    assert chosen_and_why(balanced, [0, 64], [0, 4])[1] == "least load: it is uneven"
+    assert chosen_and_why(balanced, [0, 48], [0, 1])[1] == "least load: no long prefix"
+    assert chosen_and_why(LeastLoad(), [0, 48], [0, 1])[1] == "least load"
+
+
+def test_a_prefix_that_all_begin_with_does_not_draw_all_to_one_instance():
+    """Nothing ever queues, and each prompt ends before the next one comes."""
+    shared = np.arange(40)
+
+    def spread(policy):
+        scheduler = scheduler_of(policy, labels=("i-0", "i-1", "i-2", "i-3"))
+        for i in range(60):
+            serve(scheduler, f"r{i}", np.append(shared, 100 + i), [1], f"s{i}", now_ns=i)
+        return sorted(scheduler.group.num_routed_to.tolist())
+
+    assert spread(CostBased(COSTS)) == [0, 0, 0, 60]
+    even = spread(CostBased(COSTS, max_skew=1.75))
+    assert even[1] > 0 and even[-1] <= 1.75 * 15 + 2
+
+
+def test_each_choice_is_recorded_with_what_it_would_have_cost_elsewhere():
+    scheduler = scheduler_of(CostBased(COSTS), tree=Optimistic(2, 4))
+    scheduler.group = group_of(["i-0", "i-1"], CostBased(COSTS), Optimistic(2, 4), COSTS)
+    label = serve(scheduler, "a", np.arange(12), [1])
+    serve(scheduler, "b", np.arange(21), [1])
+    [choice] = scheduler.timelines["b"].routes
+    here = int(label[-1])
+    assert choice.labels == ["i-0", "i-1"] and choice.chosen == here and choice.why == "soonest first token"
+    assert choice.num_cached[here] == 12 and choice.num_cached[1 - here] == 0
+    assert choice.first_token_s.tolist()[here] == pytest.approx(0.01 + 9 * 0.001)
+    assert choice.elsewhere_s == pytest.approx(0.01 + 21 * 0.001) and choice.regret_s == 0
 
 
 def test_balanced_prefix_follows_locality_until_the_load_is_uneven_or_the_prefix_short():
@@ -68,6 +119,7 @@ def test_least_kv_weighs_a_prefix_against_load_in_tokens():
         (lambda: BalancedPrefix(abs_bound=-1), "abs_bound=-1"),
         (lambda: BalancedPrefix(rel_bound=0.5), "rel_bound=0.5: expected a finite number >= 1"),
         (lambda: BalancedPrefix(min_share=1.5), "min_share=1.5"),
+        (lambda: CostBased(COSTS, max_skew=0.5), "max_skew=0.5: expected null or a finite number >= 1"),
         (lambda: CostBased(object()), "cost_model=object: expected a CostModel"),
     ],
 )

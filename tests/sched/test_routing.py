@@ -12,7 +12,7 @@ from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, R
 def snapshot(requests, tokens=None, num_routed=0, **columns):
     labels = [f"colocated-{i}" for i in range(len(requests))]
     none = np.zeros(len(requests), dtype=np.int64)
-    columns = {"num_cached": none, "queued_work": none, **columns}
+    columns = {"num_cached": none, "queued_work": none, "num_lately": none, **columns}
     return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)
 
 
