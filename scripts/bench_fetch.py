@@ -1,6 +1,6 @@
 """Fetch or recompute (Eq. 2), both ways on this machine: how often the policy's choice was the faster one.
 
-    python scripts/bench_fetch.py model.path=../shared/models/stories260K          # about two minutes
+    python scripts/bench_fetch.py model.path=../shared/models/stories260K          # some minutes
     python scripts/bench_fetch.py --transports gloo --cases 200 --json fetch.json model=tiny
 
 Words with `=` are run.py's. The machine is fitted, as profile_cost_model.py does: steps of the model, and single
