@@ -67,6 +67,10 @@ class Fetches:
         """Requests that wait here for KV."""
         return len(self._open)
 
+    def takes(self, holdings: Sequence[Holding]) -> bool:
+        """Whether a request of which others are said to hold this much is to be offered."""
+        return self._policy.looks_elsewhere and bool(holdings)
+
     def offer(self, request: Request, holdings: Sequence[Holding]) -> None:
         """Takes a request of which others hold more; `decide` is next."""
         request.phase = Phase.FETCHING

@@ -205,7 +205,7 @@ class Instance:
             self.handoffs.next_turn(message.session_id)
         stops = stop_strings(self._tokenizer, message.params)
         self._served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
-        if self.handoffs is not None and message.held_elsewhere:
+        if self.handoffs is not None and self.handoffs.fetches.takes(message.held_elsewhere):
             self.handoffs.fetches.offer(request, message.held_elsewhere)
         else:
             self.scheduler.add(request)

@@ -40,7 +40,9 @@ class FetchPrices:
 
 
 class FetchPolicy(ABC):
-    """Decides once for all requests of a batch."""
+    """Decides once for all requests of a batch. looks_elsewhere: there is something to decide."""
+
+    looks_elsewhere = True
 
     @abstractmethod
     def fetches(self, fetch_s: float, compute_s: float) -> bool:
@@ -48,7 +50,9 @@ class FetchPolicy(ABC):
 
 
 class NeverFetch(FetchPolicy):
-    """Compute."""
+    """Compute, and ask nobody: no request waits for a decision, and none is recorded."""
+
+    looks_elsewhere = False
 
     def fetches(self, fetch_s: float, compute_s: float) -> bool:
         return False

@@ -108,6 +108,13 @@ def test_what_is_fetched_is_not_computed():
         assert t.stats.num_cached_local + t.stats.num_fetched + t.stats.num_computed == t.num_prompt
 
 
+def test_who_never_fetches_decides_nothing_and_waits_for_no_decision():
+    """Where KV is handed over there is a transport all the same, and instances are told who holds more."""
+    timelines = play(cluster_of(*PREFILL, "fetch=never"))
+    assert_right(timelines)
+    assert records(timelines) == [] and all(t.stats.fetch_end_ns is None for t in timelines)
+
+
 @pytest.mark.parametrize("place", [COLOCATED, PREFILL], ids=["colocated", "3p1d"])
 @pytest.mark.parametrize("kind", ["Fetch", "Ask", "Grant", "Done", "Inserted", "Refuse"])
 @pytest.mark.parametrize("fault", ["drop", "repeat", "delay"])
