@@ -109,6 +109,8 @@ def _device(word: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device={word}: expected cpu, or a device of this machine ({error})") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on this thread's device
     return device
 
 
@@ -240,7 +242,9 @@ def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
 
 
 def build_step_time(cfg: RunConfig, engine: Engine) -> StepTime:
-    return Measured() if cfg.step_time == "measured" else Modelled(build_cost_model(cfg, engine.model))
+    if cfg.step_time == "measured":
+        return Measured(engine.model.device if engine.model else None)
+    return Modelled(build_cost_model(cfg, engine.model))
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:

@@ -42,9 +42,8 @@ def copy_rows(
 ) -> None:
     """Copies rows of `source` to rows of `target`, both contiguous and seen as [num_rows, row_bytes].
 
-    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. Done when it returns,
-    but between GPUs: there it is what the current stream does next. Raises IndexError for a row outside, with nothing
-    copied on a CPU.
+    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. On any devices; done
+    when it returns. Raises IndexError for a row outside, with nothing copied on a CPU.
     """
     if not len(source_rows):
         return
@@ -58,9 +57,11 @@ def copy_rows(
     if source.device == target.device and runs_on(source.device):
         picks = to_device(source_rows, source.device)
         row_copy_launch(as_bytes(source), picks, as_bytes(target), rows, row_bytes).run()
-        return
-    picked = as_bytes(source).view(-1, row_bytes)[to_device(source_rows, source.device)]
-    as_bytes(target).view(-1, row_bytes)[rows] = picked.to(target.device)
+    else:
+        picked = as_bytes(source).view(-1, row_bytes)[to_device(source_rows, source.device)]
+        as_bytes(target).view(-1, row_bytes)[rows] = picked.to(target.device)
+    if target.device.type == "cuda":
+        torch.cuda.current_stream(target.device).synchronize()
 
 
 def copy_staged(
@@ -89,7 +90,6 @@ def gather_rows(memory: torch.Tensor, rows: np.ndarray, buffer: torch.Tensor, ro
         return
     if memory.device == buffer.device and runs_on(memory.device):
         copy_rows(memory, rows, buffer, np.arange(len(rows)), row_bytes)
-        torch.cuda.current_stream(memory.device).synchronize()
         return
     buffer.view(-1, row_bytes).copy_(_picked(memory, rows, row_bytes))
 
@@ -103,10 +103,7 @@ def scatter_rows(buffer: torch.Tensor, memory: torch.Tensor, rows: np.ndarray, r
         else:
             _as_rows(memory_N, row_bytes)[rows] = _as_rows(buffer_N, row_bytes)
         return
-    on_device = buffer.to(memory.device)
-    copy_rows(on_device, np.arange(len(rows)), memory, rows, row_bytes)
-    if memory.device.type == "cuda":
-        torch.cuda.current_stream(memory.device).synchronize()
+    copy_rows(buffer.to(memory.device), np.arange(len(rows)), memory, rows, row_bytes)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

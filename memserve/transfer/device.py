@@ -13,7 +13,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import msgspec
+import numpy as np
 import torch
+
+from memserve.transfer.block_copy import copy_rows
+
+_WARM_UP_BYTES = 128  # a row of 16 words, as most rows are of a multiple of as many
 
 
 class DeviceHandle(msgspec.Struct, frozen=True):
@@ -58,7 +63,7 @@ class Device(ABC):
 
     @abstractmethod
     def after(self, mark: torch.cuda.Event | None) -> AbstractContextManager[None]:
-        """A context: copies begun in it begin after `mark`, and are over when it ends."""
+        """A context: copies made in it begin after `mark`."""
 
 
 class NoDevice(Device):
@@ -94,6 +99,8 @@ class Gpu(Device):
     def __init__(self, index: int) -> None:
         self._index, self._device = index, torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch's
+        line, row = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._device), np.zeros(1, np.int64)
+        copy_rows(line, row, line.clone(), row, _WARM_UP_BYTES)  # compiles the kernel before anybody waits for it
 
     def holds(self, memory: torch.Tensor) -> bool:
         return memory.device == self._device
@@ -133,7 +140,6 @@ class Gpu(Device):
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(mark)
             yield
-            self._stream.synchronize()
 
 
 def _uuid(index: int) -> str:
