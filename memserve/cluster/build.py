@@ -1,5 +1,6 @@
 """Build: from a RunConfig to the objects that run it. Knows every part's constructor and no loop."""
 
+import gc
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -120,6 +121,8 @@ def build_part(cfg: RunConfig, engine: Engine) -> RankPart:
         return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
     (num_blocks, num_dram_blocks), geometry = _capacity(cfg, engine), _geometry(cfg, engine)
     device = torch.device(cfg.model.device if engine.model else "cpu")
+    if device.type == "cuda":
+        gc.collect()  # an instance of before is a cycle of objects, and its blocks may be most of the GPU's memory
     hbm = Arena(make(cfg.layout), geometry, num_blocks, device)
     pinned = device.type != "cpu" and num_dram_blocks > 0
     dram = Arena(make(cfg.layout), geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)

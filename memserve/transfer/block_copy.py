@@ -58,8 +58,8 @@ def copy_rows(
         picks = to_device(source_rows, source.device)
         row_copy_launch(as_bytes(source), picks, as_bytes(target), rows, row_bytes).run()
     else:
-        picked = as_bytes(source).view(-1, row_bytes)[to_device(source_rows, source.device)]
-        as_bytes(target).view(-1, row_bytes)[rows] = picked.to(target.device)
+        picked = _rows_on_device(source, row_bytes)[to_device(source_rows, source.device)]
+        _rows_on_device(target, row_bytes)[rows] = picked.to(target.device)
     if target.device.type == "cuda":
         torch.cuda.current_stream(target.device).synchronize()
 
@@ -119,10 +119,16 @@ def are_neighbours(rows: np.ndarray) -> bool:
 
 def _picked(memory: torch.Tensor, rows: np.ndarray, row_bytes: int) -> torch.Tensor:
     """Rows of a device's memory, [n, row_bytes]; a view where they are neighbours."""
-    memory_NR = as_bytes(memory).view(-1, row_bytes)
+    memory_NR = _rows_on_device(memory, row_bytes)
     if len(rows) and are_neighbours(rows):
         return memory_NR[int(rows[0]) : int(rows[0]) + len(rows)]
     return memory_NR[torch.from_numpy(rows).to(memory.device)]
+
+
+def _rows_on_device(memory: torch.Tensor, row_bytes: int) -> torch.Tensor:
+    """[num_rows, row_bytes], a view; what is left of the memory is no row."""
+    memory_N = as_bytes(memory)
+    return memory_N[: len(memory_N) // row_bytes * row_bytes].view(-1, row_bytes)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
