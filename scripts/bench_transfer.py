@@ -3,12 +3,14 @@
     python scripts/bench_transfer.py                                   # everything, some minutes
     python scripts/bench_transfer.py --parts sizes,scattered --repeats 20
     python scripts/bench_transfer.py --megabytes 2560 --layers 40      # all of the request that the paper moves
+    python scripts/bench_transfer.py --parts device --device cuda --megabytes 4096    # two processes on one GPU
     python scripts/bench_transfer.py --out transfer.json
 
 sizes: messages of 16 KB to 256 MB from and to scattered places, small ones many at a time; packed is one message that
 is gathered from rows of 16 KB.  scattered: 8 times 256 blocks of 16 KB.  granularity: 2048 tokens of a cache of
 Llama2-13B's shape, blocks of 16 tokens, with as many layers as --layers says, or as fit.  fig11: the same by one call
-a region (discrete) and one call a block (aggregated), over 1 to 16 channels of gloo. The ratio is that of rates, to
+a region (discrete) and one call a block (aggregated), over 1 to 16 channels of gloo.  device: the
+same request, on the CPU or within one GPU, beside one plain copy of as many bytes there. The ratio is that of rates, to
 what stands beside it; its goals are the project's. A move's time ends when its receiver has said that it has all
 bytes. Times are medians of --repeats, what is compared taken in turn. The paper's ratios are of its machine (Fig. 11a,
 NCCL on NVLink).
@@ -31,6 +33,7 @@ from transfer_figures import (
     NUM_BLOCKS,
     SIZES,
     TransferFigure,
+    device_figures,
     fig11_figures,
     granularity_figures,
     scattered_figures,
@@ -39,7 +42,8 @@ from transfer_figures import (
 
 from memserve.metrics.output import environment
 
-PARTS = ("sizes", "scattered", "granularity", "fig11")
+PARTS = ("sizes", "scattered", "granularity", "fig11", "device")
+ON_A_GPU = ["device"]  # of the parts
 ROOM = 1.2  # an arena beside a request: so that its blocks lie scattered
 MB = 1 << 20
 
@@ -52,6 +56,8 @@ def measure(part: str, ends: Ends, args: argparse.Namespace) -> Iterator[Transfe
         yield from scattered_figures(ends, args.repeats, args.seed)
     elif part == "granularity":
         yield from granularity_figures(ends, args.layers, args.repeats, args.seed)
+    elif part == "device":
+        yield from device_figures(ends, args.layers, args.repeats, args.seed)
     else:
         yield from fig11_figures(ends, args.layers, args.channels, args.repeats, args.seed)
 
@@ -86,6 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; joined by commas")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help=f"of both memories; cuda: {', '.join(ON_A_GPU)} alone")
     add("--megabytes", type=int, default=512, help="of memory at each end")
     add("--sizes", default=",".join(map(str, SIZES)), help="bytes of a message, multiples of 16384; larger than the "
         "memory are left out")  # fmt: skip
@@ -99,6 +106,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.layers = layers_that_fit(args.megabytes * MB) if args.layers is None else args.layers
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"--parts={unknown[0]}: expected of {', '.join(PARTS)}")
+    if args.device == "cuda" and args.parts != ON_A_GPU:
+        parser.error(f"--device=cuda: expected --parts {','.join(ON_A_GPU)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: there is no GPU here")
     if unfit := [size for size in args.sizes if size < SIZES[0] or size % SIZES[0]]:
         parser.error(f"--sizes={unfit[0]}: expected multiples of {SIZES[0]}")
     if unfit := [count for count in args.channels if count not in CHANNELS]:
@@ -118,12 +129,12 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     torch.set_num_threads(1)
     console, figures = Console(width=130), []
-    ends = Ends(args.megabytes * MB)
+    ends = Ends(args.megabytes * MB, args.device)
     try:
         for part in args.parts:
             measured = list(measure(part, ends, args))
-            tokens = f"{part}: 2048 tokens of {args.layers} of 40 layers" if part in ("granularity", "fig11") else part
-            console.print(table_of(tokens, measured))
+            by_layers = f": 2048 tokens of {args.layers} of 40 layers"
+            console.print(table_of(part if part in ("sizes", "scattered") else part + by_layers, measured))
             figures += measured
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,24 +1,84 @@
 #!/usr/bin/env bash
-# On a machine with one GPU: the tests that need it, the benchmarks, and a dated page of what came out.
+# On a machine with one GPU: the tests that need it, the benchmarks, and a page with what came out beside its goals.
 #
-#   scripts/gpu_check.sh                        writes docs/results/gpu-YYYY-MM-DD.md
-#   PYTHON=python3 scripts/gpu_check.sh page.md --no-hf
-set -euo pipefail
+#   scripts/gpu_check.sh                        all parts, about ten minutes: docs/results/gpu-YYYY-MM-DD.md
+#   scripts/gpu_check.sh tests kernels          some of: tests kernels decode transfer serve
+#   scripts/gpu_check.sh --dry                  without a GPU: every command runs, no figure means anything
+#
+# Each part has a time limit; one that fails or runs past it is named at the end, and the others go on. PYTHON names
+# another interpreter, PAGE another page (a part is appended to it).
+set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-page=${1:-docs/results/gpu-$(date +%F).md}
-shift || true
 export PYTHONPATH=.
+device=cuda dry=()
+# Half a billion weights, drawn; 16 heads of 128 over 4 kv heads.
+model=(model=tiny model.random.hidden_size=2048 model.random.intermediate_size=5632 model.random.num_hidden_layers=10
+    model.random.num_attention_heads=16 model.random.num_key_value_heads=4 model.random.head_dim=128
+    model.random.vocab_size=32000 model.dtype=bfloat16)
+workload=(workload=synthetic workload.num_sessions=64 workload.num_turns=3 workload.prompt_tokens=1500
+    workload.max_output_tokens=64 workload.rate=16 kvcache.num_hbm_blocks=20000)
+megabytes=4096
+if [[ ${1:-} == --dry ]]; then
+    shift
+    export TRITON_INTERPRET=1
+    device=cpu dry=(--dry) model=(model=tiny) megabytes=48
+    workload=(workload=synthetic workload.num_sessions=2 workload.num_turns=1 workload.prompt_tokens=40
+        workload.max_output_tokens=3 workload.rate=50 kvcache.num_hbm_blocks=64)
+elif ! "$python" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "error: no GPU here")'; then
+    exit 1
+fi
+page=${PAGE:-docs/results/gpu-$(date +%F).md}
+parts=("$@")
+[[ $# -gt 0 ]] || parts=(tests kernels decode transfer serve)
+failed=()
 
-"$python" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "error: no GPU here")'
-tests=$("$python" -m pytest -q tests/model/test_gpu.py)
-echo "$tests"
-{
-    echo "# GPU, $(date +%F)"
-    echo
-    echo "\`scripts/gpu_check.sh\`, revision $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."
-    echo "Tests: $(tail -n 1 <<<"$tests")"
-    echo
-} >"$page"
-"$python" scripts/bench_kernels.py --out "$page" "$@"
+run() { # NAME LIMIT GOAL COMMAND...: into the page, as it comes
+    local name=$1 limit=$2 goal=$3 start=$SECONDS status=0
+    shift 3
+    { echo; echo "## $name"; echo; echo "Goal: $goal. Limit: $limit s."; echo; echo '```'; } | tee -a "$page"
+    timeout "$limit" "$@" 2>&1 | tee -a "$page" || status=$?
+    { echo '```'; echo; echo "Status $status after $((SECONDS - start)) s."; } | tee -a "$page"
+    [[ $status == 0 ]] || failed+=("$name")
+}
+
+serve() {
+    local words=("${model[@]}" "${workload[@]}" "model.device=$device")
+    run "serve, emulated: two instances on one device, measured steps" 120 "TTFT, TPOT and JCT of real steps" \
+        "$python" scripts/compare.py --systems pd,pd_cc,1p1d,1p1d_cc "${words[@]}" repeats=1
+    run "serve, a process an instance: 1P1D, mapped" 90 "as 1p1d_cc above, without failures" \
+        "$python" -m torch.distributed.run --standalone --nproc-per-node 3 scripts/run.py exec=distributed \
+        cluster=1p1d mode=pd_caching_3 transport=mapped granularity=by_request_agg layout=aggregated "${words[@]}"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+    tests)
+        run tests 300 "all pass: tokens equal in float32, logits within their bounds in bfloat16" "$python" -m pytest -q \
+            tests/model/test_gpu.py tests/transfer/test_device.py tests/transfer/test_two_processes.py \
+            tests/transfer/test_nccl.py tests/cluster/test_gpu.py -k "gpu or GPU"
+        ;;
+    kernels)
+        run kernels 120 "the column wanted" "$python" scripts/bench_kernels.py --parts kernels "${dry[@]}"
+        ;;
+    decode)
+        run decode 150 "the column wanted, transformers beside it" "$python" scripts/bench_kernels.py --parts steps \
+            "${dry[@]}"
+        ;;
+    transfer)
+        run transfer 60 ".8 of one plain copy within the GPU, but by layer" "$python" scripts/bench_transfer.py \
+            --parts device --device "$device" --megabytes "$megabytes" --repeats 5
+        ;;
+    serve) serve ;;
+    *)
+        echo "error: $part: expected of tests, kernels, decode, transfer, serve"
+        exit 2
+        ;;
+    esac
+done
+{ echo; echo "\`scripts/gpu_check.sh ${parts[*]}\`, revision $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."; } >>"$page"
 echo "written: $page"
+if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+fi

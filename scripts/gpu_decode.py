@@ -1,8 +1,9 @@
-"""Decode steps of Llama-3-8B's shape on a GPU, random weights in bfloat16: ours, and Hugging Face's. Prints nothing."""
+"""Decode steps of a model with random weights in bfloat16: ours, and Hugging Face's. Prints nothing."""
 
-import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from memserve.model.weights import tensor_shapes
 from memserve.request import Request, SamplingParams, ScheduledBatch
 
 DTYPE, BLOCK_SIZE = torch.bfloat16, 16
-NUM_STEPS, WARM_UP_STEPS = 20, 3
-MODEL = ModelConfig(
+WARM_UP_STEPS = 3
+LLAMA3_8B = ModelConfig(
     model_type="llama",
     vocab_size=128256,
     hidden_size=4096,
@@ -31,81 +32,91 @@ MODEL = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=500000.0,
 )
+TINY = replace(LLAMA3_8B, vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=2,
+               num_kv_heads=1, head_dim=32, max_position=256)  # fmt: skip
 
 
 class DrawnWeights:
-    """A WeightSource that draws each tensor on the GPU when it is asked for: timing needs no better ones."""
+    """A WeightSource that draws each tensor on the device when it is asked for: timing needs no better ones."""
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self._shapes, self._device = tensor_shapes(model), device
 
     def names(self) -> set[str]:
-        return set(tensor_shapes(MODEL))
+        return set(self._shapes)
 
     def tensor(self, name: str) -> torch.Tensor:
-        return 0.02 * torch.randn(tensor_shapes(MODEL)[name], dtype=DTYPE, device="cuda")
+        return 0.02 * torch.randn(self._shapes[name], dtype=DTYPE, device=self._device)
 
 
-@functools.lru_cache(maxsize=1)
-def _our_model() -> Llama:
-    model = load_model(MODEL, DrawnWeights(), DTYPE, torch.device("cuda"))
-    model.compile()
-    return model
+class DecodeSteps:
+    """Both models are made when they are first asked for, and stay. num_steps: of each measurement."""
 
+    def __init__(self, model: ModelConfig, device: torch.device, num_steps: int) -> None:
+        self._config, self._device, self._num_steps = model, device, num_steps
 
-def our_step_s(batch: int, context: int) -> float:
-    """Median seconds of `ModelRunner.forward`: inputs copied, the graph replayed, greedy tokens read."""
-    blocks_each = -(-context // BLOCK_SIZE)
-    model = _our_model()
-    shape = DiscreteLayout().shape(geometry(MODEL, BLOCK_SIZE, DTYPE), batch * blocks_each)
-    runner = ModelRunner(model, torch.randn(shape, dtype=DTYPE, device="cuda"), BLOCK_SIZE, attention="triton")
-    blocks = np.random.default_rng(0).permutation(batch * blocks_each).astype(np.int32)
-    requests = []
-    for table in np.split(blocks, batch):
-        request = Request("r", np.ones(context, dtype=np.int32), SamplingParams())
-        request.num_computed = context - 1
-        request.block_table.extend(table)
-        requests.append(request)
-    scheduled = ScheduledBatch(requests, [1] * batch)
-    return _median_s(lambda: runner.forward(scheduled))
+    def ours_s(self, batch: int, context: int) -> float:
+        """Median seconds of `ModelRunner.forward`: inputs copied, the graph replayed, greedy tokens read."""
+        blocks_each = -(-context // BLOCK_SIZE)
+        shape = DiscreteLayout().shape(geometry(self._config, BLOCK_SIZE, DTYPE), batch * blocks_each)
+        kv = torch.randn(shape, dtype=DTYPE, device=self._device)
+        runner = ModelRunner(self._ours, kv, BLOCK_SIZE, attention="triton")
+        blocks = np.random.default_rng(0).permutation(batch * blocks_each).astype(np.int32)
+        requests = []
+        for table in np.split(blocks, batch):
+            request = Request("r", np.ones(context, dtype=np.int32), SamplingParams())
+            request.num_computed = context - 1
+            request.block_table.extend(table)
+            requests.append(request)
+        scheduled = ScheduledBatch(requests, [1] * batch)
+        return self._median_s(lambda: runner.forward(scheduled))
 
+    @torch.inference_mode()
+    def hugging_face_s(self, batch: int, context: int) -> float:
+        """Median seconds of a forward of transformers with sdpa attention and its static cache, greedy tokens read."""
+        model = self._hugging_face
+        cache = StaticCache(config=model.config, max_cache_len=context + self._num_steps + WARM_UP_STEPS)
+        tokens = torch.ones(batch, context - 1, dtype=torch.int64, device=self._device)
+        for part in tokens.split(256, 1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+        one = tokens[:, :1]
 
-@torch.inference_mode()
-def hugging_face_step_s(batch: int, context: int) -> float:
-    """Median seconds of a forward of transformers with sdpa attention and its static cache, greedy tokens read."""
-    model = _hugging_face_model()
-    cache = StaticCache(config=model.config, max_cache_len=context + NUM_STEPS + WARM_UP_STEPS)
-    tokens = torch.ones(batch, context - 1, dtype=torch.int64, device="cuda")
-    for part in tokens.split(256, 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
-    one = tokens[:, :1]
+        def step() -> None:
+            out = model(one, past_key_values=cache)  # each step adds its token, as it does for a user
+            out.logits[:, -1].argmax(-1).cpu()
 
-    def step() -> None:
-        out = model(one, past_key_values=cache)  # each step adds its token, as it does for a user
-        out.logits[:, -1].argmax(-1).cpu()
+        return self._median_s(step)
 
-    return _median_s(step)
+    @cached_property
+    def _ours(self) -> Llama:
+        model = load_model(self._config, DrawnWeights(self._config, self._device), DTYPE, self._device)
+        if self._device.type == "cuda":
+            model.compile()  # CUDA graphs; a CPU's would take a compiler and minutes
+        return model
 
+    @cached_property
+    def _hugging_face(self) -> torch.nn.Module:
+        c = self._config
+        config = AutoConfig.for_model(
+            "llama",
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            max_position_embeddings=c.max_position,
+        )
+        with self._device:
+            return AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
 
-@functools.lru_cache(maxsize=1)
-def _hugging_face_model() -> torch.nn.Module:
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=MODEL.vocab_size,
-        hidden_size=MODEL.hidden_size,
-        intermediate_size=MODEL.intermediate_size,
-        num_hidden_layers=MODEL.num_layers,
-        num_attention_heads=MODEL.num_heads,
-        num_key_value_heads=MODEL.num_kv_heads,
-        max_position_embeddings=MODEL.max_position,
-    )
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
-
-
-def _median_s(run: Callable[[], object]) -> float:
-    times = []
-    for i in range(NUM_STEPS + WARM_UP_STEPS):
-        start_ns = monotonic_ns()
-        run()
-        torch.cuda.synchronize()
-        if i >= WARM_UP_STEPS:
-            times.append(to_s(monotonic_ns() - start_ns))
-    return statistics.median(times)
+    def _median_s(self, run: Callable[[], object]) -> float:
+        times = []
+        for i in range(self._num_steps + WARM_UP_STEPS):
+            start_ns = monotonic_ns()
+            run()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            if i >= WARM_UP_STEPS:
+                times.append(to_s(monotonic_ns() - start_ns))
+        return statistics.median(times)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed import TCPStore
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
 from memserve.clock import monotonic_ns
 from memserve.transfer import Gloo, Mapped, Move, Transport
+from memserve.transfer.device import Gpu, NoDevice
 from memserve.transfer.shared_memory import SharedMemory
 
 SENDER, RECEIVER = 0, 1
@@ -27,17 +28,21 @@ PAUSE_S = 2e-3  # between polls: seldom, since who polls takes a core from who s
 
 
 class Ends:
-    """The sender's end, and the receiver's process. memory, scratch: uint8 [num_bytes], of this process."""
+    """The sender's end, and the receiver's process. memory, scratch: uint8 [num_bytes], of this process.
 
-    def __init__(self, num_bytes: int) -> None:
+    device: of the memory at both ends; "cuda" means one GPU.
+    """
+
+    def __init__(self, num_bytes: int, device: str = "cpu") -> None:
+        self.device = device
         self._server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_receive, args=(theirs, self._server.port, num_bytes), daemon=True)
+        self._process = context.Process(
+            target=_receive, args=(theirs, self._server.port, num_bytes, device), daemon=True
+        )
         self._process.start()
-        self._shared = SharedMemory(num_bytes)
-        self._scratch = SharedMemory(num_bytes)  # of the kind that arenas are
-        self.memory, self.scratch = self._shared.bytes.fill_(1), self._scratch.bytes.fill_(1)
+        (self._shared, self.memory), (self._scratch, self.scratch) = (_memory(num_bytes, device, 1) for _ in range(2))
         self._senders: dict[str, tuple[int, Transport]] = {}
         self._raw = _raw_group(self._server, SENDER)
         self._answer()
@@ -46,7 +51,9 @@ class Ends:
         """(endpoint, transport) of this process, by `mapped` or `gloo`."""
         name = f"{word} {channels}"
         if name not in self._senders:
-            transport = Mapped(self._server) if word == "mapped" else Gloo(self._server, channels=channels)
+            transport = (
+                _mapped(self._server, self.device) if word == "mapped" else Gloo(self._server, channels=channels)
+            )
             endpoint = SENDER if word == "mapped" else RECEIVER + channels
             transport.attach(endpoint, [self.memory])
             self._senders[name] = endpoint, transport
@@ -86,6 +93,14 @@ class Ends:
             target[there : there + message_bytes] = source[here : here + message_bytes]
         return (monotonic_ns() - start_ns) / 1e9
 
+    def one_copy_s(self, num_bytes: int) -> float:
+        """Seconds of one plain copy within this process, or within the GPU."""
+        start_ns = monotonic_ns()
+        self.scratch[:num_bytes].copy_(self.memory[:num_bytes])
+        if self.memory.is_cuda:
+            torch.cuda.synchronize()
+        return (monotonic_ns() - start_ns) / 1e9
+
     def close(self) -> None:
         for _, transport in self._senders.values():
             transport.close()
@@ -98,19 +113,31 @@ class Ends:
         self._pipe.recv()
 
 
-def _receive(pipe: Connection, port: int, num_bytes: int) -> None:
+def _memory(num_bytes: int, device: str, value: int) -> tuple[SharedMemory | None, torch.Tensor]:
+    """Of the kind that arenas are, with whoever keeps it."""
+    if device != "cpu":
+        return None, torch.full((num_bytes,), value, dtype=torch.uint8, device=device)
+    shared = SharedMemory(num_bytes)
+    return shared, shared.bytes.fill_(value)
+
+
+def _mapped(store: Store, device: str) -> Mapped:
+    return Mapped(store, NoDevice() if device == "cpu" else Gpu(torch.cuda.current_device()))
+
+
+def _receive(pipe: Connection, port: int, num_bytes: int, device: str) -> None:
     """The receiver's process."""
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
-    shared, transports = SharedMemory(num_bytes), (Mapped(store), Gloo(store))
-    shared.bytes.fill_(2)
+    transports = _mapped(store, device), Gloo(store)
+    _keeper, memory = _memory(num_bytes, device, 2)
     for transport in transports:
-        transport.attach(RECEIVER, [shared.bytes])
+        transport.attach(RECEIVER, [memory])
     raw = _raw_group(store, RECEIVER)
     pipe.send("ready")
     while (told := pipe.recv()) is not None:
         message_bytes, count = told
-        _take_raw(pipe, raw, shared.bytes, message_bytes, count)
+        _take_raw(pipe, raw, memory, message_bytes, count)
     for transport in transports:
         transport.close()
 

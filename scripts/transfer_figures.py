@@ -26,6 +26,10 @@ MANY_BYTES = 1 << 24  # small messages go in numbers that make this much
 CHANNELS = (1, 2, 4, 8, 16)
 PAPER_DISCRETE_MS = {1: 102.0, 2: 69.0, 4: 38.5, 8: 29.6, 16: 24.2}  # Fig. 11a, one thread
 PAPER_AGGREGATED_MS = 19.3  # in every setting drawn
+WAYS: tuple[tuple[type[Granularity], Layout], ...] = (
+    (ByLayer, DiscreteLayout()), (ByLayer, AggregatedLayout()), (ByRequest, DiscreteLayout()),
+    (ByRequestAgg, AggregatedLayout()), (Packed, DiscreteLayout()), (Packed, AggregatedLayout()),
+)  # fmt: skip
 MB = 1 << 20
 
 
@@ -144,12 +148,8 @@ def scattered_figures(ends: Ends, repeats: int, seed: int) -> Iterator[TransferF
 
 def granularity_figures(ends: Ends, num_layers: int, repeats: int, seed: int) -> Iterator[TransferFigure]:
     """2048 tokens in scattered blocks, every granularity and layout it has, by both transports."""
-    ways: tuple[tuple[type[Granularity], Layout], ...] = (
-        (ByLayer, DiscreteLayout()), (ByLayer, AggregatedLayout()), (ByRequest, DiscreteLayout()),
-        (ByRequestAgg, AggregatedLayout()), (Packed, DiscreteLayout()), (Packed, AggregatedLayout()),
-    )  # fmt: skip
     request = Request13B(ends, num_layers, seed)
-    for way, layout in ways:
+    for way, layout in WAYS:
         num_calls, took = _times_of_way(ends, request, way, layout, repeats)
         for word, beside in (("mapped", "memcpy"), ("gloo", "raw gloo")):
             goal = 0.9 if word == "gloo" and way in (ByRequestAgg, Packed) else None
@@ -157,6 +157,26 @@ def granularity_figures(ends: Ends, num_layers: int, repeats: int, seed: int) ->
             yield TransferFigure(
                 "granularity", name, request.num_bytes, num_calls, took[word], beside, took[beside], goal
             )
+
+
+def device_figures(ends: Ends, num_layers: int, repeats: int, seed: int) -> Iterator[TransferFigure]:
+    """The same request beside one plain copy of as many bytes on the device that both memories lie on.
+
+    By layer, moves are posted all at once here: as in a step, but with no layer computed between them.
+    """
+    request = Request13B(ends, num_layers, seed)
+    for way, layout in WAYS:
+        senders = {word: ends.sender(word) for word in ("mapped", "gloo")}
+        calls = {
+            word: partial(ends.carry_s, sender, request.moves(way, layout, sender[0]))
+            for word, sender in senders.items()
+        }
+        took = in_turn(calls | {"copy": lambda: ends.one_copy_s(request.num_bytes)}, repeats)
+        num_calls = sum(move.num_calls for move in request.moves(way, layout, senders["mapped"][0]))
+        for word in senders:
+            goal = 0.8 if word == "mapped" and way is not ByLayer else None
+            name = f"{word}, {way.__name__}, {layout.name}"
+            yield TransferFigure("device", name, request.num_bytes, num_calls, took[word], "copy", took["copy"], goal)
 
 
 def _times_of_way(

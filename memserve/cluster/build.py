@@ -1,5 +1,6 @@
 """Build: from a RunConfig to the objects that run it. Knows every part's constructor and no loop."""
 
+import gc
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -109,6 +110,8 @@ def _device(word: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.device={word}: expected cpu, or a device of this machine ({error})") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on this thread's device
     return device
 
 
@@ -118,6 +121,8 @@ def build_part(cfg: RunConfig, engine: Engine) -> RankPart:
         return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
     (num_blocks, num_dram_blocks), geometry = _capacity(cfg, engine), _geometry(cfg, engine)
     device = torch.device(cfg.model.device if engine.model else "cpu")
+    if device.type == "cuda":
+        gc.collect()  # an instance of before is a cycle of objects, and its blocks may be most of the GPU's memory
     hbm = Arena(make(cfg.layout), geometry, num_blocks, device)
     pinned = device.type != "cpu" and num_dram_blocks > 0
     dram = Arena(make(cfg.layout), geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)
@@ -240,7 +245,9 @@ def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
 
 
 def build_step_time(cfg: RunConfig, engine: Engine) -> StepTime:
-    return Measured() if cfg.step_time == "measured" else Modelled(build_cost_model(cfg, engine.model))
+    if cfg.step_time == "measured":
+        return Measured(engine.model.device if engine.model else None)
+    return Modelled(build_cost_model(cfg, engine.model))
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from memserve.clock import monotonic_ns, to_ns, to_s
 from memserve.cluster.build import Engine
-from memserve.cluster.liveness import Watched
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.node_messages import (
     Alive,
@@ -35,6 +34,7 @@ from memserve.messages import Finished, Message, Tokens
 from memserve.metrics.progress import Progress
 from memserve.request import Role
 from memserve.sched.global_scheduler import CLIENT
+from memserve.transfer.liveness import Watched
 from memserve.transfer.shared_memory import host_id
 from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session

@@ -24,7 +24,7 @@ import numpy as np
 from memserve.clock import Stopwatch
 from memserve.cluster.emulated_node import Node, Step
 from memserve.cluster.index_feed import IndexFeed
-from memserve.cluster.step_time import StepTime
+from memserve.cluster.step_time import StepTime, StepWatch
 from memserve.instance import Instance
 from memserve.messages import Finished, Message, PoolMessage, Tokens
 from memserve.request import LayerRun, ScheduledBatch, StepOutput
@@ -167,7 +167,7 @@ class EmulatedCluster:
 
     def _begin(self, node: Node) -> None:
         node.begin_is_due = False
-        watch = Stopwatch()
+        watch = self.step_time.watch()
         batch = node.instance.schedule(self.now_ns)
         self._send(node)
         if batch is None:
@@ -176,8 +176,10 @@ class EmulatedCluster:
         output: StepOutput | None = None
         layers_ns: list[int] = []
         if self.step_time.is_measured:
-            output, layers_ns = self._forward(node.instance, batch, watch)
-            durations = [watch.stop_ns() + node.commit_ns]
+            output = self._forward(node.instance, batch, watch)
+            step_ns, layers_ns = watch.stop()
+            durations = [step_ns + node.commit_ns]
+            layers_ns = [self.now_ns + elapsed_ns for elapsed_ns in layers_ns]
         else:
             if self.macro_steps:
                 batch = replace(batch, num_steps=node.instance.scheduler.max_macro_steps(batch))
@@ -186,11 +188,11 @@ class EmulatedCluster:
         node.step = Step(batch, self.now_ns, ends_ns, output, layers_ns)
         self._push(int(ends_ns[-1]), _END, node, node.epoch)
 
-    def _forward(self, instance: Instance, batch: ScheduledBatch, watch: Stopwatch) -> tuple[StepOutput, list[int]]:
-        """Computes a batch; its output, and when each layer was written, on the virtual clock."""
+    def _forward(self, instance: Instance, batch: ScheduledBatch, watch: StepWatch) -> StepOutput:
         layers = LayerRun(instance.forward_by_layer(batch))
-        layers_ns = [self.now_ns + watch.elapsed_ns() for _ in layers]
-        return layers.output, layers_ns
+        for _ in layers:
+            watch.layer_written()
+        return layers.output
 
     def _end(self, node: Node) -> None:
         step, node.step = node.step, None

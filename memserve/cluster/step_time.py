@@ -2,8 +2,53 @@
 
 from abc import ABC, abstractmethod
 
+import torch
+
+from memserve.clock import Stopwatch
 from memserve.request import ScheduledBatch
 from memserve.sched.cost_model.base import CostModel
+
+
+class StepWatch:
+    """Times a step from here on. What is computed on a CPU is done when the call returns."""
+
+    def __init__(self) -> None:
+        self._watch = Stopwatch()
+        self._layers_ns: list[int] = []
+
+    def layer_written(self) -> None:
+        """The next layer's KV is written, or is what the device has been given last."""
+        self._layers_ns.append(self._watch.elapsed_ns())
+
+    def stop(self) -> tuple[int, list[int]]:
+        """Nanoseconds until the step has ended, which is now, and until each layer was written."""
+        return self._watch.stop_ns(), self._layers_ns
+
+
+class GpuStepWatch(StepWatch):
+    """A GPU runs behind who gives it work: layers are timed by its own events, the step by the work's end.
+
+    Work of before is not counted: the watch starts when the GPU has nothing to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        torch.cuda.synchronize(device)
+        super().__init__()
+        self._start, self._layers = self._event(), list[torch.cuda.Event]()
+
+    def layer_written(self) -> None:
+        self._layers.append(self._event())
+
+    def stop(self) -> tuple[int, list[int]]:
+        torch.cuda.synchronize(self._device)
+        step_ns = self._watch.stop_ns()
+        return step_ns, [round(self._start.elapsed_time(layer) * 1e6) for layer in self._layers]
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch's
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class StepTime(ABC):
@@ -11,15 +56,25 @@ class StepTime(ABC):
 
     is_measured: bool
 
+    def watch(self) -> StepWatch:
+        """Starts to time a step."""
+        return StepWatch()
+
     @abstractmethod
     def durations_ns(self, batch: ScheduledBatch) -> list[int]:
         """Nanoseconds of each of the batch's steps, known beforehand."""
 
 
 class Measured(StepTime):
-    """Scheduling, forward and commit on this machine, by its clock."""
+    """Scheduling, forward and commit on this machine, by its clock. device: that the forward runs on."""
 
     is_measured = True
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = torch.device("cpu") if device is None else device
+
+    def watch(self) -> StepWatch:
+        return GpuStepWatch(self._device) if self._device.type == "cuda" else StepWatch()
 
     def durations_ns(self, batch: ScheduledBatch) -> list[int]:
         raise TypeError("a measured step has no duration before it is computed")

@@ -8,7 +8,7 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.clock import to_ns
 from memserve.cluster.make import make
-from memserve.config.checks import ConfigError
+from memserve.config.checks import ConfigError, keeps_kv_on_gpu
 from memserve.config.schema import RunConfig
 from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
@@ -28,6 +28,7 @@ from memserve.sched.group import Group
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.routing import Policy
+from memserve.transfer.device import Gpu, NoDevice
 from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.mapped import Mapped
@@ -54,10 +55,16 @@ def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transpor
     if not _transfers_kv(cfg):
         return None
     if cfg.transport == "mapped":
-        return Mapped(store)
+        return Mapped(store, Gpu(_gpu(cfg)) if keeps_kv_on_gpu(cfg) else NoDevice())
     if cfg.transport == "nccl":
-        return Nccl(store, torch.cuda.current_device(), channels=cfg.channels, host=host)
+        return Nccl(store, _gpu(cfg), channels=cfg.channels, host=host)
     return Gloo(store, channels=cfg.channels, host=host)
+
+
+def _gpu(cfg: RunConfig) -> int:
+    """The number of the GPU that this process computes on."""
+    index = torch.device(cfg.model.device).index
+    return torch.cuda.current_device() if index is None else index
 
 
 def build_handoffs(

@@ -146,13 +146,15 @@ def _check_distributed(cfg: RunConfig) -> None:
         raise ConfigError(f"step_time={cfg.step_time} contradicts exec=distributed: its time is the machine's")
     if cfg.macro_steps:
         raise ConfigError("macro_steps=true contradicts exec=distributed: every step is computed")
-    on_cpu = cfg.model.device == "cpu" or cfg.tokens == "hash"
-    if cfg.transport == "nccl" and on_cpu:
+    if cfg.transport == "nccl" and not keeps_kv_on_gpu(cfg):
         raise ConfigError("transport=nccl contradicts KV in host memory: expected model.device=cuda, or transport=gloo")
-    if cfg.transport == "mapped" and not on_cpu:
-        raise ConfigError(
-            f"transport=mapped contradicts model.device={cfg.model.device}: expected KV in host memory (cpu)"
-        )
+    if cfg.transport == "mapped" and keeps_kv_on_gpu(cfg) and not cfg.model.device.startswith("cuda"):
+        raise ConfigError(f"transport=mapped contradicts model.device={cfg.model.device}: expected cpu or cuda")
+
+
+def keeps_kv_on_gpu(cfg: RunConfig) -> bool:
+    """Whether blocks in HBM are memory of a GPU."""
+    return cfg.tokens == "model" and cfg.model.device != "cpu"
 
 
 def _check_roles(cfg: RunConfig) -> None:

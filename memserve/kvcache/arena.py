@@ -6,17 +6,15 @@ import torch
 from memserve.kvcache.copy_engine import BlockCopier
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.regions import regions_of, row_bytes_of
-from memserve.transfer.block_copy import copy_rows, gather_rows, scatter_rows
-from memserve.transfer.shared_memory import SharedHandle, SharedMemory, available_bytes
-
-_STAGING_BYTES = 64 << 20  # of a swap between a device and the host, at once
+from memserve.transfer.block_copy import copy_rows
+from memserve.transfer.shared_memory import SharedHandle, SharedMemory, available_bytes, page_lock
 
 
 class Arena:
-    """`num_blocks` blocks of `geometry` laid out by `layout` on `device`, zero-filled; page-locked if `pinned`.
+    """`num_blocks` blocks of `geometry` by `layout` on `device`, zero-filled; on a host page-locked if `pinned`.
 
     tensor: the contiguous memory, shaped by the layout.  kv: the same as [L, 2, N, B, K, D], a strided view.
-    shared: by which another process maps the same bytes; None for a device's memory, page-locked memory, or none.
+    shared: by which another process maps the same bytes; None for a device's memory, or none.
     Raises MemoryError, naming the bytes asked for, when they cannot be had; a host's are compared with what is
     available before any is touched.
     """
@@ -43,9 +41,11 @@ class Arena:
             available = available_bytes()
             if available is not None and self.num_bytes > available:
                 raise MemoryError(f"{self._wish(device)}: {available / 2**30:.2f} GiB are available")
-        if device.type != "cpu" or pinned or not self.num_bytes:
-            return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+        if device.type != "cpu" or not self.num_bytes:
+            return torch.zeros(shape, dtype=dtype, device=device)
         self._memory = SharedMemory(self.num_bytes)
+        if pinned:
+            page_lock(self._memory)
         return self._memory.bytes.view(dtype).view(shape)
 
     def _wish(self, device: torch.device) -> str:
@@ -70,23 +70,7 @@ class TwoTiers(BlockCopier):
             regions_of(arena.layout, arena.geometry, arena.num_blocks, blocks, row_bytes=row_bytes).rows
             for arena, blocks in ((from_arena, from_blocks), (to_arena, to_blocks))
         )
-        if from_arena.tensor.device == to_arena.tensor.device:
-            copy_rows(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
-        else:
-            self._stage(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
-
-    def _stage(
-        self, source: torch.Tensor, from_rows: np.ndarray, target: torch.Tensor, to_rows: np.ndarray, row_bytes: int
-    ) -> None:
-        """Between a device and the host through page-locked memory: gathered there, copied as one piece, scattered."""
-        rows_at_once = max(1, _STAGING_BYTES // row_bytes)
-        most = min(rows_at_once, len(from_rows)) * row_bytes
-        staging = torch.empty(most, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        for start in range(0, len(from_rows), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            part = staging[: len(from_rows[rows]) * row_bytes]
-            gather_rows(source, from_rows[rows], part, row_bytes)
-            scatter_rows(part, target, to_rows[rows], row_bytes)
+        copy_rows(from_arena.tensor, from_rows, to_arena.tensor, to_rows, row_bytes)
 
     def _locate(self, blocks: np.ndarray) -> tuple[Arena, np.ndarray]:
         """The arena of blocks of one medium, and their numbers in it."""

@@ -79,6 +79,8 @@ class ModelRunner:
             logits_SV = (yield from layers) if i + 1 == batch.num_steps else LayerRun(layers).finish()
             if len(sampling):
                 token_ids[sampling, i], logprobs = self._sample(logits_SV, step, [batch.requests[r] for r in sampling])
+            else:
+                self._wait()
             if i + 1 < batch.num_steps:
                 step = step.next_step(to_device(token_ids[:, i].astype(np.int64), self.model.device))
         return StepOutput(token_ids, _one_a_request(logprobs, sampling, len(batch.requests)))
@@ -112,6 +114,13 @@ class ModelRunner:
             yield i
         with torch.inference_mode():
             return self.model.logits(x_TE[step.sample_rows_S], attention.ops)
+
+    def _wait(self) -> None:
+        """A step that reads no token ends like one that does, with nothing under way: then its blocks may be freed for
+        a peer to write to, and its time is what it took.
+        """
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     @torch.inference_mode()
     def _sample(

@@ -3,7 +3,8 @@
 On a CPU NumPy views of the bytes copy scattered rows several times faster than torch's indexing does. Wide runs of
 neighbours are copied one by one; narrow rows are gathered and scattered through a buffer that stays in the processor's
 cache, by two calls for many rows: a call gives up the interpreter's lock, and who has to take it back for every row
-makes no progress beside a busy thread. Within one GPU a kernel copies rows from and to where they lie (row_kernel.py).
+makes no progress beside a busy thread. Within one GPU a kernel copies rows from and to where they lie (row_kernel.py),
+also to a peer's memory that is opened as this GPU's; between a GPU and the host they go through page-locked buffers.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from memserve.transfer.row_kernel import row_copy_launch
 _FEW_BYTES = 1 << 16  # up to here any way will do
 _WIDE_BYTES = 1 << 16  # runs from here on are copied one by one
 _BUFFER_BYTES = 1 << 20
+_STAGING_BYTES = 64 << 20  # between a device and the host, at once
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,41 @@ def copy_rows(
 ) -> None:
     """Copies rows of `source` to rows of `target`, both contiguous and seen as [num_rows, row_bytes].
 
-    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. Raises IndexError for
-    a row outside, with nothing copied on a CPU.
+    source_rows, target_rows: int64 [n], >= 0; no row is in both where the tensors share memory. On any devices; done
+    when it returns. Raises IndexError for a row outside, with nothing copied on a CPU.
     """
     if not len(source_rows):
         return
     if source.device.type == target.device.type == "cpu":
         _copy_on_cpu(source, source_rows, target, target_rows, row_bytes)
         return
+    if "cpu" in (source.device.type, target.device.type):
+        copy_staged(source, source_rows, target, target_rows, row_bytes)
+        return
     rows = to_device(target_rows, target.device)
     if source.device == target.device and runs_on(source.device):
         picks = to_device(source_rows, source.device)
         row_copy_launch(as_bytes(source), picks, as_bytes(target), rows, row_bytes).run()
-        return
-    picked = as_bytes(source).view(-1, row_bytes)[to_device(source_rows, source.device)]
-    as_bytes(target).view(-1, row_bytes)[rows] = picked.to(target.device)
+    else:
+        picked = _rows_on_device(source, row_bytes)[to_device(source_rows, source.device)]
+        _rows_on_device(target, row_bytes)[rows] = picked.to(target.device)
+    if target.device.type == "cuda":
+        torch.cuda.current_stream(target.device).synchronize()
+
+
+def copy_staged(
+    source: torch.Tensor, source_rows: np.ndarray, target: torch.Tensor, target_rows: np.ndarray, row_bytes: int
+) -> None:
+    """As `copy_rows`, piece by piece: gathered into a page-locked buffer, copied as one, scattered."""
+    rows_at_once = max(1, _STAGING_BYTES // row_bytes)
+    num_bytes = min(rows_at_once, len(source_rows)) * row_bytes
+    pinned = "cuda" in (source.device.type, target.device.type)
+    staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+    for start in range(0, len(source_rows), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        piece = staging[: len(source_rows[rows]) * row_bytes]
+        gather_rows(source, source_rows[rows], piece, row_bytes)
+        scatter_rows(piece, target, target_rows[rows], row_bytes)
 
 
 def gather_rows(memory: torch.Tensor, rows: np.ndarray, buffer: torch.Tensor, row_bytes: int) -> None:
@@ -68,7 +90,6 @@ def gather_rows(memory: torch.Tensor, rows: np.ndarray, buffer: torch.Tensor, ro
         return
     if memory.device == buffer.device and runs_on(memory.device):
         copy_rows(memory, rows, buffer, np.arange(len(rows)), row_bytes)
-        torch.cuda.current_stream(memory.device).synchronize()
         return
     buffer.view(-1, row_bytes).copy_(_picked(memory, rows, row_bytes))
 
@@ -82,10 +103,7 @@ def scatter_rows(buffer: torch.Tensor, memory: torch.Tensor, rows: np.ndarray, r
         else:
             _as_rows(memory_N, row_bytes)[rows] = _as_rows(buffer_N, row_bytes)
         return
-    on_device = buffer.to(memory.device)
-    copy_rows(on_device, np.arange(len(rows)), memory, rows, row_bytes)
-    if memory.device.type == "cuda":
-        torch.cuda.current_stream(memory.device).synchronize()
+    copy_rows(buffer.to(memory.device), np.arange(len(rows)), memory, rows, row_bytes)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -101,10 +119,16 @@ def are_neighbours(rows: np.ndarray) -> bool:
 
 def _picked(memory: torch.Tensor, rows: np.ndarray, row_bytes: int) -> torch.Tensor:
     """Rows of a device's memory, [n, row_bytes]; a view where they are neighbours."""
-    memory_NR = as_bytes(memory).view(-1, row_bytes)
+    memory_NR = _rows_on_device(memory, row_bytes)
     if len(rows) and are_neighbours(rows):
         return memory_NR[int(rows[0]) : int(rows[0]) + len(rows)]
     return memory_NR[torch.from_numpy(rows).to(memory.device)]
+
+
+def _rows_on_device(memory: torch.Tensor, row_bytes: int) -> torch.Tensor:
+    """[num_rows, row_bytes], a view; what is left of the memory is no row."""
+    memory_N = as_bytes(memory)
+    return memory_N[: len(memory_N) // row_bytes * row_bytes].view(-1, row_bytes)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

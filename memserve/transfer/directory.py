@@ -1,32 +1,52 @@
 """Directory: where the processes of one transport find each other's memories, in a store that all of them reach.
 
-Each publishes its endpoint once. Knows no move; how a memory is reached is the transport's business.
+Each publishes its endpoint once. Whose memory must not be freed while others map it learns here who they are:
+
+    visitor   enter -> maps and writes -> leave
+    owner     shut: nobody enters any more -> those that have entered, and have not left or ended
+
+Knows no move; how a memory is reached is the transport's business.
 """
 
 import math
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from memserve.transfer.device import DeviceHandle
+from memserve.transfer.liveness import Watched
 from memserve.transfer.transport import Move
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """num_bytes: -1 where nothing is behind the rows.  fd, inode: of shared memory; -1 where it is none."""
+    """num_bytes: -1 where nothing is behind the rows.  fd, inode: of shared memory; -1 where it is none.  on_device: of
+    a GPU's memory that others map.
+    """
 
     num_bytes: int
     fd: int = -1
     inode: int = -1
+    on_device: DeviceHandle | None = None
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """What a process tells the others.  host: see `shared_memory.host_id`.  device: that it alone may use, or ""."""
+    """What a process tells the others.  host: see `shared_memory.host_id`.  device: that it alone may use, or "".
+
+    started: see `liveness.started_at`.
+    """
 
     host: str
     pid: int
     memories: list[Memory]
     device: str = ""
+    started: str = ""
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether others map memory of a GPU."""
+        return any(memory.on_device is not None for memory in self.memories)
 
 
 class Directory:
@@ -56,6 +76,34 @@ class Directory:
                 raise ValueError(f"endpoint {number}: expected one that is attached")
             self._known[number] = msgspec.json.decode(self._store.get(f"endpoint/{number}"), type=Endpoint)
         return self._known[number]
+
+    def is_running(self, number: int) -> bool:
+        """Whether the process of an endpoint of this host has not ended."""
+        endpoint = self.find(number)
+        return not Watched(endpoint.pid, endpoint.started).is_gone
+
+    def enter(self, number: int, own: int) -> bool:
+        """Announces that `own` maps memory of `number`; False, and nothing is announced, once that has shut."""
+        cast(Any, self._store).append(f"visitors/{number}", f"{own} ")  # torch's stubs leave it out
+        if self._store.check([f"shut/{number}"]):
+            self.leave(number, own)
+            return False
+        return True
+
+    def leave(self, number: int, own: int) -> None:
+        """Announces that `own` has unmapped it for good."""
+        self._store.set(f"left/{number}/{own}", "")
+
+    def shut(self, number: int) -> None:
+        """Ends the time in which others may enter."""
+        self._store.set(f"shut/{number}", "")
+
+    def visitors(self, number: int) -> list[int]:
+        """Endpoints that map memory of `number`: they have entered, and neither left nor ended."""
+        if not self._store.check([f"visitors/{number}"]):
+            return []
+        entered = [int(word) for word in self._store.get(f"visitors/{number}").split()]
+        return [v for v in entered if not self._store.check([f"left/{number}/{v}"]) and self.is_running(v)]
 
     def check(self, move: Move, own: int) -> None:
         """Raises ValueError for a move that `own` cannot post: by its ends, their memories, or rows outside of them."""

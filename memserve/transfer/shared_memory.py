@@ -78,6 +78,16 @@ def reserve(handle: SharedHandle) -> None:
         raise MemoryError(f"{wish}: {error}") from error
 
 
+def page_lock(memory: SharedMemory) -> None:
+    """Takes all of its pages and keeps them where they are, so that a GPU copies from and to them by itself.
+
+    For as long as the object lives. Raises RuntimeError without a GPU, and where the system does not allow as much.
+    """
+    runtime, address = torch.cuda.cudart(), memory.bytes.data_ptr()  # type: ignore[no-untyped-call] # torch's
+    torch.cuda.check_error(runtime.cudaHostRegister(address, memory.bytes.numel(), 0))
+    weakref.finalize(memory, runtime.cudaHostUnregister, address)
+
+
 def host_id() -> str:
     """The same for processes that can map each other's shared memory: of one boot and one set of process numbers."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -149,8 +149,8 @@ def test_a_port_that_answers_nobody_or_is_in_use_is_named(monkeypatch):
         (["exec=distributed", "tokens=workload"], "tokens=workload contradicts exec=distributed"),
         (["exec=distributed", "step_time=model"], "step_time=model contradicts exec=distributed"),
         (
-            ["exec=distributed", "transport=mapped", "model.device=cuda"],
-            "transport=mapped contradicts model.device=cuda",
+            ["exec=distributed", "transport=mapped", "model.device=mps"],
+            "transport=mapped contradicts model.device=mps: expected cpu or cuda",
         ),
         (["exec=distributed", "channels=0"], "channels=0: expected an integer >= 1"),
         (["exec=distributed", "transport=pigeon"], "transport='pigeon': expected one of"),

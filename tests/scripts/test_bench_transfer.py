@@ -30,7 +30,7 @@ def test_it_writes_every_figure_beside_what_it_is_compared_with(
     assert list(dict.fromkeys(f["part"] for f in figures)) == list(bench.PARTS) and written["layers"] == 1
     assert all(f["gb_per_s"] > 0 and f["us_per_call"] > 0 and f["reached"] in (True, False, None) for f in figures)
     assert all((f["ratio"] is None) == (not f["beside"]) for f in figures)
-    num_bytes = {f["num_bytes"] for f in figures if f["part"] in ("granularity", "fig11")}
+    num_bytes = {f["num_bytes"] for f in figures if f["part"] in ("granularity", "fig11", "device")}
     assert num_bytes == {2048 * 2 * 40 * 128 * 2}, "2048 tokens, keys and values, 40 heads of 128 in float16, one layer"
     calls = {f["what"]: f["num_calls"] for f in figures}
     ways = {"ByLayer, aggregated": 256, "ByRequestAgg, aggregated": 128, "Packed, discrete": 1}
@@ -56,6 +56,7 @@ def test_goals_are_of_the_ratio_or_of_the_rate() -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["--device", "cuda"], "--device=cuda: expected --parts device"),
         (["--parts", "speed"], "--parts=speed: expected of sizes"),
         (["--sizes", "1000"], "--sizes=1000: expected multiples of 16384"),
         (["--channels", "3"], "--channels=3: expected of 1, 2, 4, 8, 16"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import TCPStore
-from transfer.two_processes import MAKE, End, Peer, copied, rows_move
+from transfer.two_processes import MAKE, ON_GPU, End, Peer, copied, rows_move
 
 from memserve.kvcache import AggregatedLayout, CacheGeometry, DiscreteLayout
 from memserve.kvcache.granularity import ByLayer, ByRequest, ByRequestAgg, Packed
@@ -41,13 +41,19 @@ class Two:
         return self.thirds[-1].ready()
 
 
-@pytest.fixture(scope="module", params=list(MAKE))
+NO_GPU = "no GPU here: run scripts/gpu_check.sh on a machine with one"
+KINDS = [pytest.param(kind, marks=pytest.mark.skipif(kind == ON_GPU and not torch.cuda.is_available(), reason=NO_GPU))
+         for kind in MAKE]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def two(request: pytest.FixtureRequest) -> Iterator[Two]:
     torch.set_num_threads(1)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     there = Peer(request.param, server.port, 1, sizes(THERE))
     here = End(request.param, server.port, 0, sizes(HERE))
     yield Two(request.param, server.port, here, there.ready())
+    there.leave()
     here.close()
     there.end()
     del server
@@ -158,6 +164,8 @@ def test_a_process_attaches_one_endpoint_under_a_number_of_its_own(fresh):
 
 
 def test_a_killed_receiver_stops_nobody_and_its_moves_are_over_once_it_is_detached(fresh):
+    if fresh.kind == ON_GPU:
+        pytest.skip("CUDA does not say what becomes of such writes: see test_device.py for what is shown")
     third = fresh.third(10)
     one, many = (rows_move((0, 0), (10, 0), 768, rows, rows) for rows in ([0], range(8)))
     fresh.here.carry([one])
@@ -203,8 +211,8 @@ def test_a_stopped_peer_that_goes_on_completes_what_was_posted(fresh, outward):
     else:
         third.call("wait", 100)
         assert fresh.here.read(0)[: 8 * 768] == reversed_rows(third.call("read", 0))
-    third.end()
     fresh.here.detach(12 + outward)
+    third.end()
 
 
 def reversed_rows(data: bytes) -> bytes:

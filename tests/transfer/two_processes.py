@@ -13,12 +13,17 @@ from torch.distributed import TCPStore
 
 from memserve.clock import monotonic_ns
 from memserve.transfer import Arrived, Gloo, Mapped, Move, Transport
-from memserve.transfer.shared_memory import SharedMemory
+from memserve.transfer.device import DeviceHandle, Gpu, NoDevice
+from memserve.transfer.mapped import PeerMemoryFailed
+from memserve.transfer.shared_memory import SharedHandle, SharedMemory, handle_of, page_lock
 
 LIMIT_S = 60  # of anything that is waited for
+STAND_IN, ON_GPU = "mapped on a stand-in for a GPU", "mapped on a GPU"
 
 MAKE: dict[str, Callable[[Any], Transport]] = {
     "mapped": Mapped,
+    STAND_IN: lambda store: Mapped(store, StandIn()),
+    ON_GPU: lambda store: Mapped(store, Gpu(0)),
     "gloo": Gloo,
     "gloo of 3 channels": lambda store: Gloo(store, channels=3),
 }
@@ -28,25 +33,52 @@ def store_at(port: int) -> TCPStore:
     return TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT_S))
 
 
+class StandIn(NoDevice):
+    """A GPU whose memory is the host's: what a GPU adds to `Mapped`, but for CUDA's own calls, without one."""
+
+    def holds(self, memory: torch.Tensor) -> bool:
+        return handle_of(memory) is not None
+
+    def share(self, memory: torch.Tensor) -> DeviceHandle:
+        handle = handle_of(memory)
+        assert handle is not None
+        return DeviceHandle("stand-in", f"{handle.pid} {handle.fd}".encode(), 0, handle.num_bytes, b"\xff\0", 0)
+
+    def check(self, handle: DeviceHandle) -> None:
+        assert handle.gpu == "stand-in"
+
+    def open(self, handle: DeviceHandle) -> torch.Tensor:
+        pid, fd = map(int, handle.segment.split())
+        try:
+            return SharedHandle(pid, fd, handle.num_bytes).attach()
+        except OSError as error:  # CUDA tells no more either
+            raise RuntimeError(f"no such memory: {error}") from error
+
+
 class End:
-    """One process's end of a transport: an endpoint with shared memories full of seeded bytes."""
+    """One process's end of a transport: an endpoint with shared memories full of seeded bytes; on a GPU the first."""
 
     def __init__(self, kind: str, port: int, endpoint: int, sizes: list[int]) -> None:
         self.endpoint, self.transport = endpoint, MAKE[kind](store_at(port))
         self.shared = [SharedMemory(size) for size in sizes]
+        self.memories = [memory.bytes for memory in self.shared]
+        if kind == ON_GPU:
+            self.memories[0] = self.memories[0].to("cuda:0")
+            for memory in self.shared[1:]:
+                page_lock(memory)
         self.fill(endpoint)
-        self.transport.attach(endpoint, [memory.bytes for memory in self.shared])
+        self.transport.attach(endpoint, self.memories)
 
     def fill(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        for memory in self.shared:
-            memory.bytes[:] = torch.from_numpy(rng.integers(0, 256, len(memory.bytes), dtype=np.uint8))
+        for memory in self.memories:
+            memory[:] = torch.from_numpy(rng.integers(0, 256, len(memory), dtype=np.uint8))
 
     def read(self, memory: int) -> bytes:
-        return self.shared[memory].bytes.numpy().tobytes()
+        return self.memories[memory].cpu().numpy().tobytes()
 
     def write(self, memory: int, start: int, data: bytes) -> None:
-        self.shared[memory].bytes[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.memories[memory][start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     def post(self, moves: list[Move], ticket: int = 0) -> None:
         for part, move in enumerate(moves):
@@ -84,7 +116,7 @@ def _serve(pipe: Any, *arguments: Any) -> None:
         name, args = told
         try:
             pipe.send(getattr(end, name)(*args))
-        except (ValueError, TimeoutError) as error:
+        except (ValueError, TimeoutError, PeerMemoryFailed) as error:
             pipe.send(error)
     end.close()
     pipe.send(None)
@@ -97,6 +129,7 @@ class Peer:
         context = multiprocessing.get_context("forkserver")  # which has imported torch once for all of them
         context.set_forkserver_preload(["torch", "memserve.transfer"])
         self._pipe, theirs = context.Pipe()
+        self._leaves = False
         self.process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
@@ -129,10 +162,16 @@ class Peer:
         self.process.kill()
         self.process.join(LIMIT_S)
 
+    def leave(self) -> None:
+        """Tells it to close its transport and to end."""
+        self._pipe.send(None)
+        self._leaves = True
+
     def end(self) -> None:
-        """Lets it close its transport and leave, which it must."""
+        """Waits until it has left, which it must."""
         if self.process.is_alive():
-            self._pipe.send(None)
+            if not self._leaves:
+                self.leave()
             self.answer()
         self.process.join(LIMIT_S)
         assert self.process.exitcode is not None

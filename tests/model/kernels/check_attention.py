@@ -1,5 +1,7 @@
 """Attention kernels against their reference in float64; run by test_interpreter.py under Triton's interpreter."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -56,15 +58,38 @@ def test_ragged_batches_with_cached_prefixes_in_every_group_size(dtype, num_grou
     check(paged(lengths, dtype, num_kv_heads=1, num_groups=num_groups, block_size=BLOCK))
 
 
-@pytest.mark.parametrize("head_dim", [24, 64, 80, 96, 128, 256])
-def test_head_dims_that_are_no_power_of_two_are_padded(head_dim) -> None:
-    check(paged([(5, 3), (9, 1)], torch.float32, num_kv_heads=1, head_dim=head_dim))
+# All pairs of these: head dim and dtype, and each of both with the block sizes and the layouts; every group size.
+SHAPES = list(itertools.product((64, 80, 96, 128, 256), (torch.float32, torch.float16, torch.bfloat16)))
+BLOCK_SIZES, LAYOUT_NAMES = (1, 5, 16, 48, 128), ("discrete", "aggregated")
 
 
-@pytest.mark.parametrize("block_size", [1, 5, 16, 48, 128])
-def test_blocks_of_any_size_in_either_layout(block_size) -> None:
-    for layout in ("discrete", "aggregated"):
-        check(paged([(49, 3), (127, 1)], torch.float32, num_groups=1, block_size=block_size, layout=layout))
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_every_head_dim_in_every_dtype_with_blocks_of_any_size_in_either_layout(number) -> None:
+    """With prefixes of nothing, one token, a block less one, a block, and many, for both kernels."""
+    head_dim, dtype = SHAPES[number]
+    block = BLOCK_SIZES[number % len(BLOCK_SIZES)]
+    lengths = [(0, 3), (1, 2), (block - 1, 2), (block, 2), (block, 1), (block - 1, 1), (2 * block + 3, 1)]
+    check(
+        paged(
+            lengths, dtype, 1, num_groups=number % 8 + 1, head_dim=head_dim, block_size=block,
+            layout=LAYOUT_NAMES[number % 2],
+        )
+    )  # fmt: skip
+
+
+def test_a_head_dim_that_no_configuration_names_is_padded() -> None:
+    check(paged([(5, 3), (9, 1)], torch.float32, num_kv_heads=1, head_dim=24))
+
+
+def test_the_chunks_of_a_prompt_see_what_the_whole_of_it_sees() -> None:
+    """Each chunk starts within a block, and its last block is partly full."""
+    whole = paged([(0, 45)], torch.float32, num_kv_heads=1, block_size=8)
+    out_THD = computed(whole)
+    for start, stop in ((0, 13), (13, 14), (14, 39), (39, 45)):
+        numbers = np.array([stop - start]), np.array([stop])
+        starts_R1 = torch.tensor([0, stop - start])
+        chunk = Paged(whole.q_THD[start:stop], whole.kv_2NBKD, whole.tables_RM, starts_R1, *numbers)
+        torch.testing.assert_close(computed(chunk), out_THD[start:stop], atol=1e-6, rtol=1e-6)
 
 
 def test_a_prompt_of_several_tiles_sees_only_what_came_before() -> None:

@@ -49,7 +49,11 @@ def test_swiglu(dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 80), (torch.float16, 64), (torch.bfloat16, 24)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 80), (torch.float32, 96), (torch.float16, 64), (torch.float16, 256), (torch.bfloat16, 24),
+     (torch.bfloat16, 128)],
+)  # fmt: skip
 def test_kv_write_rotates_and_touches_the_slots_of_its_tokens_alone(dtype, head_dim, layout) -> None:
     num_heads, num_kv_heads = 6, 2
     kv_2NBKD = paged([(0, 20)], dtype, num_kv_heads, head_dim=head_dim, block_size=5, layout=layout).kv_2NBKD

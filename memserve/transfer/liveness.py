@@ -7,17 +7,26 @@ _STATE, _STARTED = 0, 19  # of the fields after the command's name in /proc/PID/
 
 
 class Watched:
-    """A process by its number and the moment it was started, so that a number used again is not mistaken for it."""
+    """A process by its number and the moment it was started, so that a number used again is not mistaken for it.
 
-    def __init__(self, pid: int) -> None:
+    started: what `started_at` has said of it in its own process; by default what it says now.
+    """
+
+    def __init__(self, pid: int, started: str | None = None) -> None:
         self._pid = pid
-        self._started = _stat(pid)[_STARTED] if _stat(pid) else ""
+        self._started = started_at(pid) if started is None else started
 
     @property
     def is_gone(self) -> bool:
         """True once it has ended, whether or not its parent has noticed; a stopped one is still there."""
         fields = _stat(self._pid)
         return not fields or fields[_STATE] in "ZX" or fields[_STARTED] != self._started
+
+
+def started_at(pid: int) -> str:
+    """When a process was started, in the system's ticks; "" where there is none."""
+    fields = _stat(pid)
+    return fields[_STARTED] if fields else ""
 
 
 def _stat(pid: int) -> list[str]:

@@ -1,0 +1,63 @@
+"""The one command for a machine with a GPU has no mistake that waits for one: without it, its parts run dry."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memserve import load_config
+from memserve.jit import tl
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+
+
+def gpu_check(page: Path, *words: str, python: str = sys.executable) -> tuple[int, str]:
+    """(status, everything printed)"""
+    own = {**os.environ, "PYTHON": python, "PAGE": str(page)}
+    command = ["bash", str(SCRIPT), *words]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False, timeout=400)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
+@pytest.mark.timeout(400)  # interpreted kernels, beside whatever else the machine does
+def test_the_benchmarks_of_kernels_and_decode_steps_run_dry(tmp_path: Path) -> None:
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "decode")
+    assert status == 0, printed
+    page = (tmp_path / "page.md").read_text()
+    lines = re.findall(r"^\| (.+?) \| [\d.e+-]+ \| [\d.e+-]+ \| (?:GB/s|TFLOP/s|ms) \|", page, flags=re.MULTILINE)
+    assert [line.split(",")[0] for line in lines] == [
+        "norm", "norm with residual", "swiglu", "rope and cache write", "block copy", "decode attention",
+        "prefill", "decode step", "decode step",
+    ]  # fmt: skip
+    assert page.count("Goal: ") == page.count("Status 0") == 2
+
+
+def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "transfer", "serve", python="false")
+    assert status == 1
+    assert re.findall(r"^failed: (\w+)", printed, flags=re.MULTILINE) == ["kernels", "transfer", "serve", "serve"]
+    assert printed.count("Status 1") == 4
+
+
+def test_a_part_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "speed")
+    assert status == 2 and "error: speed: expected of tests, kernels, decode, transfer, serve" in printed
+
+
+def test_the_configurations_that_it_serves_compose() -> None:
+    named = dict.fromkeys(("model", "workload"), "")
+    for name in named:
+        first = re.search(rf"\b{name}=\((.*?)\)", SCRIPT.read_text(), flags=re.DOTALL)
+        assert first is not None
+        named[name] = first[1]
+    words = shlex.split(" ".join(named.values()))
+    modes = ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_request_agg", "layout=aggregated"]
+    distributed = load_config(["exec=distributed", "transport=mapped", *modes, *words, "model.device=cuda"])
+    assert distributed.model.attention == "triton" and distributed.model.random["head_dim"] == 128
+    assert load_config(["cluster=colocated_2", *words, "model.device=cuda"]).step_time == "measured"
