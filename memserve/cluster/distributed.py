@@ -12,7 +12,7 @@ from types import FrameType
 
 from memserve.cluster.build import build_engine, build_roles
 from memserve.cluster.controller import Controller
-from memserve.cluster.launch import Place, check_one_host
+from memserve.cluster.launch import Place, check_one_host, end_with_torchrun
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
@@ -78,13 +78,14 @@ class DistributedCluster:
         ]
 
     def _heed_signals(self) -> None:
-        """A clean end on SIGINT as on SIGTERM. A follower waits for its leader below Python, where no handler runs: it
-        has nothing to clean up, and is just ended.
+        """A clean end on SIGINT, SIGTERM and the death of torchrun. A follower waits for its leader below Python, where
+        no handler runs: it has nothing to clean up, and is just ended.
         """
         roster, rank = Roster.of(self.cfg), self._place.rank
         follows = rank != CONTROLLER and roster.part(rank) > 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL if follows else _leave)
+        end_with_torchrun()
 
     def _serve(self) -> None:
         """An instance's rank; rank 0 learns why it ends."""
