@@ -119,6 +119,7 @@ def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures()
         (["policy._target_=memserve.sched.routing.Nobody"], "policy._target_=memserve.sched.routing.Nobody: cannot be"),
         (["+policy.weight=3"], "policy.weight=3: memserve.sched.routing.RoundRobin takes nothing"),
         (["policy._target_=memserve.kvcache.LRU"], "policy._target_=memserve.kvcache.LRU: expected a class derived"),
+        (["policy._target_=os.getcwd"], "policy._target_=os.getcwd: expected a class derived from Policy"),
         (["link.contention=maybe"], "link.contention='maybe': expected true or false"),
         (["exec=simulated", "cost_model.step_s=null"], "cost_model.step_s=None: expected a number"),
         (["workload.max_turns=1.5"], "workload.max_turns=1.5: expected an integer or null"),
