@@ -73,4 +73,7 @@ def print_worth(results: dict[str, Result], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

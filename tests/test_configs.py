@@ -127,6 +127,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["policy._target_=memserve.sched.routing.Nobody"], "policy._target_=memserve.sched.routing.Nobody: cannot be"),
         (["+policy.weight=3"], "policy.weight=3: memserve.sched.routing.RoundRobin takes nothing"),
         (["policy._target_=memserve.kvcache.LRU"], "policy._target_=memserve.kvcache.LRU: expected a class derived"),
+        (["policy._target_=os.getcwd"], "policy._target_=os.getcwd: expected a class derived from Policy"),
         (["link.contention=maybe"], "link.contention='maybe': expected true or false"),
         (["exec=simulated", "cost_model.step_s=null"], "cost_model.step_s=None: expected a number"),
         (["workload.max_turns=1.5"], "workload.max_turns=1.5: expected an integer or null"),

@@ -72,7 +72,7 @@ class Controller:
         self._gone: set[int] = set()  # there is proof, for every rank
         self._broken: set[int] = set()  # a rank is gone; those that are left may still write
         self._silent: set[int] = set()  # no proof that they are gone: they are routed around, and may come back
-        self._heard_ns: dict[int, int] = {}  # by rank
+        self._heard_ns: dict[int, int] = {}  # by rank; since the start, when all were there
         self._silence_ns = to_ns(cfg.cluster.silence_s)
         self._epoch_ns = 0
         self._watched_ns = 0
@@ -82,6 +82,7 @@ class Controller:
         try:
             self._until(lambda: len(self._processes) == len(self._labels), READY_S, "get ready")
             self._epoch_ns = monotonic_ns()
+            self._heard_ns = dict.fromkeys(range(1, self._roster.world_size), self._epoch_ns)
             self._tell_all(Start(self._epoch_ns))
             while not (self._client.done and not self._scheduler.num_unfinished):
                 self._turn(progress)
@@ -97,7 +98,16 @@ class Controller:
         report = report_of(self._scheduler, left, self._client.counts, to_s(end_ns))
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}
-        return Result(report, timelines, occupancy, activity_of(left, self._labels), threads)
+        return Result(report, timelines, occupancy, activity_of(left, self._labels), threads, self._missing())
+
+    def _missing(self) -> dict[str, str]:
+        """The instances that have not stopped, and why."""
+        lost = self._gone | self._broken
+        return {
+            label: "gone" if instance in lost else "silent"
+            for instance, label in enumerate(self._labels)
+            if instance not in self._summaries
+        }
 
     def _left(self) -> set[int]:
         return set(range(len(self._labels))) - self._gone
@@ -196,9 +206,9 @@ class Controller:
                 self._deliver()
 
     def _is_silent(self, instance: int) -> bool:
-        """Whether any rank that was heard before has not been heard for too long."""
-        heard_ns = [self._heard_ns[rank] for rank in self._roster.ranks(instance) if rank in self._heard_ns]
-        return monotonic_ns() - min(heard_ns, default=monotonic_ns()) > self._silence_ns
+        """Whether any of its ranks has not been heard for too long, while all run."""
+        heard_ns = min(self._heard_ns[rank] for rank in self._roster.ranks(instance))
+        return monotonic_ns() - heard_ns > self._silence_ns
 
     def _break(self, instance: int) -> None:
         """One of its ranks is gone: it serves nobody any more, and is to end. Nobody frees what it may still write."""

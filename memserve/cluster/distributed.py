@@ -7,12 +7,13 @@ Rank 0 plays the client and routes (controller.py); the others are instances, of
 """
 
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from memserve.cluster.build import build_engine, build_roles
-from memserve.cluster.controller import Controller
-from memserve.cluster.launch import Place, check_one_host
+from memserve.cluster.controller import Controller, InstanceFailed
+from memserve.cluster.launch import Place, check_one_host, end_with_torchrun
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
@@ -52,13 +53,16 @@ class DistributedCluster:
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report | None:
         """Plays the workload `repeats` times. Rank 0 returns the report and writes `output_dir`; others return None.
 
-        Raises InstanceFailed on rank 0 when an instance ends by an error, LeftEarly on the others when rank 0 does,
+        Raises InstanceFailed on rank 0 when an instance ends by an error, or, with all written, when one that gives no
+        sign of life may be there for ever: torchrun then ends it. Raises LeftEarly on the others when rank 0 does,
         GroupBroken on the others of an instance that has lost a rank, and Interrupted after SIGINT or SIGTERM.
         """
         self._heed_signals()
         try:
             results = self.play(progress)
-            return finish_runs(self.cfg, results, output_dir) if results else None
+            report = finish_runs(self.cfg, results, output_dir) if results else None
+            check_ended(results, output_dir)
+            return report
         finally:
             self._mailbox.close()
 
@@ -70,21 +74,25 @@ class DistributedCluster:
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
         sessions = workload.sessions(engine.tokenizer, self.cfg.seed)
-        return [
-            Controller(
+        results: list[Result] = []
+        for number in range(self.cfg.repeats):
+            if results and results[-1].missing:
+                raise InstanceFailed(f"repeat {number + 1} of {self.cfg.repeats}: {_listed(results[-1].missing)}")
+            controller = Controller(
                 self.cfg, self._roles, Roster.of(self.cfg), self._mailbox, engine, sessions, workload.concurrency
-            ).run(progress)
-            for _ in range(self.cfg.repeats)
-        ]
+            )
+            results.append(controller.run(progress))
+        return results
 
     def _heed_signals(self) -> None:
-        """A clean end on SIGINT as on SIGTERM. A follower waits for its leader below Python, where no handler runs: it
-        has nothing to clean up, and is just ended.
+        """A clean end on SIGINT, SIGTERM and the death of torchrun. A follower waits for its leader below Python, where
+        no handler runs: it has nothing to clean up, and is just ended.
         """
         roster, rank = Roster.of(self.cfg), self._place.rank
         follows = rank != CONTROLLER and roster.part(rank) > 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL if follows else _leave)
+        end_with_torchrun()
 
     def _serve(self) -> None:
         """An instance's rank; rank 0 learns why it ends."""
@@ -98,6 +106,17 @@ class DistributedCluster:
         except Exception as error:
             self._mailbox.send(CONTROLLER, Broken(f"{type(error).__name__}: {error}"))
             raise
+
+
+def check_ended(results: Sequence[Result], output_dir: str | Path | None) -> None:
+    """Raises InstanceFailed where an instance may still be there after the last run."""
+    silent = {label: why for label, why in results[-1].missing.items() if why == "silent"} if results else {}
+    if silent:
+        raise InstanceFailed(f"{_listed(silent)} at the end of the run, whose results are in {output_dir}")
+
+
+def _listed(missing: Mapping[str, str]) -> str:
+    return ", ".join(f"{label} is {why}" for label, why in missing.items())
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

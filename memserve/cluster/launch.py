@@ -3,7 +3,10 @@
 Which rank is what is roster.py's. A store that all ranks reach comes from torchrun.
 """
 
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,8 @@ from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, GroupShard, Shard
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
+_LOOK_S = 0.5  # between looks at the parent
+_log = logging.getLogger("memserve")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,22 @@ def is_under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     """This process's rank; 0 where nobody says so."""
     return int(environment.get("RANK", "0"))
+
+
+def end_with_torchrun(environment: Mapping[str, str] = os.environ) -> None:
+    """Once torchrun has ended without ending its ranks, because it was killed, this one gets a SIGTERM.
+
+    A rank that was started without torchrun may outlive who started it.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        threading.Thread(target=_outlive, args=[os.getppid()], name="torchrun's end", daemon=True).start()
+
+
+def _outlive(parent: int) -> None:
+    while os.getppid() == parent:
+        threading.Event().wait(_LOOK_S)
+    _log.error("torchrun, process %d, is gone", parent)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

@@ -20,6 +20,8 @@ from memserve.timeline import RequestTimeline
 class Result:
     """One run: its report, every request's timeline in order of submission, the pools and what was done, instance by
     instance.
+
+    missing: instances that were not there at the end, and why: "gone", with proof, or "silent", without.
     """
 
     report: Report
@@ -27,6 +29,7 @@ class Result:
     occupancy: list[Sample]
     activity: list[ActivitySpan]
     num_threads: Mapping[str, int] = field(default_factory=dict)  # of instances that are processes of their own
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Path | None) -> Report:

@@ -12,19 +12,19 @@ _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 
 
 def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object) -> None:
-    """Raises ConfigError unless node's `_target_` can be imported, is a subclass of `kind` where it is a class, and
-    takes the node's other keys, numbers and words of the types that it says.
+    """Raises ConfigError unless node's `_target_` can be imported, is a subclass of `kind`, and takes the node's other
+    keys, numbers and words of the types that it says.
     """
     if "_target_" not in node:
         raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
     path = str(node["_target_"])
     target = _imported(name, path)
-    if not callable(target) or (inspect.isclass(target) and not issubclass(target, kind)):
+    if not inspect.isclass(target) or not issubclass(target, kind):
         raise ConfigError(f"{name}._target_={path}: expected a class derived from {kind.__name__}")
     arguments = {str(key): value for key, value in node.items() if not str(key).startswith("_")}
     parameters = inspect.signature(target).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    hints = get_type_hints(target.__init__)
     for key, value in arguments.items():
         if key not in parameters and not takes_all:
             raise ConfigError(f"{name}.{key}={value!r}: {path} takes {', '.join(parameters) or 'nothing'}")

@@ -33,7 +33,7 @@ def main() -> None:
         for result in cluster.play():
             tokens = {t.request_id: t.token_ids.tolist() for t in result.timelines}
             ends = {t.request_id: [str(t.reason), t.detail, t.attempt] for t in result.timelines}
-            found.append({"tokens": tokens, "ends": ends, "report": result.report})
+            found.append({"tokens": tokens, "ends": ends, "report": result.report, "missing": dict(result.missing)})
     if place.rank == 0:
         out.write_text(json.dumps(found))
 
