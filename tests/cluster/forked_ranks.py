@@ -1,22 +1,21 @@
 """The ranks of a cluster, forked from one process that has imported everything: many times quicker than each by itself.
 
-argv: the number of ranks, and a directory with cases.json as distributed_ranks.py reads it. There it leaves found.json,
-what each rank printed, their process numbers in pids.json, and their exit codes, null while they run, in codes.json.
+That process is given the number of ranks, and a directory with cases.json as distributed_ranks.py reads it. There it
+leaves found.json, what each rank printed, their process numbers in pids.json, and their exit codes, null while they
+run, in codes.json.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from contextlib import suppress
-from pathlib import Path
 
+import torch
 from cluster import distributed_ranks
-
-TESTS = Path(__file__).resolve().parents[1]
+from forking import forking
 
 
 class Forked:
@@ -25,14 +24,14 @@ class Forked:
     def __init__(self, directory, cases, num_ranks):
         self.directory, self._num_ranks = directory, num_ranks
         (directory / "cases.json").write_text(json.dumps(cases))
-        own = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))), "OMP_NUM_THREADS": "1"}
-        self._parent = subprocess.Popen([sys.executable, __file__, str(num_ranks), directory], env=own)
+        self._parent = forking().Process(target=main, args=(num_ranks, directory))
+        self._parent.start()
 
     def pids(self):
         return json.loads((self.directory / "pids.json").read_text())
 
     def ended(self):
-        return self._parent.poll() is not None
+        return not self._parent.is_alive()
 
     def codes(self):
         """Exit codes by rank, negative for a signal; None while it runs."""
@@ -49,13 +48,13 @@ class Forked:
 
     def kill(self):
         """Whoever is left."""
-        if self._parent.poll() is None and (self.directory / "pids.json").exists():
+        if self._parent.is_alive() and (self.directory / "pids.json").exists():
             for pid, code in zip(self.pids(), self.codes(), strict=True):
                 if code is None:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
         self._parent.kill()
-        self._parent.wait()
+        self._parent.join()
 
 
 def fork_rank(rank, num_ranks, port, directory):
@@ -81,6 +80,7 @@ def fork_rank(rank, num_ranks, port, directory):
 
 
 def main(num_ranks, directory):
+    torch.set_num_threads(1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -98,7 +98,3 @@ def write(path, value):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value))
     partial.replace(path)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
