@@ -1,15 +1,14 @@
 """The ranks of a cluster, forked from one process that has imported everything: many times quicker than each by itself.
 
-That process is given the number of ranks, and a directory with cases.json as distributed_ranks.py reads it. There it
-leaves found.json, what each rank printed, their process numbers in pids.json, and their exit codes, null while they
-run, in codes.json.
+That process is given the number of ranks, the cases, [(words, world size), ..], and a directory. There it leaves
+found.json of distributed_ranks.py, what each rank printed, their process numbers in pids.json, and their exit codes,
+null while they run, in codes.json.
 """
 
 import json
 import os
 import signal
 import socket
-import sys
 import traceback
 from contextlib import suppress
 
@@ -17,14 +16,15 @@ import torch
 from cluster import distributed_ranks
 from forking import forking
 
+from memserve import load_config
+
 
 class Forked:
     """The process that forks them, as a test sees it."""
 
     def __init__(self, directory, cases, num_ranks):
         self.directory, self._num_ranks = directory, num_ranks
-        (directory / "cases.json").write_text(json.dumps(cases))
-        self._parent = forking().Process(target=main, args=(num_ranks, directory))
+        self._parent = forking().Process(target=main, args=(num_ranks, cases, directory))
         self._parent.start()
 
     def pids(self):
@@ -57,7 +57,7 @@ class Forked:
         self._parent.join()
 
 
-def fork_rank(rank, num_ranks, port, directory):
+def fork_rank(rank, num_ranks, port, cases, directory):
     """Returns the process number; the child never returns."""
     pid = os.fork()
     if pid:
@@ -68,10 +68,9 @@ def fork_rank(rank, num_ranks, port, directory):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     os.environ.update({name: str(value) for name, value in place.items()})
-    sys.argv = ["distributed_ranks.py", str(directory / "cases.json"), str(directory / "found.json")]
     code = 1
     try:
-        distributed_ranks.main()
+        distributed_ranks.play(cases, directory / "found.json")
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -79,12 +78,13 @@ def fork_rank(rank, num_ranks, port, directory):
         os._exit(code)
 
 
-def main(num_ranks, directory):
+def main(num_ranks, cases, directory):
     torch.set_num_threads(1)
+    composed = [(load_config(words), world_size) for words, world_size in cases]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pids = [fork_rank(rank, num_ranks, port, directory) for rank in range(num_ranks)]
+    pids = [fork_rank(rank, num_ranks, port, composed, directory) for rank in range(num_ranks)]
     write(directory / "pids.json", pids)
     codes = [None] * num_ranks
     while None in codes:
