@@ -100,9 +100,9 @@ def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_ra
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path):
-    words = ["exec=distributed", "tokens=hash", "cluster=colocated_1", "transport=mapped"]
+    words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_basic", "transport=mapped"]
     words += ["kvcache.num_hbm_blocks=null", "kvcache.hbm_bytes=9000GiB", f"hydra.run.dir={tmp_path}"]
-    status, printed = torchrun(2, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
+    status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
     assert status != 0 and "error: " in printed and "GiB are available" in printed
     assert not (tmp_path / "report.json").exists()
 
