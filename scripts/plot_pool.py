@@ -6,6 +6,7 @@ python scripts/plot_pool.py outputs/a outputs/b --out compared.svg       # sever
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from memserve.metrics.occupancy import load_occupancy
@@ -14,11 +15,11 @@ from memserve.metrics.plots import draw_occupancy
 SUFFIXES = (".png", ".svg")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws who held the pools' blocks over a run.")
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="what a run was written to")
     parser.add_argument("--out", type=Path, help="a .png or .svg file; by default pool.png in the first OUTPUT_DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     out: Path = args.out or args.output_dirs[0] / "pool.png"
     if out.suffix not in SUFFIXES:
         sys.exit(f"error: --out {out}: expected a file that ends in {' or '.join(SUFFIXES)}")

@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,8 +64,9 @@ def is_module(name: str) -> bool:
     return name.split(".")[0] in ("memserve", "scripts") and (path.with_suffix(".py").is_file() or path.is_dir())
 
 
+@cache
 def sources(*folders: str) -> list[Source]:
-    """The files under the given folders (memserve and scripts by default), in order of path."""
+    """The files under the given folders (memserve and scripts by default), in order of path; each is parsed once."""
     return [Source(p) for folder in folders or ("memserve", "scripts") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 

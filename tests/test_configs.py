@@ -64,10 +64,11 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
         words = ["layout=aggregated", *words]
     if not word.startswith(("exec", "model")):
         words = ["exec=simulated", *words]
-    if word == "exec=emulated":
+    if word in ("exec=emulated", "exec=distributed"):
         words = ["model=tiny", *words]
     if word == "model=smollm2":
         request.getfixturevalue("smollm2_path")
+        words = ["workload=synthetic", *SYNTHETIC, "workload.prompt_tokens=20"]
     if word == "cost_model=fitted":
         words = [*words, f"cost_model.path={cost_file(tmp_path)}"]
     report = run(word, *words)

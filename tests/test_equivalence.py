@@ -106,11 +106,14 @@ def test_answers_are_the_same_in_the_whole_product_of_ways_between_hbm_and_dram(
     assert (swapped_in > 0) == (preemption == "swap" or swap == "always")
 
 
-ENGINES = {"a thread": OnAThread, "5 steps a block": functools.partial(InVirtualTime, seconds_for=lambda n: 5e-9 * n)}
+ENGINES = {"a thread": OnAThread, "2 steps a block": functools.partial(InVirtualTime, seconds_for=lambda n: 2e-9 * n)}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("preemption", "swap_ahead_blocks"), [("recompute", 3), ("swap", 0)])
+@pytest.mark.parametrize(
+    ("preemption", "engine", "swap_ahead_blocks"),
+    [("recompute", "a thread", 0), ("recompute", "2 steps a block", 3), ("swap", "a thread", 3),
+     ("swap", "2 steps a block", 0)],
+)  # fmt: skip
 def test_answers_are_the_same_where_blocks_are_copied_beside_compute(preemption, engine, swap_ahead_blocks):
     total = np.zeros(4, dtype=int)
     for block_size, layout, share in TIERED:

@@ -219,16 +219,12 @@ def test_odd_shapes_of_every_family_answer_as_transformers_does(name, block_size
 
 SMOLLM2 = {
     "as it comes": {"block_size": 16},
-    "without caching": {"block_size": 16, "index": "none"},
-    "served from the cache": {"block_size": 16, "is_warm": True},
-    "small chunks": {"block_size": 16, "chunk_size": 16, "attention": "sparse"},
+    "without caching, small chunks": {"block_size": 16, "index": "none", "chunk_size": 16, "attention": "sparse"},
+    "served from the cache, one token a block": {"block_size": 1, "num_blocks": 1200, "is_warm": True},
     "swapped in from DRAM": {
         "block_size": 32, "layout": "aggregated", "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True,
+        "async_swap": True,
     },
-    "swapped in from DRAM beside compute": {
-        "block_size": 32, "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True, "async_swap": True,
-    },
-    "one token a block": {"block_size": 1, "num_blocks": 1200},
     "preempted to DRAM": {
         "block_size": 4, "num_blocks": 50, "num_dram_blocks": 30, "chunk_size": 32, "preemption": "swap",
     },

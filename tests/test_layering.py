@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 from source_tree import ROOT, Source, is_module, sources
 
 FLOORS = [
@@ -121,8 +122,14 @@ def test_every_library_is_declared() -> None:
     assert not missing, f"imported but not in pyproject.toml's dependencies: {sorted(missing)}"
 
 
-def in_a_fresh_process(code: str) -> str:
-    """Runs `code` where no GPU can be seen; returns what it printed."""
+@pytest.fixture(scope="module")
+def loaded() -> list[set[str]]:
+    """What is loaded in a process that sees no GPU: after the cache alone, then the scheduler, then every module."""
+    stages = [["memserve.kvcache"], [s.name for s in sources("memserve/sched")], [s.name for s in sources("memserve")]]
+    code = f"""import importlib, sys
+for names in {stages!r}:
+    for name in names: importlib.import_module(name)
+    print(*sys.modules)"""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -134,22 +141,20 @@ def in_a_fresh_process(code: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_every_module_imports_without_a_gpu() -> None:
-    names = [s.name for s in sources("memserve")]
-    in_a_fresh_process(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
+def test_every_module_imports_without_a_gpu(loaded: list[set[str]]) -> None:
+    assert {s.name for s in sources("memserve")} <= loaded[2]
 
 
-def test_the_cache_alone_loads_no_config_system_and_no_model_library() -> None:
-    loaded = in_a_fresh_process("import sys, memserve.kvcache; print(*sys.modules)").split()
-    assert not {"hydra", "omegaconf", "transformers", "wandb"} & set(loaded)
+def test_the_cache_alone_loads_no_config_system_and_no_model_library(loaded: list[set[str]]) -> None:
+    assert not {"hydra", "omegaconf", "transformers", "wandb"} & loaded[0]
 
 
-def test_the_scheduler_alone_loads_no_driver() -> None:
-    names = [s.name for s in sources("memserve/sched")]
-    loaded = in_a_fresh_process(
-        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint(*sys.modules)"
-    ).split()
-    assert not {"hydra", "transformers", "memserve.model.runner", "memserve.instance"} & set(loaded)
+def test_the_scheduler_alone_loads_no_driver(loaded: list[set[str]]) -> None:
+    assert not {"hydra", "transformers", "memserve.model.runner", "memserve.instance"} & loaded[1]
+
+
+def test_what_takes_seconds_to_import_is_loaded_by_who_uses_it_alone(loaded: list[set[str]]) -> None:
+    assert not {"transformers", "torch._dynamo", "torch._inductor"} & loaded[2]

@@ -3,7 +3,6 @@
 On HashRunner a stale, lost, misplaced, early or foreign block changes the answer.
 """
 
-import copy
 import functools
 import itertools
 
@@ -27,8 +26,10 @@ def composed(words):
 
 
 def answers(words, **changes):
-    """(tokens of every request, report). changes: options set without composing, which takes longer than a run."""
-    cfg = copy.deepcopy(composed(tuple(words)))
+    """(tokens of every request, report). changes: options set without composing, which takes longer than a run; they
+    stay set for who gives the same words again.
+    """
+    cfg = composed(tuple(words))
     OmegaConf.set_readonly(cfg, False)
     for name, value in changes.items():
         OmegaConf.update(cfg, name.replace("__", "."), value)

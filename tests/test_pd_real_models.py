@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from memserve import LocalCluster, load_config
+from memserve.cluster import local
+from memserve.cluster.build import build_engine
 
 COMMON = ["exec=emulated", "step_time=model", "model.num_threads=1", "workload=synthetic"]
 SYNTHETIC = ["workload.num_sessions=3", "workload.num_turns=2", "workload.prompt_tokens=40", "workload.turn_tokens=15",
@@ -22,6 +24,22 @@ NAMED = {  # combinations that differ from each other in everything
     "caching 3 swaps": ["mode=pd_caching_3", "cluster=2p1d", "granularity=by_request", "kvcache.num_hbm_blocks=14",
                         "kvcache.num_dram_blocks=40", "preemption=swap", "sched.decode_headroom_blocks=1"],
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights_loaded_once():
+    """Every cluster with the same model has the same Llama object; pools and schedulers are its own."""
+    engines = {}
+
+    def build_once(cfg):
+        key = (cfg.model.path, cfg.model.dtype)
+        if key not in engines:
+            engines[key] = build_engine(cfg)
+        return engines[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "build_engine", build_once)
+        yield
 
 
 def play(*words):

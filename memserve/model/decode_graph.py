@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch._inductor.config as inductor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from memserve.clock import monotonic_ns, to_s
 from memserve.model.attention.base import TorchWrite
@@ -69,6 +67,9 @@ class DecodeGraph:
             raise ValueError("model.compile=true: needs a C++ compiler, g++ or clang++ on the PATH, and finds none")
         if model.device.type != "cpu" or model.dtype != torch.float32:
             raise ValueError(f"model.compile=true: {model.dtype} on {model.device}: expected torch.float32 on a cpu")
+        from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415  # takes 2 s, and few runs compile
+
+        CustomGraphPass.register(WeightsInCacheKey)
         self._model = model
         self._settings = {**_SETTINGS, "post_grad_custom_pre_pass": WeightsInCacheKey(model.state_dict())}
         self.compile_s = 0.0
@@ -152,8 +153,9 @@ class _TracedAttention(TorchWrite):
         return (sums_RMKGD.sum(1) / weights_RMBKG.sum((1, 2))[..., None]).flatten(1, 2)
 
 
-class WeightsInCacheKey(CustomGraphPass):
-    """Changes no graph; its identity makes torch's cache on disk tell models of one shape apart.
+class WeightsInCacheKey:
+    """A `CustomGraphPass` of Inductor's. Changes no graph; its identity makes torch's cache on disk tell models of one
+    shape apart.
 
     The cache keeps packed weights with the code, but its own key holds their shapes alone: without this, a model would
     be served with the weights of another.
@@ -176,6 +178,8 @@ class WeightsInCacheKey(CustomGraphPass):
 @contextmanager
 def _compiler_settings(settings: dict[str, Any]) -> Iterator[None]:
     """Inductor's settings for the graph. Without oneDNN: its packed weights cannot be cached on disk."""
+    import torch._inductor.config as inductor  # noqa: PLC0415  # takes 2 s, and few runs compile
+
     onednn: Any = torch.backends.mkldnn  # torch types its switches as the descriptors behind them
     onednn_enabled = onednn.enabled
     onednn.enabled = False  # not by its context manager, which warns wherever there is no Intel GPU

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
-import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from memserve.model.gguf_weights import GGUFWeights
@@ -68,6 +67,8 @@ def gguf_tokenizer(file: GGUFWeights) -> HFTokenizer:
 
 
 def _wrap(file: GGUFWeights, backend: tokenizers.Tokenizer, tokens: list[str]) -> Any:
+    import transformers  # noqa: PLC0415  # takes a second, which nobody without such a file should spend
+
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = file.metadata(f"tokenizer.ggml.{key}_token_id")

@@ -9,10 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
-import transformers  # what is asked of it below is loaded when it is: importing all of it takes seconds
 
 from memserve.model.chat_format import ChatFormat, ChatTemplateError, Message
 
@@ -68,13 +68,12 @@ class Tokenizer(ABC):
 class HFTokenizer(Tokenizer):
     """A tokenizer of transformers.
 
-    backend: any fast tokenizer.  eos_token_ids: the model's; () takes the tokenizer's own.  name: for messages.
+    backend: a `transformers.PreTrainedTokenizerBase`, any fast one.  eos_token_ids: the model's; () takes the
+    tokenizer's own.  name: for messages.
     A model without a chat template is a base model: its turns are joined by line ends, and a warning says so.
     """
 
-    def __init__(
-        self, backend: "transformers.PreTrainedTokenizerBase", eos_token_ids: tuple[int, ...] = (), name: str = ""
-    ) -> None:
+    def __init__(self, backend: Any, eos_token_ids: tuple[int, ...] = (), name: str = "") -> None:
         self._backend = backend
         own = () if backend.eos_token_id is None else (backend.eos_token_id,)
         self.eos_token_ids = eos_token_ids or own
@@ -84,6 +83,8 @@ class HFTokenizer(Tokenizer):
     @classmethod
     def from_directory(cls, directory: Path, eos_token_ids: tuple[int, ...] = ()) -> "HFTokenizer":
         """From a Hugging Face directory; runs no code out of it. Raises ValueError if its files cannot be read."""
+        import transformers  # noqa: PLC0415  # takes a second, and every process imports this module for its names
+
         try:
             backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (ValueError, OSError, KeyError, ImportError) as error:

@@ -1,22 +1,22 @@
 """The ranks of a cluster, forked from one process that has imported everything: many times quicker than each by itself.
 
-argv: the number of ranks, and a directory with cases.json as distributed_ranks.py reads it. There it leaves found.json,
-what each rank printed, their process numbers in pids.json, and their exit codes, null while they run, in codes.json.
+That process is given the number of ranks, the cases, [(words, world size), ..], and a directory. There it leaves
+found.json of distributed_ranks.py, what each rank printed, their process numbers in pids.json, and their exit codes,
+null while they run, in codes.json.
 """
 
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import traceback
 from contextlib import suppress
-from pathlib import Path
 
+import torch
 from cluster import distributed_ranks
+from forking import forking
 
-TESTS = Path(__file__).resolve().parents[1]
+from memserve import load_config
 
 
 class Forked:
@@ -24,15 +24,14 @@ class Forked:
 
     def __init__(self, directory, cases, num_ranks):
         self.directory, self._num_ranks = directory, num_ranks
-        (directory / "cases.json").write_text(json.dumps(cases))
-        own = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS))), "OMP_NUM_THREADS": "1"}
-        self._parent = subprocess.Popen([sys.executable, __file__, str(num_ranks), directory], env=own)
+        self._parent = forking().Process(target=main, args=(num_ranks, cases, directory))
+        self._parent.start()
 
     def pids(self):
         return json.loads((self.directory / "pids.json").read_text())
 
     def ended(self):
-        return self._parent.poll() is not None
+        return not self._parent.is_alive()
 
     def codes(self):
         """Exit codes by rank, negative for a signal; None while it runs."""
@@ -49,16 +48,16 @@ class Forked:
 
     def kill(self):
         """Whoever is left."""
-        if self._parent.poll() is None and (self.directory / "pids.json").exists():
+        if self._parent.is_alive() and (self.directory / "pids.json").exists():
             for pid, code in zip(self.pids(), self.codes(), strict=True):
                 if code is None:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
         self._parent.kill()
-        self._parent.wait()
+        self._parent.join()
 
 
-def fork_rank(rank, num_ranks, port, directory):
+def fork_rank(rank, num_ranks, port, cases, directory):
     """Returns the process number; the child never returns."""
     pid = os.fork()
     if pid:
@@ -69,10 +68,9 @@ def fork_rank(rank, num_ranks, port, directory):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     os.environ.update({name: str(value) for name, value in place.items()})
-    sys.argv = ["distributed_ranks.py", str(directory / "cases.json"), str(directory / "found.json")]
     code = 1
     try:
-        distributed_ranks.main()
+        distributed_ranks.play(cases, directory / "found.json")
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -80,11 +78,13 @@ def fork_rank(rank, num_ranks, port, directory):
         os._exit(code)
 
 
-def main(num_ranks, directory):
+def main(num_ranks, cases, directory):
+    torch.set_num_threads(1)
+    composed = [(load_config(words), world_size) for words, world_size in cases]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pids = [fork_rank(rank, num_ranks, port, directory) for rank in range(num_ranks)]
+    pids = [fork_rank(rank, num_ranks, port, composed, directory) for rank in range(num_ranks)]
     write(directory / "pids.json", pids)
     codes = [None] * num_ranks
     while None in codes:
@@ -98,7 +98,3 @@ def write(path, value):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value))
     partial.replace(path)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

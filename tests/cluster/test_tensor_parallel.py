@@ -11,10 +11,11 @@ import time
 import pytest
 from cluster.forked_ranks import Forked
 from cluster.survival import LIMIT_S, NAMED, START_S, have_started, wait_for
-from cluster.test_distributed import TESTS, WORKLOAD, torchrun
+from cluster.test_distributed import WORKLOAD
 from torch.distributed import HashStore
 
 from memserve import LocalCluster, load_config
+from memserve.cluster.build import build_engine
 from memserve.cluster.launch import check_one_host, check_world
 from memserve.cluster.roster import Roster
 from memserve.config.checks import ConfigError
@@ -129,13 +130,12 @@ def test_contradictions_are_named_before_anything_runs(words, named):
         load_config(words)
 
 
-def test_a_model_that_cannot_be_split_so_is_refused_by_name(tmp_path):
-    words = ["exec=distributed", "model=tiny", "transport=gloo", *sizes(colocated=4), f"hydra.run.dir={tmp_path}"]
-    status, printed = torchrun(5, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
-    assert status != 0
-    assert (
-        "error: cluster.tensor_parallel.colocated: tensor parallelism of 4 ranks: the model's num_kv_heads=2" in printed
-    )
+@pytest.mark.parametrize("with_model", [True, False], ids=["an instance", "the router"])
+def test_a_model_that_cannot_be_split_so_is_refused_by_name(with_model):
+    words = ["exec=distributed", "model=tiny", "transport=gloo", *sizes(colocated=4)]
+    named = "cluster.tensor_parallel.colocated: tensor parallelism of 4 ranks: the model's num_kv_heads=2"
+    with pytest.raises(ConfigError, match=named):
+        build_engine(load_config(words), with_model=with_model)
 
 
 def test_mapped_over_two_hosts_is_refused_by_both_names():

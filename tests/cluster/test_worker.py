@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cluster import worker_ranks
 from cluster.worker_ranks import ENGINE_CASES, instance_over, parts_of_an_instance, served
 from parallel_models import answers, engine_for, model_of
 from ranks import launch
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 def led(tmp_path_factory) -> dict:
     """What a leader and its followers answered, all in one launch."""
     directory = tmp_path_factory.mktemp("answer")
-    ended = launch("cluster/worker_ranks.py", 2, directory, "answer")
+    ended = launch(worker_ranks.main, 2, directory, "answer")
     assert {e.returncode for e in ended} == {0}, "\n".join(e.output for e in ended)
     return json.loads((directory / "tokens.json").read_text())
 
@@ -45,7 +46,7 @@ def test_layers_are_yielded_by_a_leader_too(led) -> None:
     ("story", "told"), [("lose_the_leader", [1]), ("lose_the_follower", [0]), ("fail_half_way", [0, 1])]
 )
 def test_a_rank_that_is_left_alone_is_told_by_name(tmp_path, story, told) -> None:
-    ended = launch("cluster/worker_ranks.py", 2, tmp_path, story)
+    ended = launch(worker_ranks.main, 2, tmp_path, story)
     assert {e.returncode for e in ended} == {0}, "\n".join(e.output for e in ended)
     assert [rank for rank, e in enumerate(ended) if "GroupBroken" in e.output] == told
     if story == "fail_half_way":

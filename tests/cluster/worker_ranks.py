@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +167,3 @@ def main(rank: int, size: int, directory: Path, story: str) -> None:
     join(rank, size, directory)
     STORIES[story](model_of("qwen", None, GroupShard(dist.group.WORLD)), directory)
     os._exit(0)  # where a rank was lost, the group cannot be left in good order
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

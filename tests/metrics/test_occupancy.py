@@ -1,7 +1,4 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ from memserve.kvcache.radix import RadixIndex
 from memserve.metrics.occupancy import KINDS, Occupancy, count_blocks, load_occupancy
 from memserve.metrics.plots import draw_occupancy
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_pool.py"
 SMALL = ["exec=simulated", "workload.num_sessions=6", "workload.max_turns=3", "workload.max_output_tokens=40"]
 
 
@@ -130,10 +126,6 @@ def test_what_is_written_is_what_is_loaded(tmp_path):
     assert samples == simulate().occupancy
 
 
-def plot(*words):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True, check=False)
-
-
 def test_a_panel_is_drawn_for_each_instance_and_each_tier_that_has_blocks():
     one = simulate("kvcache.num_hbm_blocks=160").occupancy
     two = simulate("kvcache.num_dram_blocks=60", "cluster=colocated_2").occupancy
@@ -142,17 +134,3 @@ def test_a_panel_is_drawn_for_each_instance_and_each_tier_that_has_blocks():
     assert len(titles) == 6 and titles[-1] == "two: colocated-1, DRAM"
     with pytest.raises(ValueError, match="no samples"):
         draw_occupancy({"empty": []})
-
-
-def test_the_script_writes_a_picture_of_each_kind_without_a_display(tmp_path):
-    LocalCluster(load_config(SMALL)).run(tmp_path)
-    assert plot(tmp_path).returncode == 0
-    assert (tmp_path / "pool.png").read_bytes().startswith(b"\x89PNG")
-    assert plot(tmp_path, tmp_path, "--out", tmp_path / "two.svg").returncode == 0
-    assert "<svg" in (tmp_path / "two.svg").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("words", [[], ["--out", "pool.txt"]])
-def test_the_script_ends_with_one_line_where_there_is_nothing_to_draw(tmp_path, words):
-    done = plot(tmp_path, *words)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -3,7 +3,6 @@
 Called with rank, size, the directory to meet and to leave results in, and stories260K's directory if there is one.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -30,7 +29,3 @@ def result(model, case: str) -> dict:
     sampler = RecordingSampler()
     engine = engine_for(model, case, sampler)
     return {"tokens": answers(engine, case), "logits": sampler.logits, "kv": engine.kv.contiguous()}
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]) if len(sys.argv) > 4 else None)

@@ -1,16 +1,16 @@
-"""Ranks: starts a program as the ranks of a gloo group, real processes, and waits for them within a hard limit."""
+"""Ranks: runs a function as the ranks of a gloo group, real processes, and waits for them within a hard limit."""
 
 import os
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forking import forking
 
-TESTS = Path(__file__).resolve().parents[1]
 LIMIT_S = 100  # a process that takes longer is killed
 
 
@@ -18,32 +18,35 @@ LIMIT_S = 100  # a process that takes longer is killed
 class Ended:
     """How a rank ended. returncode is negative for a signal."""
 
-    returncode: int
+    returncode: int | None
     output: str
 
 
-def launch(program: str, size: int, directory: Path, *args: str) -> list[Ended]:
-    """Runs tests/`program` as `size` ranks that meet in `directory`; each is given rank, size, `directory`, `args`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "model")))}
-    logs = [(directory / f"rank-{rank}.log").open("w+") for rank in range(size)]
+def launch(program: Callable[..., None], size: int, directory: Path, *args: object) -> list[Ended]:
+    """Runs `program` as `size` ranks that meet in `directory`; each is given rank, size, `directory`, `args`."""
+    logs = [directory / f"rank-{rank}.log" for rank in range(size)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / program), str(rank), str(size), str(directory), *args],
-            stdout=log,
-            stderr=log,
-            env=environment,
-        )
+        forking().Process(target=_rank, args=(log, program, rank, size, directory, *args))
         for rank, log in enumerate(logs)
     ]
+    until = time.monotonic() + LIMIT_S
     try:
-        codes = [process.wait(timeout=LIMIT_S) for process in processes]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    return [Ended(code, (directory / f"rank-{rank}.log").read_text()) for rank, code in enumerate(codes)]
+            process.join()
+    return [Ended(process.exitcode, log.read_text()) for process, log in zip(processes, logs, strict=True)]
+
+
+def _rank(log: Path, program: Callable[..., None], *args: object) -> None:
+    printed = os.open(log, os.O_CREAT | os.O_WRONLY)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    program(*args)
 
 
 def join(rank: int, size: int, directory: Path) -> None:

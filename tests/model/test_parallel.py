@@ -6,11 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import parallel_ranks
 import pytest
 import torch
 from mini_engine import RecordingSampler
 from parallel_models import CASES, RANDOM, WIDE, Part, answers, engine_for, model_of
-from ranks import TESTS, launch
+from ranks import launch
 from safetensors.torch import save_file
 from small_models import five_prompts
 
@@ -31,7 +32,7 @@ RUNS = [(name, size, case) for (name, size), cases in CASES.items() for case in 
 def results(tmp_path_factory) -> Path:
     """Where the ranks of one launch left what they computed."""
     directory = tmp_path_factory.mktemp("ranks")
-    ended = launch("model/parallel_ranks.py", 4, directory, *([str(STORIES)] if STORIES.is_dir() else []))
+    ended = launch(parallel_ranks.main, 4, directory, STORIES if STORIES.is_dir() else None)
     assert [e.returncode for e in ended] == [0] * 4, "\n".join(e.output for e in ended)
     return directory
 
@@ -190,7 +191,7 @@ def test_a_rank_never_holds_a_whole_tensor_that_it_shards(tmp_path) -> None:
     save_file({n: weights.tensor(n) for n in weights.names()}, tmp_path / "model.safetensors")
     program = Path(__file__).with_name("limited_memory.py")
     command = [sys.executable, str(program), str(tmp_path), "2", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     num_bytes, whole = done.stdout.splitlines()

@@ -1,10 +1,10 @@
 from pathlib import Path
 
-import hydra
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
+from memserve.cluster.make import make
+from memserve.config.checks import ConfigError
 from memserve.workload import AgentWorkload, ChatWorkload, DocumentQA, SyntheticWorkload, Workload
 from memserve.workload.arrivals import ClosedLoop, Gamma, Poisson
 
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def build(name: str, *overrides: str) -> Workload:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(config_name=f"workload/{name}", overrides=list(overrides))
-    workload = hydra.utils.instantiate(OmegaConf.to_container(config, resolve=True)["workload"])
+    workload = make(config.workload)
     assert isinstance(workload, Workload)
     return workload
 
@@ -31,7 +31,7 @@ def test_every_workload_takes_every_arrival_process(name, kind, arrivals, proces
 @pytest.mark.parametrize("name", [name for name, _ in KINDS])
 def test_the_rate_is_an_option_of_the_workload(name):
     assert build(name, "workload.rate=3", "workload/arrivals=gamma")._rate == 3
-    with pytest.raises(hydra.errors.InstantiationException, match="closed loop has no rate"):
+    with pytest.raises(ConfigError, match="closed loop has no rate"):
         build(name, "workload.rate=3", "workload/arrivals=closed_loop")
 
 
