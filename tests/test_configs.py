@@ -47,7 +47,7 @@ def cost_file(directory):
     return path
 
 
-@pytest.mark.parametrize("word", [word for word in WORDS if word != "mode=colocated"])
+@pytest.mark.parametrize("word", [word for word in WORDS if word not in ("mode=colocated", "exec=distributed")])
 def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # wandb writes beside its caller
     words = (
@@ -64,7 +64,7 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
         words = ["layout=aggregated", *words]
     if not word.startswith(("exec", "model")):
         words = ["exec=simulated", *words]
-    if word in ("exec=emulated", "exec=distributed"):
+    if word == "exec=emulated":
         words = ["model=tiny", *words]
     if word == "model=smollm2":
         request.getfixturevalue("smollm2_path")
@@ -163,6 +163,12 @@ def test_values_that_their_classes_refuse_raise_before_anything_runs(words, mess
     words = words if words[0] == "exec=emulated" else ["exec=simulated", *words]
     with pytest.raises(ValueError, match=message):
         LocalCluster(load_config(words))
+
+
+def test_a_distributed_cluster_is_not_played_in_one_process():
+    """cluster/test_distributed.py plays it."""
+    with pytest.raises(ConfigError, match="exec=distributed in one process: expected emulated or simulated"):
+        LocalCluster(load_config(["exec=distributed", "model=tiny"]))
 
 
 def test_a_loaded_config_is_read_only():

@@ -18,6 +18,7 @@ from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import activity_of, report_of, summarize
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_global_scheduler, build_transport
+from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
@@ -37,6 +38,8 @@ class LocalCluster:
     """
 
     def __init__(self, cfg: RunConfig) -> None:
+        if cfg.exec == "distributed":
+            raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
         self.cfg = cfg
         self._roles = build_roles(cfg)
         workload: Workload = make(cfg.workload)

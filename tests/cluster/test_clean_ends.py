@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cluster.test_distributed import TESTS, WORKLOAD
 
-from memserve.cluster.liveness import Watched
+from memserve.transfer.liveness import Watched
 
 LONG = [*WORKLOAD, "workload.num_sessions=500", "workload.rate=1"]
 SPLIT = ["model=tiny", "transport=gloo", "cluster=colocated_1", "cluster.tensor_parallel.colocated=2"]
