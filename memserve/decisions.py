@@ -1,7 +1,8 @@
 """Decisions: where a request went, who is taken to hold what, and whether it was fetched or computed (Eq. 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -40,16 +41,26 @@ class RouteChoice:
     """One choice among instances, and what was known of them, a row each. chosen: a row.  why: in the policy's words.
 
     num_cached: int64 [n], tokens of the prompt that each was believed to have.  num_requests: int64 [n], unfinished.
-    first_token_s: float64 [n], seconds by the cost model: what is queued there, and this prefill (Eq. 1); None where no
-    prefill is placed.
+    queued_ns: int64 [n], the prefills that wait there, by the cost model.  exec_time_s: that model's, of cached and new
+    tokens; None where no prefill is placed. Nothing is predicted before somebody asks: a choice takes microseconds.
     """
 
     labels: Sequence[str]
     chosen: int
     why: str
+    num_prompt: int
     num_cached: np.ndarray
     num_requests: np.ndarray
-    first_token_s: np.ndarray | None
+    queued_ns: np.ndarray
+    exec_time_s: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+
+    @cached_property
+    def first_token_s(self) -> np.ndarray | None:
+        """Seconds until the first token on each instance, float64 [n]: what is queued, and this prefill (Eq. 1)."""
+        if self.exec_time_s is None:
+            return None
+        at: np.ndarray = self.queued_ns * 1e-9 + self.exec_time_s(self.num_cached, self.num_prompt - self.num_cached)
+        return at
 
     @property
     def regret_s(self) -> float | None:

@@ -4,8 +4,8 @@ python scripts/bench_router.py                              # 4,096-token reques
 python scripts/bench_router.py --instances 64 --blocks 100000 --repeats 200 --json out.json
 
 A choice is all that the global scheduler does to place a request: match it in the prompt tree for all instances, take
-the snapshot, choose, count it. Prompts share their first quarter by 8 and their second by 64 and half of the requests
-have been seen before. The goal of 200 us stands beside the medians; no figure here depends on a model.
+the snapshot, choose, count and record it. Prompts share their first quarter by 8 and their second by 64 and half of
+the requests have been seen before. The goal of 200 us stands beside the medians; no figure here depends on a model.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from memserve.sched.prompt_tree import Optimistic
 from memserve.sched.routing import LeastLoad, Policy, RouteRequest, SessionAffinity
 
 BLOCK_SIZE, GOAL_US = 16, 200
+COSTS = FixedCostModel(0.01, 3e-5, 1e-4)
 POLICIES: dict[str, Policy] = {
     "prompt_tree": PromptTree(max_lead=2),
-    "cost_based": CostBased(FixedCostModel(0.01, 3e-5, 1e-4)),
+    "cost_based": CostBased(COSTS, max_skew=1.75),
     "balanced_prefix": BalancedPrefix(),
     "least_kv": LeastKV(),
     "least_load": LeastLoad(),
@@ -73,7 +74,7 @@ def measure(num_rows: int, num_blocks: int, num_tokens: int, repeats: int) -> di
     labels = [f"prefill-{i}" for i in range(num_rows)]
     figures = {}
     for name, policy in POLICIES.items():
-        group = Group(labels, range(num_rows), policy, tree)
+        group = Group(labels, range(num_rows), policy, tree, COSTS)
         times_us = [_choice_us(group, request, len(seen), rng) for request in requests]
         median, p99 = np.percentile(times_us, [50, 99])
         figures[name] = {"median_us": float(median), "p99_us": float(p99)}

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.clock import NS_PER_S, to_ns
+from memserve.clock import to_ns
 from memserve.decisions import Holding, RouteChoice
 from memserve.messages import pack_tokens
 from memserve.sched.admission import usable_prefix
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.prompt_tree import PromptIndex
-from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest
+from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest
 
 LATELY = 16  # requests an instance
 NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, and the first may be gone
@@ -118,7 +118,7 @@ class Group:
             raise ValueError(
                 f"{type(self._policy).__name__} chose row {chosen!r}: expected 0 to {len(rows) - 1} ({names})"
             )
-        placement = self._assign(request, snapshot, rows, int(chosen))
+        placement = self._assign(snapshot, rows, chosen, num_tokens)
         self._num_routed += not tried
         self.num_routed_to[placement.row] += 1
         self._num_lately *= 1 - 1 / (LATELY * len(self.labels))
@@ -126,24 +126,24 @@ class Group:
         self._count(placement, 1)
         return placement
 
-    def _assign(self, request: RouteRequest, snapshot: ClusterSnapshot, rows: np.ndarray, chosen: int) -> Assignment:
+    def _assign(self, snapshot: ClusterSnapshot, rows: np.ndarray, chosen: int, num_tokens: int) -> Assignment:
         """A place in one of `rows`, and the record of why there."""
-        num_cached = snapshot.num_cached
-        num_new = len(request.tokens) - num_cached
-        exec_s = None if self._cost_model is None else self._cost_model.exec_time_s(num_cached, num_new)
+        num_cached, costs = snapshot.num_cached, self._cost_model
+        held = int(num_cached[chosen])
         choice = RouteChoice(
             snapshot.labels,
-            chosen,
-            self._policy.why(request, snapshot, chosen),
+            int(chosen),
+            chosen.why if isinstance(chosen, Chosen) else "",
+            num_tokens,
             num_cached,
             snapshot.num_requests,
-            None if exec_s is None else self._queued_ns[rows] / NS_PER_S + exec_s,
+            self._queued_ns[rows],
+            None if costs is None else costs.exec_time_s,
         )
-        held = int(num_cached[chosen])
-        work = self._policy.work(held, len(request.tokens) - held)
-        queued_ns = 0 if exec_s is None else to_ns(float(exec_s[chosen]))
+        work = self._policy.work(held, num_tokens - held)
+        queued_ns = 0 if costs is None else to_ns(costs.exec_time_s(held, num_tokens - held))
         longest = self._longest(rows, num_cached)
-        return Assignment(int(rows[chosen]), len(request.tokens), held, work, queued_ns, longest, choice)
+        return Assignment(int(rows[chosen]), num_tokens, held, work, queued_ns, longest, choice)
 
     def prefilled(self, placement: Assignment) -> None:
         """Its first token is there: it waits in no queue any more."""

@@ -6,7 +6,9 @@ import numpy as np
 
 from memserve.clock import NS_PER_S, to_ns
 from memserve.sched.cost_model.base import CostModel
-from memserve.sched.routing import ClusterSnapshot, Policy, RouteRequest, any_of, least_loaded
+from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest, any_of, least_loaded
+
+_NEVER_NS = np.iinfo(np.int64).max
 
 
 class PromptTree(Policy):
@@ -24,17 +26,14 @@ class PromptTree(Policy):
             _require("max_lead", max_lead, isinstance(max_lead, int) and max_lead >= 1, "null or an integer >= 1")
         self._max_lead = max_lead
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         cached = cluster.num_cached
         if self._max_lead is not None:
             lead = cluster.num_requests - cluster.num_requests.min()
             cached = np.where(lead < self._max_lead, cached, -1)
-        return least_loaded(cluster, cached == cached.max(), rng)
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        if cluster.num_cached[row] < cluster.num_cached.max():
-            return "longest prefix but for who leads"
-        return _by_prefix(cluster)
+        longest, most = cached.max(), cluster.num_cached.max()
+        why = "longest prefix but for who leads" if longest < most else _by_prefix(most)
+        return Chosen(least_loaded(cluster, cached == longest, rng), why)
 
 
 class CostBased(Policy):
@@ -57,22 +56,16 @@ class CostBased(Policy):
             _require("max_skew", max_skew, 1 <= max_skew < math.inf, "null or a finite number >= 1")
         self._cost_model, self._max_skew = cost_model, max_skew
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        ends_ns = self._ends_ns(request, cluster)
-        if self._max_skew is not None:
-            most = self._max_skew * cluster.num_lately.mean() + 1
-            ends_ns[cluster.num_lately > most] = np.iinfo(np.int64).max
-        return least_loaded(cluster, ends_ns == ends_ns.min(), rng)
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        ends_ns = self._ends_ns(request, cluster)
-        return "soonest first token" + (" but for who took most" if ends_ns[row] > ends_ns.min() else "")
-
-    def _ends_ns(self, request: RouteRequest, cluster: ClusterSnapshot) -> np.ndarray:
-        """Eq. 1 for each instance, int64 [n]."""
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         seconds = self._cost_model.exec_time_s(cluster.num_cached, len(request.tokens) - cluster.num_cached)
-        ends_ns: np.ndarray = cluster.queued_work + np.rint(seconds * NS_PER_S).astype(np.int64)
-        return ends_ns
+        ends_ns = cluster.queued_work + np.rint(seconds * NS_PER_S).astype(np.int64)
+        soonest = ends_ns.min()
+        if self._max_skew is not None:
+            most = self._max_skew * cluster.num_lately.sum() / len(ends_ns) + 1
+            ends_ns[cluster.num_lately > most] = _NEVER_NS
+        end = ends_ns.min()
+        why = "soonest first token but for who took most" if end > soonest else "soonest first token"
+        return Chosen(least_loaded(cluster, ends_ns == end, rng), why)
 
     def work(self, num_cached: int, num_new: int) -> int:
         """Nanoseconds of its prefill."""
@@ -95,23 +88,16 @@ class BalancedPrefix(Policy):
         _require("min_share", min_share, 0 <= min_share <= 1, "a number from 0 to 1")
         self._abs_bound, self._rel_bound, self._min_share = abs_bound, rel_bound, min_share
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        longest = cluster.num_cached.max()
-        by_prefix = self._is_long(request, cluster) and not self._is_uneven(cluster)
-        among = cluster.num_cached == longest if by_prefix else np.ones(len(cluster.labels), dtype=bool)
-        return least_loaded(cluster, among, rng)
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        if self._is_uneven(cluster):
-            return "least load: it is uneven"
-        return _by_prefix(cluster) if self._is_long(request, cluster) else "least load: no long prefix"
-
-    def _is_uneven(self, cluster: ClusterSnapshot) -> bool:
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         most, least = int(cluster.num_requests.max()), int(cluster.num_requests.min())
-        return most - least > self._abs_bound and most > self._rel_bound * least
-
-    def _is_long(self, request: RouteRequest, cluster: ClusterSnapshot) -> bool:
-        return bool(cluster.num_cached.max() >= max(self._min_share * len(request.tokens), 1))
+        longest = int(cluster.num_cached.max())
+        if most - least > self._abs_bound and most > self._rel_bound * least:
+            why = "least load: it is uneven"
+        elif longest < max(self._min_share * len(request.tokens), 1):
+            why = "least load: no long prefix"
+        else:
+            return Chosen(least_loaded(cluster, cluster.num_cached == longest, rng), _by_prefix(longest))
+        return Chosen(least_loaded(cluster, np.ones(len(cluster.labels), dtype=bool), rng), why)
 
 
 class LeastKV(Policy):
@@ -123,18 +109,15 @@ class LeastKV(Policy):
 
     looks_at_prefixes = True
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         held = cluster.num_tokens - cluster.num_cached
         rows = np.flatnonzero(held == held.min())
         fewest = cluster.num_requests[rows]
-        return any_of(rows[fewest == fewest.min()], rng)
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        return "least KV to hold"
+        return Chosen(any_of(rows[fewest == fewest.min()], rng), "least KV to hold")
 
 
-def _by_prefix(cluster: ClusterSnapshot) -> str:
-    return "longest prefix" if cluster.num_cached.max() > 0 else "least load: nothing is cached"
+def _by_prefix(longest: int) -> str:
+    return "longest prefix" if longest > 0 else "least load: nothing is cached"
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -40,6 +40,17 @@ class RouteRequest:
     tokens: np.ndarray
 
 
+class Chosen(int):
+    """A row that says in a few words, for the report, why it was taken."""
+
+    why: str
+
+    def __new__(cls, row: int, why: str) -> "Chosen":
+        chosen = super().__new__(cls, row)
+        chosen.why = why
+        return chosen
+
+
 class Policy(ABC):
     """A routing policy. looks_at_prefixes: it needs an index source."""
 
@@ -47,11 +58,7 @@ class Policy(ABC):
 
     @abstractmethod
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        """The row of the instance that serves the request."""
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        """In a few words for the report, why `choose` took this row; "" says nothing."""
-        return ""
+        """The row of the instance that serves the request; a `Chosen` gives a reason too."""
 
     def work(self, num_cached: int, num_new: int) -> int:
         """What a request's prefill adds to `queued_work`, an int in a unit of the policy's own: its new tokens."""
@@ -61,31 +68,22 @@ class Policy(ABC):
 class Random(Policy):
     """Any instance, uniformly."""
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        return int(rng.integers(len(cluster.labels)))
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        return "drawn"
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
+        return Chosen(int(rng.integers(len(cluster.labels))), "drawn")
 
 
 class RoundRobin(Policy):
     """Instances in turn."""
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        return cluster.num_routed % len(cluster.labels)
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        return "its turn"
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
+        return Chosen(cluster.num_routed % len(cluster.labels), "its turn")
 
 
 class LeastLoad(Policy):
     """The fewest unfinished requests, then the fewest prompt tokens; ties by the generator (Table 6, least-load)."""
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
-        return least_loaded(cluster, np.ones(len(cluster.labels), dtype=bool), rng)
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        return "least load"
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
+        return Chosen(least_loaded(cluster, np.ones(len(cluster.labels), dtype=bool), rng), "least load")
 
 
 class SessionAffinity(Policy):
@@ -95,12 +93,9 @@ class SessionAffinity(Policy):
     sessions of those move, and nothing is remembered.
     """
 
-    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> int:
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         scores = [_score(request.session_id, label) for label in cluster.labels]
-        return int(np.argmax(scores))
-
-    def why(self, request: RouteRequest, cluster: ClusterSnapshot, row: int) -> str:
-        return "its session's"
+        return Chosen(int(np.argmax(scores)), "its session's")
 
 
 def least_loaded(cluster: ClusterSnapshot, among: np.ndarray, rng: np.random.Generator) -> int:
