@@ -112,7 +112,7 @@ class LLM:
             self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
         try:
             while answers:
-                for message in self._step():
+                for message in self.step():
                     delta = answers[message.request_id].take(message)
                     if isinstance(message, Finished):
                         del answers[message.request_id]
@@ -124,7 +124,8 @@ class LLM:
                 self.instance.schedule(monotonic_ns())
                 self.instance.drain_outbox()
 
-    def _step(self) -> list[Tokens | Finished]:
+    def step(self) -> list[Tokens | Finished]:
+        """Computes one batch of what `instance` was given, for who drives it alone; what it has to say since."""
         batch = self.instance.schedule(monotonic_ns())
         if batch is None:
             self.instance.pool.wait()  # nothing is there to compute meanwhile

@@ -14,8 +14,9 @@ prompt's blocks take to copy up and down, beside a copy of as many bytes in one 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +25,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transfer_figures import in_turn
 
-from memserve.clock import Stopwatch, monotonic_ns, to_s
+from memserve.clock import NS_PER_S, Stopwatch, monotonic_ns, to_s
 from memserve.kvcache import AggregatedLayout, DiscreteLayout, MemPool, NullIndex
 from memserve.llm import LLM
-from memserve.messages import Abort, Dispatch, Finished, Tokens, pack_tokens
+from memserve.messages import Abort, Dispatch, Tokens, pack_tokens
 from memserve.metrics.output import environment
 from memserve.model.model_path import open_model
 from memserve.model.runner import geometry
@@ -64,7 +66,7 @@ class Turn:
     """One instance that some requests run on, and prompts that come back to it."""
 
     def __init__(self, llm: LLM, running: Sequence[np.ndarray], num_tokens: int) -> None:
-        self._instance = llm.instance
+        self._llm, self._instance = llm, llm.instance
         self._times_ns: dict[str, list[int]] = {}
         for i, prompt in enumerate(running):
             self._submit(f"running-{i}", prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
@@ -91,7 +93,7 @@ class Turn:
         seconds = to_s(monotonic_ns() - start_ns)
         running = [name for name in self._times_ns if name.startswith("running")]
         times = [np.array([t for t in self._times_ns[name] if t >= start_ns]) for name in running]
-        gaps_s = np.concatenate([np.diff(t) for t in times]) * 1e-9
+        gaps_s = np.concatenate([np.diff(t) for t in times]) / NS_PER_S
         for name in running:
             self._instance.receive(Abort(name, 0))
         self._step()
@@ -103,15 +105,10 @@ class Turn:
         self._instance.receive(Dispatch(name, 0, "", pack_tokens(prompt), params, monotonic_ns()))
 
     def _step(self) -> None:
-        batch = self._instance.schedule(monotonic_ns())
-        if batch is None:
-            self._instance.pool.wait()
-        else:
-            self._instance.commit(batch, self._instance.forward(batch), np.array([monotonic_ns()]))
-        for message in self._instance.drain_outbox():
+        for message in self._llm.step():
             if isinstance(message, Tokens):
                 self._times_ns.setdefault(message.request_id, []).append(monotonic_ns())
-            elif isinstance(message, Finished) and message.stats is None:
+            elif message.stats is None:
                 raise RuntimeError(f"{message.request_id}: {message.reason}, {message.detail}")
 
 
@@ -132,32 +129,30 @@ def copy_figures(args: argparse.Namespace) -> dict[str, float]:
     shape = geometry(open_model(args.model, args.seed).config, args.block_size, getattr(torch, args.dtype))
     layout = {"discrete": DiscreteLayout, "aggregated": AggregatedLayout}[args.layout]()
     mempool = MemPool(shape, layout, num_blocks, NullIndex, device=device, num_dram_blocks=num_blocks)
-    pool, down_s, up_s = mempool.blocks, [], []
-    blocks = pool.alloc(num_blocks, HOLDER)
-    for _ in range(6):  # the first touches the memory
-        watch = Stopwatch()
-        below = pool.move_out(blocks, HOLDER)
-        down_s.append(to_s(watch.stop_ns()))
-        assert below is not None
-        watch = Stopwatch()
-        blocks = pool.swap_in(below, HOLDER).replaced(below)
-        up_s.append(to_s(watch.stop_ns()))
-    num_bytes = num_blocks * shape.block_bytes
-    whole_s = _one_piece_s(num_bytes, device)
-    return {"bytes": num_bytes, "down": num_bytes / median(down_s[1:]), "up": num_bytes / median(up_s[1:]),
-            "one_piece": num_bytes / whole_s}  # fmt: skip
-
-
-def _one_piece_s(num_bytes: int, device: torch.device) -> float:
-    on_gpu = device.type == "cuda"
+    num_bytes, pool = num_blocks * shape.block_bytes, mempool.blocks
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
-    times_s = []
-    for _ in range(6):
-        watch = Stopwatch()
-        target.copy_(source)
-        times_s.append(to_s(watch.stop_ns()))
-    return median(times_s[1:])
+    target = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    blocks = pool.alloc(num_blocks, HOLDER)
+
+    def down() -> None:
+        nonlocal blocks
+        below = pool.move_out(blocks, HOLDER)
+        assert below is not None, "DRAM has room for all of HBM"
+        blocks = below
+
+    def up() -> None:
+        nonlocal blocks
+        blocks = pool.swap_in(blocks, HOLDER).replaced(blocks)
+
+    ways = {"down": down, "up": up, "one_piece": lambda: target.copy_(source)}
+    seconds = in_turn({way: partial(_seconds, copy) for way, copy in ways.items()}, repeats=5)
+    return {"bytes": num_bytes, **{way: num_bytes / s for way, s in seconds.items()}}
+
+
+def _seconds(copy: Callable[[], object]) -> float:
+    watch = Stopwatch()
+    copy()
+    return to_s(watch.stop_ns())
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, float], list[Figure]]:

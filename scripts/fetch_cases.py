@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 from rich.progress import track
-from step_grid import Case, StepTimer
+from step_grid import Case, StepTimer, draw_log
 from transfer_ends import RECEIVER, Ends
 
 from memserve.kvcache import CacheGeometry, DiscreteLayout
@@ -32,9 +32,7 @@ def draw_cases(
     """Batches of 1 to max_batch prompts; blocks that are missing and new tokens are drawn evenly
     over their logarithms.
     """
-
-    def draw(low: int, high: int) -> int:
-        return round(np.exp(rng.uniform(np.log(low), np.log(high))))
+    draw = partial(draw_log, rng)
 
     def choice() -> Choice:
         most = (max_context - 1) // block_size

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from hf_baseline import hf_config
+from transformers import AutoModelForCausalLM, StaticCache
 
 from memserve.clock import monotonic_ns, to_s
 from memserve.kvcache.layout import DiscreteLayout
@@ -96,17 +97,7 @@ class DecodeSteps:
 
     @cached_property
     def _hugging_face(self) -> torch.nn.Module:
-        c = self._config
-        config = AutoConfig.for_model(
-            "llama",
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            max_position_embeddings=c.max_position,
-        )
+        config = hf_config(self._config)
         with self._device:
             return AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
 

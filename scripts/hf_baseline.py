@@ -26,7 +26,7 @@ class HFBaseline:
     """A float32 model of transformers with sdpa attention and its dynamic cache."""
 
     def __init__(self, config: ModelConfig, source: WeightSource) -> None:
-        self._model = AutoModelForCausalLM.from_config(_hf_config(config), attn_implementation="sdpa").float().eval()
+        self._model = AutoModelForCausalLM.from_config(hf_config(config), attn_implementation="sdpa").float().eval()
         state = {name: source.tensor(name) for name in source.names()}
         if config.tie_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -61,7 +61,8 @@ class HFBaseline:
         return to_s(times.times_ns[0] - start_ns), steps, out[:, longest:].numpy()
 
 
-def _hf_config(config: ModelConfig) -> object:
+def hf_config(config: ModelConfig) -> object:
+    """The same model as a configuration of transformers. Raises ValueError for a RoPE that is scaled."""
     c = config
     if c.rope_scaling is not None:
         raise ValueError(f"rope kind {c.rope_scaling.kind!r}: the baseline is built for plain RoPE only, use --no-hf")

@@ -5,6 +5,7 @@ has not. Time does not depend on the values.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,14 +47,16 @@ def fitted_cases(points: list[int], max_context: int, max_batch: int) -> list[Ca
     return [*alone, *decode, *several, *mixed]
 
 
+def draw_log(rng: np.random.Generator, low: int, high: int) -> int:
+    """A number from low to high, evenly over their logarithms."""
+    return round(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
 def held_out_cases(
     number: int, max_tokens: int, max_context: int, max_batch: int, rng: np.random.Generator
 ) -> list[Case]:
     """Steps of all four kinds, sizes drawn evenly over their logarithms."""
-
-    def draw(low: int, high: int) -> int:
-        return round(np.exp(rng.uniform(np.log(low), np.log(high))))
-
+    draw = partial(draw_log, rng)
     cases = []
     for i in range(number):
         size = draw(2, max_batch)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from weights_once import weights_loaded_once
 
 from memserve import LLM, SamplingParams, llm
-from memserve.cluster.build import build_engine
 from memserve.model.llama import load_model
 from memserve.model.model_path import open_model
 from memserve.model.near_ties import find_divergence
@@ -22,18 +22,9 @@ WARM = SamplingParams(max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def weights_loaded_once():
+def one_llama():
     """Every case with the same model has the same Llama object; pools and schedulers are its own."""
-    engines = {}
-
-    def build_once(cfg):
-        key = (cfg.model.path, cfg.model.dtype)
-        if key not in engines:
-            engines[key] = build_engine(cfg)
-        return engines[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm, "build_engine", build_once)
+    with weights_loaded_once(llm):
         yield
 
 

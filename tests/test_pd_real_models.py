@@ -5,10 +5,10 @@ import functools
 import numpy as np
 import pytest
 import torch
+from weights_once import weights_loaded_once
 
 from memserve import LocalCluster, load_config
 from memserve.cluster import local
-from memserve.cluster.build import build_engine
 
 COMMON = ["exec=emulated", "step_time=model", "model.num_threads=1", "workload=synthetic"]
 SYNTHETIC = ["workload.num_sessions=3", "workload.num_turns=2", "workload.prompt_tokens=40", "workload.turn_tokens=15",
@@ -27,18 +27,9 @@ NAMED = {  # combinations that differ from each other in everything
 
 
 @pytest.fixture(scope="module", autouse=True)
-def weights_loaded_once():
+def one_llama():
     """Every cluster with the same model has the same Llama object; pools and schedulers are its own."""
-    engines = {}
-
-    def build_once(cfg):
-        key = (cfg.model.path, cfg.model.dtype)
-        if key not in engines:
-            engines[key] = build_engine(cfg)
-        return engines[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "build_engine", build_once)
+    with weights_loaded_once(local):
         yield
 
 

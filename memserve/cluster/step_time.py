@@ -46,7 +46,7 @@ class GpuStepWatch(StepWatch):
         return step_ns, [round(self._start.elapsed_time(layer) * 1e6) for layer in self._layers]
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch's
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch does not annotate its events
         event.record(torch.cuda.current_stream(self._device))
         return event
 

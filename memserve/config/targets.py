@@ -18,10 +18,10 @@ def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object
     if "_target_" not in node:
         raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
     path = str(node["_target_"])
-    target = _imported(name, node)
+    target = _imported(name, path)
     if not inspect.isclass(target) or not issubclass(target, kind):
         raise ConfigError(f"{name}._target_={path}: expected a class derived from {kind.__name__}")
-    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    arguments = {str(key): value for key, value in node.items() if not str(key).startswith("_")}
     parameters = inspect.signature(target).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     hints = get_type_hints(target.__init__)
@@ -33,17 +33,12 @@ def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object
             check_target(f"{name}.{key}", value)
 
 
-def target_of(node: Mapping[str, Any]) -> Any:
-    """The class that a node's `_target_` names."""
-    module_name, _, attribute = str(node["_target_"]).rpartition(".")
-    return getattr(importlib.import_module(module_name), attribute)
-
-
-def _imported(name: str, node: Mapping[str, Any]) -> Any:
+def _imported(name: str, path: str) -> Any:
+    module_name, _, attribute = path.rpartition(".")
     try:
-        return target_of(node)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={node['_target_']}: cannot be imported ({error})") from error
+        raise ConfigError(f"{name}._target_={path}: cannot be imported ({error})") from error
 
 
 def _check_type(name: str, value: object, hint: object) -> None:

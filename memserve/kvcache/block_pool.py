@@ -142,10 +142,10 @@ class BlockPool:
         leaving = sum(len(s.sources) for s in self._swaps.open if self._frees(s, Medium.HBM))
         self.swap_out(max(0, num_blocks - self.allocator.num_free - leaving))
 
-    def poll(self, now_ns: int) -> list[Swap]:
-        """Sets the time of the calls that follow, in ns; returns the moves that end by it."""
+    def poll(self, now_ns: int) -> None:
+        """Sets the time of the calls that follow, in ns; ends the swaps whose copies have ended by it."""
         self._now_ns = now_ns
-        return self._swaps.end_due(now_ns) if self._swaps.open else []
+        self._swaps.end_due(now_ns)
 
     def wait(self) -> None:
         """Waits for every swap that has not ended."""

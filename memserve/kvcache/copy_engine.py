@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from memserve.clock import to_ns
+from memserve.transfer.side_stream import SideStream
 
 
 class BlockCopier(ABC):
@@ -99,23 +100,16 @@ class OnAThread(CopyEngine):
     def __init__(self, copier: BlockCopier) -> None:
         self._copier = copier
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="swap")
-        self._stream: torch.cuda.Stream | None = None
-        if copier.device.type == "cuda":
-            self._stream = torch.cuda.Stream(copier.device)  # type: ignore[no-untyped-call] # torch's
+        self._side = SideStream(copier.device) if copier.device.type == "cuda" else None
 
     def start(self, source: np.ndarray, target: np.ndarray, now_ns: int) -> Copy:
-        if self._stream is None:
+        if self._side is None:
             return _Promised(self._worker.submit(self._copier.copy, source, target))
-        written = torch.cuda.current_stream(self._copier.device).record_event()
-        return _Promised(self._worker.submit(self._copy_on_stream, self._stream, written, source, target))
+        return _Promised(self._worker.submit(self._copy_beside, self._side, self._side.mark(), source, target))
 
-    def _copy_on_stream(
-        self, stream: torch.cuda.Stream, written: torch.cuda.Event, source: np.ndarray, target: np.ndarray
-    ) -> None:
-        with torch.cuda.stream(stream):
-            stream.wait_event(written)
+    def _copy_beside(self, side: SideStream, written: torch.cuda.Event, source: np.ndarray, target: np.ndarray) -> None:
+        with side.after(written):
             self._copier.copy(source, target)
-            stream.synchronize()
 
 
 class _Due(Copy):

@@ -83,12 +83,10 @@ class Swaps:
             self.end(swap)
         return swap
 
-    def end_due(self, now_ns: int) -> list[Swap]:
-        """Ends what has been copied; returns it."""
-        due = [swap for swap in self.open if swap.copy.has_ended(now_ns)]
-        for swap in due:
+    def end_due(self, now_ns: int) -> None:
+        """Ends what has been copied."""
+        for swap in [swap for swap in self.open if swap.copy.has_ended(now_ns)]:
             self.end(swap)
-        return due
 
     def end_all(self, which: Callable[[Swap], bool] = lambda swap: True) -> bool:
         """Waits for the open swaps that `which` picks; whether there were any."""

@@ -118,7 +118,7 @@ class CapturedDecode:
     @torch.inference_mode()
     def _record(self, inputs: StaticInputs) -> Callable[[], torch.Tensor]:
         """Runs the step twice over padding rows, which compiles its kernels, then records it."""
-        stream: torch.cuda.Stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call] # torch's
+        stream: torch.cuda.Stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call] # torch does not annotate its streams
         stream.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(stream):
             for _ in range(2):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from memserve.transfer.block_copy import copy_rows
+from memserve.transfer.side_stream import SideStream
 
 _WARM_UP_BYTES = 128  # a row of 16 words, as most rows are of a multiple of as many
 
@@ -98,7 +99,7 @@ class Gpu(Device):
 
     def __init__(self, index: int) -> None:
         self._index, self._device = index, torch.device("cuda", index)
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch's
+        self._side = SideStream(self._device)
         line, row = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._device), np.zeros(1, np.int64)
         copy_rows(line, row, line.clone(), row, _WARM_UP_BYTES)  # compiles the kernel before anybody waits for it
 
@@ -110,7 +111,7 @@ class Gpu(Device):
         if memory.storage_offset() or memory.numel() * memory.itemsize != storage.nbytes():
             raise ValueError(f"a part of a storage on {memory.device}: expected all {storage.nbytes()} bytes of it")
         torch.cuda.synchronize(self._device)  # what it was filled with is there
-        _, segment, num_bytes, start_bytes, counter, counter_index, _, _ = storage._share_cuda_()  # type: ignore[no-untyped-call] # torch's
+        _, segment, num_bytes, start_bytes, counter, counter_index, _, _ = storage._share_cuda_()  # type: ignore[no-untyped-call] # torch annotates no storage's IPC calls
         torch.UntypedStorage._release_ipc_counter_cuda(counter, counter_index)
         return DeviceHandle(_uuid(self._index), segment, start_bytes, num_bytes, counter, counter_index)
 
@@ -131,15 +132,11 @@ class Gpu(Device):
             return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
 
     def mark(self) -> torch.cuda.Event:
-        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
-        return event
+        return self._side.mark()
 
-    @contextmanager
-    def after(self, mark: torch.cuda.Event | None) -> Iterator[None]:
+    def after(self, mark: torch.cuda.Event | None) -> AbstractContextManager[None]:
         assert mark is not None, "of this device"
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(mark)
-            yield
+        return self._side.after(mark)
 
 
 def _uuid(index: int) -> str:

@@ -83,7 +83,7 @@ def page_lock(memory: SharedMemory) -> None:
 
     For as long as the object lives. Raises RuntimeError without a GPU, and where the system does not allow as much.
     """
-    runtime, address = torch.cuda.cudart(), memory.bytes.data_ptr()  # type: ignore[no-untyped-call] # torch's
+    runtime, address = torch.cuda.cudart(), memory.bytes.data_ptr()  # type: ignore[no-untyped-call] # torch does not annotate cudart()
     torch.cuda.check_error(runtime.cudaHostRegister(address, memory.bytes.numel(), 0))
     weakref.finalize(memory, runtime.cudaHostUnregister, address)
 

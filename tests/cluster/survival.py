@@ -78,7 +78,7 @@ def survive(seed: int, transport: str, directory: Path) -> dict[str, object]:
     finally:
         ranks.kill()
     (found,) = json.loads((directory / "found.json").read_text())
-    ends = check(found)
+    ends = check(found, expected())
     return {"fates": [f"rank {victim} {fate} at {at_s:.1f} s" for at_s, victim, fate in sorted(fates)], "ends": ends}
 
 
@@ -95,13 +95,13 @@ def befall(fates: list[tuple[float, int, str]], ranks: Forked) -> None:
         ranks.signal(victim, signal.SIGCONT)
 
 
-def check(found: dict[str, dict]) -> dict[str, int]:
-    """Every request has the right tokens or a named failure; returns how many ended in each way."""
+def check(found: dict[str, dict], tokens: dict[str, list[int]]) -> dict[str, int]:
+    """Every request has the right `tokens` or a named failure; returns how many ended in each way."""
     counts: dict[str, int] = {}
     for request_id, (reason, detail, _) in found["ends"].items():
         counts[reason] = counts.get(reason, 0) + 1
         if reason in ("length", "stop"):
-            assert found["tokens"][request_id] == expected()[request_id], request_id
+            assert found["tokens"][request_id] == tokens[request_id], request_id
         else:
             assert reason in NAMED and detail, (request_id, reason, detail)
     counts["new attempts"] = sum(attempt for _, _, attempt in found["ends"].values())

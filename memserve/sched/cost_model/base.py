@@ -80,7 +80,7 @@ class CostModel(ABC):
         times[0] += to_ns(self.swap_time_s(batch.num_swapped_blocks))
         return times
 
-    def check(self, subject: Subject) -> None:  # noqa: B027 # most models are of no machine
+    def check(self, subject: Subject) -> None:  # noqa: B027 # nothing is to be checked of most models: empty, not abstract
         """Raises ValueError if the costs are not of what is about to run."""
 
 
