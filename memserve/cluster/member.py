@@ -10,6 +10,7 @@ An instance of one rank is a leader without followers.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import msgspec
 import torch
@@ -56,17 +57,12 @@ class Member:
 
     def _lead(self, number: int, engine: Engine, shard: Shard, num_threads: int) -> None:
         label, role = build_roles(self._cfg)[self._instance]
+        build = partial(build_instance, self._cfg, engine, label, role, self._instance, in_real_time=True)
         if number == 0:
             with self._followers(shard, engine) as followers:
-                warm_up(
-                    build_instance(
-                        self._cfg, engine, label, role, self._instance, followers=followers, in_real_time=True
-                    )
-                )
+                warm_up(build(followers=followers))
         with self._followers(shard, engine) as followers, self._transport(number, followers) as transport:
-            instance = build_instance(
-                self._cfg, engine, label, role, self._instance, transport, followers, in_real_time=True
-            )
+            instance = build(transport=transport, followers=followers)
             if follows_events(self._cfg):
                 instance.pool.follow()
             processes = [_this_process()]

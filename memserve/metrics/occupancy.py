@@ -21,11 +21,8 @@ from memserve.kvcache.block_pool import BlockPool
 MAX_POINTS = 1000
 TIERS = ("hbm", "dram")
 KINDS = ("request", "both", "index", "swap", "transfer", "quarantine", "free")
-_APART = (
-    "quarantine",
-    "transfer",
-    "swap",
-)  # first words of holders that are shown as kinds; a block of several: the first
+# First words of holders that are shown as kinds; a block of several: the first.
+_APART = ("quarantine", "transfer", "swap")
 
 
 @dataclass(frozen=True)
