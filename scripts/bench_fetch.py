@@ -6,11 +6,11 @@
 Words with `=` are run.py's. The machine is fitted, as profile_cost_model.py does: steps of the model, and single
 transfers between this process and another. Batches of prompts are drawn of which some KV is here and more is there, and
 each is measured both ways: the transfer of what is missing, by each transport and granularity, and how much longer the
-real model's step takes without it. Repeats of all this are interleaved in random order, and the least counts, since
-others on the machine only ever add time. The policy (`fetch=cost`) is asked with the fitted prices, which have not seen
-the cases. Cases within 10 % of break-even, as measured, are counted
-apart. `repeat` is what nothing can be much better than: the choice by every other measured repeat, judged by those
-between. Control messages are in neither side: in a cluster they wait for steps, which Eq. 2 leaves out.
+real model's step takes without it. Repeats of all this are interleaved in random order, in turn with a decode step as
+pacing.py says, and medians count. The policy (`fetch=cost`) is asked with the fitted prices, which have not seen the
+cases. Cases within 10 % of break-even, as measured, are counted apart. `repeat` is what nothing can be much better
+than: the choice by every other measured repeat, judged by those between. Control messages are in neither side: in a
+cluster they wait for steps, which Eq. 2 leaves out.
 """
 
 import argparse
@@ -25,19 +25,18 @@ import numpy as np
 from fetch_cases import (
     WAYS,
     CaseTimes,
-    Timed,
     Verdict,
     Wire,
     block_counts,
     draw_cases,
-    in_random_order,
     judge,
     predict,
     ways_of,
 )
+from pacing import Timed, paced_times
 from rich.console import Console
 from rich.table import Table
-from step_grid import StepTimer, fitted_cases, linear_points
+from step_grid import PACE, StepTimer, fitted_cases, linear_points
 from transfer_ends import Ends
 
 from memserve.cluster.build import build_engine
@@ -51,6 +50,7 @@ from memserve.sched.fetch_policy import Choice, FetchIfCheaper, FetchPrices
 
 TRANSPORTS = ("mapped", "gloo")
 GOAL = 0.95
+REPEAT_S = 0.02  # of a call's repeat, as pacing.py has it
 ROOM = 4  # arenas beside the KV of one batch: so that its blocks lie scattered
 
 
@@ -125,7 +125,7 @@ def measure_all(model: Llama, cfg: RunConfig, args: argparse.Namespace) -> Outco
     shape, most_blocks = geometry(model.config, size, model.dtype), args.max_context // size
     timer = StepTimer(model, size, cfg.model.attention, args.max_context, args.max_batch)
     points = linear_points(args.max_context, args.max_context)
-    steps, counts = fitted_cases(points, args.max_context, args.max_batch), block_counts(most_blocks)
+    steps, counts = fitted_cases(points, args.max_context, args.max_batch, rng), block_counts(most_blocks)
     cases = draw_cases(args.cases, args.max_context, args.max_batch, size, rng)
     ends = Ends(ROOM * args.max_batch * most_blocks * shape.block_bytes)
     try:
@@ -133,11 +133,11 @@ def measure_all(model: Llama, cfg: RunConfig, args: argparse.Namespace) -> Outco
         calls: list[Timed] = [partial(timer.seconds, step) for step in steps]
         calls += [partial(wire.seconds, [count]) for wire in wires for count in counts]
         calls += [call for case in cases for call in ways_of(case, wires, timer, size)]
-        times = in_random_order(calls, args.repeats, rng)
+        times = paced_times(calls, partial(timer.seconds, PACE), args.repeats, REPEAT_S, rng)
     finally:
         ends.close()
     num_fitted = len(steps) + len(wires) * len(counts)
-    fitted, of_cases = times[:num_fitted].min(axis=1), times[num_fitted:]
+    fitted, of_cases = np.median(times[:num_fitted], axis=1), times[num_fitted:]
     measured = [MeasuredStep(s.num_cached, s.num_new, t) for s, t in zip(steps, fitted.tolist(), strict=False)]
     costs, seconds = fit_operators(measured, points), fitted[len(steps) :].reshape(len(wires), len(counts))
     prices = {w.name: FetchPrices(costs, w.fit(counts, s), size) for w, s in zip(wires, seconds, strict=True)}

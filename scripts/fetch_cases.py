@@ -5,12 +5,12 @@ Knows no command line and prints nothing.
     # a prompt: [0, num_cached) is here | [num_cached, num_held) could be fetched | [num_held, num_tokens) is computed
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from rich.progress import track
+from pacing import Timed
 from step_grid import Case, StepTimer, draw_log
 from transfer_ends import RECEIVER, Ends
 
@@ -21,7 +21,6 @@ from memserve.sched.cost_model.transfer import TransferCost
 from memserve.sched.fetch_policy import Choice, FetchPrices
 from memserve.transfer.link import LinkModel
 
-Timed = Callable[[], float]
 WAYS: dict[str, type[Granularity]] = {"by_request": ByRequest, "packed": Packed}
 MARGIN = 0.1  # cases nearer to break-even than this are nobody's fault
 
@@ -89,21 +88,9 @@ class CaseTimes:
     with_it: np.ndarray
 
     def both(self, repeats: slice) -> tuple[np.ndarray, np.ndarray]:
-        """(fetch_s, compute_s) [cases]: the least of some repeats; computing costs what a step takes longer without."""
-        fetch, without, with_it = (x[:, repeats].min(axis=1) for x in (self.fetch, self.without, self.with_it))
+        """(fetch_s, compute_s) [cases]: medians of some repeats; computing costs what a step takes longer without."""
+        fetch, without, with_it = (np.median(x[:, repeats], axis=1) for x in (self.fetch, self.without, self.with_it))
         return fetch, without - with_it
-
-
-def in_random_order(calls: Sequence[Timed], repeats: int, rng: np.random.Generator) -> np.ndarray:
-    """Seconds of each call, float64 [calls, repeats]: all of them once a round, after one round that does not count.
-
-    What is fitted and what it is held against are so measured at the same time, on a machine as busy for both.
-    """
-    times = np.zeros((len(calls), repeats + 1))
-    for repeat in track(range(repeats + 1), description=f"{len(calls)} calls"):
-        for i in rng.permutation(len(calls)):
-            times[i, repeat] = calls[i]()
-    return times[:, 1:]
 
 
 def ways_of(case: Sequence[Choice], wires: Sequence[Wire], timer: StepTimer, block_size: int) -> list[Timed]:

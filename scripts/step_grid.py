@@ -6,16 +6,18 @@ has not. Time does not depend on the values.
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from memserve.clock import monotonic_ns, to_s
+from memserve.cluster.worker import Followers, ParallelRunner
 from memserve.kvcache.arena import Arena
 from memserve.kvcache.layout import DiscreteLayout
 from memserve.model.llama import Llama
 from memserve.model.runner import ModelRunner, geometry
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, Runner, SamplingParams, ScheduledBatch
 
 PREFIX_SHARES = (0.0, 0.25, 0.5, 0.9)
 NUM_SWAPPED = 64
@@ -29,27 +31,40 @@ class Case:
     num_new: list[int]
 
 
+PACE = Case([32], [1])  # the step that short ones are run in turn with
+
+
 def linear_points(max_context: int, max_tokens: int) -> list[int]:
-    """Tokens of a step between which its linear part is taken as straight: powers of two, and 3/2 of them."""
+    """Tokens of a step between which its linear part is taken as straight: every number to 12, since products of a few
+    rows are as fast as their number suits the kernel; then powers of two, and 3/2 of them.
+    """
     most = min(max_context, max_tokens)
-    points = sorted({int(base * 2**i) for i in range(12) for base in (1, 1.5) if base * 2**i >= 1})
-    return [p for p in points if p <= most]
-
-
-def fitted_cases(points: list[int], max_context: int, max_batch: int) -> list[Case]:
-    """A grid over cached and new tokens, batches of prompts, decode batches over lengths, and both together."""
-    lengths = [max_context // 64, max_context // 8, max_context // 2, max_context - 1]
-    alone = [Case([int(share * (max_context - y))], [y]) for y in points for share in PREFIX_SHARES]
-    sizes = [s for s in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if s <= max_batch]
-    decode = [Case([length] * size, [1] * size) for size in [1, *sizes] for length in lengths]
-    several = [Case([x] * size, [points[-1] // size // 2] * size) for size in sizes for x in (0, max_context // 4)]
-    mixed = [Case([max_context // 4] * size + [0], [1] * size + [y]) for size in sizes[::2] for y in points[8::3]]
-    return [*alone, *decode, *several, *mixed]
+    points = {*range(1, 13), *(int(base * 2**i) for i in range(3, 12) for base in (1, 1.5))}
+    return sorted(p for p in points if p <= most)
 
 
 def draw_log(rng: np.random.Generator, low: int, high: int) -> int:
     """A number from low to high, evenly over their logarithms."""
     return round(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def fitted_cases(points: list[int], max_context: int, max_batch: int, rng: np.random.Generator) -> list[Case]:
+    """A grid over cached and new tokens, batches of prompts, decode batches over lengths, and both together.
+
+    New tokens behind a prefix are drawn between the points: prompts seldom end where kernels like it.
+    """
+    lengths = [max_context // 64, max_context // 8, max_context // 2, max_context - 1]
+    alone = []
+    for before, point in pairwise([0, *points]):
+        for share in PREFIX_SHARES:
+            y = draw_log(rng, before + 1, point) if share else point
+            alone.append(Case([int(share * (max_context - y))], [y]))
+    sizes = [s for s in (*range(2, 9), 10, 12, 16, 24, 32, 48, 64) if s <= max_batch]
+    decode = [Case([length] * size, [1] * size) for size in [1, *sizes] for length in lengths]
+    several = [Case([x] * size, [points[-1] // size // 2] * size) for size in sizes[::2] for x in (0, max_context // 4)]
+    chunks = [p for p in points if p >= 24][::3]
+    mixed = [Case([max_context // 4] * size + [0], [1] * size + [y]) for size in sizes[::3] for y in chunks]
+    return [*alone, *decode, *several, *mixed]
 
 
 def held_out_cases(
@@ -77,15 +92,27 @@ def held_out_cases(
 
 
 class StepTimer:
-    """Runs steps on a model. max_context: most tokens of a request.  max_batch: most requests, one more beside them."""
+    """Runs steps on a model. max_context: most tokens of a request.  max_batch: most requests, one more beside them.
 
-    def __init__(self, model: Llama, block_size: int, attention: str, max_context: int, max_batch: int) -> None:
+    `runner` computes this rank's part of the model. followers: the other ranks, which are told of every step.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        block_size: int,
+        attention: str,
+        max_context: int,
+        max_batch: int,
+        followers: Followers | None = None,
+    ) -> None:
         self._blocks_each = -(-max_context // block_size)
         self._model, self._geometry = model, geometry(model.config, block_size, model.dtype)
         arena = Arena(DiscreteLayout(), self._geometry, self._blocks_each * (max_batch + 1), model.device)
         arena.tensor.normal_()
         self._arena = arena
-        self._runner = ModelRunner(model, arena.kv, block_size, attention=attention)
+        self.runner = ModelRunner(model, arena.kv, block_size, attention=attention)
+        self._whole: Runner = self.runner if followers is None else ParallelRunner(self.runner, followers)
 
     def seconds(self, case: Case) -> float:
         """One forward, sampling included."""
@@ -93,7 +120,7 @@ class StepTimer:
         batch = ScheduledBatch(requests, case.num_new)
         self._synchronize()
         start_ns = monotonic_ns()
-        self._runner.forward(batch)
+        self._whole.forward(batch)
         self._synchronize()
         return to_s(monotonic_ns() - start_ns)
 

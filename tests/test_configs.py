@@ -41,7 +41,7 @@ def cost_file(directory):
     """Costs of this machine, made up."""
     subject = subject_of(load_config(["exec=simulated"]), None)
     provenance = Provenance("2026-01-01", "none", "none", 16, 1, 0.0, {})
-    operator = OperatorCostModel([1, 100], [0.001, 0.01], 0, 0, 0, 0, 0).arguments()
+    operator = OperatorCostModel([1, 100], [0.001, 0.01], 0, 0, 0, 0, 0, 0, 0).arguments()
     path = directory / "costs.json"
     path.write_bytes(msgspec.json.encode(CostFile(subject, provenance, operator, {}, [], [])))
     return path

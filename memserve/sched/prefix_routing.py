@@ -52,17 +52,14 @@ class CostBased(Policy):
     def __init__(self, cost_model: CostModel, max_skew: float | None = None) -> None:
         if not isinstance(cost_model, CostModel):
             raise ValueError(f"policy.cost_model={type(cost_model).__name__}: expected a CostModel")
-        if max_skew is not None:
-            _require("max_skew", max_skew, 1 <= max_skew < math.inf, "null or a finite number >= 1")
-        self._cost_model, self._max_skew = cost_model, max_skew
+        self._cost_model, self._max_skew = cost_model, _skew(max_skew)
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         seconds = self._cost_model.exec_time_s(cluster.num_cached, len(request.tokens) - cluster.num_cached)
         ends_ns = cluster.queued_work + np.rint(seconds * NS_PER_S).astype(np.int64)
         soonest = ends_ns.min()
         if self._max_skew is not None:
-            most = self._max_skew * cluster.num_lately.sum() / len(ends_ns) + 1
-            ends_ns[cluster.num_lately > most] = _NEVER_NS
+            ends_ns[_took_most(cluster, self._max_skew)] = _NEVER_NS
         end = ends_ns.min()
         why = "soonest first token but for who took most" if end > soonest else "soonest first token"
         return Chosen(least_loaded(cluster, ends_ns == end, rng), why)
@@ -77,27 +74,38 @@ class BalancedPrefix(Policy):
 
     Uneven is when the most loaded instance has more than `abs_bound` requests more than the least loaded, and more than
     `rel_bound` times as many: then the least loaded takes it. Else who has the longest prefix, if it is at least
-    `min_share` of the prompt; else the least loaded. Raises ValueError for bounds out of range.
+    `min_share` of the prompt; else the least loaded.
+
+    max_skew: as CostBased's, since a load that never becomes uneven leaves a prefix that all sessions begin with where
+    it was seen first; None is the practice alone. Raises ValueError for bounds out of range.
     """
 
     looks_at_prefixes = True
 
-    def __init__(self, abs_bound: int = 4, rel_bound: float = 1.5, min_share: float = 0.5) -> None:
+    def __init__(
+        self, abs_bound: int = 4, rel_bound: float = 1.5, min_share: float = 0.5, max_skew: float | None = None
+    ) -> None:
         _require("abs_bound", abs_bound, isinstance(abs_bound, int) and abs_bound >= 0, "an integer >= 0")
         _require("rel_bound", rel_bound, 1 <= rel_bound < math.inf, "a finite number >= 1")
         _require("min_share", min_share, 0 <= min_share <= 1, "a number from 0 to 1")
         self._abs_bound, self._rel_bound, self._min_share = abs_bound, rel_bound, min_share
+        self._max_skew = _skew(max_skew)
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
         most, least = int(cluster.num_requests.max()), int(cluster.num_requests.min())
-        longest = int(cluster.num_cached.max())
+        cached = cluster.num_cached
+        if self._max_skew is not None:
+            cached = np.where(_took_most(cluster, self._max_skew), -1, cached)
+        longest = int(cached.max())
         if most - least > self._abs_bound and most > self._rel_bound * least:
             why = "least load: it is uneven"
         elif longest < max(self._min_share * len(request.tokens), 1):
             why = "least load: no long prefix"
         else:
-            return Chosen(least_loaded(cluster, cluster.num_cached == longest, rng), _by_prefix(longest))
-        return Chosen(least_loaded(cluster, np.ones(len(cluster.labels), dtype=bool), rng), why)
+            passed_over = longest < cluster.num_cached.max()
+            why = "longest prefix but for who took most" if passed_over else _by_prefix(longest)
+            return Chosen(least_loaded(cluster, cached == longest, rng), why)
+        return Chosen(least_loaded(cluster, cached >= 0, rng), why)
 
 
 class LeastKV(Policy):
@@ -118,6 +126,18 @@ class LeastKV(Policy):
 
 def _by_prefix(longest: int) -> str:
     return "longest prefix" if longest > 0 else "least load: nothing is cached"
+
+
+def _skew(max_skew: float | None) -> float | None:
+    if max_skew is not None:
+        _require("max_skew", max_skew, 1 <= max_skew < math.inf, "null or a finite number >= 1")
+    return max_skew
+
+
+def _took_most(cluster: ClusterSnapshot, max_skew: float) -> np.ndarray:
+    """bool [n]: who lately took more than max_skew times the mean; never all."""
+    result: np.ndarray = cluster.num_lately > max_skew * cluster.num_lately.sum() / len(cluster.num_lately) + 1
+    return result
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

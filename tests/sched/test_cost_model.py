@@ -24,7 +24,8 @@ from memserve.sched.cost_model.operator import OperatorCostModel
 POINTS = [1, 8, 64, 512]
 TRUTH = {
     "tokens": POINTS, "linear_s": [0.02, 0.03, 0.1, 0.7], "causal_pair_s": 3e-7, "prefix_pair_s": 5e-7,
-    "prefix_token_s": 2e-6, "decode_token_s": 4e-6, "request_s": 1e-4, "swap_block_s": 1e-3,
+    "prefix_token_s": 2e-6, "decode_token_s": 4e-6, "prefill_request_s": 1e-3,
+    "decode_request_s": 1e-4, "mixed_s": 2e-3, "swap_block_s": 1e-3,
 }  # fmt: skip
 OPERATOR = OperatorCostModel(**TRUTH)
 ARCH = ArchCostModel([0.01, 1e-5, 1e-3, 1e-9, 1e-8, 1e-7])
@@ -69,6 +70,16 @@ def test_a_batch_repeated_n_times_takes_what_n_batches_take_to_the_nanosecond(co
     assert costs.step_times_ns(batch_of(*pairs, num_steps=50)) == singles
 
 
+def test_a_step_of_both_kinds_pays_for_both_ways_of_attention_once():
+    chunk, decode = (0, 40), (100, 1)
+    both = OPERATOR.step_times_ns(batch_of(chunk, decode, decode))[0] * 1e-9
+    without = OperatorCostModel(**{**TRUTH, "mixed_s": 0.0}).step_times_ns(batch_of(chunk, decode, decode))[0] * 1e-9
+    assert both - without == pytest.approx(TRUTH["mixed_s"])
+    assert OPERATOR.step_times_ns(batch_of(decode, decode)) == OperatorCostModel(
+        **{**TRUTH, "mixed_s": 0.0}
+    ).step_times_ns(batch_of(decode, decode))
+
+
 def test_one_batch_of_two_costs_less_than_two_batches():
     together = OPERATOR.step_times_ns(batch_of((30, 1), (60, 1)))[0]
     apart = sum(OPERATOR.step_times_ns(batch_of(pair))[0] for pair in [(30, 1), (60, 1)])
@@ -84,6 +95,7 @@ def steps_of(seed, num_steps):
     while len(steps) < num_steps:
         size = int(rng.integers(1, 4))
         new = [1] * size if rng.random() < 0.4 else rng.integers(2, 160, size).tolist()
+        new += [1] * int(rng.integers(0, 3))
         steps.append(step(*((int(rng.integers(0, 2)) * int(rng.integers(1, 900)), int(y)) for y in new)))
     return steps
 
@@ -117,7 +129,7 @@ def test_no_parameter_of_a_fit_is_negative_and_none_is_worse_than_zero():
 
 
 def test_attention_costs_as_much_as_the_rest_where_the_curvature_says():
-    costs = OperatorCostModel([1, 512], [0.001, 0.512], 1e-6, 0, 0, 0, 0)
+    costs = OperatorCostModel([1, 512], [0.001, 0.512], 1e-6, 0, 0, 0, 0, 0, 0)
     assert attention_tokens(costs) == pytest.approx(1000, rel=0.01)  # 1 ms a token beside 1 us a pair
     assert attention_tokens(FIXED) == float("inf")
 
@@ -140,12 +152,12 @@ def test_parameters_that_are_no_costs_are_refused_by_name(changes, named):
 
 @pytest.fixture
 def write(tmp_path):
-    """write(subject): the path of a file of that machine and model."""
+    """write(subject): the path of a file of that machine and model. operator: the arguments of that level."""
 
-    def write_file(subject):
+    def write_file(subject, operator=TRUTH):
         arch = {"surface": [0.01, 0, 1e-3, 0, 0, 0], "swap_block_s": 0.0}
         provenance = Provenance("2026-01-01", "tiny", "2", 16, 5, 1.0, {"operator": 2.0, "arch": 9.0})
-        file = CostFile(subject, provenance, TRUTH, arch, [step((0, 8))], [])
+        file = CostFile(subject, provenance, operator, arch, [step((0, 8))], [])
         path = tmp_path / "costs.json"
         path.write_bytes(msgspec.json.encode(file))
         return str(path)
@@ -222,6 +234,21 @@ def test_a_file_that_is_something_else_is_refused_by_name(tmp_path):
         FittedCostModel(str(tmp_path / "other.json"))
     with pytest.raises(ConfigError, match="cost_model.path: expected a value"):
         load_config(["cost_model=fitted"])
+
+
+@pytest.mark.parametrize(
+    ("operator", "named"),
+    [
+        ({**TRUTH, "mixed_s": -1.0}, "cost_model.mixed_s=-1.0: expected a finite number"),
+        ({name: value for name, value in TRUTH.items() if name != "mixed_s"}, "missing .*'mixed_s'"),
+        ({**TRUTH, "request_s": 1.0}, "unexpected .*'request_s'"),
+    ],
+    ids=["negative", "missing", "unknown"],
+)
+def test_a_file_with_costs_that_are_none_is_refused_by_its_name(write, operator, named):
+    path = write(here(), operator)
+    with pytest.raises(ValueError, match=rf"cost_model.path={path}: its operator-level costs .*{named}"):
+        FittedCostModel(path)
 
 
 def test_the_published_preset_gives_the_times_it_was_derived_from():

@@ -80,9 +80,11 @@ def test_a_prefix_that_all_begin_with_does_not_draw_all_to_one_instance():
             serve(scheduler, f"r{i}", np.append(shared, 100 + i), [1], f"s{i}", now_ns=i)
         return sorted(scheduler.group.num_routed_to.tolist())
 
-    assert spread(CostBased(COSTS)) == [0, 0, 0, 60]
-    even = spread(CostBased(COSTS, max_skew=1.75))
-    assert even[1] > 0 and even[-1] <= 1.75 * 15 + 2
+    for policy in (CostBased(COSTS), BalancedPrefix()):
+        assert spread(policy) == [0, 0, 0, 60]
+    for policy in (CostBased(COSTS, max_skew=1.75), BalancedPrefix(max_skew=1.75)):
+        even = spread(policy)
+        assert even[1] > 0 and even[-1] <= 1.75 * 15 + 2
 
 
 def test_each_choice_is_recorded_with_what_it_would_have_cost_elsewhere():
@@ -106,6 +108,14 @@ def test_balanced_prefix_follows_locality_until_the_load_is_uneven_or_the_prefix
     assert choose(policy, [0, 48], [0, 1]) == 0
 
 
+def test_balanced_prefix_passes_over_who_lately_took_more_than_its_skew():
+    policy = BalancedPrefix(abs_bound=3, rel_bound=2, min_share=0.5, max_skew=1.5)
+    assert chosen_and_why(policy, [0, 80, 64], lately=[1, 5, 1]) == (2, "longest prefix but for who took most")
+    assert chosen_and_why(policy, [0, 80, 16], lately=[1, 3, 1]) == (1, "longest prefix")
+    assert chosen_and_why(policy, [16, 80, 0], [1, 0, 0], lately=[1, 5, 1]) == (2, "least load: no long prefix")
+    assert choose(BalancedPrefix(), [0, 80, 64], lately=[0, 99, 0]) == 1, "the practice alone"
+
+
 def test_least_kv_weighs_a_prefix_against_load_in_tokens():
     assert choose(LeastKV(), [0, 50], tokens=[100, 149]) == 1
     assert choose(LeastKV(), [0, 50], tokens=[100, 151]) == 0
@@ -119,6 +129,7 @@ def test_least_kv_weighs_a_prefix_against_load_in_tokens():
         (lambda: BalancedPrefix(abs_bound=-1), "abs_bound=-1"),
         (lambda: BalancedPrefix(rel_bound=0.5), "rel_bound=0.5: expected a finite number >= 1"),
         (lambda: BalancedPrefix(min_share=1.5), "min_share=1.5"),
+        (lambda: BalancedPrefix(max_skew=0.5), "max_skew=0.5: expected null or a finite number >= 1"),
         (lambda: CostBased(COSTS, max_skew=0.5), "max_skew=0.5: expected null or a finite number >= 1"),
         (lambda: CostBased(object()), "cost_model=object: expected a CostModel"),
     ],

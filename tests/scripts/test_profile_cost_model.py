@@ -1,14 +1,18 @@
 """The profile measures every kind of step, and what it writes is a cost model that a run on this machine takes."""
 
+import itertools
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from cluster.test_distributed import TESTS, torchrun
 
 from memserve import LocalCluster, load_config
 from memserve.sched.cost_model.fitted import load_cost_file
 
-SMALL = ["--max-context", "128", "--max-tokens", "64", "--max-batch", "3", "--repeats", "2", "--held-out", "8"]
+SMALL = ["--max-context", "128", "--max-tokens", "64", "--max-batch", "3", "--repeats", "2", "--held-out", "8",
+         "--repeat-s", "0"]  # fmt: skip
 
 
 def test_one_command_measures_fits_and_saves_what_a_run_then_takes(script, tmp_path, capsys, monkeypatch):
@@ -27,16 +31,48 @@ def test_one_command_measures_fits_and_saves_what_a_run_then_takes(script, tmp_p
     assert report["ttft_s"]["mean"] > 0
 
 
+def test_under_torchrun_it_measures_the_split_model_that_a_split_instance_then_runs(tmp_path):
+    path, scripts = tmp_path / "costs.json", TESTS.parent / "scripts"
+    words = ["model=tiny", "model.num_threads=1"]
+    status, printed = torchrun(2, scripts / "profile_cost_model.py", "--out", path, *words, *SMALL)
+    assert status == 0, printed
+    subject = load_cost_file(path).subject
+    assert subject.tensor_parallel == 2 and subject.shape["num_heads"] == 3 and subject.threads == 1
+    words += ["exec=distributed", "cluster=colocated_1", "policy=cost_based", "cost_model=fitted"]
+    words += [f"cost_model.path={path}", "workload=synthetic", "workload.num_sessions=1", "workload.prompt_tokens=40"]
+    words += ["workload.max_output_tokens=3", f"hydra.run.dir={tmp_path}/out"]
+    status, printed = torchrun(3, scripts / "run.py", *words, "cluster.tensor_parallel.colocated=2")
+    assert status == 0, printed
+    status, printed = torchrun(2, scripts / "run.py", *words)
+    assert status != 0 and "expected" in printed and "num_heads" in printed  # a whole instance is another model
+
+
 def test_the_steps_fitted_and_held_out_stay_within_the_limits_and_are_of_every_kind(script):
     grid = script("step_grid")
     points = grid.linear_points(512, 2048)
     assert points[0] == 1 and points[-1] == 512
     held_out = grid.held_out_cases(40, points[-1], 512, 8, np.random.default_rng(0))
-    for case in [*grid.fitted_cases(points, 512, 8), *held_out]:
+    for case in [*grid.fitted_cases(points, 512, 8, np.random.default_rng(0)), *held_out]:
         total = np.add(case.num_cached, case.num_new)
         assert len(case.num_cached) <= 9 and total.max() <= 512 and min(case.num_new) >= 1 and min(case.num_cached) >= 0
     kinds = {(len(c.num_new) > 1, min(c.num_new) == 1, max(c.num_new) > 1) for c in held_out}
     assert {(False, False, True), (True, True, False), (True, False, True), (True, True, True)} <= kinds
+
+
+def test_a_short_call_counts_by_the_pace_beside_it_and_a_long_one_by_itself(script):
+    """A machine that is half as fast in every other repeat: the figures agree all the same, at the mean pace."""
+    pacing, calls = script("pacing"), itertools.count()
+
+    def run(seconds):
+        number = next(calls)
+        repeat = max(number - 2, 0) // 5  # two first runs; then the pace three times and the call twice
+        return seconds * (1 + repeat % 2)
+
+    rng = np.random.default_rng(0)
+    short = pacing.paced_times([partial(run, 0.01)], partial(run, 0.004), 4, 0.02, rng)
+    assert short.tolist() == [pytest.approx([0.015] * 4)]
+    long = pacing.paced_times([lambda: 0.3], partial(run, 0.004), 3, 0.02, rng)
+    assert long.tolist() == [[0.3] * 3]
 
 
 def test_limits_that_measure_nothing_are_refused_by_name(script, monkeypatch, capsys):

@@ -71,7 +71,12 @@ class FittedCostModel(CostModel):
         self.file = load_cost_file(path)
         self._path, self._allow_other_machine = path, allow_other_machine
         models = {"operator": OperatorCostModel, "arch": ArchCostModel}
-        self.model: CostModel = models[level](**getattr(self.file, level))
+        try:
+            self.model: CostModel = models[level](**getattr(self.file, level))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"cost_model.path={path}: its {level}-level costs are none of this version's ({error})"
+            ) from error
         self.swap_block_s = self.model.swap_block_s
 
     def check(self, subject: Subject) -> None:

@@ -1,11 +1,13 @@
 """OperatorCostModel: a step's seconds as the sum of its operators' (section 5.3). Knows no machine; see fit.py.
 
-    seconds = linear(T)                            projections, MLP, norms over the step's T new tokens together
-            + causal_pair_s  * sum y (y + 1) / 2   attention of prompts with nothing cached (x = 0)
-            + prefix_pair_s  * sum y (x + y)       attention behind a cached prefix: masked, all pairs are computed
-            + prefix_token_s * sum (x + y)         of those, gathering the KV of all tokens
-            + decode_token_s * sum (x + 1)         attention of requests with one new token: reading their KV
-            + request_s      * number of requests  per-request launches and sampling
+    seconds = linear(T)                              projections, MLP, norms over the step's T new tokens together
+            + causal_pair_s    * sum y (y + 1) / 2   attention of prompts with nothing cached (x = 0)
+            + prefix_pair_s    * sum y (x + y)       attention behind a cached prefix: masked, all pairs are computed
+            + prefix_token_s   * sum (x + y)         of those, gathering the KV of all tokens
+            + decode_token_s   * sum (x + 1)         attention of requests with one new token: reading their KV
+            + prefill_request_s * requests with y > 1  launches for each of them, and sampling
+            + decode_request_s  * requests with y = 1
+            + mixed_s if there are both              two ways of attention in each layer, and bringing them together
 
 x cached and y new tokens of a request. Beside the paper's form, with p = x + y tokens of which a share c is cached:
 its attention a p^2 c + b p^2 + c p + d has no c^2, while the pairs that are computed are p^2 (1 - c) or, unmasked,
@@ -22,7 +24,10 @@ import numpy as np
 
 from memserve.sched.cost_model.base import CostModel, require_seconds
 
-TERMS = ("causal_pair_s", "prefix_pair_s", "prefix_token_s", "decode_token_s", "request_s")
+TERMS = (
+    "causal_pair_s", "prefix_pair_s", "prefix_token_s", "decode_token_s",
+    "prefill_request_s", "decode_request_s", "mixed_s",
+)  # fmt: skip
 
 
 class OperatorCostModel(CostModel):
@@ -39,10 +44,14 @@ class OperatorCostModel(CostModel):
         prefix_pair_s: float,
         prefix_token_s: float,
         decode_token_s: float,
-        request_s: float,
+        prefill_request_s: float,
+        decode_request_s: float,
+        mixed_s: float,
         swap_block_s: float = 0.0,
     ) -> None:
-        terms = (causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, request_s)
+        terms = (
+            causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, prefill_request_s, decode_request_s, mixed_s,
+        )  # fmt: skip
         require_seconds(**dict(zip(TERMS, terms, strict=True)), swap_block_s=swap_block_s)
         if len(tokens) < 2 or len(tokens) != len(linear_s) or any(b <= a for a, b in pairwise(tokens)):
             raise ValueError(f"cost_model.tokens={list(tokens)}: expected two or more rising numbers, as many linear_s")
@@ -61,20 +70,23 @@ class OperatorCostModel(CostModel):
         return {"tokens": self._tokens, "linear_s": self._linear_s, **terms, "swap_block_s": self.swap_block_s}
 
     def _one_s(self, num_cached: int, num_new: int) -> float:
-        causal, pair, token, decode, request = self._terms
+        causal, pair, token, decode, prefill_request, decode_request, _ = self._terms
         piece = min(max(bisect_right(self._tokens, num_new) - 1, 0), len(self._slopes) - 1)
-        seconds = self._linear_s[piece] + self._slopes[piece] * (num_new - self._tokens[piece]) + request
+        seconds = self._linear_s[piece] + self._slopes[piece] * (num_new - self._tokens[piece])
         if num_new == 1:
-            seconds += decode * (num_cached + 1)
+            seconds += decode_request + decode * (num_cached + 1)
         elif num_cached == 0:
-            seconds += causal * (num_new * (num_new + 1) / 2)
+            seconds += prefill_request + causal * (num_new * (num_new + 1) / 2)
         else:
-            seconds += (pair * num_new + token) * (num_cached + num_new)
+            seconds += prefill_request + (pair * num_new + token) * (num_cached + num_new)
         return max(seconds, 0.0)
 
     def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
         seconds = self._linear(num_new.sum()) + self._attention(num_cached, num_new).sum()
-        growth = self._terms[TERMS.index("decode_token_s")] * np.count_nonzero(num_new == 1)
+        num_decoding = np.count_nonzero(num_new == 1)
+        if 0 < num_decoding < len(num_new):
+            seconds = seconds + self._terms[TERMS.index("mixed_s")]
+        growth = self._terms[TERMS.index("decode_token_s")] * num_decoding
         result: np.ndarray = np.maximum(seconds + growth * num_more, 0.0)
         return result
 
@@ -90,16 +102,16 @@ class OperatorCostModel(CostModel):
 
     def _attention(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
         """float64 [R]: what each request adds to the linear part."""
-        causal, pair, token, decode, request = self._terms
+        causal, pair, token, decode, prefill_request, decode_request, _ = self._terms
         total = num_cached + num_new
         alone = causal * (num_new * (num_new + 1) / 2)
         behind = np.where(num_cached == 0, alone, (pair * num_new + token) * total)
-        result: np.ndarray = request + np.where(num_new == 1, decode * total, behind)
+        result: np.ndarray = np.where(num_new == 1, decode_request + decode * total, prefill_request + behind)
         return result
 
 
 def operator_features(num_cached: np.ndarray, num_new: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """float64 [len(tokens) + 5]: what one step (int64 [R] columns) multiplies each parameter with, in their order."""
+    """float64 [len(tokens) + len(TERMS)]: what a step (int64 [R] columns) multiplies the parameters with, in order."""
     num_tokens, knots = int(num_new.sum()), list(tokens)
     piece = min(max(bisect_right(knots, num_tokens) - 1, 0), len(knots) - 2)
     share = (num_tokens - knots[piece]) / (knots[piece + 1] - knots[piece])
@@ -113,6 +125,8 @@ def operator_features(num_cached: np.ndarray, num_new: np.ndarray, tokens: Seque
         (num_new * total)[behind].sum(),
         total[behind].sum(),
         total[decodes].sum(),
-        float(len(num_new)),
+        np.count_nonzero(~decodes),
+        np.count_nonzero(decodes),
+        float(0 < np.count_nonzero(decodes) < len(num_new)),
     ]
     return np.concatenate([linear, terms])
