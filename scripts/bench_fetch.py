@@ -46,6 +46,7 @@ from memserve.metrics.output import environment
 from memserve.model.llama import Llama
 from memserve.model.runner import geometry
 from memserve.sched.cost_model.fit import MeasuredStep, fit_operators
+from memserve.sched.cost_model.transfer import NUM_MESSAGES
 from memserve.sched.fetch_policy import Choice, FetchIfCheaper, FetchPrices
 
 TRANSPORTS = ("mapped", "gloo")
@@ -161,9 +162,13 @@ def bench(cfg: RunConfig, args: argparse.Namespace, console: Console) -> dict[st
         console.print(table)
     links = {name: price.transfer.link for name, price in prices.items()}
     for name, link in links.items():
-        console.print(f"{name}: {1e6 * link.latency_s:.1f} us a call, {link.gb_per_s:.2f} GB/s")
+        fixed_s = NUM_MESSAGES * link.message_latency_s
+        console.print(
+            f"{name}: {1e6 * fixed_s:.0f} us a transfer, {1e6 * link.latency_s:.1f} a call, {link.gb_per_s:.2f} GB/s"
+        )
     return {
         name: {
+            "transfer_s": NUM_MESSAGES * links[name].message_latency_s,
             "latency_s": links[name].latency_s,
             "cases": len(cases),
             "far": int(found["cost"].far.sum()),

@@ -17,7 +17,7 @@ from transfer_ends import RECEIVER, Ends
 from memserve.kvcache import CacheGeometry, DiscreteLayout
 from memserve.kvcache.granularity import ByRequest, End, Granularity, Packed
 from memserve.sched.cost_model.fit import nonnegative_least_squares
-from memserve.sched.cost_model.transfer import TransferCost
+from memserve.sched.cost_model.transfer import NUM_MESSAGES, TransferCost
 from memserve.sched.fetch_policy import Choice, FetchPrices
 from memserve.transfer.link import LinkModel
 
@@ -67,15 +67,17 @@ class Wire:
         return self._ends.carry_s(self._sender, moves)
 
     def fit(self, counts: Sequence[int], seconds: np.ndarray) -> TransferCost:
-        """Latency and bandwidth (least relative error, none negative) of single transfers of `counts` blocks.
+        """What single transfers of `counts` blocks take: each of them, a call, a byte (least relative error, none < 0).
 
-        seconds: float64 [counts].
+        seconds: float64 [counts]. What a transfer takes however short it is, threads that wake up at both ends, is the
+        link's control messages to the policy: those are in no figure here.
         """
         unit = TransferCost.of(LinkModel(0.0, 1.0), self._granularity, self._geometry.num_layers)
-        calls = unit.other_calls + unit.block_calls * np.array(counts)
-        features = np.stack([calls, unit.block_bytes * np.array(counts)], axis=1) / seconds[:, None]
-        latency_s, byte_s = nonnegative_least_squares(features, np.ones(len(counts))).tolist()
-        link = LinkModel(latency_s, 1e-9 / byte_s if byte_s else float("inf"))
+        blocks = np.array(counts)
+        each = (np.ones(len(counts)), unit.other_calls + unit.block_calls * blocks, unit.block_bytes * blocks)
+        features = np.stack(each, axis=1) / seconds[:, None]
+        transfer_s, latency_s, byte_s = nonnegative_least_squares(features, np.ones(len(counts))).tolist()
+        link = LinkModel(latency_s, 1e-9 / byte_s if byte_s else float("inf"), transfer_s / NUM_MESSAGES)
         return TransferCost.of(link, self._granularity, self._geometry.num_layers)
 
 

@@ -61,7 +61,12 @@ def fitted_cases(points: list[int], max_context: int, max_batch: int, rng: np.ra
             alone.append(Case([int(share * (max_context - y))], [y]))
     sizes = [s for s in (*range(2, 9), 10, 12, 16, 24, 32, 48, 64) if s <= max_batch]
     decode = [Case([length] * size, [1] * size) for size in [1, *sizes] for length in lengths]
-    several = [Case([x] * size, [points[-1] // size // 2] * size) for size in sizes[::2] for x in (0, max_context // 4)]
+    several = [
+        Case([x] * size, [y] * size)
+        for size in sizes[::2]
+        for y in (5, 30, points[-1] // size // 2)
+        for x in (0, max_context // 4)
+    ]
     chunks = [p for p in points if p >= 24][::3]
     mixed = [Case([max_context // 4] * size + [0], [1] * size + [y]) for size in sizes[::3] for y in chunks]
     return [*alone, *decode, *several, *mixed]

@@ -5,6 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
+
+from memserve.kvcache import CacheGeometry, DiscreteLayout
+from memserve.sched.cost_model.transfer import TransferCost
+from memserve.transfer.link import LinkModel
 
 SMALL = ["--cases", "4", "--repeats", "2", "--max-context", "64", "--max-batch", "2", "--transports", "mapped"]
 
@@ -43,6 +48,23 @@ def test_drawn_prompts_hold_whole_blocks_fit_the_context_and_leave_a_token_to_co
     for choice in [choice for case in drawn for choice in case]:
         assert 0 <= choice.num_cached < choice.num_held < choice.num_tokens <= 128
         assert choice.num_cached % 16 == choice.num_held % 16 == 0
+
+
+def test_a_wire_is_fitted_by_what_each_transfer_each_call_and_each_byte_take(script):
+    cases, geometry = script("fetch_cases"), CacheGeometry(2, 16, 4, 8, torch.float32)
+
+    class NoEnds:
+        memory = bytes(100 * geometry.block_bytes)
+
+        def sender(self, word):
+            return 0, None
+
+    wire = cases.Wire(NoEnds(), "gloo", "by_request", geometry, np.random.default_rng(0))
+    counts, link = cases.block_counts(31), LinkModel(7e-5, 2.0, 5e-4)
+    truth = TransferCost.of(link, cases.ByRequest(DiscreteLayout(), geometry), geometry.num_layers)
+    found = wire.fit(counts, np.array([truth.fetch_time_s(n) for n in counts]))
+    assert found.fetch_time_s(20) == pytest.approx(truth.fetch_time_s(20), rel=1e-6)
+    assert found.link.message_latency_s == pytest.approx(5e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize(
