@@ -19,7 +19,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from fetch_cases import (
@@ -33,6 +32,7 @@ from fetch_cases import (
     predict,
     ways_of,
 )
+from options import new_file
 from pacing import Timed, paced_times
 from rich.console import Console
 from rich.table import Table
@@ -187,7 +187,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-context", type=int, default=512, help="most tokens of a prompt")
     parser.add_argument("--max-batch", type=int, default=4, help="most prompts that are decided at once")
     parser.add_argument("--transports", default=",".join(TRANSPORTS), help="joined by commas")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     args = parser.parse_args(argv)
     for name, least in (("cases", 1), ("repeats", 2), ("max_context", 64), ("max_batch", 2)):
         if getattr(args, name) < least:

@@ -15,12 +15,12 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import triton
 from gpu_decode import LLAMA3_8B, TINY, DecodeSteps
+from options import new_file
 from roofline import Machine, decode_work
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -213,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; joined by commas")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, under TRITON_INTERPRET=1")
     parser.add_argument("--no-hf", action="store_true", help="leave out Hugging Face")
-    parser.add_argument("--out", type=Path, help="append the table to this page")
+    parser.add_argument("--out", type=new_file, help="append the table to this page")
     args = parser.parse_args(argv)
     scale, parts = DRY if args.dry else FULL, args.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from options import new_file
 from pool_figures import (
     Figure,
     alloc_figures,
@@ -107,7 +108,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--trace", type=Path, help="JSONL with hash_ids a line")
     add("--requests", type=int, help="of the trace, from its start; all by default")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="write the figures as JSON")
+    add("--out", type=new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     args.parts = args.parts.split(",")
     if unknown := [part for part in args.parts if part not in PARTS]:

@@ -11,9 +11,9 @@ the requests have been seen before. The goal of 200 us stands beside the medians
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from options import new_file
 from rich.console import Console
 from rich.table import Table
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=1_000_000, help="cached, of all instances together")
     parser.add_argument("--tokens", type=int, default=4096, help="of a request")
     parser.add_argument("--repeats", type=int, default=1000)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     args = parser.parse_args(argv)
     results = {
         num_rows: measure(num_rows, args.blocks, args.tokens, args.repeats)

@@ -18,11 +18,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_figures import Bench, Figure, Options, PrefixHit
+from options import new_file
 from rich.console import Console
 from rich.table import Table
 from roofline import measure_machine
@@ -144,7 +144,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--hits", action="store_true", help="instead: TTFT with cached prefixes, and throughput without hits")
     add("--threads", type=int, help="of torch; its own choice by default")
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="write the figures as JSON")
+    add("--out", type=new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     args.shapes = args.shapes.split(",")
     least = {"prompt_len": 8, "block_size": 1, "repeats": 1, "new_tokens": 2, "seed": 0}

@@ -17,12 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from options import new_file
 from rich.console import Console
 from rich.table import Table
 from transfer_figures import in_turn
@@ -206,7 +206,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt-len", type=int, default=512, help="tokens of each")
     add("--repeats", type=int, default=3)
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="JSON of all figures")
+    add("--out", type=new_file, help="JSON of all figures")
     args = parser.parse_args(argv)
     for name, least in (("running", 1), ("running_len", 1), ("prompts", 4), ("prompt_len", 2), ("repeats", 1)):
         if getattr(args, name) < least:

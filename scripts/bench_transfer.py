@@ -21,9 +21,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
+from options import new_file
 from rich.console import Console
 from rich.table import Table
 from transfer_ends import Ends
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--channels", default=",".join(map(str, CHANNELS)), help="of part fig11")
     add("--repeats", type=int, default=7)
     add("--seed", type=int, default=0)
-    add("--out", type=Path, help="write the figures as JSON")
+    add("--out", type=new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     args.parts, args.sizes, args.channels = args.parts.split(","), _ints(args.sizes), _ints(args.channels)
     args.layers = layers_that_fit(args.megabytes * MB) if args.layers is None else args.layers

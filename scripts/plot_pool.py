@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from options import new_file
+
 from memserve.metrics.occupancy import load_occupancy
 from memserve.metrics.plots import draw_occupancy
 
@@ -18,7 +20,7 @@ SUFFIXES = (".png", ".svg")
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws who held the pools' blocks over a run.")
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="what a run was written to")
-    parser.add_argument("--out", type=Path, help="a .png or .svg file; by default pool.png in the first OUTPUT_DIR")
+    parser.add_argument("--out", type=new_file, help="a .png or .svg file; by default pool.png in the first OUTPUT_DIR")
     args = parser.parse_args(words)
     out: Path = args.out or args.output_dirs[0] / "pool.png"
     if out.suffix not in SUFFIXES:

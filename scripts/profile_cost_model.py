@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+from options import new_file
 from pacing import paced_times
 from rich.console import Console
 from rich.table import Table
@@ -161,7 +161,7 @@ def split_by_torchrun(cfg: RunConfig) -> Iterator[Shard]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="as for run.py: model=.., model.num_threads=..")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=new_file, required=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--repeat-s", type=float, default=0.1, help="seconds of each repeat, at least")
     parser.add_argument("--held-out", type=int, default=60, help="steps drawn at random to test the fit")

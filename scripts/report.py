@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from options import new_file
 
 from memserve.metrics.output import RunFiles, load_run
 from memserve.metrics.page import page_of
@@ -48,7 +49,7 @@ def _flat(tree: Any, path: str) -> list[tuple[str, str]]:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="what a run was written to")
-    parser.add_argument("--out", type=Path, help="the page; by default report.html in the first OUTPUT_DIR")
+    parser.add_argument("--out", type=new_file, help="the page; by default report.html in the first OUTPUT_DIR")
     parser.add_argument("--trace", action="store_true", help="also write trace.json into every OUTPUT_DIR")
     args = parser.parse_args(argv)
     out: Path = args.out or args.output_dirs[0] / "report.html"

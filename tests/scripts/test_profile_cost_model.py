@@ -75,8 +75,18 @@ def test_a_short_call_counts_by_the_pace_beside_it_and_a_long_one_by_itself(scri
     assert long.tolist() == [[0.3] * 3]
 
 
-def test_limits_that_measure_nothing_are_refused_by_name(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["profile_cost_model.py", "--out", "x", "--repeats", "0"])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--out", "x", "--repeats", "0"], "--repeats=0: expected an integer >= 1"),
+        (["--out", "x", "--repeat-s", "-1"], "--repeat-s=-1.0: expected seconds >= 0"),
+        (["--out", "/nowhere/x"], "--out: /nowhere/x: expected a file in a directory that is there"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name_before_anything_is_measured(
+    script, monkeypatch, capsys, words, named
+):
+    monkeypatch.setattr(sys, "argv", ["profile_cost_model.py", *words])
     with pytest.raises(SystemExit):
         script("profile_cost_model").main()
-    assert "--repeats=0: expected an integer >= 1" in capsys.readouterr().err
+    assert named in capsys.readouterr().err

@@ -1,0 +1,12 @@
+"""Options that several scripts have. Knows no script."""
+
+import argparse
+from pathlib import Path
+
+
+def new_file(word: str) -> Path:
+    """For argparse's type=: a file that can be written once all is done, which is the wrong time to find out."""
+    path = Path(word)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{word}: expected a file in a directory that is there")
+    return path
