@@ -1,5 +1,6 @@
 """Group: the instances of one role as the global scheduler sees them: who is there, what each has to do and caches."""
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest
 
 LATELY = 16  # requests an instance
+NUM_SESSIONS = 65_536  # whose instance is remembered
 NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, and the first may be gone
 
 
@@ -64,6 +66,7 @@ class Group:
         self._queued_work = np.zeros(len(labels), dtype=np.int64)
         self._queued_ns = np.zeros(len(labels), dtype=np.int64)
         self._num_lately = np.zeros(len(labels))
+        self._homes: OrderedDict[str, int] = OrderedDict()  # row of each session, the least recently used first
         self._num_routed = 0
         self._is_here = np.ones(len(labels), dtype=bool)
 
@@ -98,12 +101,19 @@ class Group:
             can[list(tried)] = False
         return np.flatnonzero(can)
 
-    def snapshot(self, rows: np.ndarray, num_cached: np.ndarray) -> ClusterSnapshot:
-        """What the policy sees now of some rows. num_cached: int64 [n], of these rows."""
-        labels = self.labels if len(rows) == len(self.labels) else [self.labels[row] for row in rows]
-        columns = self._num_requests[rows], self._num_tokens[rows]
-        of_them = self._queued_work[rows], self._num_lately[rows]
-        return ClusterSnapshot(labels, *columns, self._num_routed, num_cached, *of_them)
+    def snapshot(self, rows: np.ndarray, num_cached: np.ndarray, session_id: str) -> ClusterSnapshot:
+        """What the policy sees now of some rows, for a request of a session. num_cached: int64 [n], of these rows."""
+        home = np.flatnonzero(rows == self._homes.get(session_id, -1))
+        return ClusterSnapshot(
+            labels=self.labels if len(rows) == len(self.labels) else [self.labels[row] for row in rows],
+            num_requests=self._num_requests[rows],
+            num_tokens=self._num_tokens[rows],
+            num_routed=self._num_routed,
+            num_cached=num_cached,
+            queued_work=self._queued_work[rows],
+            num_lately=self._num_lately[rows],
+            home=int(home[0]) if len(home) else None,
+        )
 
     def route(
         self, request: RouteRequest, now_ns: int, rng: np.random.Generator, tried: Collection[int] = ()
@@ -111,7 +121,7 @@ class Group:
         """Where the request goes, counted there. Raises ValueError where the policy names none of the instances."""
         num_tokens, rows = len(request.tokens), self.rows(tried)
         num_cached = self.tree.match(pack_tokens(request.tokens[: usable_prefix(num_tokens)]), now_ns)[rows]
-        snapshot = self.snapshot(rows, num_cached)
+        snapshot = self.snapshot(rows, num_cached, request.session_id)
         chosen = self._policy.choose(request, snapshot, rng)
         if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen < len(rows):
             names = ", ".join(self.labels[row] for row in rows)
@@ -123,8 +133,15 @@ class Group:
         self.num_routed_to[placement.row] += 1
         self._num_lately *= 1 - 1 / (LATELY * len(self.labels))
         self._num_lately[placement.row] += 1
+        self._remember(request.session_id, placement.row)
         self._count(placement, 1)
         return placement
+
+    def _remember(self, session_id: str, row: int) -> None:
+        self._homes[session_id] = row
+        self._homes.move_to_end(session_id)
+        if len(self._homes) > NUM_SESSIONS:
+            self._homes.popitem(last=False)
 
     def _assign(self, snapshot: ClusterSnapshot, rows: np.ndarray, chosen: int, num_tokens: int) -> Assignment:
         """A place in one of `rows`, and the record of why there."""

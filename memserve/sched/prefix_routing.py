@@ -42,9 +42,10 @@ class CostBased(Policy):
     `queued_work` is the sum of Eq. 1 in nanoseconds, kept as requests come and go. A request under way counts as a
     whole until its first token, and decode steps beside it do not count, as in the paper.
 
-    max_skew: an instance that lately took more than so many times the mean of all is passed over. While nothing queues,
-    Eq. 1 alone sends every session that begins with the same prefix to where that was seen first, and the caches of all
-    others stay empty; None is Eq. 1 alone. Raises ValueError for a skew out of range.
+    max_skew: an instance that lately took more than so many times the mean of all is passed over, but for the sessions
+    that are there already. While nothing queues, Eq. 1 alone sends every session that begins with the same prefix to
+    where that was seen first, and the caches of all others stay empty; None is Eq. 1 alone. Raises ValueError for a
+    skew out of range.
     """
 
     looks_at_prefixes = True
@@ -135,9 +136,15 @@ def _skew(max_skew: float | None) -> float | None:
 
 
 def _took_most(cluster: ClusterSnapshot, max_skew: float) -> np.ndarray:
-    """bool [n]: who lately took more than max_skew times the mean; never all."""
-    result: np.ndarray = cluster.num_lately > max_skew * cluster.num_lately.sum() / len(cluster.num_lately) + 1
-    return result
+    """bool [n]: who lately took more than max_skew times the mean, but for where the session was; never all.
+
+    A session's first prompt can begin anywhere, and what it shares with others is computed once more at most. To move
+    it later is to compute its own history again, each time.
+    """
+    took_most: np.ndarray = cluster.num_lately > max_skew * cluster.num_lately.sum() / len(cluster.num_lately) + 1
+    if cluster.home is not None:
+        took_most[cluster.home] = False
+    return took_most
 
 
 def _require(name: str, value: object, ok: bool, allowed: str) -> None:

@@ -19,7 +19,8 @@ class ClusterSnapshot:
     those.  num_routed: requests routed so far in this cluster.  num_cached: int64 [n], tokens of this request that each
     is believed to have, at least one token short of all.  queued_work: int64 [n], the policy's `work` of the requests
     that have no first token yet; on decode instances, of all that have not ended.  num_lately: float64 [n], requests
-    that went to each, of which the latest count most: about 16 an instance.
+    that went to each, of which the latest count most: about 16 an instance.  home: the row that the session's latest
+    request went to; None for a session that is new, or that has not come for 65,536 others, or whose row is not here.
     """
 
     labels: list[str]
@@ -29,6 +30,7 @@ class ClusterSnapshot:
     num_cached: np.ndarray
     queued_work: np.ndarray
     num_lately: np.ndarray
+    home: int | None
 
 
 @dataclass(frozen=True)

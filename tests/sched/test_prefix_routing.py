@@ -19,16 +19,16 @@ COSTS = FixedCostModel(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0001
 REQUEST = RouteRequest("r", "s", np.arange(100, dtype=np.int32))
 
 
-def choose(policy, cached, requests=None, tokens=None, work=None, lately=None):
-    return chosen_and_why(policy, cached, requests, tokens, work, lately)[0]
+def choose(policy, cached, requests=None, tokens=None, work=None, lately=None, home=None):
+    return chosen_and_why(policy, cached, requests, tokens, work, lately, home)[0]
 
 
-def chosen_and_why(policy, cached, requests=None, tokens=None, work=None, lately=None):
+def chosen_and_why(policy, cached, requests=None, tokens=None, work=None, lately=None, home=None):
     zeros = [0] * len(cached)
     labels = [f"prefill-{i}" for i in range(len(cached))]
     columns = [np.array(c or zeros, dtype=np.int64) for c in (requests, tokens)]
     more = [np.array(c or zeros, dtype=kind) for c, kind in ((work, np.int64), (lately, np.float64))]
-    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), *more)
+    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), *more, home)
     row = policy.choose(REQUEST, snapshot, np.random.default_rng(0))
     return row, getattr(row, "why", "")
 
@@ -85,6 +85,44 @@ def test_a_prefix_that_all_begin_with_does_not_draw_all_to_one_instance():
     for policy in (CostBased(COSTS, max_skew=1.75), BalancedPrefix(max_skew=1.75)):
         even = spread(policy)
         assert even[1] > 0 and even[-1] <= 1.75 * 15 + 2
+
+
+@pytest.mark.parametrize("policy", [CostBased(COSTS, max_skew=1.5), BalancedPrefix(max_skew=1.5)])
+def test_a_session_stays_where_its_history_is_however_much_went_there_lately(policy):
+    assert choose(policy, [0, 80, 64], lately=[1, 5, 1]) == 2, "a new session"
+    assert choose(policy, [0, 80, 64], lately=[1, 5, 1], home=1) == 1
+    assert choose(policy, [0, 80, 64], lately=[1, 5, 1], home=0) == 2, "there, and its history is elsewhere"
+
+
+def test_sessions_of_many_turns_spread_and_each_turn_finds_the_one_before():
+    shared = np.arange(40)
+    scheduler = scheduler_of(CostBased(COSTS, max_skew=1.75), labels=("i-0", "i-1", "i-2", "i-3"))
+    history = {f"s{i}": np.append(shared, 100 * i + np.arange(100, 120)) for i in range(16)}
+    homes = {}
+    for turn in range(4):
+        for session, prompt in history.items():
+            label = serve(scheduler, f"{session}.{turn}", prompt, [1, 2], session)
+            assert homes.setdefault(session, label) == label
+            history[session] = np.append(prompt, [1, 2, turn])
+    assert max(np.unique(list(homes.values()), return_counts=True)[1]) <= 1.75 * 4 + 1
+
+
+def test_the_instance_of_a_session_is_forgotten_with_it_and_with_the_instance(monkeypatch):
+    monkeypatch.setattr("memserve.sched.group.NUM_SESSIONS", 2)
+    seen = []
+
+    class Looks(Policy):
+        def choose(self, request, cluster, rng):
+            seen.append(cluster.home)
+            return len(seen) % 2
+
+    scheduler = scheduler_of(Looks())
+    for name, session in enumerate("aabcab"):
+        serve(scheduler, str(name), np.arange(5), [1], session)
+    assert seen == [None, 1, None, None, None, None]
+    scheduler.group.remove("i-1")
+    rows = scheduler.group.rows()
+    assert [scheduler.group.snapshot(rows, np.zeros(1), session).home for session in "ab"] == [None, 0]
 
 
 def test_each_choice_is_recorded_with_what_it_would_have_cost_elsewhere():
@@ -192,7 +230,7 @@ def test_queued_work_is_what_has_no_first_token_yet():
     group = scheduler.group
 
     def work():
-        return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64)).queued_work.tolist()
+        return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64), "s").queued_work.tolist()
 
     for name in "ab":
         scheduler.receive(Submit(name, "s", pack_tokens(np.arange(10)), SamplingParams(), 0), 0)

@@ -12,7 +12,7 @@ from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, R
 def snapshot(requests, tokens=None, num_routed=0, **columns):
     labels = [f"colocated-{i}" for i in range(len(requests))]
     none = np.zeros(len(requests), dtype=np.int64)
-    columns = {"num_cached": none, "queued_work": none, "num_lately": none, **columns}
+    columns = {"num_cached": none, "queued_work": none, "num_lately": none, "home": None, **columns}
     return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)
 
 
@@ -59,7 +59,7 @@ def make(policy=None, labels=("i-0", "i-1"), **options):
 
 def load_of(scheduler):
     rows = scheduler.group.rows()
-    return scheduler.group.snapshot(rows, np.zeros(len(rows), dtype=np.int64))
+    return scheduler.group.snapshot(rows, np.zeros(len(rows), dtype=np.int64), "s")
 
 
 def test_tokens_and_the_end_pass_to_the_client_and_the_load_goes_back():
