@@ -225,8 +225,13 @@ class Handoffs:
         if len(self._aborted) > NUM_REMEMBERED:
             self._aborted.popitem(last=False)
 
-    def was_aborted(self, word: HandedOver) -> bool:
-        return (word.request_id, word.attempt) in self._aborted
+    def is_latest(self, word: HandedOver, here: Request | None) -> bool:
+        """Whether an attempt that arrives was not given up. here: the request as it is served here, if it is.
+
+        An abort and what takes its attempt's place come from different processes, so either may be here first.
+        """
+        is_older = here is not None and word.attempt < here.attempt
+        return not is_older and (word.request_id, word.attempt) not in self._aborted
 
     @property
     def _block_size(self) -> int:

@@ -21,6 +21,7 @@ from memserve.handoff import HandedOver, Handoffs
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState
 from memserve.messages import (
+    CANCELLED,
     Abort,
     Dispatch,
     Finished,
@@ -35,8 +36,6 @@ from memserve.request import FinishReason, Phase, Request, Role, Runner, Samplin
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.served import Served, new_request, stop_strings
-
-_CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
 
 
 class Instance:
@@ -213,7 +212,7 @@ class Instance:
     def _abort(self, message: Abort, now_ns: int) -> None:
         served = self._served.get(message.request_id)
         if served is not None and served.request.attempt == message.attempt:
-            self._finish(served, *_CANCELLED, now_ns)
+            self._finish(served, *CANCELLED, now_ns)
         elif self.handoffs is not None:  # it has ended meanwhile, or is on its way here
             self.handoffs.note_aborted(message.request_id, message.attempt)
 
@@ -267,12 +266,16 @@ class Instance:
         self.poll(now_ns)
         for arrival in self.handoffs.transfers.drain_arrivals():
             word = self.handoffs.read(arrival)
-            if isinstance(word, HandedOver) and not self.handoffs.was_aborted(word):
+            older = self._served.get(word.request_id) if isinstance(word, HandedOver) else None
+            if not isinstance(word, HandedOver):
+                self.handoffs.transfers.settle(arrival)
+            elif self.handoffs.is_latest(word, older.request if older else None):
+                if older is not None:
+                    self._finish(older, *CANCELLED, now_ns)  # its abort is on its way
                 self._adopt(word, arrival)
-                continue
-            self.handoffs.transfers.settle(arrival)
-            if isinstance(word, HandedOver):  # its prefill instance may have let go of it before it heard of the abort
-                self._outbox.append(Finished(word.request_id, word.attempt, *_CANCELLED, word.stats))
+            else:  # its prefill instance may have let go of it before it heard of that
+                self.handoffs.transfers.settle(arrival)
+                self._outbox.append(Finished(word.request_id, word.attempt, *CANCELLED, word.stats))
 
     def _add_fetched(self, now_ns: int) -> None:
         """Decides for what others hold more of, and lets go on what need not wait for it any more."""

@@ -120,6 +120,9 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     stats: RequestStats | None
 
 
+CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
+
+
 class HandoffFailed(msgspec.Struct, frozen=True, tag=True):
     """`instance`: who keeps the KV. `refused`: the decode instance can never take it, another might."""
 

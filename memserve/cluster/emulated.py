@@ -151,12 +151,12 @@ class EmulatedCluster:
         """Whether anything still waits for a timer; what it was set for may have ended long ago."""
         if time_ns != node.timer_ns:
             return False
-        waits_ns = node.next_time_ns
-        arrives_ns = None if self.transport is None else self.transport.next_time_ns()
-        if any(t is not None and t <= time_ns for t in (waits_ns, arrives_ns)):
+        arrives_ns = None if self.transport is None else self.transport.due_ns().get(self.nodes.index(node))
+        wanted_ns = [t for t in (node.next_time_ns, arrives_ns) if t is not None]
+        if wanted_ns and min(wanted_ns) <= time_ns:
             return True
         node.timer_ns = None
-        self._set_timer(node, waits_ns)
+        self._set_timer(node, min(wanted_ns, default=None))
         return False
 
     def _poll(self, node: Node) -> None:
@@ -257,16 +257,17 @@ class EmulatedCluster:
             times = [due_ns] if self.faults is None else self.faults.times_ns(type(message).__name__, due_ns)
             for time_ns in times:
                 self._push(time_ns, _PEER, self.nodes[peer], (sender, message))
-        arrives_ns = transport.next_time_ns()
-        if arrives_ns is not None:
-            for endpoint in transport.waiting_endpoints:
-                self._set_timer(self.nodes[endpoint], arrives_ns)
+        for endpoint, due_ns in transport.due_ns().items():
+            self._set_timer(self.nodes[endpoint], due_ns)
 
     def _set_timer(self, node: Node, time_ns: int | None) -> None:
         """Polls a node at time_ns, or before."""
-        if time_ns is not None and (node.timer_ns is None or time_ns < node.timer_ns):
-            node.timer_ns = max(time_ns, self.now_ns)
-            self._push(node.timer_ns, _TIMER, node, 0)
+        if time_ns is None:
+            return
+        time_ns = max(time_ns, self.now_ns)
+        if node.timer_ns is None or time_ns < node.timer_ns:
+            node.timer_ns = time_ns
+            self._push(time_ns, _TIMER, node, 0)
 
     def _to_scheduler(self, message: Message) -> None:
         self.scheduler.receive(message, self.now_ns)

@@ -11,13 +11,13 @@ timeline, since every event of a request passes here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from memserve.kvcache.errors import MissedEvents
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.messages import (
+    CANCELLED,
     Abort,
     Cancel,
     Dispatch,
@@ -35,24 +35,13 @@ from memserve.request import FinishReason, Role
 from memserve.sched.group import Assignment, Group, held_elsewhere
 from memserve.sched.modes import Colocated, Mode
 from memserve.sched.prompt_tree import Exact, counts_of
+from memserve.sched.routed import Routed
 from memserve.sched.routing import RouteRequest
 from memserve.timeline import RequestTimeline
 
 CLIENT = "client"
 MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
 _COLOCATED = Colocated()
-
-
-@dataclass
-class _Routed:
-    """Where an unfinished request was sent: its place in the first group, and in the decode group if there is one."""
-
-    submit: Submit
-    timeline: RequestTimeline
-    place: Assignment | None = None
-    decode_place: Assignment | None = None
-    num_generated: int = 0  # tokens of this attempt so far
-    tried: set[int] = field(default_factory=set)  # decode rows that refused this attempt
 
 
 class GlobalScheduler:
@@ -79,7 +68,7 @@ class GlobalScheduler:
         self._mode = mode
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rng = rng
-        self._live: dict[str, _Routed] = {}
+        self._live: dict[str, Routed] = {}
         self._outbox: list[tuple[str, Message]] = []
 
     @property
@@ -93,10 +82,8 @@ class GlobalScheduler:
                 self._submit(message, now_ns)
             case Cancel():
                 self._cancel(message)
-            case Tokens():
-                self._stream(message, now_ns)
-            case Finished():
-                self._finish(message, now_ns)
+            case Tokens() | Finished():
+                self._answer(message, now_ns)
             case HandoffFailed():
                 self._handoff_failed(message, now_ns)
             case _:
@@ -111,7 +98,7 @@ class GlobalScheduler:
         if message.request_id in self.timelines:
             raise ValueError(f"request_id={message.request_id!r} was submitted before: expected a new one")
         timeline = RequestTimeline(message.request_id, message.session_id, message.arrival_ns, len(message.tokens) // 4)
-        routed, num_unfinished = _Routed(message, timeline), len(self._live)
+        routed, num_unfinished = Routed(message, timeline), len(self._live)
         self.timelines[message.request_id] = timeline
         self._live[message.request_id] = routed
         if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
@@ -173,12 +160,13 @@ class GlobalScheduler:
             return "instance that takes requests"
         return "decode instance" if self.decode is not None and not len(self.decode.rows()) else None
 
-    def _dispatch(self, routed: _Routed, now_ns: int) -> None:
+    def _dispatch(self, routed: Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it."""
         m, timeline = routed.submit, routed.timeline
         request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
-        routed.place, routed.tried, decode = self.group.route(request, now_ns, self._rng), set(), None
-        routed.num_generated = 0
+        routed.starts(self.group.route(request, now_ns, self._rng))
+        assert routed.place is not None
+        decode = None
         if self.decode is not None:
             routed.decode_place = self.decode.route(request, now_ns, self._rng)
             decode = self.decode.incarnations[routed.decode_place.row]
@@ -194,24 +182,31 @@ class GlobalScheduler:
     def _cancel(self, message: Cancel) -> None:
         routed = self._live.get(message.request_id)
         if routed is not None:  # else it ended while the client was asking
+            routed.is_cancelled = True
             self._abort(routed)
 
-    def _abort(self, routed: _Routed) -> None:
+    def _abort(self, routed: Routed) -> None:
         """Stops the present attempt wherever it may be."""
         abort = Abort(routed.submit.request_id, routed.timeline.attempt)
         for group, place in self._places(routed):
             self._outbox.append((group.labels[place.row], abort))
 
-    def _stream(self, message: Tokens, now_ns: int) -> None:
+    def _answer(self, message: Tokens | Finished, now_ns: int) -> None:
         routed = self._current(message.request_id, message.attempt)
         if routed is None:
             return  # of an attempt that was given up
+        for ready in routed.in_order(message):
+            if isinstance(ready, Tokens):
+                self._stream(routed, ready, now_ns)
+            else:
+                self._finish(routed, ready, now_ns)
+
+    def _stream(self, routed: Routed, message: Tokens, now_ns: int) -> None:
         timeline = routed.timeline
         if routed.num_generated == 0 and routed.place is not None:
             self.group.prefilled(routed.place)
             self._learn(routed, self._takers, 1, now_ns)
         routed.num_generated = message.index + len(message.token_ids) // 4
-        assert message.index <= timeline.num_output, "an instance skipped tokens"
         num_known = timeline.num_output - message.index  # an earlier attempt came so far
         token_ids, times_ns = unpack_tokens(message.token_ids)[num_known:], unpack_times(message.times_ns)[num_known:]
         if len(token_ids):
@@ -219,15 +214,13 @@ class GlobalScheduler:
             timeline.logprobs.extend(message.logprobs or ())
             self._outbox.append((CLIENT, message))
 
-    def _finish(self, message: Finished, now_ns: int) -> None:
-        routed = self._current(message.request_id, message.attempt)
-        if routed is not None:
-            if FinishReason(message.reason).succeeded:
-                for role in self._mode.roles:
-                    self._learn(routed, role, routed.num_generated, now_ns)
-            self._end(routed, message, now_ns)
+    def _finish(self, routed: Routed, message: Finished, now_ns: int) -> None:
+        if FinishReason(message.reason).succeeded:
+            for role in self._mode.roles:
+                self._learn(routed, role, routed.num_generated, now_ns)
+        self._end(routed, message, now_ns)
 
-    def _end(self, routed: _Routed, message: Finished, now_ns: int) -> None:
+    def _end(self, routed: Routed, message: Finished, now_ns: int) -> None:
         del self._live[message.request_id]
         timeline = routed.timeline
         timeline.finished_ns, timeline.reason, timeline.detail = now_ns, FinishReason(message.reason), message.detail
@@ -235,17 +228,17 @@ class GlobalScheduler:
         self._give_up_rows(routed)
         self._outbox.append((CLIENT, message))
 
-    def _give_up_rows(self, routed: _Routed) -> None:
+    def _give_up_rows(self, routed: Routed) -> None:
         for group, place in self._places(routed):
             group.forget(place)
         routed.place = routed.decode_place = None
 
-    def _places(self, routed: _Routed) -> list[tuple[Group, Assignment]]:
+    def _places(self, routed: Routed) -> list[tuple[Group, Assignment]]:
         """Where the present attempt is counted."""
         both = ((self.group, routed.place), (self.decode, routed.decode_place))
         return [(group, place) for group, place in both if group is not None and place is not None]
 
-    def _learn(self, routed: _Routed, role: Role, num_generated: int, now_ns: int) -> None:
+    def _learn(self, routed: Routed, role: Role, num_generated: int, now_ns: int) -> None:
         """The tree of a role learns what its instance has of the request after so many generated tokens."""
         group, place = (self.decode, routed.decode_place) if role is Role.DECODE else (self.group, routed.place)
         held = self._mode.held_after(routed.timeline.num_prompt, num_generated)[role]
@@ -253,7 +246,7 @@ class GlobalScheduler:
             generated = pack_tokens(routed.timeline.token_ids[:num_generated]) if num_generated > 1 else b""
             group.tree.learn(place.row, (routed.submit.tokens + generated)[: 4 * held], now_ns)
 
-    def _current(self, request_id: str, attempt: int) -> _Routed | None:
+    def _current(self, request_id: str, attempt: int) -> Routed | None:
         routed = self._live.get(request_id)
         return routed if routed is not None and routed.timeline.attempt == attempt else None
 
@@ -280,8 +273,11 @@ class GlobalScheduler:
         else:
             self._try_again(routed, FinishReason.TRANSFER_FAILED, message.reason, now_ns)
 
-    def _try_again(self, routed: _Routed, reason: FinishReason, detail: str, now_ns: int) -> None:
+    def _try_again(self, routed: Routed, reason: FinishReason, detail: str, now_ns: int) -> None:
         """The next attempt, or the end for want of one."""
+        if routed.is_cancelled:
+            self._end(routed, _failed(routed, *CANCELLED), now_ns)
+            return
         more = self._recompute_failed and routed.timeline.attempt + 1 < MAX_ATTEMPTS
         if not more or self._missing_role() is not None:
             self._end(routed, _failed(routed, reason, detail), now_ns)
@@ -295,5 +291,5 @@ def _is_at(place: Assignment | None, row: int | None) -> bool:
     return place is not None and row is not None and place.row == row
 
 
-def _failed(routed: _Routed, reason: FinishReason, detail: str) -> Finished:
+def _failed(routed: Routed, reason: FinishReason, detail: str) -> Finished:
     return Finished(routed.submit.request_id, routed.timeline.attempt, reason, detail, None)

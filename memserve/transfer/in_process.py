@@ -67,11 +67,12 @@ class InProcess(Transport):
         self._under_way.clear()
         self._arrived.clear()
 
-    @property
-    def waiting_endpoints(self) -> list[int]:
-        """Endpoints to poll: something of theirs has arrived, or arrives next."""
-        first = [self._under_way[0][2][0]] if self._under_way else []
-        return sorted({*self._arrived, *first})
+    def due_ns(self) -> dict[int, int]:
+        """When to poll whom next: at once where a move has arrived that its endpoint was not told of, else when the
+        first that is under way arrives.
+        """
+        due = {self._under_way[0][2][0]: self._under_way[0][0]} if self._under_way else {}
+        return due | dict.fromkeys(self._arrived, 0)
 
     def _ports(self, move: Move) -> list[tuple[str, int, int]]:
         source, target = move.source[0], move.target[0]

@@ -91,3 +91,13 @@ def test_rows_are_copied_bit_by_bit_whatever_their_type(dtype, row_bytes):
 def test_a_link_that_is_none_is_refused(values, named):
     with pytest.raises(ValueError, match=named):
         LinkModel(*values)
+
+
+def test_who_is_to_be_polled_next_and_at_once_where_another_poll_has_moved_the_bytes():
+    transport, _ = two_endpoints(count=4)
+    assert transport.due_ns() == {}
+    transport.post((0, 1, 0), move(0, 2, [0], [0]), ready_ns=0)
+    transport.post((1, 1, 0), move(1, 3, [0], [0]), ready_ns=0)  # ends at the same nanosecond
+    assert transport.due_ns() == {0: 1016}
+    assert transport.poll(0, 1016) and transport.due_ns() == {1: 0}
+    assert transport.poll(1, 1016) and transport.due_ns() == {}
