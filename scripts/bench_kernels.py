@@ -30,7 +30,7 @@ from memserve.jit import runs_on
 from memserve.model.kernels.configs import capability_of
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
-from memserve.model.kernels.paged_decode import num_splits, paged_decode_launches
+from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch, tokens_a_tile
 from memserve.model.kernels.swiglu import swiglu_launch
 from memserve.transfer.row_kernel import row_copy_launch
@@ -141,14 +141,13 @@ def elementwise(scale: Scale, hbm: float) -> Iterator[Measured]:
 
 
 def decode(scale: Scale, hbm: float, batch: int, num_kv: int) -> Measured:
-    """All requests of one length, their blocks scattered over the cache."""
+    """All requests of one length, their blocks scattered over the cache; the grid is that of a captured step."""
     width, device = num_kv // BLOCK_SIZE, scale.device
     kv = scale.random(2, batch * width, BLOCK_SIZE, scale.num_kv_heads, HEAD_DIM)
     tables = torch.randperm(batch * width, device=device).view(batch, width)
     q, out = (scale.random(batch, scale.num_heads, HEAD_DIM) for _ in range(2))
     rows, lens = torch.arange(batch, device=device), torch.full((batch,), num_kv, device=device)
-    splits = int(num_splits(np.array([num_kv]))[0])
-    launches = paged_decode_launches(q, kv, out, tables, lens, rows, rows, splits, capability_of(device))
+    launches = paged_decode_launches(q, kv, out, tables, lens, rows, rows, MAX_SPLITS, capability_of(device))
     seconds = median_s(scale, lambda: [launch.run() for launch in launches])
     wanted = ">= .85" if batch >= 16 and num_kv >= 4096 else ""
     return Measured(f"decode attention, {batch} x {num_kv}", kv.nbytes / seconds / 1e9, hbm / 1e9, "GB/s", wanted)

@@ -65,8 +65,8 @@ class _Pattern:
         values_P = torch.zeros(len(columns_P), dtype=kv_2NBKD.dtype)  # not empty: a NaN would survive beta = 0
         self._weights_P = torch.empty_like(values_P)
         size = (len(seq_lens) * num_heads, len(_table(kv_2NBKD[0])))
-        with warnings.catch_warnings():  # torch says once a process that sparse CSR is in beta
-            warnings.filterwarnings("ignore", "Sparse CSR", UserWarning)
+        with warnings.catch_warnings():  # once a process: sparse CSR is in beta; and torch 2.11, that it checks nothing
+            warnings.filterwarnings("ignore", "Sparse (CSR|invariant)", UserWarning)
             self._scores = torch.sparse_csr_tensor(self._row_starts, columns_P, values_P, size, check_invariants=False)
         sizes = [num_heads * n for n in seq_lens]
         self._of_requests = [

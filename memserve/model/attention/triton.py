@@ -34,7 +34,7 @@ class TritonAttention(Attention):
         self._capability = capability_of(batch.device)
         num_new = np.diff(batch.query_starts)
         decoding, prefilling = np.flatnonzero(num_new == 1), np.flatnonzero(num_new > 1)
-        self._grid_splits = int(num_splits(batch.seq_lens[decoding]).max(initial=0))
+        self._max_splits = int(num_splits(batch.seq_lens[decoding]).max(initial=0))
         columns = np.stack((decoding, batch.query_starts[decoding]))
         self._decoding_R, self._decode_rows_R = to_device(columns, batch.device)
         tokens = tokens_a_tile(num_heads // num_kv_heads, head_dim, kv_layers[0].dtype, self._capability)
@@ -69,5 +69,5 @@ class TritonAttention(Attention):
         if len(self._decoding_R):
             yield from paged_decode_launches(
                 q_THD, kv_2NBKD, out_THD, tables_RM, lens_R, self._decoding_R, self._decode_rows_R,
-                self._grid_splits, self._capability,
+                self._max_splits, self._capability,
             )  # fmt: skip

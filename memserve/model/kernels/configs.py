@@ -32,14 +32,14 @@ _DECODE: _Tiles = {
     (80, 128, 2): (16, 64, 4, 5),
     (80, 256, 2): (16, 32, 4, 5),
     (80, 64, 4): (16, 32, 4, 3),
-    (80, 128, 4): (16, 16, 4, 3),
-    (80, 256, 4): (16, 16, 8, 3),
+    (80, 128, 4): (16, 16, 8, 3),
+    (80, 256, 4): (16, 16, 4, 3),
     (90, 64, 2): (16, 64, 4, 5),
     (90, 128, 2): (16, 64, 8, 5),
     (90, 256, 2): (16, 32, 4, 5),
     (90, 64, 4): (16, 32, 4, 3),
-    (90, 128, 4): (16, 16, 4, 3),
-    (90, 256, 4): (16, 16, 8, 3),
+    (90, 128, 4): (16, 16, 8, 3),
+    (90, 256, 4): (16, 16, 4, 3),
 }
 _INTERPRETED = 80  # the interpreter takes the tiles of the smallest GPU
 
@@ -71,6 +71,11 @@ def capability_of(device: torch.device) -> int:
         return _INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def multiprocessors_of(device: torch.device) -> int:
+    """Of the GPU; one for what is interpreted or compiled without it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def paged_prefill_config(head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:

@@ -1,8 +1,10 @@
 """Attention of one new token a request over a paged cache: KV in splits, then a pass that combines them.
 
-Flash-decoding: the KV of a request is cut into splits, each a program of its own, so that few requests fill a GPU. How
-it is cut is a function of the request's length alone, so its answer does not depend on who else is in the batch. The
-query heads of one kv head go together. A request of length 0 is a padding row: its output is 0.
+Flash-decoding: the KV of a request is cut into splits that different programs take, so that few requests fill a GPU.
+How it is cut is a function of the request's length alone, so its answer does not depend on who else is in the batch.
+Where requests are many, programs are fewer than the splits of the longest, and take several in turn: one that finds
+none takes time too, and a CUDA graph has one grid for all lengths. The query heads of one kv head go together. A
+request of length 0 is a padding row: its output is 0.
 
 Shape legend: R requests, H query heads, K kv heads, G = H / K, D head dim, S splits, M blocks of the widest table;
 kv[2, N, B, K, D] is one layer of a cache.
@@ -16,11 +18,12 @@ import numpy as np
 import torch
 
 from memserve.jit import KernelLaunch, jit, tl
-from memserve.model.kernels.configs import paged_decode_config, power_of_two
+from memserve.model.kernels.configs import multiprocessors_of, paged_decode_config, power_of_two
 from memserve.model.kernels.paged_tile import attend_tile
 
 MAX_SPLITS = 32
 MIN_SPLIT_TOKENS = 256  # a shorter split spends more on its partial result than on its KV
+PROGRAMS_A_MULTIPROCESSOR = 16  # in turn; two or three of them at once
 
 
 @jit()
@@ -37,13 +40,14 @@ def _paged_decode_kernel(
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
     MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    kv_head, split, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, i = tl.program_id(0), tl.program_id(2)
     request = tl.load(requests_ptr + i)
     num_kv = tl.load(lens_ptr + request).to(tl.int32)
     tokens = _split_tokens(num_kv, MAX_SPLITS, MIN_SPLIT_TOKENS)
-    begin = split * tokens
-    end = tl.minimum(begin + tokens, num_kv)
-    if begin < end:
+    # invariants stay in the loop: hoisted, they take registers from the loop within
+    for split in tl.range(tl.program_id(1), tl.cdiv(num_kv, tokens), tl.num_programs(1), disable_licm=True):
+        begin = split * tokens
+        end = tl.minimum(begin + tokens, num_kv)
         g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
         head = kv_head * G + g
         mask = (g < G)[:, None] & (d < D)[None, :]
@@ -100,6 +104,12 @@ def num_splits(num_kv: np.ndarray) -> np.ndarray:
     return splits
 
 
+def num_programs(max_splits: int, num_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
+    """How many programs share the splits of one row and kv head."""
+    wanted = PROGRAMS_A_MULTIPROCESSOR * num_multiprocessors // max(1, num_rows * num_kv_heads)
+    return max(1, min(max_splits, wanted))
+
+
 def paged_decode_launches(
     q_THD: torch.Tensor,
     kv_2NBKD: torch.Tensor,
@@ -108,24 +118,24 @@ def paged_decode_launches(
     seq_lens_R: torch.Tensor,
     requests_R: torch.Tensor,
     rows_R: torch.Tensor,
-    grid_splits: int,
+    max_splits: int,
     capability: int,
 ) -> tuple[KernelLaunch, KernelLaunch]:
     """Attention of the one new token of each of `requests_R`, and the pass that combines its splits; run both in order.
 
     q_THD, out_THD: [T, H, D], contiguous; only the rows `rows_R` (int64, of each of the requests) are read and written.
     kv_2NBKD: any strides but that of D.  block_tables_RM, seq_lens_R: int64, of the whole batch.  requests_R: int64,
-    numbers in the batch.  grid_splits: splits of the longest request at least, see `num_splits`.
+    numbers in the batch.  max_splits: those of the longest request at least, see `num_splits`.
     """
     block_size, num_kv_heads, head_dim = kv_2NBKD.shape[2:]
     assert q_THD.is_contiguous() and out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
     config = paged_decode_config(head_dim, q_THD.dtype, capability)
     num_rows, num_heads = len(requests_R), q_THD.shape[1]
-    sums = torch.empty(num_rows, num_heads, grid_splits, head_dim, dtype=torch.float32, device=q_THD.device)
-    logs = torch.empty(num_rows, num_heads, grid_splits, dtype=torch.float32, device=q_THD.device)
+    sums = torch.empty(num_rows, num_heads, max_splits, head_dim, dtype=torch.float32, device=q_THD.device)
+    logs = torch.empty(num_rows, num_heads, max_splits, dtype=torch.float32, device=q_THD.device)
     shared = {
         "sums_ptr": sums, "log_ptr": logs, "lens_ptr": seq_lens_R, "requests_ptr": requests_R, "rows_ptr": rows_R,
-        "num_splits": grid_splits,
+        "num_splits": max_splits,
     }  # fmt: skip
     args = {
         **shared, "q_ptr": q_THD, "kv_ptr": kv_2NBKD, "tables_ptr": block_tables_RM,
@@ -137,7 +147,8 @@ def paged_decode_launches(
     limits["BLOCK_D"] = max(16, power_of_two(head_dim))
     constants = {**limits, "K": num_kv_heads, "G": group, "BLOCK_SIZE": block_size}
     constants |= {"BLOCK_G": max(16, power_of_two(group)), "BLOCK_N": config.block_n}
-    grid = (num_kv_heads, grid_splits, num_rows)
+    programs = num_programs(max_splits, num_rows, num_kv_heads, multiprocessors_of(q_THD.device))
+    grid = (num_kv_heads, programs, num_rows)
     attend = KernelLaunch(_paged_decode_kernel, grid, args, constants, config.num_warps, config.num_stages, True)
     combined = {**shared, "out_ptr": out_THD}
     return attend, KernelLaunch(

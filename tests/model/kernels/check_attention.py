@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernels.interpreted import TOLERANCE, Paged, paged, widen_bfloat16_products
 
-from memserve.model.kernels.paged_decode import MAX_SPLITS, num_splits, paged_decode_launches
+from memserve.model.kernels.paged_decode import MAX_SPLITS, num_programs, num_splits, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, attention_reference, paged_prefill_launch, tokens_a_tile
 
 CAPABILITY = 80
@@ -98,6 +98,18 @@ def test_a_prompt_of_several_tiles_sees_only_what_came_before() -> None:
 
 def test_long_requests_are_cut_and_put_together() -> None:
     check(paged([(255, 1), (256, 1), (600, 1), (3, 1)], torch.float32, num_kv_heads=1, block_size=16))
+
+
+def test_few_programs_take_many_splits_in_turn() -> None:
+    lengths = [(1100, 1), (600, 1)] + [(3, 1)] * 14
+    assert num_programs(MAX_SPLITS, len(lengths), 1, num_multiprocessors=1) == 1
+    check(paged(lengths, torch.float32, num_kv_heads=1, num_groups=2, block_size=16))
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(1, 32), (16, 16), (64, 4), (256, 1), (4096, 1)])
+def test_programs_fill_a_gpu_and_are_no_more_than_the_splits(rows, programs) -> None:
+    assert num_programs(MAX_SPLITS, rows, num_kv_heads=8, num_multiprocessors=132) == programs
+    assert num_programs(1, rows, num_kv_heads=8, num_multiprocessors=132) == 1
 
 
 def test_a_padding_row_has_output_zero_and_reads_no_cache() -> None:
