@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ try:
 except ModuleNotFoundError:
     triton = tl = GPUTarget = ASTSource = None
 
-__all__ = ["KernelLaunch", "KernelResources", "jit", "runs_on", "tl"]
+__all__ = ["KernelLaunch", "KernelResources", "RowConfig", "jit", "runs_on", "tl"]
 
 _ALIGNMENT = 16  # Triton tells apart whether a pointer or an integer is a multiple of this
 _TYPES = {
@@ -54,11 +54,24 @@ def runs_on(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory."""
+    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory.  cubin: it."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    cubin: bytes = field(default=b"", repr=False)
+
+    def instructions(self) -> set[str]:
+        """The names of those in its machine code, such as LDG.E.128."""
+        return set(re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)", _cuobjdump(self.cubin, "-sass")))
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """block_elements: elements that one program of an element-wise kernel holds at once."""
+
+    block_elements: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,10 @@ class KernelLaunch:
         )
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        registers, spill_bytes = _usage(compiled.asm["cubin"])
-        return KernelResources(registers, spill_bytes, compiled.metadata.shared)
+        cubin: bytes = compiled.asm["cubin"]
+        found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage"))
+        assert found, "cuobjdump says what a kernel takes"
+        return KernelResources(int(found[1]), int(found[2]), compiled.metadata.shared, cubin)
 
     def _type_of(self, name: str) -> str:
         """Triton's name for the type of an argument; an integer of one is a constant to it, unless it varies."""
@@ -132,12 +147,10 @@ class KernelLaunch:
         return names
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes on the stack) of a thread, as cuobjdump reads them off the machine code."""
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """What it reads off the machine code. Raises CalledProcessError."""
     tool: str = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    assert found, f"cuobjdump said nothing of registers: {done.stdout}"
-    return int(found[1]), int(found[2])
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from memserve.jit import KernelLaunch, KernelResources
+from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
@@ -99,10 +100,12 @@ def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -
         num_rotated = NUM_HEADS + NUM_KV_HEADS
         return [kv_write_launch(qkv_THD[:, :num_rotated], qkv_THD[:, num_rotated:], cos, cos, q_THD, kv, index)]
     if kernel == "paged_decode":
-        return list(paged_decode_launches(q_THD, kv, q_THD, tables_RM, index, index, index, MAX_SPLITS, capability))
+        config = paged_decode_config(head_dim, dtype, capability)
+        return list(paged_decode_launches(q_THD, kv, q_THD, tables_RM, index, index, index, MAX_SPLITS, config))
+    config = paged_prefill_config(head_dim, dtype, capability)
     one = np.ones(1, dtype=np.int64)
     tiles = PrefillTiles.of(one * NUM_TOKENS, one * NUM_TOKENS, one * 0, 16, torch.device("cpu"))
-    return [paged_prefill_launch(q_THD, kv, q_THD, tables_RM, index, index, tiles, capability)]
+    return [paged_prefill_launch(q_THD, kv, q_THD, tables_RM, index, index, tiles, config)]
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:

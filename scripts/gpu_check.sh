@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # On a machine with one GPU: the tests that need it, the benchmarks, and a page with what came out beside its goals.
 #
-#   scripts/gpu_check.sh                        all parts, about ten minutes: docs/results/gpu-YYYY-MM-DD.md
-#   scripts/gpu_check.sh tests kernels          some of: tests kernels decode transfer serve
+#   scripts/gpu_check.sh                        all parts but tune, about a quarter of an hour:
+#                                               docs/results/gpu-YYYY-MM-DD.md
+#   scripts/gpu_check.sh tests kernels          some of: tests clusters kernels decode transfer serve tune
 #   scripts/gpu_check.sh --dry                  without a GPU: every command runs, no figure means anything
 #
-# Each part has a time limit; one that fails or runs past it is named at the end, and the others go on. PYTHON names
-# another interpreter, PAGE another page (a part is appended to it).
+# Each part has a time limit; one that fails or runs past it is named at the end, and the others go on. At its limit a
+# part is interrupted, so that tests still say what has failed so far. PYTHON names another interpreter, PAGE another page
+# (a part is appended to it).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -30,14 +32,15 @@ elif ! "$python" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available
 fi
 page=${PAGE:-docs/results/gpu-$(date +%F).md}
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(tests kernels decode transfer serve)
+[[ $# -gt 0 ]] || parts=(tests clusters kernels decode transfer serve)
+pytest=("$python" -m pytest --verbose --tb=short)
 failed=()
 
 run() { # NAME LIMIT GOAL COMMAND...: into the page, as it comes
     local name=$1 limit=$2 goal=$3 start=$SECONDS status=0
     shift 3
     { echo; echo "## $name"; echo; echo "Goal: $goal. Limit: $limit s."; echo; echo '```'; } | tee -a "$page"
-    timeout "$limit" "$@" 2>&1 | tee -a "$page" || status=$?
+    timeout --signal=INT --kill-after=30 "$limit" "$@" 2>&1 | tee -a "$page" || status=$?
     { echo '```'; echo; echo "Status $status after $((SECONDS - start)) s."; } | tee -a "$page"
     [[ $status == 0 ]] || failed+=("$name")
 }
@@ -54,9 +57,13 @@ serve() {
 for part in "${parts[@]}"; do
     case $part in
     tests)
-        run tests 300 "all pass: tokens equal in float32, logits within their bounds in bfloat16" "$python" -m pytest -q \
-            tests/model/test_gpu.py tests/transfer/test_device.py tests/transfer/test_two_processes.py \
-            tests/transfer/test_nccl.py tests/cluster/test_gpu.py -k "gpu or GPU"
+        run tests 300 "all pass: tokens equal in float32, logits within their bounds in bfloat16" \
+            "${pytest[@]}" tests/model/test_gpu.py tests/transfer/test_device.py tests/transfer/test_two_processes.py \
+            tests/transfer/test_nccl.py -k "gpu or GPU"
+        ;;
+    clusters)
+        run clusters 400 "all pass: emulated and distributed, tokens equal to a CPU's" \
+            "${pytest[@]}" tests/cluster/test_gpu.py
         ;;
     kernels)
         run kernels 120 "the column wanted" "$python" scripts/bench_kernels.py --parts kernels "${dry[@]}"
@@ -64,6 +71,11 @@ for part in "${parts[@]}"; do
     decode)
         run decode 150 "the column wanted, transformers beside it" "$python" scripts/bench_kernels.py --parts steps \
             "${dry[@]}"
+        run "decode, kernel by kernel" 90 "none: where a step's time goes" "$python" scripts/bench_kernels.py \
+            --parts profile "${dry[@]}"
+        ;;
+    tune)
+        run tune 300 "none: rows for memserve/model/kernels/configs.py" "$python" scripts/tune_kernels.py "${dry[@]}"
         ;;
     transfer)
         run transfer 60 ".8 of one plain copy within the GPU, but by layer" "$python" scripts/bench_transfer.py \
@@ -71,7 +83,7 @@ for part in "${parts[@]}"; do
         ;;
     serve) serve ;;
     *)
-        echo "error: $part: expected of tests, kernels, decode, transfer, serve"
+        echo "error: $part: expected of tests, clusters, kernels, decode, transfer, serve, tune"
         exit 2
         ;;
     esac

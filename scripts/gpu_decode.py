@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from hf_baseline import hf_config
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, StaticCache
 
 from memserve.clock import monotonic_ns, to_s
@@ -37,6 +38,15 @@ TINY = replace(LLAMA3_8B, vocab_size=64, hidden_size=64, intermediate_size=96, n
                num_kv_heads=1, head_dim=32, max_position=256)  # fmt: skip
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel takes of a step. count: launches a step.  us: of all of them."""
+
+    name: str
+    count: float
+    us: float
+
+
 class DrawnWeights:
     """A WeightSource that draws each tensor on the device when it is asked for: timing needs no better ones."""
 
@@ -54,12 +64,29 @@ class DecodeSteps:
     """Both models are made when they are first asked for, and stay. num_steps: of each measurement."""
 
     def __init__(self, model: ModelConfig, device: torch.device, num_steps: int) -> None:
-        self._config, self._device, self._num_steps = model, device, num_steps
+        self.config, self._device, self._num_steps = model, device, num_steps
 
     def ours_s(self, batch: int, context: int) -> float:
         """Median seconds of `ModelRunner.forward`: inputs copied, the graph replayed, greedy tokens read."""
+        return self._median_s(self._our_step(batch, context))
+
+    def profile(self, batch: int, context: int) -> list[KernelTime]:
+        """Of the mean of as many of our steps, the kernels that take longest first; on a CPU, torch's operations."""
+        step, on_gpu = self._our_step(batch, context), self._device.type == "cuda"
+        for _ in range(WARM_UP_STEPS):
+            step()
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+            for _ in range(self._num_steps):
+                step()
+        times = []
+        for event in profiled.key_averages():
+            total_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            times.append(KernelTime(event.key, event.count / self._num_steps, total_us / self._num_steps))
+        return sorted(times, key=lambda t: -t.us)
+
+    def _our_step(self, batch: int, context: int) -> Callable[[], object]:
         blocks_each = -(-context // BLOCK_SIZE)
-        shape = DiscreteLayout().shape(geometry(self._config, BLOCK_SIZE, DTYPE), batch * blocks_each)
+        shape = DiscreteLayout().shape(geometry(self.config, BLOCK_SIZE, DTYPE), batch * blocks_each)
         kv = torch.randn(shape, dtype=DTYPE, device=self._device)
         runner = ModelRunner(self._ours, kv, BLOCK_SIZE, attention="triton")
         blocks = np.random.default_rng(0).permutation(batch * blocks_each).astype(np.int32)
@@ -70,7 +97,7 @@ class DecodeSteps:
             request.block_table.extend(table)
             requests.append(request)
         scheduled = ScheduledBatch(requests, [1] * batch)
-        return self._median_s(lambda: runner.forward(scheduled))
+        return lambda: runner.forward(scheduled)
 
     @torch.inference_mode()
     def hugging_face_s(self, batch: int, context: int) -> float:
@@ -90,14 +117,14 @@ class DecodeSteps:
 
     @cached_property
     def _ours(self) -> Llama:
-        model = load_model(self._config, DrawnWeights(self._config, self._device), DTYPE, self._device)
+        model = load_model(self.config, DrawnWeights(self.config, self._device), DTYPE, self._device)
         if self._device.type == "cuda":
             model.compile()  # CUDA graphs; a CPU's would take a compiler and minutes
         return model
 
     @cached_property
     def _hugging_face(self) -> torch.nn.Module:
-        config = hf_config(self._config)
+        config = hf_config(self.config)
         with self._device:
             return AutoModelForCausalLM.from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
 

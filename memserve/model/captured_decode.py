@@ -14,7 +14,7 @@ import torch
 
 from memserve.model.attention.base import LayerAttention
 from memserve.model.batch import ForwardBatch
-from memserve.model.kernels.configs import capability_of
+from memserve.model.kernels.configs import capability_of, paged_decode_config
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
 from memserve.model.llama import Llama
@@ -68,7 +68,8 @@ class StaticAttention(LayerAttention):
 
     def __init__(self, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor]) -> None:
         self._inputs, self._kv_layers = inputs, kv_layers
-        self._capability = capability_of(inputs.rows.device)
+        head_dim, dtype = kv_layers[0].shape[4], kv_layers[0].dtype
+        self._config = paged_decode_config(head_dim, dtype, capability_of(inputs.rows.device))
 
     def rotate_and_write(
         self, layer: int, qk_THD: torch.Tensor, v_TKD: torch.Tensor, rotation: Rotation
@@ -82,7 +83,7 @@ class StaticAttention(LayerAttention):
         out_THD, rows, lens_R = torch.empty_like(q_THD), self._inputs.rows, self._inputs.facts[_LENGTH]
         tables, kv_2NBKD = self._inputs.tables, self._kv_layers[layer]
         for launch in paged_decode_launches(
-            q_THD, kv_2NBKD, out_THD, tables, lens_R, rows, rows, MAX_SPLITS, self._capability
+            q_THD, kv_2NBKD, out_THD, tables, lens_R, rows, rows, MAX_SPLITS, self._config
         ):
             launch.run()
         return out_THD

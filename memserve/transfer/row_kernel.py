@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, jit, tl
 
-_BLOCK_WORDS = 1024  # that one program copies
+ROW_COPY = RowConfig(1024, 4)
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
@@ -29,6 +29,7 @@ def row_copy_launch(
     target_N: torch.Tensor,
     target_rows: torch.Tensor,
     row_bytes: int,
+    config: RowConfig = ROW_COPY,
 ) -> KernelLaunch:
     """Copies rows of `source_N` to rows of `target_N`, both uint8 [bytes] of one device, rows of row_bytes each.
 
@@ -41,5 +42,6 @@ def row_copy_launch(
         "source_ptr": source_N.view(dtype), "source_rows_ptr": source_rows, "target_ptr": target_N.view(dtype),
         "target_rows_ptr": target_rows, "row_words": row_words,
     }  # fmt: skip
-    grid = (len(source_rows), -(-row_words // _BLOCK_WORDS))
-    return KernelLaunch(_row_copy_kernel, grid, args, {"BLOCK_WORDS": _BLOCK_WORDS}, 4, 1, fp_fusion=False)
+    constants = {"BLOCK_WORDS": config.block_elements}
+    grid = (len(source_rows), -(-row_words // config.block_elements))
+    return KernelLaunch(_row_copy_kernel, grid, args, constants, config.num_warps, 1, fp_fusion=False)

@@ -27,6 +27,30 @@ def test_the_default_configuration_compiles_spills_nothing_and_fits(script, kern
     assert done and all(c.fits for c in done), [c.resources for c in done]
 
 
+WARPGROUP_PRODUCT, PRODUCT, COPY = "HGMMA.", "HMMA.16816", "LDGSTS.E.BYPASS.128"  # tensor cores; cache to shared memory
+WIDE_LOAD, WIDE_STORE = "LDG.E.128", "STG.E.128"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "size", "dtype", "capability", "wanted"),
+    [
+        ("paged_prefill", 128, torch.bfloat16, 90, [WARPGROUP_PRODUCT, COPY]),
+        ("paged_prefill", 128, torch.bfloat16, 80, [PRODUCT, COPY]),
+        ("paged_decode", 128, torch.bfloat16, 90, [PRODUCT, COPY]),
+        ("kv_write", 128, torch.bfloat16, 90, [WIDE_LOAD, WIDE_STORE]),
+        ("norm", 4096, torch.bfloat16, 90, [WIDE_LOAD, WIDE_STORE]),
+        ("swiglu", 4096, torch.bfloat16, 90, [WIDE_LOAD, WIDE_STORE]),
+        ("row_copy", 1024, torch.uint8, 90, [WIDE_LOAD, WIDE_STORE]),
+    ],
+)
+def test_machine_code_has_the_instructions_that_make_it_fast(script, kernel, size, dtype, capability, wanted) -> None:
+    """16 bytes a thread and access, asynchronous copies of KV, products on tensor cores."""
+    case = next(c for c in script("compile_kernels").cases(kernel, capability, [size]) if c.dtype == dtype)
+    found = script("compile_kernels").compile_case(case).resources.instructions()
+    assert [name for name in wanted if not any(i.startswith(name) for i in found)] == []
+
+
 @needs_triton
 def test_a_kernel_that_spills_or_takes_too_much_shared_memory_does_not_fit(script) -> None:
     module = script("compile_kernels")

@@ -26,8 +26,8 @@ def gpu_check(page: Path, *words: str, python: str = sys.executable) -> tuple[in
 
 @pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
 @pytest.mark.timeout(400)  # interpreted kernels, beside whatever else the machine does
-def test_the_benchmarks_of_kernels_and_decode_steps_run_dry(tmp_path: Path) -> None:
-    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "decode")
+def test_the_benchmarks_and_the_tuning_of_kernels_run_dry(tmp_path: Path) -> None:
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "decode", "tune")
     assert status == 0, printed
     page = (tmp_path / "page.md").read_text()
     lines = re.findall(r"^\| (.+?) \| [\d.e+-]+ \| [\d.e+-]+ \| (?:GB/s|TFLOP/s|ms) \|", page, flags=re.MULTILINE)
@@ -35,7 +35,7 @@ def test_the_benchmarks_of_kernels_and_decode_steps_run_dry(tmp_path: Path) -> N
         "norm", "norm with residual", "swiglu", "rope and cache write", "block copy", "decode attention",
         "prefill", "decode step", "decode step",
     ]  # fmt: skip
-    assert page.count("Goal: ") == page.count("Status 0") == 2
+    assert page.count("Goal: ") == page.count("Status 0") == 4
 
 
 def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
@@ -47,7 +47,8 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
 
 def test_a_part_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     status, printed = gpu_check(tmp_path / "page.md", "--dry", "speed")
-    assert status == 2 and "error: speed: expected of tests, kernels, decode, transfer, serve" in printed
+    expected = "error: speed: expected of tests, clusters, kernels, decode, transfer, serve, tune"
+    assert status == 2 and expected in printed
 
 
 def test_the_configurations_that_it_serves_compose() -> None:

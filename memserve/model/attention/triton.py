@@ -14,7 +14,7 @@ import torch
 from memserve.jit import KernelLaunch
 from memserve.model.attention.base import Attention
 from memserve.model.batch import ForwardBatch
-from memserve.model.kernels.configs import capability_of
+from memserve.model.kernels.configs import capability_of, paged_decode_config, paged_prefill_config
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.paged_decode import num_splits, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch, tokens_a_tile
@@ -31,13 +31,14 @@ class TritonAttention(Attention):
     def __init__(self, batch: ForwardBatch, kv_layers: Sequence[torch.Tensor], num_heads: int) -> None:
         super().__init__(batch, kv_layers, num_heads)
         num_kv_heads, head_dim = kv_layers[0].shape[3:]
-        self._capability = capability_of(batch.device)
+        kind = (head_dim, kv_layers[0].dtype, capability_of(batch.device))
+        self._prefill_config, self._decode_config = paged_prefill_config(*kind), paged_decode_config(*kind)
         num_new = np.diff(batch.query_starts)
         decoding, prefilling = np.flatnonzero(num_new == 1), np.flatnonzero(num_new > 1)
         self._max_splits = int(num_splits(batch.seq_lens[decoding]).max(initial=0))
         columns = np.stack((decoding, batch.query_starts[decoding]))
         self._decoding_R, self._decode_rows_R = to_device(columns, batch.device)
-        tokens = tokens_a_tile(num_heads // num_kv_heads, head_dim, kv_layers[0].dtype, self._capability)
+        tokens = tokens_a_tile(num_heads // num_kv_heads, self._prefill_config)
         self._tiles = PrefillTiles.of(num_new, batch.seq_lens, prefilling, tokens, batch.device)
 
     @classmethod
@@ -64,10 +65,10 @@ class TritonAttention(Attention):
         if len(self._tiles.requests_P):
             starts_R1 = self.batch.query_starts_R1
             yield paged_prefill_launch(
-                q_THD, kv_2NBKD, out_THD, tables_RM, starts_R1, lens_R, self._tiles, self._capability
+                q_THD, kv_2NBKD, out_THD, tables_RM, starts_R1, lens_R, self._tiles, self._prefill_config
             )
         if len(self._decoding_R):
             yield from paged_decode_launches(
                 q_THD, kv_2NBKD, out_THD, tables_RM, lens_R, self._decoding_R, self._decode_rows_R,
-                self._max_splits, self._capability,
+                self._max_splits, self._decode_config,
             )  # fmt: skip

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from memserve.jit import RowConfig
+
 # A row: block_m, block_n, num_warps, num_stages. Head dims are padded to the next of these.
 HEAD_DIMS = (64, 128, 256)
 _Tiles = dict[tuple[int, int, int], tuple[int, int, int, int]]  # (capability, head dim, bytes of an element)
@@ -32,7 +34,7 @@ _DECODE: _Tiles = {
     (80, 128, 2): (16, 64, 4, 5),
     (80, 256, 2): (16, 32, 4, 5),
     (80, 64, 4): (16, 32, 4, 3),
-    (80, 128, 4): (16, 16, 8, 3),
+    (80, 128, 4): (16, 32, 8, 2),
     (80, 256, 4): (16, 16, 4, 3),
     (90, 64, 2): (16, 64, 4, 5),
     (90, 128, 2): (16, 64, 8, 5),
@@ -52,14 +54,6 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """block_elements: elements that one program of an element-wise kernel holds at once."""
-
-    block_elements: int
-    num_warps: int
 
 
 ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, jit, tl
 from memserve.model.kernels.configs import ELEMENTWISE, power_of_two
 
 
@@ -49,6 +49,7 @@ def kv_write_launch(
     q_out_THD: torch.Tensor,
     kv_2NBKD: torch.Tensor,
     slots_T: torch.Tensor,
+    config: RowConfig = ELEMENTWISE,
 ) -> KernelLaunch:
     """Rotates queries and keys; queries go to q_out_THD, keys and values to the slots of their tokens.
 
@@ -61,7 +62,7 @@ def kv_write_launch(
     assert qk_THD.shape[1] == num_heads + num_kv_heads and q_out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
     assert qk_THD.stride()[1:] == v_TKD.stride()[1:] == (head_dim, 1) and cos.is_contiguous() and sin.is_contiguous()
     block_d = power_of_two(head_dim)
-    block_h = max(1, ELEMENTWISE.block_elements // block_d)
+    block_h = max(1, config.block_elements // block_d)
     args = {
         "qk_ptr": qk_THD, "v_ptr": v_TKD, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": q_out_THD, "kv_ptr": kv_2NBKD,
         "slots_ptr": slots_T, "qk_stride_T": qk_THD.stride(0), "v_stride_T": v_TKD.stride(0),
@@ -70,7 +71,7 @@ def kv_write_launch(
     constants = {"H": num_heads, "K": num_kv_heads, "D": head_dim, "BLOCK_SIZE": block_size}
     constants |= {"BLOCK_H": block_h, "BLOCK_D": block_d}
     grid = (num_tokens, -(-(num_heads + num_kv_heads) // block_h) + -(-num_kv_heads // block_h))
-    return KernelLaunch(_kv_write_kernel, grid, args, constants, ELEMENTWISE.num_warps, 1, fp_fusion=False)
+    return KernelLaunch(_kv_write_kernel, grid, args, constants, config.num_warps, 1, fp_fusion=False)
 
 
 def kv_write_reference(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, jit, tl
 from memserve.model.kernels.configs import norm_config, power_of_two
 
 
@@ -41,16 +41,18 @@ def norm_launch(
     y: torch.Tensor,
     scale: torch.Tensor,
     sum_eps: float,
+    config: RowConfig | None = None,
 ) -> KernelLaunch:
     """y = x / sqrt(sum(x^2) + sum_eps) * scale in float32; with delta_TE, of x + delta_TE, which goes to sum_TE.
 
     x, y: [T, E], or [T, W, E] with scale [W, E]; only the stride of T is free, and only in x.  scale: float32.
     sum_eps: E times the eps of the usual formula; `scale` has the sqrt(E) that goes with it (see layers.RMSNorm).
+    config: by default that of `norm_config`.
     """
     num_features = x.shape[-1]
     num_heads = x.shape[1] if x.dim() == 3 else 1
     assert x.stride()[1:] == y.stride()[1:] and y.is_contiguous() and scale.shape[-1] == num_features
-    config = norm_config(num_features)
+    config = config or norm_config(num_features)
     block = power_of_two(num_features)
     rows = max(1, config.block_elements // block)
     num_rows = x.numel() // num_features

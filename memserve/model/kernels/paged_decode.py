@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from memserve.jit import KernelLaunch, jit, tl
-from memserve.model.kernels.configs import multiprocessors_of, paged_decode_config, power_of_two
+from memserve.model.kernels.configs import TileConfig, multiprocessors_of, power_of_two
 from memserve.model.kernels.paged_tile import attend_tile
 
 MAX_SPLITS = 32
@@ -119,17 +119,17 @@ def paged_decode_launches(
     requests_R: torch.Tensor,
     rows_R: torch.Tensor,
     max_splits: int,
-    capability: int,
+    config: TileConfig,
 ) -> tuple[KernelLaunch, KernelLaunch]:
     """Attention of the one new token of each of `requests_R`, and the pass that combines its splits; run both in order.
 
     q_THD, out_THD: [T, H, D], contiguous; only the rows `rows_R` (int64, of each of the requests) are read and written.
     kv_2NBKD: any strides but that of D.  block_tables_RM, seq_lens_R: int64, of the whole batch.  requests_R: int64,
     numbers in the batch.  max_splits: those of the longest request at least, see `num_splits`.
+    config: see `paged_decode_config`.
     """
     block_size, num_kv_heads, head_dim = kv_2NBKD.shape[2:]
     assert q_THD.is_contiguous() and out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
-    config = paged_decode_config(head_dim, q_THD.dtype, capability)
     num_rows, num_heads = len(requests_R), q_THD.shape[1]
     sums = torch.empty(num_rows, num_heads, max_splits, head_dim, dtype=torch.float32, device=q_THD.device)
     logs = torch.empty(num_rows, num_heads, max_splits, dtype=torch.float32, device=q_THD.device)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from memserve.jit import KernelLaunch, jit, tl
-from memserve.model.kernels.configs import paged_prefill_config, power_of_two
+from memserve.model.kernels.configs import TileConfig, power_of_two
 from memserve.model.kernels.paged_tile import attend_tile
 from memserve.transfer.block_copy import to_device
 
@@ -83,12 +83,11 @@ class PrefillTiles:
         return PrefillTiles(requests_P, tokens_P)
 
 
-def tokens_a_tile(num_groups: int, head_dim: int, dtype: torch.dtype, capability: int) -> int:
+def tokens_a_tile(num_groups: int, config: TileConfig) -> int:
     """New tokens that one tile takes with all heads of a group. Raises ValueError for groups larger than a tile."""
-    rows = paged_prefill_config(head_dim, dtype, capability).block_m
-    if num_groups > rows:
-        raise ValueError(f"attention='triton': {num_groups} query heads a kv head: expected at most {rows}")
-    return rows // num_groups
+    if num_groups > config.block_m:
+        raise ValueError(f"attention='triton': {num_groups} query heads a kv head: expected at most {config.block_m}")
+    return config.block_m // num_groups
 
 
 def paged_prefill_launch(
@@ -99,16 +98,16 @@ def paged_prefill_launch(
     query_starts_R1: torch.Tensor,
     seq_lens_R: torch.Tensor,
     tiles: PrefillTiles,
-    capability: int,
+    config: TileConfig,
 ) -> KernelLaunch:
     """Attention of the tokens in `tiles`, whose KV is written; other rows of out_THD are left as they are.
 
     q_THD, out_THD: [T, H, D], contiguous.  kv_2NBKD: any strides but that of D.  block_tables_RM, query_starts_R1,
     seq_lens_R: int64, of the whole batch, as in ForwardBatch.
+    config: see `paged_prefill_config`; the tiles are made for it.
     """
     block_size, num_kv_heads, head_dim = kv_2NBKD.shape[2:]
     assert q_THD.is_contiguous() and out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
-    config = paged_prefill_config(head_dim, q_THD.dtype, capability)
     args = {
         "q_ptr": q_THD, "out_ptr": out_THD, "kv_ptr": kv_2NBKD, "tables_ptr": block_tables_RM,
         "starts_ptr": query_starts_R1, "lens_ptr": seq_lens_R, "tile_requests_ptr": tiles.requests_P,

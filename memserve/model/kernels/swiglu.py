@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, jit, tl
 from memserve.model.kernels.configs import ELEMENTWISE, power_of_two
 
 
@@ -24,15 +24,15 @@ def _swiglu_kernel(
     tl.store(out_ptr + token * F + columns, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def swiglu_launch(gate_up_TO: torch.Tensor, out_TF: torch.Tensor) -> KernelLaunch:
+def swiglu_launch(gate_up_TO: torch.Tensor, out_TF: torch.Tensor, config: RowConfig = ELEMENTWISE) -> KernelLaunch:
     """out = silu(gate) * up, in float32. gate_up_TO: [T, 2 F], rows contiguous.  out_TF: [T, F], contiguous."""
     num_tokens, num_features = out_TF.shape
     assert gate_up_TO.stride(1) == 1 and gate_up_TO.shape[1] == 2 * num_features and out_TF.is_contiguous()
-    block = min(ELEMENTWISE.block_elements, power_of_two(num_features))
+    block = min(config.block_elements, power_of_two(num_features))
     args = {"gate_up_ptr": gate_up_TO, "out_ptr": out_TF, "gate_up_stride_T": gate_up_TO.stride(0)}
     constants = {"F": num_features, "BLOCK_F": block}
     grid = (num_tokens, -(-num_features // block))
-    return KernelLaunch(_swiglu_kernel, grid, args, constants, ELEMENTWISE.num_warps, 1, fp_fusion=False)
+    return KernelLaunch(_swiglu_kernel, grid, args, constants, config.num_warps, 1, fp_fusion=False)
 
 
 def swiglu_reference(gate_up_TO: torch.Tensor) -> torch.Tensor:

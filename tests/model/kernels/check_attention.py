@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernels.interpreted import TOLERANCE, Paged, paged, widen_bfloat16_products
 
+from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
 from memserve.model.kernels.paged_decode import MAX_SPLITS, num_programs, num_splits, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, attention_reference, paged_prefill_launch, tokens_a_tile
 
@@ -25,16 +26,17 @@ def computed(case: Paged) -> torch.Tensor:
     num_kv_heads, head_dim = case.kv_2NBKD.shape[3:]
     out_THD = torch.full_like(case.q_THD, torch.nan)
     prefilling, decoding = np.flatnonzero(case.num_new > 1), np.flatnonzero(case.num_new == 1)
-    tokens = tokens_a_tile(case.q_THD.shape[1] // num_kv_heads, head_dim, case.q_THD.dtype, CAPABILITY)
+    prefill, decode = (of(head_dim, case.q_THD.dtype, CAPABILITY) for of in (paged_prefill_config, paged_decode_config))
+    tokens = tokens_a_tile(case.q_THD.shape[1] // num_kv_heads, prefill)
     tiles = PrefillTiles.of(case.num_new, case.num_kv, prefilling, tokens, CPU)
     paged_prefill_launch(
-        case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, case.starts_R1, case.lens_R, tiles, CAPABILITY
+        case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, case.starts_R1, case.lens_R, tiles, prefill
     ).run()
     splits = int(num_splits(case.num_kv[decoding]).max(initial=0))
     rows = case.starts_R1[:-1][torch.from_numpy(decoding)]
     requests = torch.from_numpy(decoding)
     for launch in paged_decode_launches(
-        case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, case.lens_R, requests, rows, splits, CAPABILITY
+        case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, case.lens_R, requests, rows, splits, decode
     ):
         launch.run()
     return out_THD
@@ -117,8 +119,9 @@ def test_a_padding_row_has_output_zero_and_reads_no_cache() -> None:
     out_THD = torch.full_like(case.q_THD, torch.nan)
     both = torch.arange(2)
     lens_R = torch.tensor([7, 0])
+    config = paged_decode_config(case.q_THD.shape[2], case.q_THD.dtype, CAPABILITY)
     for launch in paged_decode_launches(
-        case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, lens_R, both, both, MAX_SPLITS, CAPABILITY
+        case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, lens_R, both, both, MAX_SPLITS, config
     ):
         launch.run()
     assert (out_THD[1] == 0).all() and not out_THD[0].isnan().any()

@@ -1,0 +1,200 @@
+"""What bench_kernels.py measures and tune_kernels.py tunes: kernels on shapes that count, and how they are timed.
+
+A case makes its launches for a configuration, its own by default; its inputs stay. Prints nothing.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from memserve.clock import monotonic_ns, to_s
+from memserve.jit import KernelLaunch
+from memserve.model.kernels.configs import (
+    ELEMENTWISE,
+    RowConfig,
+    TileConfig,
+    capability_of,
+    norm_config,
+    paged_decode_config,
+    paged_prefill_config,
+)
+from memserve.model.kernels.kv_write import kv_write_launch
+from memserve.model.kernels.norm import norm_launch
+from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
+from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch, tokens_a_tile
+from memserve.model.kernels.swiglu import swiglu_launch
+from memserve.transfer.row_kernel import ROW_COPY, row_copy_launch
+
+Config = TypeVar("Config", RowConfig, TileConfig)
+BLOCK_SIZE = 16
+COPIED_ROW_BYTES = 65536
+FLUSHED_BYTES = (
+    1 << 30
+)  # written before each try: more than any L2 cache, and long enough to launch the kernel behind it
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Which shapes are measured, and on which device.  num_rows: of the block copy, half of them to the other half.
+
+    decodes: (batch, tokens of KV).  prefills: (cached, new, batch).  steps: (batch, context).
+    """
+
+    device: torch.device
+    num_tries: int
+    num_heads: int
+    num_kv_heads: int
+    copied_bytes: int
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_rows: int
+    decodes: tuple[tuple[int, int], ...]
+    prefills: tuple[tuple[int, int, int], ...]
+    steps: tuple[tuple[int, int], ...]
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def of(self, head_dim: int, dtype: torch.dtype) -> "Scale":
+        """The same shapes with other heads."""
+        return replace(self, head_dim=head_dim, dtype=dtype)
+
+
+FULL = Scale(
+    torch.device("cuda"), 20, 32, 8, 2 << 30, 16384, 4096, 14336, 4096,
+    decodes=((1, 2048), (16, 4096), (64, 2048), (64, 4096)),
+    prefills=((0, 2048, 8), (0, 8192, 2), (6144, 2048, 2)),
+    steps=((1, 2048), (16, 2048), (64, 2048)),
+)  # fmt: skip
+DRY = Scale(
+    torch.device("cpu"), 1, 4, 2, 1 << 16, 16, 64, 96, 4,
+    decodes=((2, 64),), prefills=((32, 32, 2),), steps=((2, 32),),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case(Generic[Config]):
+    """work: bytes moved, or operations.  config: what the runner would use.  output: what the launches write."""
+
+    what: str
+    work: float
+    config: Config
+    launches: Callable[[Config], Sequence[KernelLaunch]]
+    output: torch.Tensor
+
+    def run(self, config: Config | None = None) -> Callable[[], None]:
+        """A function that runs it once; its launches are made now."""
+        launches = self.launches(self.config if config is None else config)
+
+        def run_all() -> None:
+            for launch in launches:
+                launch.run()
+
+        return run_all
+
+
+def median_s(scale: Scale, run: Callable[[], object]) -> float:
+    """Seconds of the device, each try after a write that leaves nothing of its inputs in the L2 cache."""
+    if scale.device.type == "cpu":
+        start_ns = monotonic_ns()
+        run()
+        return to_s(monotonic_ns() - start_ns)
+    flush = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=scale.device)
+    times = []
+    for i in range(scale.num_tries + 3):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def elementwise_cases(scale: Scale) -> Iterator[Case[RowConfig]]:
+    yield from norm_cases(scale)
+    yield swiglu_case(scale)
+    yield kv_write_case(scale)
+    yield row_copy_case(scale)
+
+
+def norm_cases(scale: Scale) -> Iterator[Case[RowConfig]]:
+    n, hidden = scale.num_tokens, scale.hidden_size
+    x, delta, y, total = (scale.random(n, hidden) for _ in range(4))
+    ones_E, config = torch.ones(hidden, device=scale.device), norm_config(hidden)
+    yield Case("norm", 2 * x.nbytes, config, lambda c: [norm_launch(x, None, None, y, ones_E, 0.04, c)], y)
+    yield Case(
+        "norm with residual", 4 * x.nbytes, config, lambda c: [norm_launch(x, delta, total, y, ones_E, 0.04, c)], y
+    )
+
+
+def swiglu_case(scale: Scale) -> Case[RowConfig]:
+    gate_up = scale.random(scale.num_tokens, 2 * scale.intermediate_size)
+    out = scale.random(scale.num_tokens, scale.intermediate_size)
+    num_bytes = gate_up.nbytes + out.nbytes
+    return Case("swiglu", num_bytes, ELEMENTWISE, lambda c: [swiglu_launch(gate_up, out, c)], out)
+
+
+def kv_write_case(scale: Scale) -> Case[RowConfig]:
+    n, heads, kv_heads, head_dim = scale.num_tokens, scale.num_heads, scale.num_kv_heads, scale.head_dim
+    qkv, q = scale.random(n, heads + 2 * kv_heads, head_dim), scale.random(n, heads, head_dim)
+    qk, v = qkv.split((heads + kv_heads, kv_heads), 1)
+    cos = scale.random(n, 1, 2, head_dim // 2)
+    kv = scale.random(2, n // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim)
+    slots = torch.randperm(n, device=scale.device)
+    num_bytes = 2 * qkv.nbytes + 2 * cos.nbytes
+    return Case(
+        "rope and cache write", num_bytes, ELEMENTWISE, lambda c: [kv_write_launch(qk, v, cos, cos, q, kv, slots, c)], q
+    )
+
+
+def row_copy_case(scale: Scale) -> Case[RowConfig]:
+    blocks = torch.randint(0, 256, (scale.num_rows * COPIED_ROW_BYTES,), dtype=torch.uint8, device=scale.device)
+    source, target = torch.randperm(scale.num_rows, device=scale.device).split(scale.num_rows // 2)
+    return Case(
+        "block copy, 64 KiB rows", blocks.nbytes, ROW_COPY,
+        lambda c: [row_copy_launch(blocks, source, blocks, target, COPIED_ROW_BYTES, c)], blocks,
+    )  # fmt: skip
+
+
+def decode_case(scale: Scale, batch: int, num_kv: int) -> Case[TileConfig]:
+    """All requests of one length, their blocks scattered over the cache; the grid is that of a captured step."""
+    width, device = num_kv // BLOCK_SIZE, scale.device
+    kv = scale.random(2, batch * width, BLOCK_SIZE, scale.num_kv_heads, scale.head_dim)
+    tables = torch.randperm(batch * width, device=device).view(batch, width)
+    q, out = (scale.random(batch, scale.num_heads, scale.head_dim) for _ in range(2))
+    rows, lens = torch.arange(batch, device=device), torch.full((batch,), num_kv, device=device)
+    return Case(
+        f"decode attention, {batch} x {num_kv}", kv.nbytes,
+        paged_decode_config(scale.head_dim, scale.dtype, capability_of(device)),
+        lambda c: paged_decode_launches(q, kv, out, tables, lens, rows, rows, MAX_SPLITS, c), out,
+    )  # fmt: skip
+
+
+def prefill_case(scale: Scale, num_cached: int, num_new: int, batch: int) -> Case[TileConfig]:
+    """Equal requests."""
+    num_kv, heads, device = num_cached + num_new, scale.num_heads, scale.device
+    width = num_kv // BLOCK_SIZE
+    kv = scale.random(2, batch * width, BLOCK_SIZE, scale.num_kv_heads, scale.head_dim)
+    tables = torch.randperm(batch * width, device=device).view(batch, width)
+    q, out = (scale.random(batch * num_new, heads, scale.head_dim) for _ in range(2))
+    starts, lens = torch.arange(batch + 1, device=device) * num_new, torch.full((batch,), num_kv, device=device)
+    ones = np.ones(batch, dtype=np.int64)
+
+    def launches(config: TileConfig) -> list[KernelLaunch]:
+        tokens = tokens_a_tile(heads // scale.num_kv_heads, config)
+        tiles = PrefillTiles.of(ones * num_new, ones * num_kv, np.arange(batch), tokens, device)
+        return [paged_prefill_launch(q, kv, out, tables, starts, lens, tiles, config)]
+
+    flops = 4 * batch * heads * scale.head_dim * (num_new * num_cached + num_new * (num_new + 1) / 2)
+    config = paged_prefill_config(scale.head_dim, scale.dtype, capability_of(device))
+    return Case(f"prefill, {batch} x {num_new} after {num_cached} cached", flops, config, launches, out)
