@@ -51,6 +51,11 @@ class ForwardBatch:
         """Whether every request computes one token."""
         return self.num_tokens == self.num_requests
 
+    @property
+    def samples_all(self) -> bool:
+        """Whether every row of a decode step does, in their order."""
+        return len(self.sample_rows) == self.num_tokens
+
     @cached_property
     def positions_T(self) -> torch.Tensor:
         return self._tensor(self.positions)
@@ -80,7 +85,7 @@ class ForwardBatch:
 
     def next_step(self, token_ids_R: torch.Tensor) -> "ForwardBatch":
         """The decode step after this one (itself a decode step): token_ids_R int64 [R] are what it sampled."""
-        assert self.decode_only and len(self.sample_rows) == self.num_requests
+        assert self.decode_only and self.samples_all
         positions = self.positions + 1
         return ForwardBatch(
             token_ids=token_ids_R,

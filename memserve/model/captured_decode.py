@@ -107,7 +107,7 @@ class CapturedDecode:
     def takes(self, batch: ForwardBatch) -> bool:
         """Whether a graph computes such a batch. All its rows sample: their tokens are read before the next step."""
         fits = batch.num_requests <= BUCKETS[-1] and batch.block_tables.shape[1] <= self._max_blocks
-        return batch.decode_only and fits and len(batch.sample_rows) == batch.num_requests
+        return batch.decode_only and batch.samples_all and fits
 
     def step(self, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] after each request's token, valid until the next step; its KV is written in every layer."""

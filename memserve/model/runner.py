@@ -101,9 +101,9 @@ class ModelRunner:
         """Yields each layer's number once its KV is written; returns the logits [S, V] of the rows that sample."""
         graph = self._decode_graph
         if graph is not None and graph.takes(step):
-            logits_SV = graph.step(step, self._kv)[step.sample_rows_S]
+            logits_RV = graph.step(step, self._kv)
             yield from range(self.model.config.num_layers)
-            return logits_SV
+            return logits_RV if step.samples_all else logits_RV[step.sample_rows_S]
         with torch.inference_mode():  # never held across a yield: it would leak into the caller
             attention = self._attention(step, self._kv_layers, self.model.config.num_heads)
             rotation = self.model.rotary.rotation(step.positions_T)
