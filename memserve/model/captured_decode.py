@@ -2,7 +2,7 @@
 
 A step's kernels are recorded once over memory that stays; every later step writes its numbers there and replays. A
 batch is filled up to its bucket with padding rows: length 0, slot -1, so that they read and write no cache. All that a
-step needs goes to the GPU in two asynchronous copies from pinned memory.
+step needs goes to the GPU in asynchronous copies from pinned memory, and of the block tables no more than is used.
 
 Shape legend: R rows of a bucket, one token each; M blocks of the widest table; V vocabulary.
 """
@@ -44,7 +44,6 @@ class StaticInputs:
         self.facts[_SLOT] = -1
         self.rows = torch.arange(num_rows, device=device)
         self._facts_on_host = torch.empty(3, num_rows, dtype=torch.int64, pin_memory=pinned)
-        self._tables_on_host = torch.zeros(num_rows, max_blocks, dtype=torch.int64, pin_memory=pinned)
 
     def fill(self, batch: ForwardBatch) -> None:
         """Rows [0, n) are the batch's n requests; the others become padding.
@@ -54,11 +53,9 @@ class StaticInputs:
         facts, num_requests, width = self._facts_on_host.numpy(), batch.num_requests, batch.block_tables.shape[1]
         facts[:] = np.array([[-1], [0], [0]])
         facts[:, :num_requests] = batch.slot_mapping, batch.seq_lens, batch.positions
-        tables = self._tables_on_host[:num_requests]
-        tables.numpy()[:, :width] = batch.block_tables
         self.facts.copy_(self._facts_on_host, non_blocking=True)
-        self.tables[:num_requests].copy_(tables, non_blocking=True)
-        self.token_ids[:num_requests].copy_(batch.token_ids, non_blocking=True)
+        self.tables[:num_requests, :width].copy_(batch.block_tables_RM)
+        self.token_ids[:num_requests].copy_(batch.token_ids)
 
 
 class StaticAttention(LayerAttention):
@@ -141,7 +138,7 @@ def decode_step(model: Llama, inputs: StaticInputs, kv_layers: Sequence[torch.Te
     """One step of every row: logits [R, V], of padding rows without meaning. Starts kernels and waits for nothing."""
     attention = StaticAttention(inputs, kv_layers)
     rotation = model.rotary.rotation(inputs.facts[_POSITION])
-    x_TE = model.embed(inputs.token_ids)
+    stream = model.embed(inputs.token_ids)
     for layer in model.layers:
-        x_TE = layer(x_TE, rotation, attention)
-    return model.logits(x_TE, attention.ops)
+        stream = layer(stream, rotation, attention)
+    return model.logits(stream, attention.ops)

@@ -21,7 +21,7 @@ import torch
 from memserve.clock import monotonic_ns, to_s
 from memserve.model.attention.base import TorchWrite
 from memserve.model.batch import ForwardBatch
-from memserve.model.ops import Ops
+from memserve.model.ops import Ops, Stream
 from memserve.model.rope import RotaryEmbedding
 
 # Most requests of a compiled step; above it products are bound by arithmetic and eager is as fast.
@@ -48,8 +48,8 @@ class Decoder(Protocol):
     device: torch.device
 
     def state_dict(self) -> dict[str, torch.Tensor]: ...
-    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor: ...
-    def logits(self, x_SE: torch.Tensor, ops: Ops) -> torch.Tensor: ...
+    def embed(self, token_ids_T: torch.Tensor) -> Stream: ...
+    def logits(self, stream: Stream, ops: Ops) -> torch.Tensor: ...
 
 
 class DecodeGraph:
@@ -115,10 +115,10 @@ class DecodeGraph:
         model = self._model
         attention = _TracedAttention(kv, block_tables_RM, positions_R)
         rotation = model.rotary.rotation(positions_R)
-        x_RE = model.embed(token_ids_R)
+        stream = model.embed(token_ids_R)
         for layer in model.layers:
-            x_RE = layer(x_RE, rotation, attention)
-        return model.logits(x_RE, attention.ops)
+            stream = layer(stream, rotation, attention)
+        return model.logits(stream, attention.ops)
 
 
 class _TracedAttention(TorchWrite):

@@ -15,7 +15,7 @@ from memserve.model.decode_graph import DecodeGraph
 from memserve.model.layers import Linear, RMSNorm
 from memserve.model.loader import Loader
 from memserve.model.model_config import ModelConfig
-from memserve.model.ops import Ops
+from memserve.model.ops import Ops, Stream
 from memserve.model.parallel import WHOLE, Shard
 from memserve.model.rope import RotaryEmbedding, Rotation
 from memserve.model.weights import WeightSource
@@ -80,13 +80,13 @@ class DecoderLayer(torch.nn.Module):
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, load, f"{prefix}.mlp")
 
-    def forward(self, x_TE: torch.Tensor, rotation: Rotation, attention: LayerAttention) -> torch.Tensor:
-        """[T, E] -> [T, E]; writes this layer's KV and reads it through `attention`."""
+    def forward(self, stream: Stream, rotation: Rotation, attention: LayerAttention) -> Stream:
+        """Writes this layer's KV and reads it through `attention`."""
         ops = attention.ops
-        normed_TE = ops.norm(self.attention_norm, x_TE)
+        x_TE, normed_TE = ops.add_norm(self.attention_norm, stream)
         attended_TE = self._shard.sum(self.attention(self.number, normed_TE, rotation, attention))
-        x_TE, normed_TE = ops.add_norm(self.mlp_norm, x_TE, attended_TE)
-        return x_TE + self._shard.sum(self.mlp(normed_TE, ops))
+        x_TE, normed_TE = ops.add_norm(self.mlp_norm, (x_TE, attended_TE))
+        return x_TE, self._shard.sum(self.mlp(normed_TE, ops))
 
 
 class Llama(torch.nn.Module):
@@ -130,13 +130,14 @@ class Llama(torch.nn.Module):
         if not self.captures_decode:
             self.decode_graph = DecodeGraph(self)
 
-    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """int64 [T] -> [T, E]."""
-        return functional.embedding(token_ids_T, self.embedding_VE)
+    def embed(self, token_ids_T: torch.Tensor) -> Stream:
+        """int64 [T] -> what the first layer takes."""
+        return functional.embedding(token_ids_T, self.embedding_VE), None
 
-    def logits(self, x_SE: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """[S, E], rows that left the last layer -> [S, V]; see `Shard.gather` for ranks that do not sample."""
-        return self.shard.gather(self.head(ops.norm(self.norm, x_SE)))
+    def logits(self, stream: Stream, ops: Ops) -> torch.Tensor:
+        """Of S rows that left the last layer, [S, V]; see `Shard.gather` for ranks that do not sample."""
+        _, normed_SE = ops.add_norm(self.norm, stream)
+        return self.shard.gather(self.head(normed_SE))
 
 
 def load_model(

@@ -14,6 +14,9 @@ from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.swiglu import swiglu_launch
 from memserve.model.layers import RMSNorm, swiglu
 
+# Hidden states [T, E], and what is still to be added to them (None: nothing): the next norm does it in the same pass.
+Stream = tuple[torch.Tensor, torch.Tensor | None]
+
 
 class Ops(ABC):
     """What a layer computes between its products."""
@@ -23,8 +26,8 @@ class Ops(ABC):
         """`norm` of x, [T, E] or, by heads, [T, W, E]; only the stride of T is free."""
 
     @abstractmethod
-    def add_norm(self, norm: RMSNorm, x_TE: torch.Tensor, delta_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + delta, `norm` of that), each [T, E]."""
+    def add_norm(self, norm: RMSNorm, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the stream's sum, `norm` of that), each [T, E]."""
 
     @abstractmethod
     def swiglu(self, gate_up_TO: torch.Tensor) -> torch.Tensor:
@@ -38,8 +41,9 @@ class TorchOps(Ops):
         normed: torch.Tensor = norm(x)
         return normed
 
-    def add_norm(self, norm: RMSNorm, x_TE: torch.Tensor, delta_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TE = x_TE + delta_TE
+    def add_norm(self, norm: RMSNorm, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TE, delta_TE = stream
+        x_TE = x_TE if delta_TE is None else x_TE + delta_TE
         return x_TE, norm(x_TE)
 
     def swiglu(self, gate_up_TO: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,10 @@ class TritonOps(Ops):
         norm_launch(in_rows(x), None, None, y, norm.scale, norm.sum_eps).run()
         return y
 
-    def add_norm(self, norm: RMSNorm, x_TE: torch.Tensor, delta_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_norm(self, norm: RMSNorm, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TE, delta_TE = stream
+        if delta_TE is None:
+            return x_TE, self.norm(norm, x_TE)
         x_TE = x_TE.contiguous()
         sum_TE, y_TE = torch.empty_like(x_TE), torch.empty_like(x_TE)
         norm_launch(x_TE, delta_TE.contiguous(), sum_TE, y_TE, norm.scale, norm.sum_eps).run()

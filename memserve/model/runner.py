@@ -107,13 +107,16 @@ class ModelRunner:
         with torch.inference_mode():  # never held across a yield: it would leak into the caller
             attention = self._attention(step, self._kv_layers, self.model.config.num_heads)
             rotation = self.model.rotary.rotation(step.positions_T)
-            x_TE = self.model.embed(step.token_ids)
+            stream = self.model.embed(step.token_ids)
         for i, layer in enumerate(self.model.layers):
             with torch.inference_mode():
-                x_TE = layer(x_TE, rotation, attention)
+                stream = layer(stream, rotation, attention)
             yield i
         with torch.inference_mode():
-            return self.model.logits(x_TE[step.sample_rows_S], attention.ops)
+            x_TE, delta_TE = stream
+            rows_S = step.sample_rows_S
+            sampled = x_TE[rows_S], None if delta_TE is None else delta_TE[rows_S]
+            return self.model.logits(sampled, attention.ops)
 
     def _wait(self) -> None:
         """A step that reads no token ends like one that does, with nothing under way: then its blocks may be freed for

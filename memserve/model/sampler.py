@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from memserve.request import SamplingParams, TokenLogprobs
+from memserve.transfer.block_copy import to_device
 
-NUCLEUS_GUESS = 1024  # most nuclei are smaller; a larger one costs its row a full sort
+NUCLEUS_GUESS = 1024  # most nuclei are smaller; a larger one costs its row a second look, and a full sort
 CACHED_LOGITS = 65_536  # 256 KiB of float32
 _TINY_TEMPERATURE = 1e-30  # the smallest that float32 divides by safely; far below it every choice is greedy
 
@@ -45,14 +46,19 @@ class Sampler:
         assert logits_RV.shape[0] == len(rows)
         tokens_R = logits_RV.argmax(-1)
         largest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
+        known_R = torch.ones_like(tokens_R)
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
         at_once = _rows_at_once(logits_RV)
         for start in range(0, len(drawn), at_once):
             some = drawn[start : start + at_once]
-            tokens_R[some] = _draw(logits_RV[some].float(), [rows[i] for i in some])
-        # one copy: on a GPU it is all that this waits for, unless a row draws by top-k or top-p or asks for logprobs
-        tokens, finite = torch.stack((tokens_R, largest_R.isfinite().to(torch.int64))).cpu().numpy()
+            index = to_device(np.array(some), logits_RV.device)
+            tokens_R[index], known_R[index] = _draw(logits_RV[index].float(), [rows[i] for i in some])
+        # one copy: on a GPU it is all that this waits for, but for rare rows and those that ask for logprobs
+        tokens, finite, known = torch.stack((tokens_R, largest_R.isfinite().to(torch.int64), known_R)).cpu().numpy()
         _check_finite(finite, largest_R)
+        for i in np.flatnonzero(known == 0).tolist():
+            tokens_R[i : i + 1] = _draw(logits_RV[i : i + 1].float(), [rows[i]], logits_RV.shape[1])[0]
+            tokens[i] = int(tokens_R[i])
         return tokens.astype(np.int32), _logprobs(logits_RV, tokens_R, rows)
 
 
@@ -61,8 +67,12 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed) + position) >> 11) * 2.0**-53
 
 
-def kept_floor(logits_RV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """float32 [R]: the smallest logit that top-k and top-p keep, -inf where they keep all.
+def kept_floor(
+    logits_RV: torch.Tensor, params: Sequence[SamplingParams], num_largest: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [R]: the smallest logit that top-k and top-p keep, -inf where they keep all. And bool [R]: where that is
+    known; it is not where a nucleus has more than the `num_largest` values that are looked at (None: as many as
+    nearly all have; V: all there are).
 
     logits_RV: float32, divided by the temperature. top-p counts what top-k has left: its set is the smallest whose
     probability reaches top_p. Tokens that tie with the last one kept are kept.
@@ -70,13 +80,11 @@ def kept_floor(logits_RV: torch.Tensor, params: Sequence[SamplingParams]) -> tor
     num_tokens = logits_RV.shape[1]
     top_k = [p.top_k if 0 < p.top_k < num_tokens else num_tokens for p in params]
     top_p = [p.top_p for p in params]
-    guess = max((k for k in top_k if k < num_tokens), default=1)
-    if any(p < 1.0 and k == num_tokens for p, k in zip(top_p, top_k, strict=True)):
-        guess = min(max(guess, NUCLEUS_GUESS), num_tokens)
-    floor_R, found_R = _floor_among_largest(logits_RV, top_k, top_p, guess)
-    for i in (~found_R).nonzero()[:, 0].tolist():
-        floor_R[i] = _floor_among_largest(logits_RV[i : i + 1], top_k[i : i + 1], top_p[i : i + 1], num_tokens)[0]
-    return floor_R
+    if num_largest is None:
+        num_largest = max((k for k in top_k if k < num_tokens), default=1)
+        if any(p < 1.0 and k == num_tokens for p, k in zip(top_p, top_k, strict=True)):
+            num_largest = min(max(num_largest, NUCLEUS_GUESS), num_tokens)
+    return _floor_among_largest(logits_RV, top_k, top_p, num_largest)
 
 
 def _rows_at_once(logits_RV: torch.Tensor) -> int:
@@ -85,36 +93,39 @@ def _rows_at_once(logits_RV: torch.Tensor) -> int:
     return max(CACHED_LOGITS // num_tokens, 1) if logits_RV.device.type == "cpu" else max(num_rows, 1)
 
 
-def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """int64 [R]: inverse transform sampling with one uniform number a row."""
-    params = [row.params for row in rows]
-    temperature_R = logits_RV.new_tensor([max(p.temperature, _TINY_TEMPERATURE) for p in params])
+def _draw(
+    logits_RV: torch.Tensor, rows: Sequence[SamplingRow], num_largest: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [R]: inverse transform sampling with one uniform number a row. And int64 [R]: 1 where `kept_floor` is known
+    of so many; else the token means nothing.
+    """
+    params, device = [row.params for row in rows], logits_RV.device
+    temperature_R = to_device(np.array([max(p.temperature, _TINY_TEMPERATURE) for p in params], np.float32), device)
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
     weights_RV = scaled_RV.exp()
+    known_R = torch.ones(len(rows), dtype=torch.int64, device=device)
     if any(p.top_k or p.top_p < 1.0 for p in params):
-        floor_R = kept_floor(scaled_RV, params)
+        floor_R, is_known_R = kept_floor(scaled_RV, params, num_largest)
         weights_RV *= torch.ge(scaled_RV, floor_R[:, None], out=torch.empty_like(scaled_RV))
+        known_R = is_known_R.to(torch.int64)
     cumulative_RV = weights_RV.cumsum(-1, dtype=torch.float64)
-    uniform_R = cumulative_RV.new_tensor([uniform(row.seed, row.position) for row in rows])
+    uniform_R = to_device(np.array([uniform(row.seed, row.position) for row in rows]), device)
     total_R = cumulative_RV[:, -1]
     # below the total even after rounding, so that the token found has a probability above zero
     at_R = torch.minimum(uniform_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    return torch.searchsorted(cumulative_RV, at_R[:, None], right=True)[:, 0]
+    return torch.searchsorted(cumulative_RV, at_R[:, None], right=True)[:, 0], known_R
 
 
 def _floor_among_largest(
     logits_RV: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float], num_largest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """kept_floor by a look at the largest values of each row, and bool [R]: whether they were enough to tell.
-
-    top_k is V where it keeps all, else at most num_largest.
-    """
+    """As `kept_floor`; top_k is V where it keeps all, else at most num_largest."""
     num_tokens = logits_RV.shape[1]
     values_RN = _largest(logits_RV, num_largest)
     largest_R1 = values_RN[:, :1]
     reached_RN = (values_RN - largest_R1).exp_().cumsum(-1, dtype=torch.float64)
-    top_k_R = reached_RN.new_tensor(top_k, dtype=torch.int64)
-    top_p_R = reached_RN.new_tensor(top_p)
+    top_k_R = to_device(np.array(top_k), logits_RV.device)
+    top_p_R = to_device(np.array(top_p), logits_RV.device)
     total_R = reached_RN.gather(1, top_k_R.clamp(max=num_largest)[:, None] - 1)[:, 0]
     if num_tokens in top_k and num_largest < num_tokens:
         all_R = (logits_RV - largest_R1).exp_().sum(-1, dtype=torch.float64)

@@ -15,8 +15,16 @@ def random_logits(num_rows: int, num_tokens: int, scale: float = 3.0, seed: int 
     return scale * torch.randn(num_rows, num_tokens, generator=torch.Generator().manual_seed(seed))
 
 
+def floors(logits_RV: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Of all rows: with a look at the whole of those where the first look did not tell."""
+    floor_R, is_known_R = kept_floor(logits_RV, params)
+    whole_R, all_known_R = kept_floor(logits_RV, params, logits_RV.shape[1])
+    assert all_known_R.all()
+    return torch.where(is_known_R, floor_R, whole_R)
+
+
 def truncate(logits_RV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    floor_R = kept_floor(logits_RV, [params] * len(logits_RV))
+    floor_R = floors(logits_RV, [params] * len(logits_RV))
     return logits_RV.masked_fill(logits_RV < floor_R[:, None], -torch.inf)
 
 
@@ -100,12 +108,25 @@ def test_a_nucleus_larger_than_the_guess_is_found_too() -> None:
     assert ((probs * kept).sum(-1) - smallest < 0.9).all()
 
 
+def test_tokens_are_drawn_from_a_nucleus_larger_than_the_guess_beside_rows_of_smaller_ones() -> None:
+    flat, peaked = random_logits(1, 8 * NUCLEUS_GUESS, 0.1)[0], random_logits(1, 8 * NUCLEUS_GUESS, 9.0)[0]
+    params = SamplingParams(temperature=1, top_p=0.9)
+    rows = [SamplingRow(params, 7, position) for position in range(40)]
+    got = Sampler().sample(torch.stack([flat, peaked] * 20), rows)[0]
+    for logits, first in ((flat, 0), (peaked, 1)):
+        kept = truncate(logits[None], params)[0]
+        reached = torch.softmax(kept.double(), -1).cumsum(-1)
+        numbers = torch.tensor([uniform(7, position) for position in range(first, 40, 2)], dtype=torch.float64)
+        assert got[first::2].tolist() == torch.searchsorted(reached, numbers, right=True).tolist()
+    assert (truncate(flat[None], params).isfinite()).sum() > NUCLEUS_GUESS
+
+
 def test_rows_of_one_batch_are_cut_each_by_its_own_parameters() -> None:
     logits = random_logits(5, 3 * NUCLEUS_GUESS, 0.5)
     kinds = [(0, 1.0), (5, 1.0), (0, 0.2), (2000, 0.9), (0, 0.95)]
     params = [SamplingParams(temperature=1, top_k=k, top_p=p) for k, p in kinds]
-    alone = [float(kept_floor(logits[i : i + 1], params[i : i + 1])) for i in range(5)]
-    assert kept_floor(logits, params).tolist() == alone
+    alone = [float(floors(logits[i : i + 1], params[i : i + 1])) for i in range(5)]
+    assert floors(logits, params).tolist() == alone
     assert alone[0] == -torch.inf
 
 

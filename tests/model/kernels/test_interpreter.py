@@ -1,12 +1,10 @@
 """The kernels under Triton's interpreter, in processes that start with it; and where they cannot run at all."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from child_process import run_child, run_interpreted
 
 from memserve.jit import tl
 from memserve.model.attention import attention_backend
@@ -15,25 +13,11 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
 
 
-def run_child(command: list[str], **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=HERE.parents[2],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
-
-
 @needs_triton
 @pytest.mark.timeout(600)  # seconds on a free machine; the interpreter is slow beside other work
 @pytest.mark.parametrize("name", ["check_attention.py", "check_captured.py", "check_rest.py"])
 def test_interpreted_kernels_equal_plain_torch(name) -> None:
-    said = run_child(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)], TRITON_INTERPRET="1")
-    assert " passed" in said and "skipped" not in said
+    run_interpreted(str(HERE / name))
 
 
 def test_triton_on_a_cpu_is_refused_with_the_alternative_named() -> None:

@@ -1,0 +1,31 @@
+"""A Python process of its own, for what is decided when one starts: Triton's interpreter, or a stand-in for a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_child(command: list[str], **environment: str) -> str:
+    """What it prints; fails with the end of that if it fails."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def run_interpreted(*words: str) -> None:
+    """Tests by pytest's words, under Triton's interpreter; none may be skipped."""
+    said = run_child(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *words],
+        TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
+    )  # fmt: skip
+    assert " passed" in said and "skipped" not in said

@@ -1,0 +1,104 @@
+"""What a step asks of a GPU: when it waits, what a captured one replays, and that its answers are a CPU's.
+
+Small enough for the stand-in of a GPU (tests/stand_in), on which these run where there is no other.
+"""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from mini_engine import MiniEngine
+from small_models import SMALL, random_model
+
+from memserve.model.llama import load_model
+from memserve.model.random_weights import RandomWeights
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here: run scripts/gpu_check.sh on a machine with one"
+)
+SEED, BLOCK_SIZE = 3, 4
+PROMPTS = [[5], [7, 8, 9], [3, 1, 4, 1], [2, 7, 1, 8, 2], [1, 6, 1, 8, 0, 3, 3, 9, 8]]
+WAYS_TO_SAMPLE = {
+    "greedy": {},
+    "temperature": {"temperature": 0.7, "seed": 1},
+    "top_k": {"temperature": 0.7, "top_k": 5, "seed": 1},
+    "top_p": {"temperature": 0.7, "top_p": 0.6, "seed": 1},
+}
+
+
+def engine_on_gpu(*, compiled: bool, layout: str = "discrete", num_layers: int = 1) -> MiniEngine:
+    config = replace(SMALL, num_layers=num_layers)
+    model = load_model(config, RandomWeights(config, SEED), torch.float32, torch.device("cuda", 0))
+    if compiled:
+        model.compile()
+    return MiniEngine(model, BLOCK_SIZE, layout, "triton", num_blocks=64, scatter=True)
+
+
+def engine_on_cpu(num_layers: int = 1) -> MiniEngine:
+    model = random_model(replace(SMALL, num_layers=num_layers), SEED)
+    return MiniEngine(model, BLOCK_SIZE, attention="reference", num_blocks=64)
+
+
+@pytest.fixture
+def waits():
+    """A function: how often the host has waited since it was called last."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+
+        def since_last() -> int:
+            found = [w for w in said if "called a synchronizing CUDA operation" in str(w.message)]
+            said.clear()
+            return len(found)
+
+        yield since_last
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("way", "compiled"), [*((way, False) for way in WAYS_TO_SAMPLE), ("greedy", True)])
+def test_a_step_waits_for_its_tokens_and_for_nothing_else(way, compiled, waits) -> None:
+    engine = engine_on_gpu(compiled=compiled)
+    requests = [engine.request(PROMPTS[i], max_tokens=9, **params) for i, params in ((2, WAYS_TO_SAMPLE[way]), (4, {}))]
+    waits()
+    engine.step(requests, [4, 9])
+    assert waits() == 1, "prompts"
+    engine.step(requests, [1] * 2)
+    assert waits() == 1, "a decode step"
+    engine.step(requests, [1] * 2, num_steps=2)
+    assert waits() == 2, "two steps in a row"
+    engine.step([*requests, engine.request([1, 2, 3], max_tokens=2)], [1, 1, 3])
+    assert waits() == 1, "both kinds in one step"
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "captured"])
+def test_a_step_that_samples_nothing_waits_for_its_end(compiled, waits) -> None:
+    engine = engine_on_gpu(compiled=compiled)
+    request = engine.request(PROMPTS[4], max_tokens=9)
+    for num_new in (4, 1, 3):
+        waits()
+        engine.step([request], [num_new])
+        assert waits() == 1
+
+
+@pytest.mark.parametrize(("compiled", "layout"), [(False, "aggregated"), (True, "discrete")])
+def test_requests_that_come_and_go_are_answered_as_on_a_cpu(compiled, layout) -> None:
+    """Batches of one to five requests, so that buckets are full and partly empty, and blocks begin in every step."""
+
+    def answers(engine: MiniEngine) -> list[list[int]]:
+        requests = [engine.request(prompt, max_tokens=3 + 2 * i) for i, prompt in enumerate(PROMPTS)]
+        for i, request in enumerate(requests):
+            running = requests[: i + 1]
+            engine.step(running, [1] * i + [request.num_tokens])
+            engine.step(running, [1] * (i + 1))
+        return engine.finish(requests, num_steps=2)
+
+    assert answers(engine_on_gpu(compiled=compiled, layout=layout, num_layers=2)) == answers(engine_on_cpu(2))
+
+
+@pytest.mark.parametrize("params", WAYS_TO_SAMPLE.values(), ids=WAYS_TO_SAMPLE)
+def test_tokens_drawn_on_a_gpu_are_those_drawn_on_a_cpu(params) -> None:
+    def answers(engine: MiniEngine) -> list[list[int]]:
+        return engine.finish([engine.request(prompt, max_tokens=4, **params) for prompt in PROMPTS[:3]])
+
+    assert answers(engine_on_gpu(compiled=False)) == answers(engine_on_cpu())

@@ -1,0 +1,10 @@
+"""For pytest: `-p stand_in.plugin` puts the stand-in in the place of a GPU before any test is collected."""
+
+from memserve.model import captured_decode
+from stand_in import cuda_api, ipc
+from stand_in.gpu import StandInGpu
+
+gpu = StandInGpu()
+cuda_api.install(gpu)
+ipc.install(gpu)
+captured_decode.BUCKETS = (1, 2, 6)  # each is recorded for every runner, and the interpreter is slow
