@@ -80,6 +80,7 @@ class KernelLaunch:
 
     args: tensors and numbers by their names.  constants: the kernel's constexpr parameters.
     fp_fusion: whether a product and a sum may become one operation that rounds once.
+    max_registers: of a thread; None: the compiler's choice.
     """
 
     kernel: Any
@@ -89,6 +90,7 @@ class KernelLaunch:
     num_warps: int
     num_stages: int
     fp_fusion: bool
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Starts it on the current stream of its tensors' device; an empty grid starts nothing."""
@@ -96,13 +98,7 @@ class KernelLaunch:
             return
         device = next(x.device for x in self.args.values() if isinstance(x, torch.Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.kernel[self.grid](
-                **self.args,
-                **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=self.fp_fusion,
-            )
+            self.kernel[self.grid](**self.args, **self.constants, **self._options)
 
     def compile(self, capability: int) -> KernelResources:
         """Compiles it for a compute capability (80 or 90, say), without a GPU; launches nothing."""
@@ -115,8 +111,7 @@ class KernelLaunch:
             {name: arguments[name] for name, type_ in types.items() if type_ == "constexpr"},
             {(self.kernel.arg_names.index(name),): [["tt.divisibility", _ALIGNMENT]] for name in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self._options)
         cubin: bytes = compiled.asm["cubin"]
         found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage"))
         assert found, "cuobjdump says what a kernel takes"
@@ -140,6 +135,16 @@ class KernelLaunch:
         if isinstance(value, torch.Tensor):
             return name not in self._varying  # as allocators align what is not a part of another tensor
         return isinstance(value, int) and value % _ALIGNMENT == 0 and name not in self._varying
+
+    @property
+    def _options(self) -> dict[str, int | bool | None]:
+        """In Triton's words."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+            "maxnreg": self.max_registers,
+        }
 
     @property
     def _varying(self) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
     python scripts/compile_kernels.py                                  # all of them: make compile-all
     python scripts/compile_kernels.py --capabilities 90 --kernels paged_decode --markdown table.md
+    python scripts/compile_kernels.py --capabilities 86 120 --groups 1 3 8 --block-sizes 1 48
 
 Every line is one kernel, head dim and dtype with the configuration that the runner would use: registers of a thread,
 bytes of a thread that went to slow memory (spills), shared memory of a program and what the GPU has. Fails if one
@@ -9,6 +10,7 @@ spills or does not fit.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +28,25 @@ from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_lau
 from memserve.model.kernels.swiglu import swiglu_launch
 from memserve.transfer.row_kernel import row_copy_launch
 
-SHARED_KIB = {80: 163, 90: 227}
-KERNELS = ("paged_prefill", "paged_decode", "kv_write", "norm", "swiglu", "row_copy")
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+DEFAULT_CAPABILITIES = (80, 90)
+BY_HEAD = ("paged_prefill", "paged_decode", "kv_write")
+KERNELS = (*BY_HEAD, "norm", "swiglu", "row_copy")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NUM_TOKENS, NUM_HEADS, NUM_KV_HEADS, BLOCK_SIZE = 48, 32, 8, 16
+NUM_TOKENS, NUM_KV_HEADS = 48, 8
 HIDDEN_SIZES, ROW_BYTES = (576, 4096, 8192), (1024, 40)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """num_groups: query heads of each kv head.  block_size: in tokens."""
+
+    num_groups: int = 4
+    block_size: int = 16
+
+    def __str__(self) -> str:
+        return "" if self == CacheShape() else f", {self.num_groups} heads a kv head, blocks of {self.block_size}"
 
 
 @dataclass(frozen=True)
@@ -58,22 +73,24 @@ class Compiled:
         return self.resources.spill_bytes == 0 and self.resources.shared_bytes <= limit_bytes
 
 
-def cases(kernel: str, capability: int, sizes: Sequence[int] | None = None) -> Iterator[Case]:
+def cases(
+    kernel: str, capability: int, sizes: Sequence[int] | None = None, shape: CacheShape = CacheShape()
+) -> Iterator[Case]:
     """Every size and dtype of one kernel; sizes: head dims, features or bytes, all that are listed above by default."""
-    by_head = kernel in ("paged_prefill", "paged_decode", "kv_write")
+    by_head = kernel in BY_HEAD
     known = HEAD_DIMS if by_head else ROW_BYTES if kernel == "row_copy" else HIDDEN_SIZES
     unit = "head dim" if by_head else "row bytes" if kernel == "row_copy" else "features"
     for size in sizes or known:
         for dtype in DTYPES if kernel != "row_copy" else (torch.uint8,):
-            for launch in _launches(kernel, size, dtype, capability):
-                yield Case(launch.kernel.__name__.strip("_"), f"{unit} {size}", dtype, capability, launch)
+            for launch in _launches(kernel, size, dtype, capability, shape):
+                yield Case(launch.kernel.__name__.strip("_"), f"{unit} {size}{shape}", dtype, capability, launch)
 
 
 def compile_case(case: Case) -> Compiled:
     return Compiled(case, case.launch.compile(case.capability))
 
 
-def _launches(kernel: str, size: int, dtype: torch.dtype, capability: int) -> list[KernelLaunch]:
+def _launches(kernel: str, size: int, dtype: torch.dtype, capability: int, shape: CacheShape) -> list[KernelLaunch]:
     if kernel == "norm":
         return _norms(size, dtype)
     if kernel == "swiglu":
@@ -81,7 +98,7 @@ def _launches(kernel: str, size: int, dtype: torch.dtype, capability: int) -> li
     if kernel == "row_copy":
         memory, rows = _empty(torch.uint8, 64 * size), _empty(torch.int64, 8)
         return [row_copy_launch(memory, rows, memory, rows, size)]
-    return _on_cache(kernel, size, dtype, capability)
+    return _on_cache(kernel, size, dtype, capability, shape)
 
 
 def _norms(size: int, dtype: torch.dtype) -> list[KernelLaunch]:
@@ -89,15 +106,16 @@ def _norms(size: int, dtype: torch.dtype) -> list[KernelLaunch]:
     return [norm_launch(x_TE, None, None, x_TE, scale_E, 0.1), norm_launch(x_TE, x_TE, x_TE, x_TE, scale_E, 0.1)]
 
 
-def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int) -> list[KernelLaunch]:
-    kv = _empty(dtype, 2, 512, BLOCK_SIZE, NUM_KV_HEADS, head_dim)
-    q_THD = _empty(dtype, NUM_TOKENS, NUM_HEADS, head_dim)
+def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int, shape: CacheShape) -> list[KernelLaunch]:
+    num_heads = NUM_KV_HEADS * shape.num_groups
+    kv = _empty(dtype, 2, 512, shape.block_size, NUM_KV_HEADS, head_dim)
+    q_THD = _empty(dtype, NUM_TOKENS, num_heads, head_dim)
     index = _empty(torch.int64, NUM_TOKENS)
     tables_RM = _empty(torch.int64, NUM_TOKENS, 8)
     if kernel == "kv_write":
-        qkv_THD = _empty(dtype, NUM_TOKENS, NUM_HEADS + 2 * NUM_KV_HEADS, head_dim)
+        qkv_THD = _empty(dtype, NUM_TOKENS, num_heads + 2 * NUM_KV_HEADS, head_dim)
         cos = _empty(dtype, NUM_TOKENS, 1, 2, head_dim // 2)
-        num_rotated = NUM_HEADS + NUM_KV_HEADS
+        num_rotated = num_heads + NUM_KV_HEADS
         return [kv_write_launch(qkv_THD[:, :num_rotated], qkv_THD[:, num_rotated:], cos, cos, q_THD, kv, index)]
     if kernel == "paged_decode":
         config = paged_decode_config(head_dim, dtype, capability)
@@ -128,13 +146,16 @@ def as_markdown(done: Sequence[Compiled]) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--capabilities", nargs="+", type=int, choices=sorted(SHARED_KIB), default=sorted(SHARED_KIB))
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=SHARED_KIB, default=DEFAULT_CAPABILITIES)
+    parser.add_argument("--groups", nargs="+", type=int, default=[4], help="query heads of each kv head")
+    parser.add_argument("--block-sizes", nargs="+", type=int, default=[16], help="in tokens")
     parser.add_argument("--markdown", type=Path, help="write the table there as well")
     args = parser.parse_args(argv)
     done: list[Compiled] = []
-    for kernel in args.kernels:
-        for capability in args.capabilities:
-            for case in cases(kernel, capability):
+    shapes = [CacheShape(*each) for each in itertools.product(args.groups, args.block_sizes)]
+    for kernel, capability in itertools.product(args.kernels, args.capabilities):
+        for shape in shapes if kernel in BY_HEAD else shapes[:1]:
+            for case in cases(kernel, capability, shape=shape):
                 done.append(compile_case(case))
                 print(as_markdown(done).splitlines()[-1], "" if done[-1].fits else "<-- does not fit", flush=True)
     if args.markdown is not None:

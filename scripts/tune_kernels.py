@@ -4,9 +4,10 @@
     python scripts/tune_kernels.py --kernels paged_decode --head-dims 64 256 --dtypes bfloat16 float32 --out page.md
     TRITON_INTERPRET=1 python scripts/tune_kernels.py --dry             # without a GPU: two candidates, small shapes
 
-What it prints is for memserve/model/kernels/configs.py: no run searches. A candidate is dropped if it spills, takes
-more shared memory than there is, or writes something else than the configuration in use does; the others are ordered by
-the geometric mean, over the kernel's shapes, of their time as a share of the one in use.
+What it prints is for memserve/model/kernels/configs.py: no run searches. A candidate is dropped if it spills even with
+all registers allowed, takes more shared memory than there is, or writes something else than the configuration in use
+does; the others are ordered by the geometric mean, over the kernel's shapes, of their time as a share of the one in
+use.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from memserve.jit import RowConfig, runs_on
 from memserve.model.kernels.configs import TileConfig, capability_of, power_of_two
 
 BEST = 5
+_ALL_REGISTERS = 255  # of a thread
 _ROWS = (1024, 2048, 4096, 8192)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.uint8: 0.0}
@@ -107,7 +109,9 @@ def tuned(kernel: Kernel, scale: Scale, shared_bytes: int) -> tuple[Any, list[Tu
 
 
 def _compiling(kernel: Kernel, case: Case[Any], scale: Scale, shared_bytes: int) -> list[Any]:
-    """The candidates that fit the GPU, compiled beside one another; under the interpreter the first one."""
+    """The candidates that fit the GPU, compiled beside one another; under the interpreter the first one. One that
+    spills by the compiler's own choice counts with a bound on its registers.
+    """
     candidates = [c for c in dict.fromkeys(kernel.candidates(scale)) if c != case.config]
     if scale.device.type == "cpu":
         return [case.config, candidates[0]]
@@ -122,9 +126,13 @@ def _compiling(kernel: Kernel, case: Case[Any], scale: Scale, shared_bytes: int)
             return False
         return all(r.spill_bytes == 0 and r.shared_bytes <= shared_bytes for r in resources)
 
+    def fitting(config: Any) -> Any | None:
+        bounded = [replace(config, max_registers=_ALL_REGISTERS)] if isinstance(config, TileConfig) else []
+        return next((c for c in (config, *bounded) if fits(c)), None)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kept = list(pool.map(fits, candidates))
-    return [case.config, *(c for c, fit in zip(candidates, kept, strict=True) if fit)]
+        kept = list(pool.map(fitting, candidates))
+    return [case.config, *(c for c in kept if c is not None and c != case.config)]
 
 
 def _agrees(case: Case[Any], config: Any) -> bool:

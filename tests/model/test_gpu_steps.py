@@ -72,13 +72,13 @@ def test_a_step_waits_for_its_tokens_and_for_nothing_else(way, compiled, waits) 
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "captured"])
-def test_a_step_that_samples_nothing_waits_for_its_end(compiled, waits) -> None:
+def test_a_step_that_samples_nothing_waits_at_most_for_its_end(compiled, waits) -> None:
     engine = engine_on_gpu(compiled=compiled)
     request = engine.request(PROMPTS[4], max_tokens=9)
     for num_new in (4, 1, 3):
         waits()
         engine.step([request], [num_new])
-        assert waits() == 1
+        assert waits() <= 1
 
 
 @pytest.mark.parametrize(("compiled", "layout"), [(False, "aggregated"), (True, "discrete")])

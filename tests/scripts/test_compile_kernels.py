@@ -27,6 +27,35 @@ def test_the_default_configuration_compiles_spills_nothing_and_fits(script, kern
     assert done and all(c.fits for c in done), [c.resources for c in done]
 
 
+# SmolLM2 in float32, Llama 2 and Qwen2 in bfloat16; blocks of one token and of a number that is no power of two.
+OTHER_SHAPES = [
+    ("paged_prefill", 64, torch.float32, 90, 3, 16),
+    ("paged_decode", 64, torch.bfloat16, 90, 1, 48),
+    ("paged_decode", 128, torch.float32, 80, 8, 1),
+    ("paged_prefill", 128, torch.bfloat16, 90, 7, 48),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "size", "dtype", "capability", "num_groups", "block_size"), OTHER_SHAPES)
+def test_so_it_does_for_other_groups_and_blocks(
+    script, kernel, size, dtype, capability, num_groups, block_size
+) -> None:
+    module = script("compile_kernels")
+    chosen = module.cases(kernel, capability, [size], module.CacheShape(num_groups, block_size))
+    done = [module.compile_case(case) for case in chosen if case.dtype == dtype]
+    assert done and all(c.fits for c in done), [c.resources for c in done]
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [86, 100, 120])
+def test_gpus_without_rows_of_their_own_have_the_shared_memory_for_those_that_they_take(script, capability) -> None:
+    """A kernel of the largest tiles; 100 KiB and more would not fit into a GPU of a desktop."""
+    module = script("compile_kernels")
+    case = next(c for c in module.cases("paged_prefill", capability, [128]) if c.dtype == torch.bfloat16)
+    assert module.compile_case(case).resources.shared_bytes <= module.SHARED_KIB[capability] * 1024
+
+
 WARPGROUP_PRODUCT, PRODUCT, COPY = "HGMMA.", "HMMA.16816", "LDGSTS.E.BYPASS.128"  # tensor cores; cache to shared memory
 WIDE_LOAD, WIDE_STORE = "LDG.E.128", "STG.E.128"
 

@@ -39,8 +39,6 @@ def _factory(gpu: StandInGpu, name: str, make: Callable[..., torch.Tensor]) -> C
             return gpu.pin(host) if pin_memory else host
         if name == "tensor":
             return gpu.received(make(*args, **kwargs), non_blocking=False)
-        if name == "zeros":
-            return gpu.zeros(make(*args, **kwargs))
         return gpu.made(lambda: make(*args, **kwargs), unwritten=name == "empty")
 
     return made

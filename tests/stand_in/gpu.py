@@ -14,6 +14,8 @@ from memserve.transfer.shared_memory import SharedMemory
 from stand_in.operations import WAITS, aten, is_view, writes
 from stand_in.tensors import OnGpu, inner_of, is_cuda
 
+_SHAREABLE_BYTES = 1 << 12  # smaller ones are nobody's cache
+
 
 @dataclass(frozen=True)
 class UnderWay:
@@ -37,26 +39,28 @@ class StandInGpu:
         self._under_way: list[UnderWay] = []
         self._interpreter = threading.Lock()  # it runs one kernel at a time
         self._pinned: dict[int, torch.Tensor] = {}  # by address; kept, as the allocator of such memory keeps it
-        self._shareable: list[SharedMemory] = []  # while they live, other processes can map them
 
     def tensor(self, inner: torch.Tensor) -> OnGpu:
         return OnGpu(inner, self)
 
     def made(self, make: Callable[[], torch.Tensor], *, unwritten: bool) -> OnGpu:
         """A new tensor. unwritten: its memory holds what was there before."""
-        inner = make()
+        made = self.shareable(make())
         if unwritten:
-            poison(inner)
+            poison(made.inner)
         elif self.recorded is not None:
-            self.recorded.append(lambda: inner.copy_(make()))
-        return self.tensor(inner)
+            self.recorded.append(lambda: made.inner.copy_(make()))
+        return made
 
-    def zeros(self, host: torch.Tensor) -> OnGpu:
-        """As `host`, which is all zeros, in memory of its own that another process can map."""
-        if not host.numel():
+    def shareable(self, host: torch.Tensor) -> OnGpu:
+        """A copy in memory of its own, which another process can map while this tensor lives."""
+        if host.nbytes < _SHAREABLE_BYTES:
             return self.tensor(host)
-        self._shareable.append(SharedMemory(host.nbytes))
-        return self.tensor(self._shareable[-1].bytes.view(host.dtype).view(host.shape))
+        memory = SharedMemory(host.nbytes)
+        made = self.tensor(memory.bytes.view(host.dtype).view(host.shape))
+        made.inner.copy_(host)
+        made.memory = memory
+        return made
 
     def wait(self, what: str, *, counted: bool = True) -> None:
         """The host waits for the GPU: copies under way end, with what their memory held when they were asked for."""
@@ -79,7 +83,7 @@ class StandInGpu:
 
     def received(self, host: torch.Tensor, *, non_blocking: bool, dtype: torch.dtype | None = None) -> OnGpu:
         """A copy of the host's tensor."""
-        arrived = self.tensor(host.to(dtype or host.dtype, copy=True))
+        arrived = self.shareable(host.to(dtype or host.dtype, copy=True))
         self._copied_in(host, non_blocking)
         return arrived
 

@@ -22,7 +22,7 @@ class SharedStorage:
     def _share_cuda_(self) -> tuple[Any, ...]:
         whole = torch.empty(0, dtype=torch.uint8).set_(self.inner.untyped_storage())
         handle = handle_of(whole)
-        assert handle is not None, "torch.zeros makes memory that can be shared"
+        assert handle is not None, "memory of its own, not a view"
         return 0, f"{handle.pid} {handle.fd}".encode(), handle.num_bytes, 0, b"counter", 0, b"", False
 
 

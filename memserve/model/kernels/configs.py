@@ -1,8 +1,8 @@
 """The launch configurations of all kernels, by kernel, head dim, element size and compute capability: looked up, never
 searched, so that the first request waits for no tuning. `make compile-all` compiles every one of them.
 
-A capability without rows of its own takes those of the nearest below it. Rows of 80 also fit the smaller shared memory
-of 86, 89 and 120 (99 KiB).
+A capability without rows of its own takes those of 90 where it has as much shared memory (100 and 103: 227 KiB), and
+those of 80, which fit into 99 KiB, where it has not (86, 89, 120).
 """
 
 from dataclasses import dataclass
@@ -11,51 +11,55 @@ import torch
 
 from memserve.jit import RowConfig
 
-# A row: block_m, block_n, num_warps, num_stages. Head dims are padded to the next of these.
-HEAD_DIMS = (64, 128, 256)
-_Tiles = dict[tuple[int, int, int], tuple[int, int, int, int]]  # (capability, head dim, bytes of an element)
-# Five stages are two tiles of KV under way beside the one in use: the block table takes a stage before each.
-_PREFILL: _Tiles = {
-    (80, 64, 2): (128, 64, 8, 5),
-    (80, 128, 2): (128, 32, 8, 5),
-    (80, 256, 2): (32, 32, 4, 5),
-    (80, 64, 4): (32, 16, 4, 3),
-    (80, 128, 4): (16, 16, 8, 3),
-    (80, 256, 4): (16, 16, 8, 3),
-    (90, 64, 2): (128, 64, 8, 5),
-    (90, 128, 2): (128, 64, 8, 5),
-    (90, 256, 2): (128, 32, 8, 5),
-    (90, 64, 4): (32, 16, 4, 3),
-    (90, 128, 4): (16, 16, 8, 3),
-    (90, 256, 4): (16, 16, 8, 3),
-}
-_DECODE: _Tiles = {
-    (80, 64, 2): (16, 64, 4, 5),
-    (80, 128, 2): (16, 64, 4, 5),
-    (80, 256, 2): (16, 32, 4, 5),
-    (80, 64, 4): (16, 32, 4, 3),
-    (80, 128, 4): (16, 32, 8, 2),
-    (80, 256, 4): (16, 16, 4, 3),
-    (90, 64, 2): (16, 64, 4, 5),
-    (90, 128, 2): (16, 64, 8, 5),
-    (90, 256, 2): (16, 32, 4, 5),
-    (90, 64, 4): (16, 32, 4, 3),
-    (90, 128, 4): (16, 16, 8, 3),
-    (90, 256, 4): (16, 16, 4, 3),
-}
+HEAD_DIMS = (64, 128, 256)  # head dims are padded to the next of these
 _INTERPRETED = 80  # the interpreter takes the tiles of the smallest GPU
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """block_m: rows of queries, block_n: tokens of KV that a program holds at once."""
+    """block_m: rows of queries, block_n: tokens of KV that a program holds at once.
+
+    max_registers: how many of a thread the compiler may take. With a bound it takes them before it spills; without one
+    it spills a few, before and after the loops, where that lets more programs run at once.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
+_Tiles = dict[tuple[int, int, int], TileConfig]  # by capability, head dim, bytes of an element
+# Five stages are two tiles of KV under way beside the one in use: the block table takes a stage before each.
+_PREFILL: _Tiles = {
+    (80, 64, 2): TileConfig(128, 64, 8, 5),
+    (80, 128, 2): TileConfig(128, 32, 8, 5),
+    (80, 256, 2): TileConfig(32, 32, 4, 5, 255),
+    (80, 64, 4): TileConfig(32, 16, 4, 3, 255),
+    (80, 128, 4): TileConfig(16, 16, 8, 3),
+    (80, 256, 4): TileConfig(16, 16, 8, 3, 255),
+    (90, 64, 2): TileConfig(128, 64, 8, 5),
+    (90, 128, 2): TileConfig(128, 64, 8, 5),
+    (90, 256, 2): TileConfig(128, 32, 8, 5),
+    (90, 64, 4): TileConfig(32, 16, 4, 3, 255),
+    (90, 128, 4): TileConfig(16, 16, 8, 3),
+    (90, 256, 4): TileConfig(16, 16, 8, 3, 255),
+}
+_DECODE: _Tiles = {
+    (80, 64, 2): TileConfig(16, 64, 4, 5),
+    (80, 128, 2): TileConfig(16, 64, 4, 5),
+    (80, 256, 2): TileConfig(16, 32, 4, 5, 255),
+    (80, 64, 4): TileConfig(16, 32, 4, 3),
+    (80, 128, 4): TileConfig(16, 32, 8, 2, 96),
+    (80, 256, 4): TileConfig(16, 16, 8, 3, 128),
+    (90, 64, 2): TileConfig(16, 64, 4, 5, 128),
+    (90, 128, 2): TileConfig(16, 64, 8, 5),
+    (90, 256, 2): TileConfig(16, 32, 4, 5),
+    (90, 64, 4): TileConfig(16, 32, 4, 3),
+    (90, 128, 4): TileConfig(16, 16, 8, 3, 96),
+    (90, 256, 4): TileConfig(16, 16, 4, 3),
+}
 ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
 
 
@@ -93,13 +97,13 @@ def power_of_two(number: int) -> int:
 
 
 def _tiles(table: _Tiles, head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:
-    known = sorted({row[0] for row in table if row[0] <= capability})
-    padded = next((d for d in HEAD_DIMS if head_dim <= d), None)
-    if not known:
+    if capability < 80:
         raise ValueError(f"attention='triton' on compute capability {capability}: expected 80 or more")
-    if padded is None or (known[-1], padded, dtype.itemsize) not in table:
+    rows = 90 if 90 <= capability < 120 else 80
+    padded = next((d for d in HEAD_DIMS if head_dim <= d), None)
+    if padded is None or (rows, padded, dtype.itemsize) not in table:
         raise ValueError(
             f"attention='triton' with head_dim={head_dim} in {dtype}: expected at most {HEAD_DIMS[-1]}, "
             "in float16, bfloat16 or float32"
         )
-    return TileConfig(*table[known[-1], padded, dtype.itemsize])
+    return table[rows, padded, dtype.itemsize]

@@ -72,7 +72,7 @@ def _paged_decode_kernel(
             )  # fmt: skip
         part = (i.to(tl.int64) * (K * G) + head) * num_splits + split
         tl.store(sums_ptr + part[:, None] * D + d[None, :], sums / total[:, None], mask=mask)
-        tl.store(log_ptr + part, peak + tl.log2(total), mask=g < G)
+        tl.store(log_ptr + part, peak * scale + tl.log2(total), mask=g < G)
 
 
 @jit("num_splits", "requests_ptr", "rows_ptr")
@@ -149,7 +149,8 @@ def paged_decode_launches(
     constants |= {"BLOCK_G": max(16, power_of_two(group)), "BLOCK_N": config.block_n}
     programs = num_programs(max_splits, num_rows, num_kv_heads, multiprocessors_of(q_THD.device))
     grid = (num_kv_heads, programs, num_rows)
-    attend = KernelLaunch(_paged_decode_kernel, grid, args, constants, config.num_warps, config.num_stages, True)
+    options = (config.num_warps, config.num_stages, True, config.max_registers)
+    attend = KernelLaunch(_paged_decode_kernel, grid, args, constants, *options)
     combined = {**shared, "out_ptr": out_THD}
     return attend, KernelLaunch(
         _combine_kernel, (num_heads, num_rows), combined, {**limits, "H": num_heads}, 4, 1, True

@@ -118,7 +118,8 @@ def paged_prefill_launch(
     constants = {"K": num_kv_heads, "G": q_THD.shape[1] // num_kv_heads, "D": head_dim, "BLOCK_SIZE": block_size}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": max(16, power_of_two(head_dim))}
     grid = (len(tiles.requests_P), num_kv_heads)
-    return KernelLaunch(_paged_prefill_kernel, grid, args, constants, config.num_warps, config.num_stages, True)
+    options = (config.num_warps, config.num_stages, True, config.max_registers)
+    return KernelLaunch(_paged_prefill_kernel, grid, args, constants, *options)
 
 
 def attention_reference(

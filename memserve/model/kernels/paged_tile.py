@@ -26,7 +26,8 @@ def attend_tile(
 ) -> tl.tensor:  # fmt: skip
     """Folds in positions [first, first + N); of them, where MASKED, those below `end` that row m sees: <= last_seen[m].
 
-    q: [M, D].  sums: float32 [M, D].  total, peak: float32 [M].  Nothing at or past `end` is read, not even NaN.
+    q: [M, D].  sums: float32 [M, D].  total, peak: float32 [M], the peak before `scale` (> 0) is applied. Nothing at or
+    past `end` is read, not even NaN.
     """
     positions = first + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -40,13 +41,13 @@ def attend_tile(
     offsets = blocks.to(tl.int64) * kv_stride_N + (positions % BLOCK_SIZE).to(tl.int64) * kv_stride_B
     offsets = offsets[:, None] + d[None, :]
     k = _load_rows(keys_ptr + offsets, mask, MASKED or D != BLOCK_D)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         seen = inside[None, :] & (positions[None, :] <= last_seen[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores * scale - (new_peak * scale)[:, None])  # one operation each, where these may be fused
+    shrink = tl.exp2(peak * scale - new_peak * scale)
     total = total * shrink + tl.sum(weights, axis=1)
     v = _load_rows(values_ptr + offsets, mask, MASKED or D != BLOCK_D)
     sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
