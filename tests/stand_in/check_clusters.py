@@ -52,7 +52,8 @@ def test_processes_answer_as_a_cpu(transport, way, tmp_path):
     words = ["exec=distributed", f"transport={transport}", *SMALL, *ON_GPU, *PD, *way, f"hydra.run.dir={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command += [str(TESTS.parent / "scripts" / "run.py"), *words]
-    path = os.pathsep.join(map(str, (TESTS / "stand_in" / "site", TESTS, TESTS.parent)))
+    own_path = (TESTS / "stand_in" / "site", TESTS, TESTS.parent, os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(filter(None, map(str, own_path)))
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=own, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

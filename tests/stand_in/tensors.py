@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten
 from stand_in.operations import ASSIGNED, INDEXED, aten
 
 DEVICE = torch.device("cuda", 0)
+_NO_GPU = ("not linked with support for cuda", "CUDA driver version is insufficient")  # torch without CUDA, and with it
 _OTHER_NAMES = {"invert": "bitwise_not"}
 
 
@@ -43,7 +44,7 @@ class OnGpu(torch.Tensor):
             try:
                 return func(*args, **(kwargs or {}))
             except RuntimeError as error:  # of a binding that asks for the device before it dispatches
-                if "not linked with support for cuda" not in str(error):
+                if not any(said in str(error) for said in _NO_GPU):
                     raise
                 name = func.__name__.strip("_")
                 return getattr(aten, _OTHER_NAMES.get(name, name))(*args, **(kwargs or {}))
