@@ -83,7 +83,8 @@ def cases(
     for size in sizes or known:
         for dtype in DTYPES if kernel != "row_copy" else (torch.uint8,):
             for launch in _launches(kernel, size, dtype, capability, shape):
-                yield Case(launch.kernel.__name__.strip("_"), f"{unit} {size}{shape}", dtype, capability, launch)
+                what = f"{unit} {size}{shape}{', with residual' if launch.constants.get('ADD') else ''}"
+                yield Case(launch.kernel.__name__.strip("_"), what, dtype, capability, launch)
 
 
 def compile_case(case: Case) -> Compiled:
@@ -131,16 +132,22 @@ def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def as_markdown(done: Sequence[Compiled]) -> str:
+    """A table; kernels that differ in nothing but the dtype are one line."""
     lines = ["| kernel | size | dtype | GPU | warps | stages | registers | spilled | shared KiB of |", "|---" * 9 + "|"]
+    dtypes: dict[tuple[str, ...], list[str]] = {}
     for c in done:
-        launch, got, capability = c.case.launch, c.resources, c.case.capability
-        shared = f"{got.shared_bytes / 1024:.1f} of {SHARED_KIB[capability]}"
-        dtype = str(c.case.dtype).removeprefix("torch.")
-        lines.append(
-            f"| {c.case.kernel} | {c.case.what} | {dtype} | sm_{capability} | {launch.num_warps} | {launch.num_stages} "
-            f"| {got.registers} | {got.spill_bytes} | {shared} |"
-        )
+        dtypes.setdefault(_cells(c), []).append(str(c.case.dtype).removeprefix("torch."))
+    for (kernel, what, *rest), names in dtypes.items():
+        lines.append(f"| {' | '.join((kernel, what, ', '.join(dict.fromkeys(names)), *rest))} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(c: Compiled) -> tuple[str, ...]:
+    """Of its line, all but the dtype."""
+    launch, got, capability = c.case.launch, c.resources, c.case.capability
+    shared = f"{got.shared_bytes / 1024:.1f} of {SHARED_KIB[capability]}"
+    numbers = (launch.num_warps, launch.num_stages, got.registers, got.spill_bytes)
+    return c.case.kernel, c.case.what, f"sm_{capability}", *map(str, numbers), shared
 
 
 def main(argv: Sequence[str]) -> None:
@@ -157,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
         for shape in shapes if kernel in BY_HEAD else shapes[:1]:
             for case in cases(kernel, capability, shape=shape):
                 done.append(compile_case(case))
-                print(as_markdown(done).splitlines()[-1], "" if done[-1].fits else "<-- does not fit", flush=True)
+                print(as_markdown(done[-1:]).splitlines()[-1], "" if done[-1].fits else "<-- does not fit", flush=True)
     if args.markdown is not None:
         args.markdown.write_text(as_markdown(done), encoding="utf-8")
     misfits = [c for c in done if not c.fits]

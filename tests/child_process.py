@@ -29,3 +29,8 @@ def run_interpreted(*words: str) -> None:
         TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
     )  # fmt: skip
     assert " passed" in said and "skipped" not in said
+
+
+def run_on_stand_in(*words: str) -> None:
+    """The same with a stand-in for a GPU (tests/stand_in/)."""
+    run_interpreted("-p", "stand_in.plugin", *words)

@@ -1,4 +1,4 @@
-"""What the stand-in of a GPU notices; run by test_stand_in.py. A rule that nobody can break would show nothing."""
+"""What the stand-in notices; run by tests/model/test_on_stand_in.py. A rule that nobody can break shows nothing."""
 
 import numpy as np
 import pytest

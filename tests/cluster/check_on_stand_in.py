@@ -1,4 +1,4 @@
-"""Clusters on the stand-in, emulated and as processes; run by test_stand_in.py under Triton's interpreter."""
+"""Clusters on the stand-in, emulated and as processes; run by test_on_stand_in.py under Triton's interpreter."""
 
 import functools
 import json

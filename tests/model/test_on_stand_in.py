@@ -1,7 +1,7 @@
-"""Code for a GPU on the stand-in for one, in processes that start with it; TRITON_INTERPRET makes its kernels run."""
+"""The model's code for a GPU on a stand-in for one, in processes that start with it (tests/stand_in/)."""
 
 import pytest
-from child_process import run_interpreted
+from child_process import run_on_stand_in
 
 from memserve.jit import tl
 
@@ -11,12 +11,11 @@ CHECKS = {
         "-k", "check_rules or rows_are_copied_gathered or part_of_a_storage or does_not_see",
     ],
     "steps, captured and not": ["tests/model/test_gpu_steps.py"],
-    "clusters": ["tests/stand_in/check_clusters.py"],
 }  # fmt: skip
 
 
 @pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
-@pytest.mark.timeout(600)  # a minute or so on a free machine; the interpreter is slow beside other work
+@pytest.mark.timeout(600)  # a minute on a free machine; the interpreter is slow beside other work
 @pytest.mark.parametrize("what", CHECKS)
 def test_code_for_a_gpu_runs_on_the_stand_in_as_on_a_cpu(what) -> None:
-    run_interpreted("-p", "stand_in.plugin", *CHECKS[what])
+    run_on_stand_in(*CHECKS[what])
