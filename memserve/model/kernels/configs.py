@@ -33,32 +33,32 @@ class TileConfig:
 _Tiles = dict[tuple[int, int, int], TileConfig]  # by capability, head dim, bytes of an element
 # Five stages are two tiles of KV under way beside the one in use: the block table takes a stage before each.
 _PREFILL: _Tiles = {
-    (80, 64, 2): TileConfig(128, 64, 8, 5),
-    (80, 128, 2): TileConfig(128, 32, 8, 5),
+    (80, 64, 2): TileConfig(128, 64, 8, 5, 255),
+    (80, 128, 2): TileConfig(128, 32, 8, 5, 255),
     (80, 256, 2): TileConfig(32, 32, 4, 5, 255),
     (80, 64, 4): TileConfig(32, 16, 4, 3, 255),
-    (80, 128, 4): TileConfig(16, 16, 8, 3),
+    (80, 128, 4): TileConfig(16, 16, 8, 3, 128),
     (80, 256, 4): TileConfig(16, 16, 8, 3, 255),
-    (90, 64, 2): TileConfig(128, 64, 8, 5),
-    (90, 128, 2): TileConfig(128, 64, 8, 5),
-    (90, 256, 2): TileConfig(128, 32, 8, 5),
+    (90, 64, 2): TileConfig(128, 64, 8, 5, 128),
+    (90, 128, 2): TileConfig(128, 64, 8, 5, 255),
+    (90, 256, 2): TileConfig(128, 32, 8, 5, 255),
     (90, 64, 4): TileConfig(32, 16, 4, 3, 255),
-    (90, 128, 4): TileConfig(16, 16, 8, 3),
+    (90, 128, 4): TileConfig(16, 16, 8, 3, 128),
     (90, 256, 4): TileConfig(16, 16, 8, 3, 255),
 }
 _DECODE: _Tiles = {
-    (80, 64, 2): TileConfig(16, 64, 4, 5),
-    (80, 128, 2): TileConfig(16, 64, 4, 5),
+    (80, 64, 2): TileConfig(16, 64, 4, 5, 128),
+    (80, 128, 2): TileConfig(16, 64, 4, 5, 168),
     (80, 256, 2): TileConfig(16, 32, 4, 5, 255),
-    (80, 64, 4): TileConfig(16, 32, 4, 3),
-    (80, 128, 4): TileConfig(16, 32, 8, 2, 96),
+    (80, 64, 4): TileConfig(16, 32, 4, 3, 128),
+    (80, 128, 4): TileConfig(16, 32, 8, 2, 128),
     (80, 256, 4): TileConfig(16, 16, 8, 3, 128),
     (90, 64, 2): TileConfig(16, 64, 4, 5, 128),
-    (90, 128, 2): TileConfig(16, 64, 8, 5),
-    (90, 256, 2): TileConfig(16, 32, 4, 5),
-    (90, 64, 4): TileConfig(16, 32, 4, 3),
-    (90, 128, 4): TileConfig(16, 16, 8, 3, 96),
-    (90, 256, 4): TileConfig(16, 16, 4, 3),
+    (90, 128, 2): TileConfig(16, 64, 8, 5, 128),
+    (90, 256, 2): TileConfig(16, 32, 4, 5, 255),
+    (90, 64, 4): TileConfig(16, 32, 4, 3, 255),
+    (90, 128, 4): TileConfig(16, 16, 8, 3, 128),
+    (90, 256, 4): TileConfig(16, 16, 8, 3, 128),
 }
 ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
 
