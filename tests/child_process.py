@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from memserve.jit import tl
+
 ROOT = Path(__file__).parents[1]
+needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
 
 
 def run_child(command: list[str], **environment: str) -> str:

@@ -103,11 +103,12 @@ def _draw(
     temperature_R = to_device(np.array([max(p.temperature, _TINY_TEMPERATURE) for p in params], np.float32), device)
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
     weights_RV = scaled_RV.exp()
-    known_R = torch.ones(len(rows), dtype=torch.int64, device=device)
     if any(p.top_k or p.top_p < 1.0 for p in params):
         floor_R, is_known_R = kept_floor(scaled_RV, params, num_largest)
         weights_RV *= torch.ge(scaled_RV, floor_R[:, None], out=torch.empty_like(scaled_RV))
         known_R = is_known_R.to(torch.int64)
+    else:
+        known_R = torch.ones(len(rows), dtype=torch.int64, device=device)
     cumulative_RV = weights_RV.cumsum(-1, dtype=torch.float64)
     uniform_R = to_device(np.array([uniform(row.seed, row.position) for row in rows]), device)
     total_R = cumulative_RV[:, -1]

@@ -1,9 +1,7 @@
 """The model's code for a GPU on a stand-in for one, in processes that start with it (tests/stand_in/)."""
 
 import pytest
-from child_process import run_on_stand_in
-
-from memserve.jit import tl
+from child_process import needs_triton, run_on_stand_in
 
 CHECKS = {
     "rules, and memory": [
@@ -14,7 +12,7 @@ CHECKS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
+@needs_triton
 @pytest.mark.timeout(600)  # a minute on a free machine; the interpreter is slow beside other work
 @pytest.mark.parametrize("what", CHECKS)
 def test_code_for_a_gpu_runs_on_the_stand_in_as_on_a_cpu(what) -> None:

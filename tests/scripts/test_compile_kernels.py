@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from child_process import needs_triton
 
-from memserve.jit import KernelResources, tl
+from memserve.jit import KernelResources
 
-needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
 # What models in use need most, and the smallest of each other kind; `make compile-all` compiles all.
 SELECTION = [
     ("paged_prefill", 128, torch.bfloat16, 90),

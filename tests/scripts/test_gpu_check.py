@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_process import needs_triton
 
 from memserve import load_config
-from memserve.jit import tl
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -24,7 +24,7 @@ def gpu_check(page: Path, *words: str, python: str = sys.executable) -> tuple[in
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
+@needs_triton
 @pytest.mark.timeout(400)  # interpreted kernels, beside whatever else the machine does
 def test_the_benchmarks_and_the_tuning_of_kernels_run_dry(tmp_path: Path) -> None:
     status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "decode", "tune")

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_process import run_child, run_interpreted
+from child_process import needs_triton, run_child, run_interpreted
 
-from memserve.jit import tl
 from memserve.model.attention import attention_backend
 
 HERE = Path(__file__).parent
-needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
 
 
 @needs_triton
