@@ -30,7 +30,7 @@ def run_child(command: list[str], **environment: str) -> str:
 def run_interpreted(*words: str) -> None:
     """Tests by pytest's words, under Triton's interpreter; none may be skipped."""
     said = run_child(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *words],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "mended_interpreter", *words],
         TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
     )  # fmt: skip
     assert " passed" in said and "skipped" not in said

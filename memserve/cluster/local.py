@@ -23,7 +23,6 @@ from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
@@ -48,8 +47,8 @@ class LocalCluster:
         self._step_time = build_step_time(cfg, self.engine)
         self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
         self.memory = describe_pool(cfg, self.engine)
-        self._instances(build_transport(cfg))  # a pool that does not fit fails here
-        self._global_scheduler()  # a policy that contradicts its index source too
+        built = self._build()  # a pool that does not fit fails here, and a policy that contradicts its index source
+        self._built = None if self._step_time.is_measured else built  # a warm-up needs the memory of its pools
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report:
         """Plays the workload `repeats` times and returns the report; of several runs the medians and their spread.
@@ -78,9 +77,13 @@ class LocalCluster:
 
     def cluster(self) -> EmulatedCluster:
         """The cluster with empty pools before its first event, for who wants to drive it alone (`advance`)."""
+        built, self._built = self._built, None
+        return built if built is not None else self._build()
+
+    def _build(self) -> EmulatedCluster:
         transport = build_transport(self.cfg)
         nodes = [Node(instance) for instance in self._instances(transport)]
-        scheduler = self._global_scheduler()
+        scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
         player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
         link: LinkModel = make(self.cfg.link)
         return EmulatedCluster(
@@ -92,9 +95,6 @@ class LocalCluster:
             transport,
             event_delay_ns=link.message_ns,
         )
-
-    def _global_scheduler(self) -> GlobalScheduler:
-        return build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
 
     def _instances(self, transport: Transport | None) -> list[Instance]:
         return [

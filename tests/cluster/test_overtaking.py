@@ -11,7 +11,7 @@ from cluster.test_lost_instances import CLUSTERS, assert_right, expected, local,
 from memserve.messages import Cancel
 from memserve.request import FinishReason
 
-SEEDS = range(12)
+SEEDS = range(8)
 
 
 class LateWays:
@@ -102,7 +102,7 @@ def test_an_attempt_that_was_given_up_may_arrive_after_its_successor(granularity
             cluster._from_scheduler()
             cluster.call_at(cluster.now_ns + (20 + 10 * (seed % 6)) * 1_000_000, lambda: cluster.resume("prefill-0"))
 
-    for seed in range(48):
+    for seed in range(0, 48, 5):  # each moment, and each length of the pause
         cluster = late(system, seed, to_decode_ns=2_000_000_000)
         timelines = play(cluster, stop_and_resume)
         assert_right(timelines, ())

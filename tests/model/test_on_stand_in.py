@@ -8,7 +8,7 @@ CHECKS = {
         "tests/stand_in/check_rules.py", "tests/model/test_gpu.py", "tests/transfer/test_device.py",
         "-k", "check_rules or rows_are_copied_gathered or part_of_a_storage or does_not_see",
     ],
-    "steps, captured and not": ["tests/model/test_gpu_steps.py", "-k", "not come_and_go or True"],
+    "steps, captured and not": ["tests/model/test_gpu_steps.py"],
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 from cluster.test_distributed import TESTS, torchrun
 
 from memserve import LocalCluster, load_config
+from memserve.config.checks import ConfigError
 from memserve.sched.cost_model.fitted import load_cost_file
 
 SMALL = ["--max-context", "128", "--max-tokens", "64", "--max-batch", "3", "--repeats", "2", "--held-out", "8",
@@ -38,13 +39,13 @@ def test_under_torchrun_it_measures_the_split_model_that_a_split_instance_then_r
     assert status == 0, printed
     subject = load_cost_file(path).subject
     assert subject.tensor_parallel == 2 and subject.shape["num_heads"] == 3 and subject.threads == 1
-    words += ["exec=distributed", "cluster=colocated_1", "policy=cost_based", "cost_model=fitted"]
-    words += [f"cost_model.path={path}", "workload=synthetic", "workload.num_sessions=1", "workload.prompt_tokens=40"]
-    words += ["workload.max_output_tokens=3", f"hydra.run.dir={tmp_path}/out"]
-    status, printed = torchrun(3, scripts / "run.py", *words, "cluster.tensor_parallel.colocated=2")
+    words += ["cluster=colocated_1", "policy=cost_based", "cost_model=fitted", f"cost_model.path={path}"]
+    words += ["workload=synthetic", "workload.num_sessions=1", "workload.prompt_tokens=40"]
+    split = ["exec=distributed", "cluster.tensor_parallel.colocated=2", f"hydra.run.dir={tmp_path}/out"]
+    status, printed = torchrun(3, scripts / "run.py", *words, "workload.max_output_tokens=3", *split)
     assert status == 0, printed
-    status, printed = torchrun(2, scripts / "run.py", *words)
-    assert status != 0 and "expected" in printed and "num_heads" in printed  # a whole instance is another model
+    with pytest.raises(ConfigError, match="expected .*num_heads"):  # a whole instance is another model
+        LocalCluster(load_config(words))
 
 
 def test_the_steps_fitted_and_held_out_stay_within_the_limits_and_are_of_every_kind(script):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernels.interpreted import TOLERANCE, Paged, paged, widen_bfloat16_products
+from kernels.interpreted import TOLERANCE, Paged, paged
 
 from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
 from memserve.model.kernels.paged_decode import MAX_SPLITS, num_programs, num_splits, paged_decode_launches
@@ -17,8 +17,6 @@ BLOCK = 4
 RAGGED = [(0, 7), (1, 6), (BLOCK - 1, 5), (BLOCK, 4), (41, 9), (0, 1), (0, 2)]
 DECODE = [(0, 1), (1, 1), (BLOCK - 1, 1), (BLOCK, 1), (40, 1), (70, 1)]
 CPU = torch.device("cpu")
-
-widen_bfloat16_products()
 
 
 def computed(case: Paged) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from kernels.interpreted import LAYOUTS, TOLERANCE, paged, widen_bfloat16_products
+from kernels.interpreted import LAYOUTS, TOLERANCE, paged
 from mini_engine import MiniEngine, logits_of
 from small_models import SMALL, five_prompts, random_model
 
@@ -13,8 +13,6 @@ from memserve.model.kernels.kv_write import kv_write_launch, kv_write_reference
 from memserve.model.kernels.norm import norm_launch, norm_reference
 from memserve.model.kernels.swiglu import swiglu_launch, swiglu_reference
 from memserve.transfer.row_kernel import row_copy_launch
-
-widen_bfloat16_products()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,11 +1,9 @@
-"""What tests of interpreted kernels share: Triton's interpreter for this process, and batches over a poisoned cache.
+"""What tests of interpreted kernels share: bounds, and batches over a poisoned cache.
 
 Triton decides at its import whether it interprets, so these tests run in a process of their own (test_interpreter.py
-starts it). Triton's interpreter multiplies bfloat16 as the integers that hold its bits; here it is widened first, which
-changes no product.
+starts it).
 """
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,20 +14,6 @@ from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLay
 
 LAYOUTS = {"discrete": DiscreteLayout(), "aggregated": AggregatedLayout()}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-def widen_bfloat16_products() -> None:
-    """Mends the interpreter's product, in this process."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    tl = importlib.import_module("triton.language")
-    product = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-        return product(self, a, b, *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @dataclass(frozen=True)
