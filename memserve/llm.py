@@ -22,9 +22,10 @@ from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import Role, SamplingParams, TokenLogprobs
 
+_OF_THE_MODEL = ("dtype", "device", "attention", "compile", "fused_rows", "max_context", "num_threads")
 OPTIONS = {
     **{name: name for name in ("index", "eviction", "queue", "preemption", "swap", "layout", "seed")},
-    **{name: f"model.{name}" for name in ("dtype", "device", "attention", "compile", "max_context", "num_threads")},
+    **{name: f"model.{name}" for name in _OF_THE_MODEL},
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",

@@ -6,7 +6,8 @@
     python scripts/bench_kernels.py --parts profile          # where the time of a decode step goes
     TRITON_INTERPRET=1 python scripts/bench_kernels.py --dry # without a GPU: every line runs, no figure means anything
 
-Element-wise kernels, copies and decode attention are bound by memory: GB/s as a share of what a copy of 2 GiB reaches.
+Element-wise kernels, copies, decode attention and products of few rows are bound by memory: GB/s as a share of what a
+copy of 2 GiB reaches.
 Prefill is bound by products: TFLOP/s as a share of torch's flash attention on equal shapes. A decode step's limit is
 roofline.py's, from the same bandwidth. Times are medians of CUDA events, after a warm-up.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from gpu_cases import DRY, FULL, Case, Scale, decode_case, elementwise_cases, median_s, prefill_case
+from gpu_cases import DRY, FULL, Case, Scale, decode_case, elementwise_cases, median_s, prefill_case, products
 from gpu_decode import LLAMA3_8B, TINY, DecodeSteps
 from options import new_file
 from roofline import Machine, decode_work
@@ -29,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from memserve.jit import runs_on
+from memserve.model.kernels.few_rows import MAX_ROWS
 
 PARTS = ("kernels", "steps", "profile")
 PROFILED = 12  # kernels of a step that are listed
@@ -73,6 +75,10 @@ def kernels(scale: Scale, hbm: float) -> Iterator[Measured]:
     for batch, num_kv in scale.decodes:
         wanted = ">= .85" if batch >= 16 and num_kv >= 4096 else ""
         yield _beside_bandwidth(scale, decode_case(scale, batch, num_kv), hbm, wanted)
+    for product in itertools.chain.from_iterable(products(scale, n) for n in scale.few_rows):
+        yield _beside_bandwidth(scale, product.case, hbm, "")
+        seconds = median_s(scale, product.apart)
+        yield Measured(f"{product.case.what}: apart", product.case.work / seconds / 1e9, hbm / 1e9, "GB/s", "")
     for num_cached, num_new, batch in scale.prefills:
         case = prefill_case(scale, num_cached, num_new, batch)
         flops = case.work / median_s(scale, case.run())
@@ -91,6 +97,9 @@ def steps(scale: Scale, decoding: DecodeSteps, hbm: float, with_hf: bool) -> Ite
         limit_s = decode_work(decoding.config, np.full(batch, context), scale.dtype.itemsize).seconds(machine)
         what = f"decode step, batch {batch}, {context} tokens each"
         yield Measured(what, decoding.ours_s(batch, context) * 1e3, limit_s * 1e3, "ms", "<= 1.25")
+        if batch <= MAX_ROWS:
+            seconds = decoding.ours_s(batch, context, fused=True)
+            yield Measured(f"{what}, fused products", seconds * 1e3, limit_s * 1e3, "ms", "<= 1.25")
         if with_hf:
             seconds = decoding.hugging_face_s(batch, context)
             yield Measured(f"{what}, transformers", seconds * 1e3, limit_s * 1e3, "ms", "")
@@ -98,11 +107,15 @@ def steps(scale: Scale, decoding: DecodeSteps, hbm: float, with_hf: bool) -> Ite
 
 def profile(scale: Scale, decoding: DecodeSteps) -> Iterator[str]:
     """Where a decode step's time goes, kernel by kernel: what it is not in is the GPU's waiting."""
-    for batch, context in scale.steps:
-        times = decoding.profile(batch, context)
+    for (batch, context), fused in itertools.product(scale.steps, (False, True)):
+        if fused and batch > MAX_ROWS:
+            continue
+        times = decoding.profile(batch, context, fused)
         total_us = sum(t.us for t in times)
+        products = ", fused products" if fused else ""
         yield ""
-        yield f"Kernels of a decode step, batch {batch}, {context} tokens each: {total_us / 1e3:.3f} ms in all"
+        what = f"batch {batch}, {context} tokens each{products}"
+        yield f"Kernels of a decode step, {what}: {total_us / 1e3:.3f} ms in all"
         yield ""
         yield "| kernel | launches | us | share |"
         yield "|---|---|---|---|"

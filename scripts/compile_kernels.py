@@ -21,6 +21,7 @@ import torch
 
 from memserve.jit import KernelLaunch, KernelResources
 from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
+from memserve.model.kernels.few_rows import MAX_ROWS, few_rows_launch
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
@@ -31,9 +32,10 @@ from memserve.transfer.row_kernel import row_copy_launch
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 DEFAULT_CAPABILITIES = (80, 90)
 BY_HEAD = ("paged_prefill", "paged_decode", "kv_write")
-KERNELS = (*BY_HEAD, "norm", "swiglu", "row_copy")
+KERNELS = (*BY_HEAD, "norm", "swiglu", "few_rows", "row_copy")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OF_ONE_DTYPE = {"row_copy": torch.uint8, "few_rows": torch.bfloat16}
 NUM_TOKENS, NUM_KV_HEADS = 48, 8
 HIDDEN_SIZES, ROW_BYTES = (576, 4096, 8192), (1024, 40)
 
@@ -81,10 +83,16 @@ def cases(
     known = HEAD_DIMS if by_head else ROW_BYTES if kernel == "row_copy" else HIDDEN_SIZES
     unit = "head dim" if by_head else "row bytes" if kernel == "row_copy" else "features"
     for size in sizes or known:
-        for dtype in DTYPES if kernel != "row_copy" else (torch.uint8,):
+        for dtype in (OF_ONE_DTYPE[kernel],) if kernel in OF_ONE_DTYPE else DTYPES:
             for launch in _launches(kernel, size, dtype, capability, shape):
-                what = f"{unit} {size}{shape}{', with residual' if launch.constants.get('ADD') else ''}"
+                what = f"{unit} {size}{shape}{_around(launch)}"
                 yield Case(launch.kernel.__name__.strip("_"), what, dtype, capability, launch)
+
+
+def _around(launch: KernelLaunch) -> str:
+    """What else it does."""
+    named = {"NORM": "after a norm", "GLU": "SwiGLU", "ADD": "with residual"}
+    return "".join(f", {words}" for name, words in named.items() if launch.constants.get(name))
 
 
 def compile_case(case: Case) -> Compiled:
@@ -96,6 +104,8 @@ def _launches(kernel: str, size: int, dtype: torch.dtype, capability: int, shape
         return _norms(size, dtype)
     if kernel == "swiglu":
         return [swiglu_launch(_empty(dtype, NUM_TOKENS, 2 * size), _empty(dtype, NUM_TOKENS, size))]
+    if kernel == "few_rows":
+        return _products(size)
     if kernel == "row_copy":
         memory, rows = _empty(torch.uint8, 64 * size), _empty(torch.int64, 8)
         return [row_copy_launch(memory, rows, memory, rows, size)]
@@ -105,6 +115,17 @@ def _launches(kernel: str, size: int, dtype: torch.dtype, capability: int, shape
 def _norms(size: int, dtype: torch.dtype) -> list[KernelLaunch]:
     x_TE, scale_E = _empty(dtype, NUM_TOKENS, size), _empty(torch.float32, size)
     return [norm_launch(x_TE, None, None, x_TE, scale_E, 0.1), norm_launch(x_TE, x_TE, x_TE, x_TE, scale_E, 0.1)]
+
+
+def _products(size: int) -> list[KernelLaunch]:
+    """From as many features to as many."""
+    x_TI, weight_WI, bias_W = (_empty(torch.bfloat16, *shape) for shape in ((MAX_ROWS, size), (size, size), (size,)))
+    two_WI, norm = _empty(torch.bfloat16, 2 * size, size), (_empty(torch.float32, size), 0.1)
+    return [
+        few_rows_launch(x_TI, weight_WI, x_TI, norm, bias_W),
+        few_rows_launch(x_TI, two_WI, x_TI, norm),
+        few_rows_launch(x_TI, weight_WI, x_TI, add_TO=x_TI),
+    ]
 
 
 def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int, shape: CacheShape) -> list[KernelLaunch]:

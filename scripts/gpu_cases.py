@@ -6,7 +6,7 @@ A case makes its launches for a configuration, its own by default; its inputs st
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,21 +15,26 @@ from memserve.clock import monotonic_ns, to_s
 from memserve.jit import KernelLaunch
 from memserve.model.kernels.configs import (
     ELEMENTWISE,
+    ProductConfig,
     RowConfig,
     TileConfig,
     capability_of,
+    few_rows_config,
     norm_config,
     paged_decode_config,
     paged_prefill_config,
 )
+from memserve.model.kernels.few_rows import few_rows_launch
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch, tokens_a_tile
 from memserve.model.kernels.swiglu import swiglu_launch
+from memserve.model.layers import Linear, RMSNorm
+from memserve.model.ops import TritonOps
 from memserve.transfer.row_kernel import ROW_COPY, row_copy_launch
 
-Config = TypeVar("Config", RowConfig, TileConfig)
+Config = TypeVar("Config", RowConfig, TileConfig, ProductConfig)
 BLOCK_SIZE = 16
 COPIED_ROW_BYTES = 65536
 FLUSHED_BYTES = (
@@ -42,6 +47,7 @@ class Scale:
     """Which shapes are measured, and on which device.  num_rows: of the block copy, half of them to the other half.
 
     decodes: (batch, tokens of KV).  prefills: (cached, new, batch).  steps: (batch, context).
+    few_rows: of the products that fuse.
     """
 
     device: torch.device
@@ -56,6 +62,7 @@ class Scale:
     decodes: tuple[tuple[int, int], ...]
     prefills: tuple[tuple[int, int, int], ...]
     steps: tuple[tuple[int, int], ...]
+    few_rows: tuple[int, ...]
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
 
@@ -71,11 +78,11 @@ FULL = Scale(
     torch.device("cuda"), 20, 32, 8, 2 << 30, 16384, 4096, 14336, 4096,
     decodes=((1, 2048), (16, 4096), (64, 2048), (64, 4096)),
     prefills=((0, 2048, 8), (0, 8192, 2), (6144, 2048, 2)),
-    steps=((1, 2048), (16, 2048), (64, 2048)),
+    steps=((1, 2048), (16, 2048), (64, 2048)), few_rows=(1, 16),
 )  # fmt: skip
 DRY = Scale(
     torch.device("cpu"), 1, 4, 2, 1 << 16, 16, 64, 96, 4,
-    decodes=((2, 64),), prefills=((32, 32, 2),), steps=((2, 32),),
+    decodes=((2, 64),), prefills=((32, 32, 2),), steps=((2, 32),), few_rows=(2,),
 )  # fmt: skip
 
 
@@ -164,6 +171,49 @@ def row_copy_case(scale: Scale) -> Case[RowConfig]:
         "block copy, 64 KiB rows", blocks.nbytes, ROW_COPY,
         lambda c: [row_copy_launch(blocks, source, blocks, target, COPIED_ROW_BYTES, c)], blocks,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a decode step with what fuses with it. apart: torch's product, and as kernels what is not part of
+    another of these products' lines.
+    """
+
+    case: Case[ProductConfig]
+    apart: Callable[[], object]
+
+
+def products(scale: Scale, num_rows: int) -> Iterator[Product]:
+    """Those of a decoder layer, in bfloat16."""
+    hidden, inner = scale.hidden_size, scale.intermediate_size
+    num_qkv = (scale.num_heads + 2 * scale.num_kv_heads) * scale.head_dim
+    yield _product(scale, "norm, QKV", num_rows, hidden, num_qkv, normed=True)
+    yield _product(scale, "output and sum", num_rows, scale.num_heads * scale.head_dim, hidden, normed=False)
+    yield _product(scale, "norm, gate and up, SwiGLU", num_rows, hidden, inner, normed=True, gated=True)
+    yield _product(scale, "down and sum", num_rows, inner, hidden, normed=False)
+
+
+def _product(
+    scale: Scale, what: str, num_rows: int, num_in: int, num_out: int, normed: bool, gated: bool = False
+) -> Product:
+    """normed: after a norm; otherwise before a sum."""
+    x, y = scale.random(num_rows, num_in), scale.random(num_rows, num_out)
+    weight = scale.random(2 * num_out if gated else num_out, num_in) / num_in**0.5
+    added, ops, linear = scale.random(num_rows, num_out), TritonOps(), Linear(weight)
+    norm, delta = RMSNorm(torch.ones(num_in, device=scale.device), 1e-5), scale.random(num_rows, num_in)
+    around: dict[str, Any] = {"norm": (norm.scale, norm.sum_eps)} if normed else {"add_TO": added}
+
+    @torch.inference_mode()
+    def apart() -> object:
+        if not normed:
+            return linear(x)  # the next norm takes the sum
+        return ops.norm_swiglu(norm, (x, delta), linear) if gated else ops.norm_linear(norm, (x, delta), linear)
+
+    case = Case(
+        f"{what}, {num_rows} x {num_in}", weight.nbytes, few_rows_config(gated),
+        lambda c: [few_rows_launch(x, weight, y, config=c, **around)], y,
+    )  # fmt: skip
+    return Product(case, apart)
 
 
 def decode_case(scale: Scale, batch: int, num_kv: int) -> Case[TileConfig]:

@@ -66,12 +66,12 @@ for part in "${parts[@]}"; do
             "${pytest[@]}" tests/cluster/test_gpu.py
         ;;
     kernels)
-        run kernels 120 "the column wanted" "$python" scripts/bench_kernels.py --parts kernels "${dry[@]}"
+        run kernels 150 "the column wanted" "$python" scripts/bench_kernels.py --parts kernels "${dry[@]}"
         ;;
     decode)
-        run decode 150 "the column wanted, transformers beside it" "$python" scripts/bench_kernels.py --parts steps \
+        run decode 200 "the column wanted, transformers beside it" "$python" scripts/bench_kernels.py --parts steps \
             "${dry[@]}"
-        run "decode, kernel by kernel" 90 "none: where a step's time goes" "$python" scripts/bench_kernels.py \
+        run "decode, kernel by kernel" 120 "none: where a step's time goes" "$python" scripts/bench_kernels.py \
             --parts profile "${dry[@]}"
         ;;
     tune)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from memserve.clock import monotonic_ns, to_s
 from memserve.kvcache.layout import DiscreteLayout
+from memserve.model.kernels.few_rows import MAX_ROWS
 from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
 from memserve.model.runner import ModelRunner, geometry
@@ -66,13 +67,16 @@ class DecodeSteps:
     def __init__(self, model: ModelConfig, device: torch.device, num_steps: int) -> None:
         self.config, self._device, self._num_steps = model, device, num_steps
 
-    def ours_s(self, batch: int, context: int) -> float:
-        """Median seconds of `ModelRunner.forward`: inputs copied, the graph replayed, greedy tokens read."""
-        return self._median_s(self._our_step(batch, context))
+    def ours_s(self, batch: int, context: int, fused: bool = False) -> float:
+        """Median seconds of `ModelRunner.forward`: inputs copied, the graph replayed, greedy tokens read.
 
-    def profile(self, batch: int, context: int) -> list[KernelTime]:
+        fused: products by `FewRowsOps`, where steps are captured.
+        """
+        return self._median_s(self._our_step(batch, context, fused))
+
+    def profile(self, batch: int, context: int, fused: bool = False) -> list[KernelTime]:
         """Of the mean of as many of our steps, the kernels that take longest first; on a CPU, torch's operations."""
-        step, on_gpu = self._our_step(batch, context), self._device.type == "cuda"
+        step, on_gpu = self._our_step(batch, context, fused), self._device.type == "cuda"
         for _ in range(WARM_UP_STEPS):
             step()
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
@@ -84,7 +88,9 @@ class DecodeSteps:
             times.append(KernelTime(event.key, event.count / self._num_steps, total_us / self._num_steps))
         return sorted(times, key=lambda t: -t.us)
 
-    def _our_step(self, batch: int, context: int) -> Callable[[], object]:
+    def _our_step(self, batch: int, context: int, fused: bool) -> Callable[[], object]:
+        if self._device.type == "cuda":
+            self._ours.compile(MAX_ROWS if fused else 0)  # CUDA graphs; a CPU's would take a compiler and minutes
         blocks_each = -(-context // BLOCK_SIZE)
         shape = DiscreteLayout().shape(geometry(self.config, BLOCK_SIZE, DTYPE), batch * blocks_each)
         kv = torch.randn(shape, dtype=DTYPE, device=self._device)
@@ -117,10 +123,7 @@ class DecodeSteps:
 
     @cached_property
     def _ours(self) -> Llama:
-        model = load_model(self.config, DrawnWeights(self.config, self._device), DTYPE, self._device)
-        if self._device.type == "cuda":
-            model.compile()  # CUDA graphs; a CPU's would take a compiler and minutes
-        return model
+        return load_model(self.config, DrawnWeights(self.config, self._device), DTYPE, self._device)
 
     @cached_property
     def _hugging_face(self) -> torch.nn.Module:

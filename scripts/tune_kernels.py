@@ -30,13 +30,14 @@ from gpu_cases import (
     median_s,
     norm_cases,
     prefill_case,
+    products,
     row_copy_case,
     swiglu_case,
 )
 from options import new_file
 
 from memserve.jit import RowConfig, runs_on
-from memserve.model.kernels.configs import TileConfig, capability_of, power_of_two
+from memserve.model.kernels.configs import ProductConfig, TileConfig, capability_of, power_of_two
 
 BEST = 5
 _ALL_REGISTERS = 255  # of a thread
@@ -76,6 +77,17 @@ def norm_rows(scale: Scale) -> Iterator[RowConfig]:
             yield RowConfig(block_elements, warps)
 
 
+def product_tiles(scale: Scale) -> Iterator[ProductConfig]:
+    for block_o, block_i, warps, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 4, 8), (3, 4, 6)):
+        yield ProductConfig(block_o, block_i, warps, stages)
+
+
+def product_cases(scale: Scale, gated: bool) -> Iterator[Case[Any]]:
+    """Gate and up have a configuration of their own."""
+    for num_rows in scale.few_rows:
+        yield from (p.case for p in products(scale, num_rows) if ("SwiGLU" in p.case.what) == gated)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """by_head: whether its configuration is one for each head dim and element size."""
@@ -90,6 +102,8 @@ KERNELS = {
     "paged_prefill": Kernel(lambda s: (prefill_case(s, *shape) for shape in s.prefills), prefill_tiles, by_head=True),
     "kv_write": Kernel(lambda s: iter([kv_write_case(s)]), rows, by_head=False),
     "swiglu": Kernel(lambda s: iter([swiglu_case(s)]), rows, by_head=False),
+    "few_rows": Kernel(lambda s: product_cases(s, gated=False), product_tiles, by_head=False),
+    "few_rows_gated": Kernel(lambda s: product_cases(s, gated=True), product_tiles, by_head=False),
     "norm": Kernel(norm_cases, norm_rows, by_head=False),
     "row_copy": Kernel(lambda s: iter([row_copy_case(s)]), rows, by_head=False),
 }
@@ -127,7 +141,8 @@ def _compiling(kernel: Kernel, case: Case[Any], scale: Scale, shared_bytes: int)
         return all(r.spill_bytes == 0 and r.shared_bytes <= shared_bytes for r in resources)
 
     def fitting(config: Any) -> Any | None:
-        bounded = [replace(config, max_registers=_ALL_REGISTERS)] if isinstance(config, TileConfig) else []
+        takes_bound = not isinstance(config, RowConfig)
+        bounded = [replace(config, max_registers=_ALL_REGISTERS)] if takes_bound else []
         return next((c for c in (config, *bounded) if fits(c)), None)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -134,6 +134,8 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["workload.max_turns=1.5"], "workload.max_turns=1.5: expected an integer or null"),
         (["channels=2"], "channels=2 contradicts transport=in_process: expected gloo or nccl"),
         (["repeats=0"], "repeats=0"),
+        (["model.compile=true", "model.fused_rows=-1"], "model.fused_rows=-1: expected an integer >= 0"),
+        (["model.fused_rows=4"], "model.fused_rows=4 contradicts model.compile=false: expected 0"),
         (["seed=-1"], "seed=-1"),
     ],
 )
@@ -157,6 +159,7 @@ def test_bad_or_contradictory_words_are_refused_by_name(words, message):
         (["exec=emulated", "model=tiny", "model.max_context=100000"], "the model's context has 8192"),
         (["exec=emulated", "model=tiny", "model.device=abacus"], "model.device=abacus"),
         (["exec=emulated", "model=tiny", "model.attention=magic"], "magic"),
+        (["exec=emulated", "model=tiny", "model.compile=true", "model.fused_rows=4"], "model.fused_rows=4 on cpu"),
     ],
 )
 def test_values_that_their_classes_refuse_raise_before_anything_runs(words, message):

@@ -85,7 +85,7 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True, shard: Shard = WHOL
         return Engine(text, None, config.vocab_size, max_context)
     model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device), shard)
     if cfg.model.compile:
-        model.compile()
+        model.compile(cfg.model.fused_rows)
     return Engine(text, model, config.vocab_size, max_context)
 
 

@@ -115,6 +115,9 @@ def _check_model(cfg: RunConfig) -> None:
         value = getattr(model, name)
         least = 2 if name == "max_context" else 1
         _require(value is None or value >= least, f"model.{name}", value, f"null or an integer >= {least}")
+    _require(model.fused_rows >= 0, "model.fused_rows", model.fused_rows, "an integer >= 0")
+    if model.fused_rows and not model.compile:
+        raise ConfigError(f"model.fused_rows={model.fused_rows} contradicts model.compile=false: expected 0")
     if cfg.tokens == "model" and (model.path is None) == (model.random is None):
         raise ConfigError(
             f"model.path={model.path!r} and model.random={'given' if model.random else None}: expected exactly one"

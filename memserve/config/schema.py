@@ -12,7 +12,10 @@ from omegaconf import MISSING
 
 @dataclass
 class ModelConfigNode:
-    """Which model runs and how. `path` and `random` exclude each other."""
+    """Which model runs and how. `path` and `random` exclude each other.
+
+    fused_rows: captured decode steps of up to so many requests have kernels that fuse products with what is around.
+    """
 
     path: str | None = None
     random: dict[str, Any] | None = None
@@ -20,6 +23,7 @@ class ModelConfigNode:
     device: str = "cpu"
     attention: str = "auto"
     compile: bool = False
+    fused_rows: int = 0
     max_context: int | None = None
     num_threads: int | None = None
 

@@ -18,7 +18,7 @@ from memserve.model.kernels.configs import capability_of, paged_decode_config
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
 from memserve.model.llama import Llama
-from memserve.model.ops import TritonOps, in_rows
+from memserve.model.ops import FewRowsOps, Ops, TritonOps, in_rows
 from memserve.model.rope import Rotation
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -61,10 +61,8 @@ class StaticInputs:
 class StaticAttention(LayerAttention):
     """The kernels of TritonAttention over StaticInputs."""
 
-    ops = TritonOps()
-
-    def __init__(self, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor]) -> None:
-        self._inputs, self._kv_layers = inputs, kv_layers
+    def __init__(self, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor], ops: Ops) -> None:
+        self.ops, self._inputs, self._kv_layers = ops, inputs, kv_layers
         head_dim, dtype = kv_layers[0].shape[4], kv_layers[0].dtype
         self._config = paged_decode_config(head_dim, dtype, capability_of(inputs.rows.device))
 
@@ -136,9 +134,10 @@ class CapturedDecode:
 @torch.inference_mode()
 def decode_step(model: Llama, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor]) -> torch.Tensor:
     """One step of every row: logits [R, V], of padding rows without meaning. Starts kernels and waits for nothing."""
-    attention = StaticAttention(inputs, kv_layers)
+    ops = FewRowsOps() if len(inputs.rows) <= model.fused_rows else TritonOps()
+    attention = StaticAttention(inputs, kv_layers, ops)
     rotation = model.rotary.rotation(inputs.facts[_POSITION])
     stream = model.embed(inputs.token_ids)
     for layer in model.layers:
         stream = layer(stream, rotation, attention)
-    return model.logits(stream, attention.ops)
+    return model.logits(stream, ops)

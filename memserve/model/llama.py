@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from memserve.model.attention.base import LayerAttention
 from memserve.model.decode_graph import DecodeGraph
+from memserve.model.kernels.few_rows import MAX_ROWS
 from memserve.model.layers import Linear, RMSNorm
 from memserve.model.loader import Loader
 from memserve.model.model_config import ModelConfig
@@ -22,11 +23,15 @@ from memserve.model.weights import WeightSource
 
 
 class SelfAttention(torch.nn.Module):
-    """Grouped-query attention. The rows of `qkv` are all query heads, then all key heads, then all value heads."""
+    """x + attention(norm(x)), by groups of query heads. The rows of `qkv` are all query heads, then all key heads, then
+    all value heads.
+    """
 
-    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__()
-        c = config
+        c, prefix = config, f"model.layers.{layer}.self_attn"
+        self.layer = layer
+        self.norm = load.norm(f"model.layers.{layer}.input_layernorm", c.hidden_size, c.rms_norm_eps)
         self.num_heads, self.num_kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         rows = {"q_proj": c.num_heads * c.head_dim, "k_proj": c.num_kv_heads * c.head_dim}
         rows["v_proj"] = rows["k_proj"]
@@ -40,53 +45,48 @@ class SelfAttention(torch.nn.Module):
         k_D = load.tensor(f"{prefix}.k_norm.weight", (self.head_dim,))
         return torch.cat((q_D.expand(self.num_heads, -1), k_D.expand(self.num_kv_heads, -1)))
 
-    def forward(self, layer: int, x_TE: torch.Tensor, rotation: Rotation, attention: LayerAttention) -> torch.Tensor:
-        """Of normed hidden states, [T, E]; writes their KV. Of a model split over ranks, this rank's addend."""
-        qkv_THD = self.qkv(x_TE).view(len(x_TE), -1, self.head_dim)
+    def forward(self, stream: Stream, rotation: Rotation, attention: LayerAttention) -> Stream:
+        """Writes the KV of the stream's tokens and reads it through `attention`."""
+        ops = attention.ops
+        x_TE, qkv_TO = ops.norm_linear(self.norm, stream, self.qkv)
+        qkv_THD = qkv_TO.view(len(qkv_TO), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         qk_THD = qkv_THD[:, :num_rotated]
         if self.qk_norm is not None:
-            qk_THD = attention.ops.norm(self.qk_norm, qk_THD)
-        q_THD = attention.rotate_and_write(layer, qk_THD, qkv_THD[:, num_rotated:], rotation)
-        y_TE: torch.Tensor = self.o(attention.attend(layer, q_THD).flatten(1))
-        return y_TE
+            qk_THD = ops.norm(self.qk_norm, qk_THD)
+        q_THD = attention.rotate_and_write(self.layer, qk_THD, qkv_THD[:, num_rotated:], rotation)
+        return ops.add_linear(x_TE, attention.attend(self.layer, q_THD).flatten(1), self.o)
 
 
 class MLP(torch.nn.Module):
-    """SwiGLU. The rows of `gate_up` are the gate's, then the up projection's."""
-
-    def __init__(self, config: ModelConfig, load: Loader, prefix: str) -> None:
-        super().__init__()
-        rows = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up = load.linear(prefix, rows, config.hidden_size, config.mlp_bias)
-        self.down = load.summed_linear(
-            f"{prefix}.down_proj", config.hidden_size, config.intermediate_size, config.mlp_bias
-        )
-
-    def forward(self, x_TE: torch.Tensor, ops: Ops) -> torch.Tensor:
-        y_TE: torch.Tensor = self.down(ops.swiglu(self.gate_up(x_TE)))
-        return y_TE
-
-
-class DecoderLayer(torch.nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + SwiGLU(norm(x)). The rows of `gate_up` are the gate's, then the up projection's."""
 
     def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
         super().__init__()
-        prefix = f"model.layers.{layer}"
-        self.number, self._shard = layer, load.shard
-        self.attention_norm = load.norm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.attention = SelfAttention(config, load, f"{prefix}.self_attn")
-        self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, load, f"{prefix}.mlp")
+        c, prefix = config, f"model.layers.{layer}.mlp"
+        self.norm = load.norm(f"model.layers.{layer}.post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
+        rows = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        self.gate_up = load.linear(prefix, rows, c.hidden_size, c.mlp_bias)
+        self.down = load.summed_linear(f"{prefix}.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)
+
+    def forward(self, stream: Stream, ops: Ops) -> Stream:
+        x_TE, y_TF = ops.norm_swiglu(self.norm, stream, self.gate_up)
+        return ops.add_linear(x_TE, y_TF, self.down)
+
+
+class DecoderLayer(torch.nn.Module):
+    """Attention, then the MLP."""
+
+    def __init__(self, config: ModelConfig, load: Loader, layer: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, load, layer)
+        self.mlp = MLP(config, load, layer)
 
     def forward(self, stream: Stream, rotation: Rotation, attention: LayerAttention) -> Stream:
         """Writes this layer's KV and reads it through `attention`."""
-        ops = attention.ops
-        x_TE, normed_TE = ops.add_norm(self.attention_norm, stream)
-        attended_TE = self._shard.sum(self.attention(self.number, normed_TE, rotation, attention))
-        x_TE, normed_TE = ops.add_norm(self.mlp_norm, (x_TE, attended_TE))
-        return x_TE, self._shard.sum(self.mlp(normed_TE, ops))
+        stream = self.attention(stream, rotation, attention)
+        after: Stream = self.mlp(stream, attention.ops)
+        return after
 
 
 class Llama(torch.nn.Module):
@@ -102,7 +102,7 @@ class Llama(torch.nn.Module):
         self.config = config = load.shard.config(config)
         self.dtype, self.device, self.shard = load.dtype, load.device, load.shard
         self.decode_graph: DecodeGraph | None = None
-        self.captures_decode = False
+        self.captures_decode, self.fused_rows = False, 0
         shape = (config.vocab_size, config.hidden_size)
         self.register_buffer("embedding_VE", load.tensor("model.embed_tokens.weight", shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
@@ -116,9 +116,12 @@ class Llama(torch.nn.Module):
             return load.shard.part(self.embedding_VE, 0)
         return load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
 
-    def compile(self) -> None:
+    def compile(self, fused_rows: int = 0) -> None:
         """Lets decode steps run as one graph, built when a runner starts: on a GPU each runner captures its own
         (`CapturedDecode`), elsewhere all share a compiled one (`DecodeGraph`).
+
+        fused_rows: graphs of up to so many requests have products that are kernels of ours with the norms, SwiGLU and
+        sums around them (`FewRowsOps`); on a GPU in bfloat16, at most few_rows.MAX_ROWS.
 
         Raises ValueError where that cannot be: on a model split over ranks, and see `DecodeGraph`.
         """
@@ -126,8 +129,15 @@ class Llama(torch.nn.Module):
             raise ValueError(
                 f"model.compile=true: contradicts a model split over {self.shard.size} ranks, expected false"
             )
-        self.captures_decode = self.device.type == "cuda"
-        if not self.captures_decode:
+        captures = self.device.type == "cuda"
+        if fused_rows and (not captures or self.dtype != torch.bfloat16):
+            raise ValueError(
+                f"model.fused_rows={fused_rows} on {self.device} in {self.dtype}: expected 0; or a GPU, torch.bfloat16"
+            )
+        if not 0 <= fused_rows <= MAX_ROWS:
+            raise ValueError(f"model.fused_rows={fused_rows}: expected 0 to {MAX_ROWS}")
+        self.captures_decode, self.fused_rows = captures, fused_rows
+        if not captures:
             self.decode_graph = DecodeGraph(self)
 
     def embed(self, token_ids_T: torch.Tensor) -> Stream:
@@ -136,8 +146,7 @@ class Llama(torch.nn.Module):
 
     def logits(self, stream: Stream, ops: Ops) -> torch.Tensor:
         """Of S rows that left the last layer, [S, V]; see `Shard.gather` for ranks that do not sample."""
-        _, normed_SE = ops.add_norm(self.norm, stream)
-        return self.shard.gather(self.head(normed_SE))
+        return self.shard.gather(ops.norm_linear(self.norm, stream, self.head)[1])
 
 
 def load_model(

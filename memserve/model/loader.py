@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from memserve.model.layers import Linear, RMSNorm
-from memserve.model.parallel import WHOLE, Shard
+from memserve.model.parallel import WHOLE, Shard, SummedLinear
 from memserve.model.weights import WeightSource
 
 
@@ -36,9 +36,10 @@ class Loader:
         return Linear(weight, self._stacked(biases) if bias else None)
 
     def summed_linear(self, name: str, num_out: int, num_in: int, bias: bool) -> Linear:
-        """The Linear of this rank's `num_in` input features; its output is to be summed over the ranks."""
+        """The Linear of this rank's `num_in` input features, which gives the sum over the ranks."""
         weight = self._read(f"{name}.weight", self._empty((num_out, num_in)), split_dim=1)
-        return Linear(weight, self.shard.addend(self.tensor(f"{name}.bias", (num_out,)) if bias else None))
+        addend = self.shard.addend(self.tensor(f"{name}.bias", (num_out,)) if bias else None)
+        return SummedLinear(weight, addend, self.shard)
 
     def norm(self, name: str, num_features: int, eps: float) -> RMSNorm:
         return RMSNorm(self.tensor(f"{name}.weight", (num_features,)), eps)

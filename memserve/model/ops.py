@@ -1,8 +1,9 @@
-"""Ops: the decoder's element-wise operations, as torch has them or as kernels. Know no layer but RMSNorm's numbers.
+"""Ops: what a decoder layer does beside attention, as torch has it or as kernels. Know what a norm and a product hold,
+and no layer.
 
-Which one runs comes with the attention backend (`Attention.ops`): a model's weights serve runners with either.
+Which one runs comes with the attention (`LayerAttention.ops`): a model's weights serve runners with any.
 
-Shape legend: T tokens, E hidden size, F intermediate features.
+Shape legend: T tokens, E hidden size, F intermediate features, I and O input and output features.
 """
 
 from abc import ABC, abstractmethod
@@ -10,16 +11,31 @@ from abc import ABC, abstractmethod
 import torch
 
 from memserve.jit import runs_on
+from memserve.model.kernels.few_rows import few_rows_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.swiglu import swiglu_launch
-from memserve.model.layers import RMSNorm, swiglu
+from memserve.model.layers import Linear, RMSNorm, swiglu
 
 # Hidden states [T, E], and what is still to be added to them (None: nothing): the next norm does it in the same pass.
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Ops(ABC):
-    """What a layer computes between its products."""
+    """What a layer computes beside its attention, in the parts that a kernel may take as one."""
+
+    def norm_linear(self, norm: RMSNorm, stream: Stream, linear: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the stream's sum [T, E], `linear` of the `norm` of that, [T, O])."""
+        x_TE, normed_TE = self.add_norm(norm, stream)
+        return x_TE, linear(normed_TE)
+
+    def norm_swiglu(self, norm: RMSNorm, stream: Stream, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the stream's sum [T, E], SwiGLU [T, F] of `gate_up` of the `norm` of that)."""
+        x_TE, gate_up_TO = self.norm_linear(norm, stream, gate_up)
+        return x_TE, self.swiglu(gate_up_TO)
+
+    def add_linear(self, x_TE: torch.Tensor, y_TI: torch.Tensor, linear: Linear) -> Stream:
+        """x and `linear` of y, added or still to be."""
+        return x_TE, linear(y_TI)
 
     @abstractmethod
     def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -72,6 +88,35 @@ class TritonOps(Ops):
         out_TF = torch.empty(num_tokens, num_features // 2, dtype=gate_up_TO.dtype, device=gate_up_TO.device)
         swiglu_launch(in_rows(gate_up_TO), out_TF).run()
         return out_TF
+
+
+class FewRowsOps(TritonOps):
+    """A product is one kernel with what comes before and after it: three launches a layer less. For up to
+    few_rows.MAX_ROWS rows in bfloat16, of a model on one rank: nobody sums between.
+    """
+
+    def norm_linear(self, norm: RMSNorm, stream: Stream, linear: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TE = _whole(stream)
+        y_TO = x_TE.new_empty(len(x_TE), len(linear.weight))
+        few_rows_launch(x_TE, linear.weight, y_TO, (norm.scale, norm.sum_eps), bias_W=linear.bias).run()
+        return x_TE, y_TO
+
+    def norm_swiglu(self, norm: RMSNorm, stream: Stream, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TE = _whole(stream)
+        y_TF = x_TE.new_empty(len(x_TE), len(gate_up.weight) // 2)
+        few_rows_launch(x_TE, gate_up.weight, y_TF, (norm.scale, norm.sum_eps), bias_W=gate_up.bias).run()
+        return x_TE, y_TF
+
+    def add_linear(self, x_TE: torch.Tensor, y_TI: torch.Tensor, linear: Linear) -> Stream:
+        sum_TE = torch.empty_like(x_TE)
+        few_rows_launch(y_TI, linear.weight, sum_TE, bias_W=linear.bias, add_TO=x_TE).run()
+        return sum_TE, None
+
+
+def _whole(stream: Stream) -> torch.Tensor:
+    x_TE, delta_TE = stream
+    assert delta_TE is None, "every sum before is part of its product"
+    return x_TE
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:

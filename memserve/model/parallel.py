@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from memserve.model.layers import Linear
 from memserve.model.model_config import ModelConfig
 from memserve.model.sampler import Sampler, SamplingRow
 from memserve.request import TokenLogprobs
@@ -109,6 +110,17 @@ class WholeModel(Shard):
 
 
 WHOLE = WholeModel()
+
+
+class SummedLinear(Linear):
+    """Each rank's product of its own input features, summed over the ranks."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, shard: Shard) -> None:
+        super().__init__(weight, bias)
+        self._shard = shard
+
+    def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return self._shard.sum(super().forward(x_TI))
 
 
 class GroupShard(Shard):

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mini_engine import MiniEngine
+from mini_engine import MiniEngine, RecordingSampler
 from small_models import SMALL, random_model
 
-from memserve.model.llama import load_model
+from memserve.model.llama import Llama, load_model
 from memserve.model.random_weights import RandomWeights
 
 pytestmark = pytest.mark.skipif(
@@ -94,6 +94,33 @@ def test_requests_that_come_and_go_are_answered_as_on_a_cpu(compiled, layout) ->
         return engine.finish(requests, num_steps=2)
 
     assert answers(engine_on_gpu(compiled=compiled, layout=layout, num_layers=2)) == answers(engine_on_cpu(2))
+
+
+@pytest.mark.parametrize("fused_rows", [0, 8], ids=["products apart", "products fused"])
+def test_captured_logits_in_bfloat16_are_within_a_bound_of_float64(fused_rows) -> None:
+    """Of prompts whose last token is a step of its own."""
+    config, prompts = replace(SMALL, num_layers=2), PROMPTS[1:]
+
+    def logits(model: Llama, attention: str) -> torch.Tensor:
+        engine = MiniEngine(
+            model, BLOCK_SIZE, attention=attention, num_blocks=64, sampler=(sampler := RecordingSampler())
+        )
+        requests = [engine.request(prompt, max_tokens=2) for prompt in prompts]
+        engine.step(requests, [len(prompt) - 1 for prompt in prompts])
+        engine.step(requests, [1] * len(prompts))
+        return sampler.logits[-1].cpu().double()
+
+    model = load_model(config, RandomWeights(config, SEED), torch.bfloat16, torch.device("cuda", 0))
+    model.compile(fused_rows)
+    expected_RV = logits(random_model(config, SEED, torch.float64), "reference")
+    torch.testing.assert_close(logits(model, "triton"), expected_RV, atol=0.1, rtol=0.1)
+
+
+def test_fused_products_are_refused_in_another_dtype_and_for_more_rows_than_there_are() -> None:
+    with pytest.raises(ValueError, match=r"model.fused_rows=1 on cuda:0 in torch.float32: expected 0"):
+        load_model(SMALL, RandomWeights(SMALL, SEED), torch.float32, torch.device("cuda", 0)).compile(1)
+    with pytest.raises(ValueError, match=r"model.fused_rows=17: expected 0 to 16"):
+        load_model(SMALL, RandomWeights(SMALL, SEED), torch.bfloat16, torch.device("cuda", 0)).compile(17)
 
 
 @pytest.mark.parametrize("params", WAYS_TO_SAMPLE.values(), ids=WAYS_TO_SAMPLE)

@@ -15,6 +15,7 @@ SELECTION = [
     ("kv_write", 80, torch.bfloat16, 90),
     ("norm", 4096, torch.bfloat16, 80),
     ("swiglu", 576, torch.float16, 90),
+    ("few_rows", 4096, torch.bfloat16, 80),
     ("row_copy", 1024, torch.uint8, 80),
 ]
 
@@ -70,11 +71,12 @@ WIDE_LOAD, WIDE_STORE = "LDG.E.128", "STG.E.128"
         ("kv_write", 128, torch.bfloat16, 90, [WIDE_LOAD, WIDE_STORE]),
         ("norm", 4096, torch.bfloat16, 90, [WIDE_LOAD, WIDE_STORE]),
         ("swiglu", 4096, torch.bfloat16, 90, [WIDE_LOAD, WIDE_STORE]),
+        ("few_rows", 4096, torch.bfloat16, 90, [PRODUCT, COPY]),
         ("row_copy", 1024, torch.uint8, 90, [WIDE_LOAD, WIDE_STORE]),
     ],
 )
 def test_machine_code_has_the_instructions_that_make_it_fast(script, kernel, size, dtype, capability, wanted) -> None:
-    """16 bytes a thread and access, asynchronous copies of KV, products on tensor cores."""
+    """16 bytes a thread and access, asynchronous copies of KV and weights, products on tensor cores."""
     case = next(c for c in script("compile_kernels").cases(kernel, capability, [size]) if c.dtype == dtype)
     found = script("compile_kernels").compile_case(case).resources.instructions()
     assert [name for name in wanted if not any(i.startswith(name) for i in found)] == []

@@ -30,6 +30,17 @@ class TileConfig:
     max_registers: int | None = None
 
 
+@dataclass(frozen=True)
+class ProductConfig:
+    """block_o: rows of the weight, block_i: features of them that a program holds at once, at most."""
+
+    block_o: int
+    block_i: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
 _Tiles = dict[tuple[int, int, int], TileConfig]  # by capability, head dim, bytes of an element
 # Five stages are two tiles of KV under way beside the one in use: the block table takes a stage before each.
 _PREFILL: _Tiles = {
@@ -61,6 +72,8 @@ _DECODE: _Tiles = {
     (90, 256, 4): TileConfig(16, 16, 8, 3, 128),
 }
 ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
+# Of few_rows, whatever it runs on: 48 KiB of weight under way beside the tile in use.
+_PRODUCT, _TWO_PRODUCTS = ProductConfig(32, 256, 4, 4, 128), ProductConfig(32, 128, 4, 4, 128)
 
 
 def capability_of(device: torch.device) -> int:
@@ -89,6 +102,11 @@ def paged_decode_config(head_dim: int, dtype: torch.dtype, capability: int) -> T
 def norm_config(num_features: int) -> RowConfig:
     """A row is held whole, so the widest take the most warps."""
     return RowConfig(1024, min(16, max(4, power_of_two(num_features) // 1024)))
+
+
+def few_rows_config(gated: bool) -> ProductConfig:
+    """gated: of gate and up, two tiles of weight at a time."""
+    return _TWO_PRODUCTS if gated else _PRODUCT
 
 
 def power_of_two(number: int) -> int:
