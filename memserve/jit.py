@@ -10,6 +10,7 @@ Kernels are written under `from __future__ import annotations`, so that `tl.cons
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ except ModuleNotFoundError:
 
 __all__ = ["KernelLaunch", "KernelResources", "RowConfig", "jit", "runs_on", "tl"]
 
+_LAUNCHING = threading.Lock()  # of two threads that are first with a kernel, Triton lets one launch what is not loaded
 _ALIGNMENT = 16  # Triton tells apart whether a pointer or an integer is a multiple of this
 _TYPES = {
     "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32",
@@ -97,7 +99,7 @@ class KernelLaunch:
         if 0 in self.grid:
             return
         device = next(x.device for x in self.args.values() if isinstance(x, torch.Tensor))
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _LAUNCHING:
             self.kernel[self.grid](**self.args, **self.constants, **self._options)
 
     def compile(self, capability: int) -> KernelResources:

@@ -37,9 +37,9 @@ from memserve.transfer.row_kernel import ROW_COPY, row_copy_launch
 Config = TypeVar("Config", RowConfig, TileConfig, ProductConfig)
 BLOCK_SIZE = 16
 COPIED_ROW_BYTES = 65536
-FLUSHED_BYTES = (
-    1 << 30
-)  # written before each try: more than any L2 cache, and long enough to launch the kernel behind it
+# Read before each try: more than any L2 cache, and long enough to launch the kernel behind it. Not written: the kernel
+# that is timed would have to write back what a cache still holds of that.
+FLUSHED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,15 @@ class Case(Generic[Config]):
 
 
 def median_s(scale: Scale, run: Callable[[], object]) -> float:
-    """Seconds of the device, each try after a write that leaves nothing of its inputs in the L2 cache."""
+    """Seconds of the device, each try after a read that leaves nothing of its inputs in the L2 cache."""
     if scale.device.type == "cpu":
         start_ns = monotonic_ns()
         run()
         return to_s(monotonic_ns() - start_ns)
-    flush = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=scale.device)
+    flush = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.int32, device=scale.device)
     times = []
     for i in range(scale.num_tries + 3):
-        flush.zero_()
+        flush.amax()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()

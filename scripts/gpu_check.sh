@@ -78,7 +78,7 @@ for part in "${parts[@]}"; do
         run tune 300 "none: rows for memserve/model/kernels/configs.py" "$python" scripts/tune_kernels.py "${dry[@]}"
         ;;
     transfer)
-        run transfer 60 ".8 of one plain copy within the GPU, but by layer" "$python" scripts/bench_transfer.py \
+        run transfer 180 ".8 of one plain copy within the GPU, but by layer" "$python" scripts/bench_transfer.py \
             --parts device --device "$device" --megabytes "$megabytes" --repeats 5
         ;;
     serve) serve ;;

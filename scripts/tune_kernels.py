@@ -115,20 +115,23 @@ def tuned(kernel: Kernel, scale: Scale, shared_bytes: int) -> tuple[Any, list[Tu
     own, num_cases = None, 0
     for case in kernel.cases(scale):
         own, num_cases = case.config, num_cases + 1
-        chosen = list(shares) if num_cases > 1 else _compiling(kernel, case, scale, shared_bytes)
+        candidates = list(shares) or list(dict.fromkeys(kernel.candidates(scale)))
+        chosen = _compiling(candidates, case, scale, shared_bytes, bounding=num_cases == 1)
         times = {config: median_s(scale, case.run(config)) for config in chosen if _agrees(case, config)}
         shares = {c: shares.get(c, 1.0) * seconds / times[own] for c, seconds in times.items()}
     best = [Tuned(config, share ** (1 / num_cases)) for config, share in shares.items()]
     return own, sorted(best, key=lambda t: t.share)
 
 
-def _compiling(kernel: Kernel, case: Case[Any], scale: Scale, shared_bytes: int) -> list[Any]:
-    """The candidates that fit the GPU, compiled beside one another; under the interpreter the first one. One that
-    spills by the compiler's own choice counts with a bound on its registers.
+def _compiling(
+    candidates: Sequence[Any], case: Case[Any], scale: Scale, shared_bytes: int, bounding: bool
+) -> list[Any]:
+    """The candidates that fit the GPU, compiled beside one another; under the interpreter the first one. bounding: one
+    that spills by the compiler's own choice counts with a bound on its registers.
     """
-    candidates = [c for c in dict.fromkeys(kernel.candidates(scale)) if c != case.config]
+    candidates = [c for c in candidates if c != case.config]
     if scale.device.type == "cpu":
-        return [case.config, candidates[0]]
+        return [case.config, *candidates[:1]]
     capability = capability_of(scale.device)
 
     def fits(config: Any) -> bool:
@@ -141,7 +144,7 @@ def _compiling(kernel: Kernel, case: Case[Any], scale: Scale, shared_bytes: int)
         return all(r.spill_bytes == 0 and r.shared_bytes <= shared_bytes for r in resources)
 
     def fitting(config: Any) -> Any | None:
-        takes_bound = not isinstance(config, RowConfig)
+        takes_bound = bounding and not isinstance(config, RowConfig)
         bounded = [replace(config, max_registers=_ALL_REGISTERS)] if takes_bound else []
         return next((c for c in (config, *bounded) if fits(c)), None)
 
@@ -157,9 +160,9 @@ def _agrees(case: Case[Any], config: Any) -> bool:
         if case.output.is_floating_point():  # a block copy's holds its source too
             case.output.fill_(torch.nan)
         case.run(each)()
-        outputs.append(case.output.float())
+        outputs.append(case.output.to(torch.float32, copy=True))
     bound = _TOLERANCE[case.output.dtype]
-    if torch.allclose(*outputs, atol=bound, rtol=bound):
+    if torch.allclose(*outputs, atol=bound * float(outputs[0].std()), rtol=bound):
         return True
     print(f"  {case.what}: {astuple(config)} computes something else, dropped", file=sys.stderr)
     return False

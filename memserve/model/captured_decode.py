@@ -96,6 +96,8 @@ class CapturedDecode:
         self._model, self._kv_layers = model, kv.unbind(0)
         self._inputs = [StaticInputs(num_rows, max_blocks, model.device) for num_rows in BUCKETS]
         self._max_blocks, self._pool = max_blocks, torch.cuda.graph_pool_handle()
+        # One for all: cuBLAS keeps 32 MiB for every stream that products ran on, and torch's own is of one device only.
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call] # torch does not annotate its streams
         recorded = [self._record(inputs) for inputs in reversed(self._inputs)]
         self._steps = recorded[::-1]
 
@@ -114,14 +116,14 @@ class CapturedDecode:
     @torch.inference_mode()
     def _record(self, inputs: StaticInputs) -> Callable[[], torch.Tensor]:
         """Runs the step twice over padding rows, which compiles its kernels, then records it."""
-        stream: torch.cuda.Stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call] # torch does not annotate its streams
-        stream.wait_stream(torch.cuda.current_stream(self._model.device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 decode_step(self._model, inputs, self._kv_layers)
-        torch.cuda.current_stream(self._model.device).wait_stream(stream)
+        torch.cuda.current_stream(self._model.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: what other threads ask of the GPU meanwhile is not recorded and breaks nothing
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             logits_RV = decode_step(self._model, inputs, self._kv_layers)
 
         def replay() -> torch.Tensor:

@@ -15,6 +15,7 @@ have ended.
 import os
 import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -159,6 +160,7 @@ class Mapped(Transport):
                 self._map(posted.move.target[0])
                 self._copy(posted)
             except Exception as error:  # whoever polls is told
+                _forget_memories(error)
                 self._failure = error
                 return
             if posted.move.source[0] not in self._gone:
@@ -248,6 +250,13 @@ class Mapped(Transport):
             )
         reserve(handle)
         return Memory(handle.num_bytes, handle.fd, Path(f"/dev/fd/{handle.fd}").stat().st_ino)
+
+
+def _forget_memories(error: BaseException | None) -> None:
+    """What was copied when it was raised is not kept by it: a peer is told once its memory is unmapped here."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 def _attached(pid: int, memory: Memory) -> torch.Tensor | None:

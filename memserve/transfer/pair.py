@@ -3,6 +3,9 @@
     Outlet (sender)    post -> queue -> [thread: announce, send the calls] ; [thread: acknowledgements -> arrived]
     Inlet  (receiver)  [thread: hear, receive the calls into the rows, acknowledge]
 
+On a GPU each end has a stream of its own: its copies run beside what computes, and the sender's begin when everything
+has ended that the poster's stream had been given before. The receiver's rows are idle when they are granted.
+
 A pair ends when it is closed or when its wire breaks, which only the death of the peer does; then nothing is retried.
 """
 
@@ -11,6 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +23,7 @@ from torch.distributed.distributed_c10d import Work
 
 from memserve.clock import monotonic_ns
 from memserve.transfer.block_copy import as_bytes, gather_rows, scatter_rows
+from memserve.transfer.side_stream import SideStream
 from memserve.transfer.transport import Arrived, Move, MoveId
 from memserve.transfer.wire import PIECE_BYTES, Announcement, Wire, WireBroken, call_offsets
 
@@ -60,6 +65,8 @@ class PairEnd(ABC):
     def __init__(self, name: str, open_wire: Callable[[], Wire], memories: Memories) -> None:
         self.failure: Exception | None = None
         self._name, self._open_wire, self._memories = name, open_wire, memories
+        device = next((m.device for m in memories if m is not None and m.device.type == "cuda"), None)
+        self._side = None if device is None else SideStream(device)
         self._lock = threading.Lock()
         self._wire: Wire | None = None
         self._closed = False
@@ -77,6 +84,10 @@ class PairEnd(ABC):
         """Waits for the threads of a closed end."""
         for thread in self._threads:
             thread.join(limit_s)
+
+    def _beside(self, written: torch.cuda.Event | None = None) -> AbstractContextManager[None]:
+        """What a GPU is given within runs on this end's stream, after `written`."""
+        return nullcontext() if self._side is None else self._side.after(written)
 
     def _start(self, work: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=self._guarded, args=(work,), name=self._name, daemon=True))
@@ -128,9 +139,12 @@ class PairEnd(ABC):
 
 @dataclass
 class _Posted:
+    """written: what the poster's stream had been given before."""
+
     move_id: MoveId
     move: Move
     begun_ns: int
+    written: torch.cuda.Event | None
 
 
 class Outlet(PairEnd):
@@ -145,7 +159,7 @@ class Outlet(PairEnd):
 
     def post(self, move_id: MoveId, move: Move) -> None:
         """Queues a move. On a broken pair it stays unfinished until `abandon`."""
-        posted = _Posted(move_id, move, monotonic_ns())
+        posted = _Posted(move_id, move, monotonic_ns(), None if self._side is None else self._side.mark())
         self._unfinished.append(posted)
         self._queue.put(posted)
 
@@ -164,7 +178,8 @@ class Outlet(PairEnd):
         seq = 0
         while (posted := self._queue.get()) is not None:
             posted.begun_ns = monotonic_ns()
-            self._send(wire, seq, posted.move)
+            with self._beside(posted.written):
+                self._send(wire, seq, posted.move)
             seq += 1
 
     def _send(self, wire: Wire, seq: int, move: Move) -> None:
@@ -199,7 +214,8 @@ class Inlet(PairEnd):
     def _serve(self, wire: Wire) -> None:
         while True:
             said = wire.hear()
-            self._receive(wire, said)
+            with self._beside():
+                self._receive(wire, said)
             wire.acknowledge(said.seq)
 
     def _receive(self, wire: Wire, said: Announcement) -> None:

@@ -19,8 +19,9 @@ class SideStream:
         return event
 
     @contextmanager
-    def after(self, mark: torch.cuda.Event) -> Iterator[None]:
-        """What is launched within runs on this stream, once that is done."""
+    def after(self, mark: torch.cuda.Event | None) -> Iterator[None]:
+        """What is launched within runs on this stream, once that is done; None: at once."""
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(mark)
+            if mark is not None:
+                self._stream.wait_event(mark)
             yield

@@ -43,17 +43,19 @@ def engine_on_cpu(num_layers: int = 1) -> MiniEngine:
 @pytest.fixture
 def waits():
     """A function: how often the host has waited since it was called last."""
-    torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
 
         def since_last() -> int:
             found = [w for w in said if "called a synchronizing CUDA operation" in str(w.message)]
             said.clear()
             return len(found)
 
-        yield since_last
-    torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield since_last
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("way", "compiled"), [*((way, False) for way in WAYS_TO_SAMPLE), ("greedy", True)])

@@ -1,5 +1,7 @@
 """What the stand-in notices; run by tests/model/test_on_stand_in.py. A rule that nobody can break shows nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,19 @@ def test_while_a_graph_is_captured_nobody_waits_or_copies_from_the_host(step) ->
     x = on_gpu(1, 2)
     with pytest.raises(RuntimeError, match="capturing|captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         step(x)
+
+
+def test_a_thread_beside_the_one_that_computes_copies_on_a_stream_of_its_own() -> None:
+    x, side = on_gpu(1, 2), torch.cuda.Stream(DEVICE)
+
+    def copied_in_a_thread(stream: torch.cuda.Stream | None) -> torch.Tensor:
+        def copy() -> torch.Tensor:
+            with torch.cuda.stream(stream):
+                return x.clone()
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(copy).result()
+
+    assert copied_in_a_thread(side).tolist() == [1, 2]
+    with pytest.raises(RuntimeError, match="on the stream of what computes"):
+        copied_in_a_thread(None)

@@ -130,8 +130,26 @@ def _within(*_: Any) -> Any:
     yield
 
 
+class _Streams:
+    """Each thread's current stream; none has another than what computes until it enters one."""
+
+    def __init__(self, gpu: StandInGpu) -> None:
+        self._gpu, self._default = gpu, _Stream(gpu)
+
+    def current(self, device: Any = None) -> _Stream:
+        return self._gpu.side_stream or self._default
+
+    @contextmanager
+    def entered(self, stream: _Stream | None) -> Any:
+        before, self._gpu.side_stream = self._gpu.side_stream, stream
+        try:
+            yield
+        finally:
+            self._gpu.side_stream = before
+
+
 def _cuda_api(gpu: StandInGpu) -> dict[str, Any]:
-    stream = _Stream(gpu)
+    streams = _Streams(gpu)
     properties = SimpleNamespace(
         name="stand-in", multi_processor_count=NUM_MULTIPROCESSORS, uuid=UUID, shared_memory_per_block_optin=227 << 10,
         total_memory=NUM_BYTES,
@@ -146,18 +164,18 @@ def _cuda_api(gpu: StandInGpu) -> dict[str, Any]:
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "device": _within,
-        "stream": _within,
+        "stream": streams.entered,
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_name": lambda device=None: "stand-in",
         "get_device_properties": lambda device=None: properties,
         "mem_get_info": lambda device=None: (NUM_BYTES, NUM_BYTES),
         "synchronize": lambda device=None: gpu.wait("torch.cuda.synchronize()", counted=False),
         "empty_cache": lambda: None,
-        "current_stream": lambda device=None: stream,
+        "current_stream": streams.current,
         "Stream": _bound(_Stream, gpu),
         "Event": _bound(_Event, gpu),
         "CUDAGraph": _bound(_Graph, gpu),
-        "graph": lambda graph, pool=None: graph.captured(),
+        "graph": lambda graph, pool=None, stream=None, capture_error_mode="global": graph.captured(),
         "graph_pool_handle": lambda: object(),
         "set_sync_debug_mode": set_sync_debug_mode,
         "cudart": lambda: SimpleNamespace(

@@ -37,8 +37,18 @@ class StandInGpu:
         self.num_waits = 0
         self.sync_debug = "default"
         self._under_way: list[UnderWay] = []
+        self._of_thread = threading.local()
         self._interpreter = threading.Lock()  # it runs one kernel at a time
         self._pinned: dict[int, torch.Tensor] = {}  # by address; kept, as the allocator of such memory keeps it
+
+    @property
+    def side_stream(self) -> Any:
+        """Of this thread; None: it is on the stream of what computes."""
+        return getattr(self._of_thread, "side_stream", None)
+
+    @side_stream.setter
+    def side_stream(self, stream: Any) -> None:
+        self._of_thread.side_stream = stream
 
     def tensor(self, inner: torch.Tensor) -> OnGpu:
         return OnGpu(inner, self)
@@ -89,6 +99,8 @@ class StandInGpu:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation with a tensor of the GPU among its arguments."""
+        if not is_view(func):
+            self._check_stream(str(func))
         if isinstance(func, torch._ops.OpOverload):  # in inference mode those come that are made of others
             decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
@@ -122,6 +134,7 @@ class StandInGpu:
 
     def launch(self, launch: KernelLaunch, run: Callable[[KernelLaunch], None]) -> None:
         """A kernel over memory of the GPU alone."""
+        self._check_stream(launch.kernel.fn.__name__)
         host = [name for name, x in launch.args.items() if isinstance(x, torch.Tensor) and not isinstance(x, OnGpu)]
         if host:
             raise RuntimeError(f"kernel arguments {host} are in the host's memory")
@@ -133,6 +146,12 @@ class StandInGpu:
     def _interpreted(self, launch: KernelLaunch, run: Callable[[KernelLaunch], None]) -> None:
         with self._interpreter:
             run(launch)
+
+    def _check_stream(self, what: str) -> None:
+        """Copies beside compute are for streams beside it: on its own they would wait for all that it was given."""
+        thread = threading.current_thread()
+        if self.side_stream is None and thread is not threading.main_thread():
+            raise RuntimeError(f"{what} by the thread {thread.name!r}, on the stream of what computes")
 
     def _check_devices(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]

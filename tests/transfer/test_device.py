@@ -13,7 +13,7 @@ from torch.distributed import HashStore, TCPStore
 from transfer.two_processes import LIMIT_S, ON_GPU, Peer, StandIn, rows_move
 
 from memserve.clock import monotonic_ns
-from memserve.transfer import Mapped
+from memserve.transfer import Mapped, mapped
 from memserve.transfer.block_copy import copy_rows, copy_staged
 from memserve.transfer.device import DeviceHandle, Gpu, NoDevice
 from memserve.transfer.directory import Directory, Endpoint, Memory
@@ -109,6 +109,23 @@ def test_memory_lives_until_no_peer_maps_it(ends):
     closing.join(LIMIT_S)
     gc.collect()
     assert not closing.is_alive() and memory() is None
+
+
+@both_on_device
+def test_what_a_copy_failed_with_keeps_no_peer_s_memory(ends, monkeypatch):
+    opened = []
+
+    def failing(source, source_rows, target, target_rows, row_bytes):
+        opened.append(weakref.ref(target))
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(mapped, "copy_rows", failing)
+    ends.post(0, 1)
+    with pytest.raises(PeerMemoryFailed, match="unspecified launch failure"):
+        ends.wait(0)
+    ends.transports[0].detach(1)
+    gc.collect()
+    assert opened[0]() is None
 
 
 @both_on_device
