@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from memserve.cluster.costs import build_cost_model, make_priced, price_of_attention
-from memserve.cluster.make import make
+from memserve.cluster.make import make, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_handoffs
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
@@ -238,7 +238,7 @@ def eos_token_ids(engine: Engine) -> Collection[int]:
 
 def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
     """Makes an instance's index; the eviction order goes to the kinds of index that evict, with its prices."""
-    target = make(cfg.index, _partial_=True)
+    target = maker(cfg.index)
     if target.func is NullIndex:
         return cast(IndexFactory, target)
     return cast(IndexFactory, partial(target, eviction=make(cfg.eviction, **price_of_attention(cfg.eviction, costs))))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 
-from memserve.cluster.make import make
+from memserve.cluster.make import make, maker
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.output import cpu_model, usable_cpus
@@ -53,7 +53,7 @@ def shape_of(config: ModelConfig) -> dict[str, int]:
 def make_priced(node: Any, **prices: Any) -> Any:
     """The object that a node describes, given those of `prices` (costs=, block_size=, ..) that its class asks for."""
     asked = inspect.signature(get_class(node["_target_"])).parameters
-    return make(node, _partial_=True)(**{name: price for name, price in prices.items() if name in asked})
+    return maker(node)(**{name: price for name, price in prices.items() if name in asked})
 
 
 def price_of_attention(node: Any, costs: CostModel) -> dict[str, float]:

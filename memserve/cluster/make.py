@@ -1,16 +1,37 @@
-"""make: the object that a node of the configuration describes."""
+"""make: the object that a node of the configuration describes, by Hydra's `instantiate`."""
 
+import functools
+import json
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from memserve.config.checks import ConfigError
 
 
 def make(node: Any, **arguments: Any) -> Any:
-    """The object that a `_target_` node describes. Raises ConfigError with what its class says of a bad argument."""
+    """The object of a `_target_` node. Raises ConfigError with what its class says of a bad argument."""
     try:
-        return instantiate(node, **arguments)
+        return maker(node)(**arguments)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def maker(node: Any) -> functools.partial[Any]:
+    """What makes it from the arguments that are still missing."""
+    described = json.dumps(OmegaConf.to_container(node) if OmegaConf.is_config(node) else node)
+    try:
+        has_nodes_within = described.count('"_target_"') > 1  # of which each object has its own
+        return _found(described) if has_nodes_within else _remembered(described)
     except InstantiationException as error:
         raise ConfigError(str(error.__cause__ or error)) from error
+
+
+def _found(described: str) -> functools.partial[Any]:
+    found: functools.partial[Any] = instantiate(json.loads(described), _partial_=True)
+    return found
+
+
+_remembered = functools.cache(_found)  # a large cluster's instances are thousands of objects, of some twenty nodes

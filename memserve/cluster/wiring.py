@@ -7,7 +7,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from memserve.clock import to_ns
-from memserve.cluster.make import make
+from memserve.cluster.make import make, maker
 from memserve.config.checks import ConfigError, keeps_kv_on_gpu
 from memserve.config.schema import RunConfig
 from memserve.fetches import Fetches
@@ -99,9 +99,7 @@ def build_handoffs(
 
 def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:
     try:
-        granularity: Granularity = make(cfg.granularity, _partial_=True)(
-            make(cfg.layout), geometry, num_ranks=num_ranks
-        )
+        granularity: Granularity = maker(cfg.granularity)(make(cfg.layout), geometry, num_ranks=num_ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return granularity
@@ -152,4 +150,4 @@ def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:
 
 
 def _caches_nothing(cfg: RunConfig) -> bool:
-    return make(cfg.index, _partial_=True).func is NullIndex
+    return maker(cfg.index).func is NullIndex

@@ -13,9 +13,8 @@ HERE = Path(__file__).parent
 
 @needs_triton
 @pytest.mark.timeout(600)  # seconds on a free machine; the interpreter is slow beside other work
-@pytest.mark.parametrize("name", ["check_attention.py", "check_captured.py", "check_few_rows.py", "check_rest.py"])
-def test_interpreted_kernels_equal_plain_torch(name) -> None:
-    run_interpreted(str(HERE / name))
+def test_interpreted_kernels_equal_plain_torch() -> None:
+    run_interpreted(*map(str, sorted(HERE.glob("check_*.py"))))
 
 
 def test_triton_on_a_cpu_is_refused_with_the_alternative_named() -> None:
