@@ -13,7 +13,7 @@ from types import FrameType
 
 from memserve.cluster.build import build_engine, build_roles
 from memserve.cluster.controller import Controller, InstanceFailed
-from memserve.cluster.launch import Place, check_one_host, end_with_torchrun
+from memserve.cluster.launch import Place, Torchrun, check_one_host
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
@@ -49,6 +49,7 @@ class DistributedCluster:
         if cfg.transport == "mapped":
             check_one_host(place.store, place.rank, place.world_size, host_id())
         self._mailbox = Mailbox(place.rank, place.store, place.host)
+        self._torchrun = Torchrun()
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report | None:
         """Plays the workload `repeats` times. Rank 0 returns the report and writes `output_dir`; others return None.
@@ -63,6 +64,10 @@ class DistributedCluster:
             report = finish_runs(self.cfg, results, output_dir) if results else None
             check_ended(results, output_dir)
             return report
+        except InstanceFailed:
+            if self._torchrun.is_gone:  # the others have noticed first
+                _leave(signal.SIGTERM)
+            raise
         finally:
             self._mailbox.close()
 
@@ -92,7 +97,7 @@ class DistributedCluster:
         follows = rank != CONTROLLER and roster.part(rank) > 0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL if follows else _leave)
-        end_with_torchrun()
+        self._torchrun.end_with()
 
     def _serve(self) -> None:
         """An instance's rank; rank 0 learns why it ends."""
@@ -119,7 +124,7 @@ def _listed(missing: Mapping[str, str]) -> str:
     return ", ".join(f"{label} is {why}" for label, why in missing.items())
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:
+def _leave(signum: int, frame: FrameType | None = None) -> None:
     """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)

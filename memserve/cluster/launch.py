@@ -49,20 +49,29 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("RANK", "0"))
 
 
-def end_with_torchrun(environment: Mapping[str, str] = os.environ) -> None:
-    """Once torchrun has ended without ending its ranks, because it was killed, this one gets a SIGTERM.
+class Torchrun:
+    """What started this process. Knows when it is gone: killed, without ending its ranks.
 
     A rank that was started without torchrun may outlive who started it.
     """
-    if "TORCHELASTIC_RUN_ID" in environment:
-        threading.Thread(target=_outlive, args=[os.getppid()], name="torchrun's end", daemon=True).start()
 
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._process = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else None
 
-def _outlive(parent: int) -> None:
-    while os.getppid() == parent:
-        threading.Event().wait(_LOOK_S)
-    _log.error("torchrun, process %d, is gone", parent)
-    os.kill(os.getpid(), signal.SIGTERM)
+    @property
+    def is_gone(self) -> bool:
+        return self._process is not None and os.getppid() != self._process
+
+    def end_with(self) -> None:
+        """Once it is gone, this process gets a SIGTERM."""
+        if self._process is not None:
+            threading.Thread(target=self._outlive, name="torchrun's end", daemon=True).start()
+
+    def _outlive(self) -> None:
+        while not self.is_gone:
+            threading.Event().wait(_LOOK_S)
+        _log.error("torchrun, process %d, is gone", self._process)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cluster.test_distributed import TESTS, WORKLOAD
 
+from memserve.cluster import distributed
+from memserve.cluster.controller import InstanceFailed
 from memserve.transfer.liveness import Watched
 
 LONG = [*WORKLOAD, "workload.num_sessions=500", "workload.rate=1"]
@@ -69,3 +72,23 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(s
     assert not (tmp_path / "report.json").exists()
     marks = ["memserve", *map(str, [run.pid, *ranks])]
     assert not [path for path in Path("/dev/shm").iterdir() if any(mark in path.name for mark in marks)]
+
+
+@pytest.mark.parametrize("torchrun_is_gone", [False, True])
+def test_instances_that_end_because_torchrun_is_gone_are_no_failure_of_theirs(torchrun_is_gone, monkeypatch) -> None:
+    """They may notice before rank 0 does."""
+    cluster = object.__new__(distributed.DistributedCluster)
+    cluster._mailbox = SimpleNamespace(close=lambda: None)
+    cluster._torchrun = SimpleNamespace(is_gone=torchrun_is_gone)
+
+    def play(progress: object) -> None:
+        raise InstanceFailed("every instance is gone")
+
+    def leave(signum: int) -> None:
+        raise distributed.Interrupted(signum)
+
+    monkeypatch.setattr(cluster, "_heed_signals", lambda: None)
+    monkeypatch.setattr(cluster, "play", play)
+    monkeypatch.setattr(distributed, "_leave", leave)
+    with pytest.raises(distributed.Interrupted if torchrun_is_gone else InstanceFailed):
+        cluster.run()
