@@ -24,7 +24,9 @@ SWAPPING = [
     "preemption=swap",
     "sched.decode_headroom_blocks=1",
 ]
-BY_LAYER = ["granularity=by_layer", "sched.chunk_size=5", "model.random.num_hidden_layers=2"]
+BY_LAYER = [
+    "granularity=by_layer", "sched.chunk_size=5", "model.random.num_hidden_layers=2", "workload.num_sessions=1",
+]  # fmt: skip
 CAPTURED = ["granularity=packed", "model.compile=true", *SWAPPING]
 BESIDE_COMPUTE = ["granularity=by_request_agg", "layout=aggregated", *SWAPPING, "kvcache.async_swap=true"]
 
@@ -36,8 +38,8 @@ def emulated(words):
 
 def expected(way):
     """Of one instance on the CPU that caches nothing."""
-    model = [word for word in way if word.startswith("model.random")]
-    return emulated([*model, "model.device=cpu", "model.attention=reference", "index=none", "step_time=model"])
+    asked = [word for word in way if word.startswith(("model.random", "workload"))]
+    return emulated([*asked, "model.device=cpu", "model.attention=reference", "index=none", "step_time=model"])
 
 
 @pytest.mark.parametrize("way", [BY_LAYER, BESIDE_COMPUTE])

@@ -11,7 +11,7 @@ from cluster.test_lost_instances import CLUSTERS, assert_right, expected, local,
 from memserve.messages import Cancel
 from memserve.request import FinishReason
 
-SEEDS = range(8)
+SEEDS = range(7)
 
 
 class LateWays:

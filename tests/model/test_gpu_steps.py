@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: run scripts/gpu_check.sh on a machine with one"
 )
 SEED, BLOCK_SIZE = 3, 4
+ONE_LAYER = replace(SMALL, num_layers=1)
 PROMPTS = [[5], [7, 8, 9], [3, 1, 4, 1], [2, 7, 1, 8, 2], [1, 6, 1, 8, 0, 3, 3, 9, 8]]
 WAYS_TO_SAMPLE = {
     "greedy": {},
@@ -27,16 +28,15 @@ WAYS_TO_SAMPLE = {
 }
 
 
-def engine_on_gpu(*, compiled: bool, layout: str = "discrete", num_layers: int = 1) -> MiniEngine:
-    config = replace(SMALL, num_layers=num_layers)
-    model = load_model(config, RandomWeights(config, SEED), torch.float32, torch.device("cuda", 0))
+def engine_on_gpu(*, compiled: bool, layout: str = "discrete") -> MiniEngine:
+    model = load_model(ONE_LAYER, RandomWeights(ONE_LAYER, SEED), torch.float32, torch.device("cuda", 0))
     if compiled:
         model.compile()
     return MiniEngine(model, BLOCK_SIZE, layout, "triton", num_blocks=64, scatter=True)
 
 
-def engine_on_cpu(num_layers: int = 1) -> MiniEngine:
-    model = random_model(replace(SMALL, num_layers=num_layers), SEED)
+def engine_on_cpu() -> MiniEngine:
+    model = random_model(ONE_LAYER, SEED)
     return MiniEngine(model, BLOCK_SIZE, attention="reference", num_blocks=64)
 
 
@@ -95,7 +95,7 @@ def test_requests_that_come_and_go_are_answered_as_on_a_cpu(compiled, layout) ->
             engine.step(running, [1] * (i + 1))
         return engine.finish(requests, num_steps=2)
 
-    assert answers(engine_on_gpu(compiled=compiled, layout=layout, num_layers=2)) == answers(engine_on_cpu(2))
+    assert answers(engine_on_gpu(compiled=compiled, layout=layout)) == answers(engine_on_cpu())
 
 
 @pytest.mark.parametrize("fused_rows", [0, 8], ids=["products apart", "products fused"])

@@ -12,6 +12,8 @@ from memserve import LocalCluster, load_config
 from memserve.config.checks import ConfigError
 from memserve.sched.cost_model.fitted import load_cost_file
 
+SMALLEST = ["--max-context", "64", "--max-tokens", "64", "--max-batch", "2", "--repeats", "1", "--held-out", "4",
+            "--repeat-s", "0"]  # fmt: skip
 SMALL = ["--max-context", "128", "--max-tokens", "64", "--max-batch", "3", "--repeats", "2", "--held-out", "8",
          "--repeat-s", "0"]  # fmt: skip
 
@@ -35,7 +37,7 @@ def test_one_command_measures_fits_and_saves_what_a_run_then_takes(script, tmp_p
 def test_under_torchrun_it_measures_the_split_model_that_a_split_instance_then_runs(tmp_path):
     path, scripts = tmp_path / "costs.json", TESTS.parent / "scripts"
     words = ["model=tiny", "model.num_threads=1"]
-    status, printed = torchrun(2, scripts / "profile_cost_model.py", "--out", path, *words, *SMALL)
+    status, printed = torchrun(2, scripts / "profile_cost_model.py", "--out", path, *words, *SMALLEST)
     assert status == 0, printed
     subject = load_cost_file(path).subject
     assert subject.tensor_parallel == 2 and subject.shape["num_heads"] == 3 and subject.threads == 1
