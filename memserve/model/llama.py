@@ -4,8 +4,8 @@ A packed batch of tokens goes through `embed`, every `DecoderLayer` in turn, and
 How KV is stored and read is the business of the `Attention` that is passed in. Where the model is split over ranks,
 sizes here are this rank's and its `Shard` joins the parts (parallel.py).
 
-Shape legend: T tokens, E hidden size, H query heads, K kv heads, D head dim, F intermediate features, O output features,
-V vocabulary, S sampled rows.
+Shape legend: T tokens, E hidden size, H query heads, K kv heads, D head dim, F intermediate features, V vocabulary,
+S sampled rows, O output features of a product.
 """
 
 import torch
