@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from memserve.clock import to_ns
-from memserve.transfer.side_stream import SideStream
+from memserve.transfer.side_stream import beside
 
 
 class BlockCopier(ABC):
@@ -100,15 +100,13 @@ class OnAThread(CopyEngine):
     def __init__(self, copier: BlockCopier) -> None:
         self._copier = copier
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="swap")
-        self._side = SideStream(copier.device) if copier.device.type == "cuda" else None
+        self._side = beside(copier.device)
 
     def start(self, source: np.ndarray, target: np.ndarray, now_ns: int) -> Copy:
-        if self._side is None:
-            return _Promised(self._worker.submit(self._copier.copy, source, target))
-        return _Promised(self._worker.submit(self._copy_beside, self._side, self._side.mark(), source, target))
+        return _Promised(self._worker.submit(self._copy, self._side.mark(), source, target))
 
-    def _copy_beside(self, side: SideStream, written: torch.cuda.Event, source: np.ndarray, target: np.ndarray) -> None:
-        with side.after(written):
+    def _copy(self, written: torch.cuda.Event | None, source: np.ndarray, target: np.ndarray) -> None:
+        with self._side.after(written):
             self._copier.copy(source, target)
 
 

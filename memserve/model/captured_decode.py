@@ -20,6 +20,7 @@ from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launche
 from memserve.model.llama import Llama
 from memserve.model.ops import FewRowsOps, Ops, TritonOps, in_rows
 from memserve.model.rope import Rotation
+from memserve.transfer.side_stream import new_stream
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _SLOT, _LENGTH, _POSITION = range(3)
@@ -97,7 +98,7 @@ class CapturedDecode:
         self._inputs = [StaticInputs(num_rows, max_blocks, model.device) for num_rows in BUCKETS]
         self._max_blocks, self._pool = max_blocks, torch.cuda.graph_pool_handle()
         # One for all: cuBLAS keeps 32 MiB for every stream that products ran on, and torch's own is of one device only.
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call] # torch does not annotate its streams
+        self._stream = new_stream(model.device)
         recorded = [self._record(inputs) for inputs in reversed(self._inputs)]
         self._steps = recorded[::-1]
 

@@ -96,27 +96,25 @@ class FewRowsOps(TritonOps):
     """
 
     def norm_linear(self, norm: RMSNorm, stream: Stream, linear: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TE = _whole(stream)
-        y_TO = x_TE.new_empty(len(x_TE), len(linear.weight))
-        few_rows_launch(x_TE, linear.weight, y_TO, (norm.scale, norm.sum_eps), bias_W=linear.bias).run()
-        return x_TE, y_TO
+        return self._of_norm(norm, stream, linear, len(linear.weight))
 
     def norm_swiglu(self, norm: RMSNorm, stream: Stream, gate_up: Linear) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TE = _whole(stream)
-        y_TF = x_TE.new_empty(len(x_TE), len(gate_up.weight) // 2)
-        few_rows_launch(x_TE, gate_up.weight, y_TF, (norm.scale, norm.sum_eps), bias_W=gate_up.bias).run()
-        return x_TE, y_TF
+        return self._of_norm(norm, stream, gate_up, len(gate_up.weight) // 2)
 
     def add_linear(self, x_TE: torch.Tensor, y_TI: torch.Tensor, linear: Linear) -> Stream:
         sum_TE = torch.empty_like(x_TE)
         few_rows_launch(y_TI, linear.weight, sum_TE, bias_W=linear.bias, add_TO=x_TE).run()
         return sum_TE, None
 
-
-def _whole(stream: Stream) -> torch.Tensor:
-    x_TE, delta_TE = stream
-    assert delta_TE is None, "every sum before is part of its product"
-    return x_TE
+    def _of_norm(
+        self, norm: RMSNorm, stream: Stream, linear: Linear, num_out: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """num_out: half of the weight's rows where SwiGLU follows."""
+        x_TE, delta_TE = stream
+        assert delta_TE is None, "every sum before is part of its product"
+        y_TO = x_TE.new_empty(len(x_TE), num_out)
+        few_rows_launch(x_TE, linear.weight, y_TO, (norm.scale, norm.sum_eps), bias_W=linear.bias).run()
+        return x_TE, y_TO
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.distributed.distributed_c10d import Work
 
 from memserve.clock import monotonic_ns
 from memserve.transfer.block_copy import as_bytes, gather_rows, scatter_rows
-from memserve.transfer.side_stream import SideStream
+from memserve.transfer.side_stream import beside
 from memserve.transfer.transport import Arrived, Move, MoveId
 from memserve.transfer.wire import PIECE_BYTES, Announcement, Wire, WireBroken, call_offsets
 
@@ -65,8 +64,8 @@ class PairEnd(ABC):
     def __init__(self, name: str, open_wire: Callable[[], Wire], memories: Memories) -> None:
         self.failure: Exception | None = None
         self._name, self._open_wire, self._memories = name, open_wire, memories
-        device = next((m.device for m in memories if m is not None and m.device.type == "cuda"), None)
-        self._side = None if device is None else SideStream(device)
+        devices = (memory.device for memory in memories if memory is not None)
+        self._side = beside(next((d for d in devices if d.type == "cuda"), torch.device("cpu")))
         self._lock = threading.Lock()
         self._wire: Wire | None = None
         self._closed = False
@@ -84,10 +83,6 @@ class PairEnd(ABC):
         """Waits for the threads of a closed end."""
         for thread in self._threads:
             thread.join(limit_s)
-
-    def _beside(self, written: torch.cuda.Event | None = None) -> AbstractContextManager[None]:
-        """What a GPU is given within runs on this end's stream, after `written`."""
-        return nullcontext() if self._side is None else self._side.after(written)
 
     def _start(self, work: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=self._guarded, args=(work,), name=self._name, daemon=True))
@@ -159,7 +154,7 @@ class Outlet(PairEnd):
 
     def post(self, move_id: MoveId, move: Move) -> None:
         """Queues a move. On a broken pair it stays unfinished until `abandon`."""
-        posted = _Posted(move_id, move, monotonic_ns(), None if self._side is None else self._side.mark())
+        posted = _Posted(move_id, move, monotonic_ns(), self._side.mark())
         self._unfinished.append(posted)
         self._queue.put(posted)
 
@@ -178,7 +173,7 @@ class Outlet(PairEnd):
         seq = 0
         while (posted := self._queue.get()) is not None:
             posted.begun_ns = monotonic_ns()
-            with self._beside(posted.written):
+            with self._side.after(posted.written):
                 self._send(wire, seq, posted.move)
             seq += 1
 
@@ -214,7 +209,7 @@ class Inlet(PairEnd):
     def _serve(self, wire: Wire) -> None:
         while True:
             said = wire.hear()
-            with self._beside():
+            with self._side.after(None):
                 self._receive(wire, said)
             wire.acknowledge(said.seq)
 

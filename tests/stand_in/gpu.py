@@ -38,7 +38,6 @@ class StandInGpu:
         self.sync_debug = "default"
         self._under_way: list[UnderWay] = []
         self._of_thread = threading.local()
-        self._interpreter = threading.Lock()  # it runs one kernel at a time
         self._pinned: dict[int, torch.Tensor] = {}  # by address; kept, as the allocator of such memory keeps it
 
     @property
@@ -139,13 +138,9 @@ class StandInGpu:
         if host:
             raise RuntimeError(f"kernel arguments {host} are in the host's memory")
         inside = replace(launch, args={name: inner_of(x) for name, x in launch.args.items()})
-        self._interpreted(inside, run)
+        run(inside)
         if self.recorded is not None:
-            self.recorded.append(lambda: self._interpreted(inside, run))
-
-    def _interpreted(self, launch: KernelLaunch, run: Callable[[KernelLaunch], None]) -> None:
-        with self._interpreter:
-            run(launch)
+            self.recorded.append(lambda: run(inside))
 
     def _check_stream(self, what: str) -> None:
         """Copies beside compute are for streams beside it: on its own they would wait for all that it was given."""

@@ -16,14 +16,10 @@ import torch
 from memserve.jit import KernelLaunch, jit, tl
 from memserve.model.kernels.configs import ProductConfig, few_rows_config, power_of_two
 from memserve.model.kernels.norm import norm_reference
+from memserve.model.kernels.paged_tile import load_rows
 from memserve.model.kernels.swiglu import swiglu_reference
 
 MAX_ROWS = 16  # the height of a tensor core's tile: as many rows as one takes
-
-
-@jit()
-def _load(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
-    return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
 
 
 @jit("num_rows")
@@ -51,11 +47,11 @@ def _few_rows_kernel(
         if NORM:
             wide = x.to(tl.float32)
             squares += wide * wide
-            x = (wide * _load(scale_ptr + i[None, :], inside, ends)).to(x.dtype)
-        w = _load(weight_ptrs + i[None, :], mask, cut)
+            x = (wide * load_rows(scale_ptr + i[None, :], inside, ends)).to(x.dtype)
+        w = load_rows(weight_ptrs + i[None, :], mask, cut)
         sums = tl.dot(x, tl.trans(w), sums)
         if GLU:
-            w = _load(weight_ptrs + OUT * IN + i[None, :], mask, cut)
+            w = load_rows(weight_ptrs + OUT * IN + i[None, :], mask, cut)
             ups = tl.dot(x, tl.trans(w), ups)
     if NORM:
         root = tl.sqrt(tl.sum(squares, axis=1) + sum_eps)[:, None]

@@ -12,7 +12,7 @@ from memserve.jit import jit, tl
 
 
 @jit()
-def _load_rows(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
+def load_rows(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
     """Unmasked where that is known beforehand: such loads are wider and run further ahead."""
     return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
 
@@ -40,7 +40,7 @@ def attend_tile(
         mask = (d < D)[None, :] & (positions >= 0)[:, None]
     offsets = blocks.to(tl.int64) * kv_stride_N + (positions % BLOCK_SIZE).to(tl.int64) * kv_stride_B
     offsets = offsets[:, None] + d[None, :]
-    k = _load_rows(keys_ptr + offsets, mask, MASKED or D != BLOCK_D)
+    k = load_rows(keys_ptr + offsets, mask, MASKED or D != BLOCK_D)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         seen = inside[None, :] & (positions[None, :] <= last_seen[:, None])
@@ -49,6 +49,6 @@ def attend_tile(
     weights = tl.exp2(scores * scale - (new_peak * scale)[:, None])  # one operation each, where these may be fused
     shrink = tl.exp2(peak * scale - new_peak * scale)
     total = total * shrink + tl.sum(weights, axis=1)
-    v = _load_rows(values_ptr + offsets, mask, MASKED or D != BLOCK_D)
+    v = load_rows(values_ptr + offsets, mask, MASKED or D != BLOCK_D)
     sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
     return sums, total, new_peak
