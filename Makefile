@@ -2,14 +2,14 @@
 #              (--no-compile: Python compiles what is imported, a small part of what is installed, when it is)
 # make demo    a real 135M-parameter chat model answers conversations on two instances, in the paper's six ways
 # make test    lint, format, types, tests: what has to pass before a commit
-# make lint    the first three of those
+# make lint    the first three of those; each alone: `make style` (lint, format), `make types`, `make tests`
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
 # make fuzz    random operations on the block pool against a brute-force model, for MINUTES=5, with fresh seeds
 # make compile-all  every Triton kernel compiled for sm_80 and sm_90, without a GPU: registers, spills, shared memory
 # make survive real processes killed and stopped at random moments of SEEDS=50 runs; answers right or failures named
 # make clean   removes caches and build products; keeps .venv and outputs/
 
-.PHONY: setup demo test lint bench fuzz compile-all survive clean
+.PHONY: setup demo test tests lint style types bench fuzz compile-all survive clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -37,13 +37,20 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: setup
 	$(BIN)/python scripts/demo.py
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: style
+	$(MAKE) --no-print-directory --jobs 2 types tests
 
-lint: setup
+lint: style types
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
+
+tests: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python scripts/bench_runner.py

@@ -210,8 +210,9 @@ def test_odd_shapes_of_every_family_answer_as_transformers_does(name, block_size
 
 SMOLLM2 = {
     "as it comes": {"block_size": 16},
-    "without caching, small chunks": {"block_size": 16, "index": "none", "chunk_size": 16, "attention": "sparse"},
-    "served from the cache, one token a block": {"block_size": 1, "num_blocks": 1200, "is_warm": True},
+    "served from the cache, one token a block": {
+        "block_size": 1, "num_blocks": 1200, "is_warm": True, "attention": "sparse",
+    },
     "swapped in from DRAM": {
         "block_size": 32, "layout": "aggregated", "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True,
         "async_swap": True,
@@ -219,7 +220,9 @@ SMOLLM2 = {
     "preempted to DRAM": {
         "block_size": 4, "num_blocks": 50, "num_dram_blocks": 30, "chunk_size": 32, "preemption": "swap",
     },
-    "one after the other": {"block_size": 16, "max_running": 1, "attention": "reference"},
+    "one after the other, without caching, small chunks": {
+        "block_size": 16, "max_running": 1, "index": "none", "chunk_size": 16, "attention": "reference",
+    },
 }  # fmt: skip
 
 

@@ -17,9 +17,11 @@ def check_books(pool: BlockPool, running: Iterable[Request], others: Iterable[Re
         assert len(request.block_table) >= pool.blocks_for(request.num_computed)
         held = pool.allocator.held_by(request.holder)
         assert np.isin(request.block_table.view, held).all(), f"{request.request_id} uses a block it does not hold"
+    counts = pool.allocator.refcounts
+    in_use = counts - 2 * pool.are_swapping(np.arange(len(counts))) > 1  # a swap lets go by itself
     for _, blocks in pool.index.iter_prefixes():
-        in_use = pool.allocator.refcounts[blocks] - 2 * pool.are_swapping(blocks) > 1  # a swap lets go by itself
-        assert not (in_use[1:] & ~in_use[:-1]).any(), "a cached block in use hangs below one that may be evicted"
+        of_path = in_use[blocks]
+        assert not (of_path[1:] & ~of_path[:-1]).any(), "a cached block in use hangs below one that may be evicted"
     names = {request.holder for request in (*running, *others)}
     strangers = [h for h in pool.allocator.holders() if h[0] == "request" and h not in names]
     assert not strangers, f"blocks held by requests that do not run: {strangers}"
