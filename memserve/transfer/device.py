@@ -9,15 +9,13 @@ memory by a count that knows one receiver; here its owner keeps it until nobody 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 
 import msgspec
 import numpy as np
 import torch
 
 from memserve.transfer.block_copy import copy_rows
-from memserve.transfer.side_stream import SideStream
+from memserve.transfer.side_stream import Beside, NoStream, SideStream
 
 _WARM_UP_BYTES = 128  # a row of 16 words, as most rows are of a multiple of as many
 
@@ -38,9 +36,13 @@ class DeviceHandle(msgspec.Struct, frozen=True):
 
 
 class Device(ABC):
-    """piece_bytes: how much is copied at once at most; whoever detaches an endpoint waits for as much."""
+    """piece_bytes: how much is copied at once at most; whoever detaches an endpoint waits for as much.
+
+    side: what orders copies of its memory behind what had been computed when they were asked for.
+    """
 
     piece_bytes: int
+    side: Beside
 
     @abstractmethod
     def holds(self, memory: torch.Tensor) -> bool:
@@ -58,19 +60,12 @@ class Device(ABC):
     def open(self, handle: DeviceHandle) -> torch.Tensor:
         """A peer's memory, uint8 [num_bytes]; mapped while the tensor lives. Raises RuntimeError."""
 
-    @abstractmethod
-    def mark(self) -> torch.cuda.Event | None:
-        """What the calling thread has given the device to do so far."""
-
-    @abstractmethod
-    def after(self, mark: torch.cuda.Event | None) -> AbstractContextManager[None]:
-        """A context: copies made in it begin after `mark`."""
-
 
 class NoDevice(Device):
     """All KV is in the host's memory."""
 
     piece_bytes = 1 << 23
+    side = NoStream()
 
     def holds(self, memory: torch.Tensor) -> bool:
         return False
@@ -84,13 +79,6 @@ class NoDevice(Device):
     def open(self, handle: DeviceHandle) -> torch.Tensor:
         raise AssertionError("a move to it is refused")
 
-    def mark(self) -> None:
-        return None
-
-    @contextmanager
-    def after(self, mark: torch.cuda.Event | None) -> Iterator[None]:
-        yield
-
 
 class Gpu(Device):
     """GPU number `index` of this process. Its copies run on a stream of their own."""
@@ -99,7 +87,7 @@ class Gpu(Device):
 
     def __init__(self, index: int) -> None:
         self._index, self._device = index, torch.device("cuda", index)
-        self._side = SideStream(self._device)
+        self.side = SideStream(self._device)
         line, row = torch.zeros(_WARM_UP_BYTES, dtype=torch.uint8, device=self._device), np.zeros(1, np.int64)
         copy_rows(line, row, line.clone(), row, _WARM_UP_BYTES)  # compiles the kernel before anybody waits for it
 
@@ -130,13 +118,6 @@ class Gpu(Device):
                 b"", False,
             )  # fmt: skip # no event to wait for: the owner has waited
             return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-
-    def mark(self) -> torch.cuda.Event:
-        return self._side.mark()
-
-    def after(self, mark: torch.cuda.Event | None) -> AbstractContextManager[None]:
-        assert mark is not None, "of this device"
-        return self._side.after(mark)
 
 
 def _uuid(index: int) -> str:

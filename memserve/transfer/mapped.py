@@ -102,7 +102,7 @@ class Mapped(Transport):
         self._directory.check(move, self._own)
         if move.target[0] not in self._reached:
             self._check_reach(move.target[0], self._own)
-        self._posted.put(_Posted(move_id, move, self._device.mark()))
+        self._posted.put(_Posted(move_id, move, self._device.side.mark()))
 
     def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:
         """Raises what ended the copying thread, if anything has; the death of a peer whose memory is the host's does
@@ -184,7 +184,7 @@ class Mapped(Transport):
         if source is None or target is None or (peer in self._visited and not self._directory.is_running(peer)):
             return False
         try:
-            with self._device.after(posted.written):
+            with self._device.side.after(posted.written):
                 copy_rows(source, move.source_rows[rows], target, move.target_rows[rows], move.row_bytes)
         except RuntimeError as error:
             if peer not in self._visited:

@@ -20,6 +20,7 @@ from memserve.transfer.directory import Directory, Endpoint, Memory
 from memserve.transfer.liveness import started_at
 from memserve.transfer.mapped import PeerMemoryFailed
 from memserve.transfer.shared_memory import SharedMemory, host_id
+from memserve.transfer.side_stream import NoStream
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: run scripts/gpu_check.sh on one")
 NOWHERE = DeviceHandle("stand-in", b"1 999999", 0, 4096, b"", 0)
@@ -67,7 +68,7 @@ def ends(request):
 both_on_device = pytest.mark.parametrize("ends", [(StandIn, StandIn)], indirect=True)
 
 
-class Busy(StandIn):
+class BusySide(NoStream):
     """Its caller's work is done when somebody says so."""
 
     def __init__(self):
@@ -83,15 +84,20 @@ class Busy(StandIn):
         self.num_after += 1
 
 
+class Busy(StandIn):
+    def __init__(self):
+        self.side = BusySide()
+
+
 @pytest.mark.parametrize("ends", [(Busy, StandIn)], indirect=True)
 def test_rows_are_read_when_the_device_has_done_what_it_was_given_before_the_post(ends):
-    device = ends.transports[0]._device
+    side = ends.transports[0]._device.side
     ends.post(0, 1)
     assert ends.transports[0].poll(0, monotonic_ns()) == []
     ends.memories[0].bytes[:64] = 7  # what the device was busy with
-    device.is_done.set()
+    side.is_done.set()
     ends.wait(0)
-    assert ends.memories[1].bytes[64:128].eq(7).all() and device.num_after == 1
+    assert ends.memories[1].bytes[64:128].eq(7).all() and side.num_after == 1
 
 
 @both_on_device
@@ -162,11 +168,15 @@ def test_what_is_posted_to_a_process_that_has_ended_is_over(ends):
     assert [a.move_id for a in ends.wait(0)] == [(0, 0, 0)]
 
 
-class Failing(StandIn):
+class FailingSide(NoStream):
     @contextmanager
     def after(self, mark):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
         yield
+
+
+class Failing(StandIn):
+    side = FailingSide()
 
 
 @pytest.mark.parametrize("ends", [(Failing, StandIn)], indirect=True)
@@ -216,7 +226,7 @@ def test_a_copy_on_the_gpu_follows_the_work_of_the_stream_that_posts_it():
     gpu, memory = Gpu(0), torch.zeros(1 << 28, device="cuda:0")
     for value in range(1, 30):
         memory.fill_(value)
-    with gpu.after(gpu.mark()):
+    with gpu.side.after(gpu.side.mark()):
         assert float(memory[-1]) == 29
 
 
