@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 from weights_once import weights_loaded_once
 
 from memserve import LLM, SamplingParams, llm
@@ -209,7 +210,6 @@ def test_odd_shapes_of_every_family_answer_as_transformers_does(name, block_size
 
 
 SMOLLM2 = {
-    "as it comes": {"block_size": 16},
     "served from the cache, one token a block": {
         "block_size": 1, "num_blocks": 1200, "is_warm": True, "attention": "sparse",
     },
@@ -236,7 +236,8 @@ def smollm2(smollm2_path):
         head_dim=c.head_dim, max_position_embeddings=c.max_position, rms_norm_eps=c.rms_norm_eps,
         rope_theta=c.rope_theta, tie_word_embeddings=c.tie_embeddings,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
+    with no_init_weights():
+        model = transformers.LlamaForCausalLM(config)
     state = {name: opened.weights.tensor(name).float() for name in opened.weights.names()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}

@@ -63,6 +63,9 @@ class Directory:
         if endpoint.device and self._store.add(f"device/{endpoint.device}", 1) > 1:
             raise ValueError(f"endpoint {number} uses {endpoint.device}, as another does: expected a device of its own")
         self._store.set(f"endpoint/{number}", msgspec.json.encode(endpoint).decode())
+        assert self._store.check(
+            [f"endpoint/{number}"]
+        )  # a TCPStore's set returns before others see it; the next does not
         self._known[number] = endpoint
 
     def knows(self, number: int) -> bool:

@@ -39,7 +39,7 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc, as transport=mapped does")
 @pytest.mark.parametrize(
     ("signum", "to", "words"),
-    [(signal.SIGINT, "torchrun", SPLIT), (signal.SIGTERM, "rank 0", WHOLE), (signal.SIGKILL, "torchrun", SPLIT)],
+    [(signal.SIGINT, "torchrun", WHOLE), (signal.SIGTERM, "rank 0", WHOLE), (signal.SIGKILL, "torchrun", SPLIT)],
 )
 def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(signum, to, words, tmp_path):
     command = [

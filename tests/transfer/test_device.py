@@ -101,7 +101,8 @@ def test_rows_are_read_when_the_device_has_done_what_it_was_given_before_the_pos
 
 
 @both_on_device
-def test_memory_lives_until_no_peer_maps_it(ends):
+def test_memory_lives_until_no_peer_maps_it(ends, monkeypatch):
+    monkeypatch.setattr(mapped, "_LEAVING_S", LIMIT_S)
     ends.post(0, 1)
     ends.wait(0)
     memory = weakref.ref(ends.memories[1].bytes)
