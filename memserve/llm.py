@@ -7,7 +7,8 @@
 Prompts are strings, chats (lists of {"role", "content"} messages) or token ids, one or a list of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +82,16 @@ class LLM:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0, in_real_time=True)
         self._num_requests = 0
+        self._heard: dict[str, deque[Tokens | Finished]] = {}  # for each request what its stream has not read yet
 
     def generate(
         self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None = None, *, stream: bool = False
     ) -> Any:
         """Answers to `prompts`, in their order: list[Output], or with stream=True an iterator of Delta as they come.
 
-        params: for all prompts, or one for each; greedy and 128 tokens by default. Raises ValueError naming the first
-        prompt that cannot be served, before any is.
+        params: for all prompts, or one for each; greedy and 128 tokens by default. Several streams may be open at once:
+        what one of them makes the model compute is kept for the others. Raises ValueError naming the first prompt that
+        cannot be served, before any is.
         """
         token_ids = [self._token_ids(prompt) for prompt in _as_list(prompts)]
         each = _one_each(params, len(token_ids))
@@ -97,7 +100,7 @@ class LLM:
                 self.instance.check_request(ids, p)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-        deltas = self._stream(token_ids, each)
+        deltas = self._stream([ids.astype(np.int32) for ids in token_ids], each)
         if stream:
             return deltas
         outputs = {delta.index: delta.output for delta in deltas if delta.output is not None}
@@ -106,24 +109,35 @@ class LLM:
     def _stream(self, prompts: list[np.ndarray], params: list[SamplingParams]) -> Iterator[Delta]:
         """Serves the prompts; what is unfinished when the caller stops listening is aborted."""
         answers: dict[str, _Answer] = {}
+        heard: deque[Tokens | Finished] = deque()
         for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
             name = f"llm/{self._num_requests}"
             self._num_requests += 1
             answers[name] = _Answer(i, ids, p, self.tokenizer)
+            self._heard[name] = heard
             self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
         try:
             while answers:
-                for message in self.step():
-                    delta = answers[message.request_id].take(message)
-                    if isinstance(message, Finished):
-                        del answers[message.request_id]
-                    yield delta
+                if not heard:
+                    self._pass_on(self.step())
+                    continue
+                message = heard.popleft()
+                delta = answers[message.request_id].take(message)
+                if isinstance(message, Finished):
+                    del answers[message.request_id], self._heard[message.request_id]
+                yield delta
         finally:
             for name in answers:
+                del self._heard[name]
                 self.instance.receive(Abort(name, 0))
             if answers:
-                self.instance.schedule(monotonic_ns())
-                self.instance.drain_outbox()
+                self._pass_on(self.step())
+
+    def _pass_on(self, messages: Iterable[Tokens | Finished]) -> None:
+        """To the streams that are open; nobody asks for what else was aborted."""
+        for message in messages:
+            if message.request_id in self._heard:
+                self._heard[message.request_id].append(message)
 
     def step(self) -> list[Tokens | Finished]:
         """Computes one batch of what `instance` was given, for who drives it alone; what it has to say since."""
@@ -136,15 +150,18 @@ class LLM:
         return [m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished)]
 
     def _token_ids(self, prompt: Any) -> np.ndarray:
-        """int32 [n] from a string, a chat or token ids."""
+        """Integers [n] from a string, a chat or token ids, which may be out of range."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             return self.tokenizer.chat_prompt(prompt)
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except ValueError:  # a list of lists of different lengths
+            ids = np.empty((0, 0))
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             raise ValueError(f"prompt {prompt!r}: expected a string, chat messages or a list of token ids")
-        return ids.astype(np.int32)
+        return ids
 
 
 @dataclass
@@ -197,6 +214,10 @@ def _as_list(prompts: Any) -> list[Any]:
     """One prompt or many, as many."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"prompts={prompts!r}: expected a string, a chat (a list of messages), token ids, or many of these"
+        )
     many = list(prompts)
     if many and isinstance(many[0], Mapping | int | np.integer):
         return [many]
@@ -209,6 +230,8 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     each = list(params)
+    if not all(isinstance(p, SamplingParams) for p in each):
+        raise ValueError(f"params={params!r}: expected SamplingParams, or a list of them, one for each prompt")
     if len(each) != count:
         raise ValueError(f"{len(each)} sampling params for {count} prompts: expected one, or one for each")
     return each

@@ -11,7 +11,7 @@ any -> FINISHED by abort.
 
 import enum
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -51,10 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        self._set("stop", _as_tuple("stop", self.stop))
+        self._set("stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
         _require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0")
         _require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
         _require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]")
@@ -69,6 +67,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             _require_int("stop_token_ids", token, 0, "integers >= 0")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r}: expected true or false")
+        for name in (
+            "top_k",
+            "max_tokens",
+            "seed",
+            "logprobs",
+        ):  # NumPy's numbers as Python's, which messages can carry
+            value = getattr(self, name)
+            self._set(name, None if value is None else int(value))
+        for name in ("temperature", "top_p"):
+            self._set(name, float(getattr(self, name)))
+        self._set("stop_token_ids", tuple(map(int, self.stop_token_ids)))
+
+    def _set(self, name: str, value: object) -> None:
+        msgspec.structs.force_setattr(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -80,8 +92,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.stop or self.stop_token_ids or not self.ignore_eos)
 
 
+def _as_tuple(name: str, value: object) -> tuple[object, ...]:
+    """None is nothing, a string is one."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r}: expected a list")
+    return tuple(value)
+
+
 def _require_number(name: str, value: object, low: float, high: float, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r}: expected {allowed}")
     if not low <= value <= high:
         raise ValueError(f"{name}={value!r}: expected {allowed}")

@@ -77,6 +77,24 @@ def test_a_stream_that_nobody_reads_to_its_end_leaves_nothing_behind(llm):
     assert len(llm.generate("one", GREEDY)[0].token_ids) == 12
 
 
+def test_streams_that_are_open_at_once_lose_nothing_to_each_other(llm):
+    prompts = ["one", "two words", "three"]
+    whole = [llm.generate(prompt, GREEDY)[0] for prompt in prompts]
+    streams = [llm.generate(prompt, GREEDY, stream=True) for prompt in prompts]
+    abandoned = llm.generate("four", GREEDY, stream=True)
+    next(abandoned)
+    texts, outputs = [""] * 3, [None] * 3
+    for round_number in range(13):
+        for i, stream in enumerate(streams):
+            delta = next(stream)
+            texts[i], outputs[i] = texts[i] + delta.text, delta.output
+        if round_number == 3:
+            abandoned.close()
+            assert llm.generate(prompts, GREEDY) == llm.generate(prompts, GREEDY)
+    assert texts == [o.text for o in whole] and [o.token_ids for o in outputs] == [o.token_ids for o in whole]
+    assert settled(llm) and not llm._heard
+
+
 def test_stop_strings_end_the_text_and_never_show(llm):
     full = llm.generate("tell me", SamplingParams(max_tokens=60, ignore_eos=True))[0]
     stop = full.text[5:8]
@@ -113,6 +131,11 @@ def test_logprobs_name_every_token_and_the_likeliest(llm):
         ([[1.5, 2]], "expected a string, chat messages or a list of token ids"),
         ("x" * 200, "prompt 0: prompt of 200 tokens: the context of 200"),
         ([[{"role": "cook", "content": "x"}]], "role"),
+        ([[2**32 + 5]], "prompt 0: prompt token 4294967301: expected 0 to 299"),
+        ({"role": "user", "content": "x"}, "expected a string, a chat"),
+        (b"abc", "expected a string, a chat"),
+        (None, "prompts=None: expected"),
+        ([[[1, 2], [3]]], r"prompt \[\[1, 2\], \[3\]\]: expected"),
     ],
 )
 def test_a_bad_prompt_is_named_before_any_is_served(llm, prompts, message):
@@ -132,6 +155,9 @@ def test_params_are_one_for_all_or_one_for_each(llm):
     assert [len(o.token_ids) for o in llm.generate(["a", "b"], each)] == [2, 3]
     with pytest.raises(ValueError, match="2 sampling params for 3 prompts"):
         llm.generate(["a", "b", "c"], each)
+    for wrong in ({"max_tokens": 3}, [None]):
+        with pytest.raises(ValueError, match="params=.*expected SamplingParams"):
+            llm.generate("a", wrong)
 
 
 @pytest.mark.parametrize(

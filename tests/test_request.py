@@ -28,6 +28,8 @@ from memserve.served import drawn_seed
         ("logprobs", -1),
         ("stop", ("",)),
         ("stop", (3,)),
+        ("stop", 5),
+        ("stop_token_ids", 5),
         ("stop", ("x",) * 17),
         ("stop_token_ids", (-1,)),
         ("ignore_eos", 1),
@@ -46,6 +48,15 @@ def test_unknown_sampling_options_raise():
 def test_a_single_stop_string_and_lists_are_taken():
     params = SamplingParams(stop="\n", stop_token_ids=[1, 2])
     assert params.stop == ("\n",) and params.stop_token_ids == (1, 2)
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    params = SamplingParams(
+        temperature=np.float32(0.5), top_k=np.int64(4), seed=np.uint8(7), stop_token_ids=np.array([1, 2])
+    )
+    assert params == SamplingParams(temperature=0.5, top_k=4, seed=7, stop_token_ids=(1, 2))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
 def test_messages_survive_the_wire():

@@ -28,6 +28,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Adds one token; returns the text that is now certain, "" while a character is incomplete."""
+        if self._tokenizer.is_silent(token_id):
+            return ""
         self._ids.append(token_id)
         text = self._pending()
         if not text or text.endswith(INCOMPLETE):

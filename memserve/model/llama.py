@@ -112,10 +112,12 @@ class Llama(torch.nn.Module):
         self.head = Linear(self._head_PE(load))
 
     def _head_PE(self, load: Loader) -> torch.Tensor:
-        """This rank's P rows of the head, [P, E]."""
-        if self.config.tie_embeddings:
-            return load.shard.part(self.embedding_VE, 0)
-        return load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
+        """This rank's P rows of the head, [P, E]. Tied ones are the embedding's, unless the weights have others."""
+        tied_PE = load.shard.part(self.embedding_VE, 0) if self.config.tie_embeddings else None
+        if tied_PE is not None and not load.has("lm_head.weight"):
+            return tied_PE
+        own_PE = load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
+        return own_PE if tied_PE is None or not torch.equal(own_PE, tied_PE) else tied_PE
 
     def compile(self, fused_rows: int = 0) -> None:
         """Lets decode steps run as one graph, built when a runner starts: on a GPU each runner captures its own

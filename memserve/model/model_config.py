@@ -29,6 +29,10 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
             raise ValueError(f"rope kind {self.kind!r}: expected one of {', '.join(ROPE_KINDS)}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"rope {name}={value!r}: expected a number")
         if not self.factor >= 1.0:
             raise ValueError(f"rope factor={self.factor!r}: expected a number >= 1")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -95,7 +99,10 @@ class ModelConfig:
         family = _FAMILIES[model_type]
         merged = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k == "sliding_window"}}
         _refuse_what_cannot_run(merged)
+        _refuse_sliding_window(merged, family.chooses_windows)
         num_heads = _required(merged, "num_attention_heads")
+        if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+            merged["num_key_value_heads"] = num_heads
         hidden_size = _required(merged, "hidden_size")
         theta, scaling = _rope(merged)
         ids = (generation_config or {}).get("eos_token_id")
@@ -129,16 +136,15 @@ class _Family:
     defaults: Mapping[str, Any]
     always_qkv_bias: bool = False
     qk_norm: bool = False
+    chooses_windows: bool = False  # by use_sliding_window, and by layer
 
 
 _COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _FAMILIES = {
     "llama": _Family(_COMMON),
-    "mistral": _Family({**_COMMON, "num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True}),
-    "qwen2": _Family({**_COMMON, "num_key_value_heads": 32, "use_sliding_window": False}, always_qkv_bias=True),
-    "qwen3": _Family(
-        {**_COMMON, "num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False}, qk_norm=True
-    ),
+    "mistral": _Family({**_COMMON, "num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": _Family({**_COMMON, "num_key_value_heads": 32}, always_qkv_bias=True, chooses_windows=True),
+    "qwen3": _Family({**_COMMON, "num_key_value_heads": 32, "head_dim": 128}, qk_norm=True, chooses_windows=True),
 }
 
 _LLAMA3_FIELDS = {
@@ -174,13 +180,16 @@ def _refuse_what_cannot_run(config: Mapping[str, Any]) -> None:
         raise ValueError(f"architectures={wrong!r}: expected a ...ForCausalLM")
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={config['partial_rotary_factor']!r}: expected 1.0")
-    _refuse_sliding_window(config)
 
 
-def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
-    """A window no shorter than the model's context changes nothing and is accepted."""
+def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool) -> None:
+    """A window that no layer has, or no shorter than the model's context, changes nothing and is accepted."""
     layer_types = set(config.get("layer_types", ())) - {"full_attention"}
-    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    window = config.get("sliding_window")
+    if is_chosen:
+        first_windowed, num_layers = config.get("max_window_layers", 28), _required(config, "num_hidden_layers")
+        has_any = bool(layer_types) if config.get("layer_types") else first_windowed < num_layers
+        window = window if config.get("use_sliding_window", False) and has_any else None
     if window is not None and window < _required(config, "max_position_embeddings"):
         raise ValueError(f"sliding_window={window!r}: expected null, or at least max_position_embeddings")
     if layer_types and window is None:
@@ -189,7 +198,12 @@ def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    spec: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if new and old and new != old:
+        raise ValueError(f"rope_parameters={new!r} beside rope_scaling={old!r}: expected one of them")
+    spec = new or old or {}
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"rope_parameters={spec!r}: expected a mapping")
     if any(isinstance(value, Mapping) for value in spec.values()):
         raise ValueError(f"rope_parameters for {sorted(spec)!r}: expected one set for every layer")
     theta = spec.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -210,7 +224,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
-    ids = [value] if isinstance(value, int) else list(value)
+    ids = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ValueError(f"eos_token_id={value!r}: expected an integer >= 0, or a list of them")
     return tuple(dict.fromkeys(ids))

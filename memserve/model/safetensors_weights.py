@@ -62,6 +62,8 @@ class SafetensorsWeights:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise WeightFileError(f"{path}: expected JSON with a 'weight_map': {error!r}") from error
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise WeightFileError(f"{path}: 'weight_map': expected the name of a file for each tensor")
         names_by_file: defaultdict[str, set[str]] = defaultdict(set)
         for name, file in weight_map.items():
             names_by_file[file].add(name)

@@ -38,6 +38,10 @@ class Tokenizer(ABC):
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Text of the ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
 
+    def is_silent(self, token_id: int) -> bool:
+        """Whether `decode` leaves a token out wherever it stands."""
+        return False
+
     @abstractmethod
     def chat_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """Ids of a conversation up to where the assistant's answer begins. Raises ValueError on malformed messages."""
@@ -87,7 +91,7 @@ class HFTokenizer(Tokenizer):
 
         try:
             backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (ValueError, OSError, KeyError, ImportError) as error:
+        except (ValueError, OSError, KeyError, ImportError, AttributeError, TypeError) as error:
             raise ValueError(f"{directory}: the tokenizer cannot be read: {error}") from error
         return cls(backend, eos_token_ids, str(directory))
 
@@ -102,6 +106,14 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         return str(self._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def is_silent(self, token_id: int) -> bool:
+        return token_id in self._silent
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        special = (number for number, token in self._backend.added_tokens_decoder.items() if token.special)
+        return frozenset(number for number in special if not self.decode([number]))
 
     def chat_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         return self._ids(self._format.prompt(messages))
@@ -135,6 +147,10 @@ class HFTokenizer(Tokenizer):
     def _ids(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
         if not isinstance(text, str):
             raise ValueError(f"text={text!r}: expected a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text={text!r}: expected what UTF-8 can hold: {error}") from error
         return np.array(self._backend.encode(text, add_special_tokens=add_special_tokens), dtype=np.int32)
 
     def _following(self, before: str, text: str) -> np.ndarray:

@@ -44,6 +44,13 @@ def test_pieces_of_random_tokens_join_to_the_whole_text(tokenizer: Tokenizer) ->
         assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+def test_tokens_without_text_are_not_kept() -> None:
+    tokenizer = HFTokenizer(sentencepiece_tokenizer())
+    silent = next(i for i in range(tokenizer.vocab_size) if tokenizer.is_silent(i))
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join(detokenizer.push(silent) for _ in range(50)) == "" and not detokenizer._ids
+
+
 def test_a_character_comes_with_its_last_byte() -> None:
     assert stream(ByteTokenizer(), list("aé🙂".encode())) == ["a", "", "é", "", "", "", "🙂", ""]
 

@@ -59,6 +59,7 @@ def test_both_spellings_of_rope_mean_the_same() -> None:
 def test_null_keys_take_the_values_that_the_family_gives_them() -> None:
     config = ModelConfig.from_hf(llama(num_key_value_heads=None, head_dim=None, rope_scaling=None))
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
+    assert ModelConfig.from_hf(llama(model_type="qwen2", num_key_value_heads=None)).num_kv_heads == 4
 
 
 def test_end_tokens_come_from_the_generation_config_where_it_names_some() -> None:
@@ -71,7 +72,10 @@ def test_end_tokens_come_from_the_generation_config_where_it_names_some() -> Non
 def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
     base = {"model_type": "mistral", **SMALL}
     assert ModelConfig.from_hf({**base, "sliding_window": 128}).max_position == 128
-    assert ModelConfig.from_hf({**base, "model_type": "qwen2", "sliding_window": 16}).max_position == 128
+    qwen = {**base, "model_type": "qwen2", "sliding_window": 16}
+    assert ModelConfig.from_hf(qwen).max_position == 128
+    for no_layer in ({"max_window_layers": 2}, {"layer_types": ["full_attention"] * 2, "max_window_layers": 0}):
+        assert ModelConfig.from_hf({**qwen, "use_sliding_window": True, **no_layer}).max_position == 128
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,15 @@ def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64"),
         ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window=4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
+        ({"model_type": "mistral", "sliding_window": 64, "use_sliding_window": False}, "sliding_window=64"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "=64"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_parameters=.*rope_scaling=",
+        ),
+        ({"rope_parameters": "linear"}, "rope_parameters='linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
+        ({"eos_token_id": 2.0}, "eos_token_id=2.0"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"num_key_value_heads": 3}, "num_heads=4.*num_kv_heads=3"),
         ({"head_dim": 7}, "head_dim=7"),
