@@ -262,7 +262,7 @@ class Instance:
         if self.handoffs is None:
             return
         inbox, self._peer_inbox = self._peer_inbox, []
-        self.handoffs.receive(inbox, {s.request.session_id for s in self._served.values()}, now_ns)
+        self.handoffs.receive(inbox, {s.request.session_id for s in self._served.values()} if inbox else (), now_ns)
         self.poll(now_ns)
         for arrival in self.handoffs.transfers.drain_arrivals():
             word = self.handoffs.read(arrival)

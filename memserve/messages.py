@@ -221,9 +221,12 @@ class AbortAck(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """geometry: of the blocks that will be written there."""
+
     ticket: tuple[int, int]
     num_blocks: int
     medium: int
+    geometry: Geometry
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):

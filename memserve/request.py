@@ -11,12 +11,14 @@ any -> FINISHED by abort.
 
 import enum
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
 import numpy as np
+
+from memserve.values import as_tuple, require_int, require_number
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
@@ -51,20 +53,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._set("stop", _as_tuple("stop", self.stop))
-        self._set("stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
-        _require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0")
-        _require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
-        _require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]")
-        _require_int("max_tokens", self.max_tokens, 1, "an integer >= 1")
+        self._set("stop", as_tuple("stop", self.stop))
+        self._set("stop_token_ids", as_tuple("stop_token_ids", self.stop_token_ids))
+        require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0")
+        require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
+        require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]")
+        require_int("max_tokens", self.max_tokens, 1, "an integer >= 1")
         if self.seed is not None:
-            _require_int("seed", self.seed, 0, "an integer >= 0 or None")
+            require_int("seed", self.seed, 0, "an integer >= 0 or None")
         if self.logprobs is not None:
-            _require_int("logprobs", self.logprobs, 0, f"an integer in [0, {MAX_LOGPROBS}] or None", MAX_LOGPROBS)
+            require_int("logprobs", self.logprobs, 0, f"an integer in [0, {MAX_LOGPROBS}] or None", MAX_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
         for token in self.stop_token_ids:
-            _require_int("stop_token_ids", token, 0, "integers >= 0")
+            require_int("stop_token_ids", token, 0, "integers >= 0")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r}: expected true or false")
         for name in (
@@ -90,29 +92,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def can_stop_early(self) -> bool:
         """Whether the answer may end before max_tokens, so that its length is not known in advance."""
         return bool(self.stop or self.stop_token_ids or not self.ignore_eos)
-
-
-def _as_tuple(name: str, value: object) -> tuple[object, ...]:
-    """None is nothing, a string is one."""
-    if value is None or isinstance(value, str):
-        return () if value is None else (value,)
-    if not isinstance(value, Iterable):
-        raise ValueError(f"{name}={value!r}: expected a list")
-    return tuple(value)
-
-
-def _require_number(name: str, value: object, low: float, high: float, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: expected {allowed}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value!r}: expected {allowed}")
-
-
-def _require_int(name: str, value: object, low: int, allowed: str, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}={value!r}: expected {allowed}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value!r}: expected {allowed}")
 
 
 class Phase(enum.Enum):

@@ -11,6 +11,7 @@ of them. Every run starts from empty pools; a measured one is preceded by a warm
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,9 +46,13 @@ def words_of(system: str) -> tuple[str, list[str]]:
 def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = None) -> dict[str, Report]:
     """The report of each system; out: a directory that gets an output directory for each.
 
-    Every system is composed and checked before the first one runs.
+    Every system is composed and checked before the first one runs. Raises ValueError for a name that is given twice.
     """
-    configured = {name: load_config([*own, "repeats=3", *words]) for name, own in map(words_of, systems)}
+    named = [words_of(system) for system in systems]
+    for name, count in Counter(name for name, _ in named).items():
+        if count > 1:
+            raise ValueError(f"--systems: {name} is given {count} times: expected a name of its own for each")
+    configured = {name: load_config([*own, "repeats=3", *words]) for name, own in named}
     reports = {}
     for name, cfg in configured.items():
         with Progress(name) as progress:

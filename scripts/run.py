@@ -33,14 +33,16 @@ from memserve.model.parallel import GroupBroken
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> int:
+    """The run, or a point of a sweep. Returns its exit status, which the sweep's table asks for."""
     hydra_cfg = HydraConfig.get()
     output_dir = Path(hydra_cfg.runtime.output_dir)
+    if hydra_cfg.mode is RunMode.MULTIRUN:
+        if hydra_cfg.sweep.subdir != ".":
+            sys.exit(f"error: hydra.sweep.subdir={hydra_cfg.sweep.subdir}: expected ., a point is named by its words")
+        return run_point(composed, Path(__file__), list(hydra_cfg.overrides.task), output_dir)
     try:
         cfg = resolve(composed)
-        if hydra_cfg.mode is RunMode.MULTIRUN:
-            run_point(cfg, Path(__file__), hydra_cfg.overrides.task, output_dir)
-            return
         report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
     except (ValueError, MemoryError, InstanceFailed) as error:
         sys.exit(f"error: {error}")
@@ -49,6 +51,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(interrupted.status)
     print_report(report, title=" ".join(hydra_cfg.overrides.task) or "defaults")
     print(f"written to {output_dir}")
+    return 0
 
 
 def play(cfg: RunConfig, output_dir: Path) -> Report:

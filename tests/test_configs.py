@@ -75,6 +75,19 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 
 
+@pytest.mark.parametrize(("num_blocks", "seed"), [(236, 22), (160, 3)])
+def test_macro_steps_beside_hand_offs_that_wait_for_room_change_nothing(num_blocks, seed):
+    """Room is granted in the middle of steps, and is not what the steps of a macro-step were promised."""
+    words = ["exec=simulated", "tokens=workload", "workload=synthetic", "cluster=1p1d", "mode=pd_caching_3",
+             "index_source=none", "kvcache.block_size=1", f"kvcache.num_hbm_blocks={num_blocks}", "link=ethernet_10g",
+             "link.message_latency_s=0.0103137", "cost_model.step_s=0.001", "workload.num_sessions=30",
+             "workload.num_turns=2", "workload.prompt_tokens=8", "workload.turn_tokens=8", "workload.rate=1000",
+             "workload.max_output_tokens=40", "workload/lengths=uniform", "workload.output_tokens=26",
+             f"seed={seed}"]  # fmt: skip
+    macro, single = (run(*words, f"macro_steps={on}") for on in ("true", "false"))
+    assert (macro["ttft_s"], macro["jct_s"]) == (single["ttft_s"], single["jct_s"])
+
+
 def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures():
     reports = []
     for macro_steps in ("true", "false"):

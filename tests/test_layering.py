@@ -15,7 +15,16 @@ import pytest
 from source_tree import ROOT, Source, is_module, sources
 
 FLOORS = [
-    {"clock", "request", "decisions", "messages", "timeline", "config", "jit"},  # 0: words, numbers, kernel launches
+    {
+        "clock",
+        "values",
+        "request",
+        "decisions",
+        "messages",
+        "timeline",
+        "config",
+        "jit",
+    },  # 0: words, numbers, kernel launches
     {"transfer"},  # 1: moves and copies tensors; knows no KV
     {"kvcache"},  # 2: blocks
     {"model"},  # 3: tensors
@@ -27,6 +36,7 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 
 # Units of one floor do not know each other, but for these.
 BESIDE = {
+    "request": {"values"},
     "messages": {"request", "decisions"},
     "timeline": {"decisions", "request", "messages"},
     "config": {"request"},

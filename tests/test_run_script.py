@@ -64,6 +64,22 @@ def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(
     assert (unfinished / "report.json").exists()
 
 
+def test_a_sweep_names_points_whose_words_no_file_system_takes_and_fails_where_one_of_them_does(tmp_path):
+    roles = "cluster.roles=[prefill,decode],[prefill,decode,decode],[]"
+    words = ["workload=synthetic", "workload/arrivals=gamma", "workload.num_sessions=2", "mode=pd_basic"]
+    done = run("-m", "exec=simulated", *words, roles, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    points = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(points) == 3 and sum((point / "report.json").is_file() for point in points) == 2
+    (refused,) = (point for point in points if not (point / "report.json").exists())
+    assert "cluster.roles=[]: expected at least one role" in (refused / "printed.log").read_text()
+    progress, _, table = done.stdout.rpartition("TTFT mean")
+    for name in ("cluster.roles=[prefill,decode]", "cluster.roles=[prefill,decode,decode]"):
+        assert f"{name},exec=simulated" in progress
+    assert len([line for line in table.splitlines() if line.startswith(" cluster.")]) == 2
+    assert f"cluster.roles=[],exec=simulated,{','.join(sorted(words))}: no report" in table
+
+
 def test_repeats_report_the_median_and_its_spread(tmp_path):
     LocalCluster(load_config([*SMALL, "repeats=3"])).run(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())

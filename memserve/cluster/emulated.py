@@ -114,6 +114,7 @@ class EmulatedCluster:
         self._from_scheduler()
         for other in self.nodes:
             if not other.is_gone:
+                self._catch_up(other)
                 other.instance.peer_gone(incarnation, self.now_ns)
                 self._arouse(other)
                 self._send(other)
@@ -141,6 +142,7 @@ class EmulatedCluster:
             node.timer_ns = None
             self._poll(node)
         elif isinstance(what, tuple):
+            self._catch_up(node)
             node.instance.receive_from_peer(*what, self.now_ns)
             self._arouse(node)
             self._send(node)
@@ -161,6 +163,7 @@ class EmulatedCluster:
 
     def _poll(self, node: Node) -> None:
         """Lets time pass for a node's swaps and transfers; it may have room, or a request to go on with, since."""
+        self._catch_up(node)
         node.instance.poll(self.now_ns)
         self._arouse(node)
         self._send(node)
@@ -182,7 +185,7 @@ class EmulatedCluster:
             layers_ns = [self.now_ns + elapsed_ns for elapsed_ns in layers_ns]
         else:
             if self.macro_steps:
-                batch = replace(batch, num_steps=node.instance.scheduler.max_macro_steps(batch))
+                batch = replace(batch, num_steps=node.max_macro_steps(batch))
             durations = self.step_time.durations_ns(batch)
         ends_ns = self.now_ns + np.cumsum(durations, dtype=np.int64)
         node.step = Step(batch, self.now_ns, ends_ns, output, layers_ns)
@@ -232,9 +235,16 @@ class EmulatedCluster:
         elif node.step.batch.num_steps > 1:
             self._cut(node, node.step)
 
+    def _catch_up(self, node: Node) -> None:
+        """Those steps of a macro-step that have begun take their blocks, before anything else may take or free some."""
+        step = node.step
+        if step is not None and step.batch.num_steps > 1:
+            num_steps = min(step.num_begun(self.now_ns), step.batch.num_steps)
+            node.instance.scheduler.extend(replace(step.batch, num_steps=num_steps))
+
     def _cut(self, node: Node, step: Step) -> None:
         """Ends a macro-step at the first boundary that is not before now."""
-        num_steps = int(np.searchsorted(step.ends_ns, self.now_ns)) + 1
+        num_steps = step.num_begun(self.now_ns)
         if num_steps < step.batch.num_steps:
             step.batch = replace(step.batch, num_steps=num_steps)
             step.ends_ns = step.ends_ns[:num_steps]

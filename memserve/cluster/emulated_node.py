@@ -23,6 +23,10 @@ class Step:
     output: StepOutput | None
     layers_ns: list[int]
 
+    def num_begun(self, now_ns: int) -> int:
+        """Steps of a macro-step that have begun by now; one that ends now is the last of them."""
+        return int(np.searchsorted(self.ends_ns, now_ns)) + 1
+
 
 @dataclass
 class Node:
@@ -42,6 +46,13 @@ class Node:
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
         self.activity = Activity()
+
+    def max_macro_steps(self, batch: ScheduledBatch) -> int:
+        """As the local scheduler's; 1 while others wait for room here, which they are granted within steps."""
+        handoffs = self.instance.handoffs
+        if handoffs is not None and handoffs.transfers.has_waiting:
+            return 1
+        return self.instance.scheduler.max_macro_steps(batch)
 
     @property
     def next_time_ns(self) -> int | None:

@@ -66,8 +66,9 @@ def report_of(scheduler: GlobalScheduler, summaries: Sequence[Summary], counts: 
         wall_s=wall_s,
         turns_over_context=counts.turns_over_context,
         turns_not_sent=counts.turns_not_sent,
-        p_to_d=_transfers(summaries, Role.PREFILL),
-        d_to_p=_transfers(summaries, Role.DECODE),
+        p_to_d=_transfers(summaries, Role.PREFILL, Role.DECODE),
+        d_to_p=_transfers(summaries, Role.DECODE, Role.PREFILL),
+        between=_transfers(summaries, Role.COLOCATED, Role.COLOCATED),
         tree_counts=scheduler.tree_counts(),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
@@ -78,12 +79,12 @@ def activity_of(summaries: Iterable[Summary], labels: Sequence[str]) -> list[Act
     return [span for summary in summaries for span in spans_of(summary.stats.id, summary.tracks, labels)]
 
 
-def _transfers(summaries: Iterable[Summary], role: Role) -> TransferCounts:
-    """What the instances of a role have sent, together."""
+def _transfers(summaries: Iterable[Summary], sender: Role, receiver: Role) -> TransferCounts:
+    """What the instances of a role have sent, together. Those of the other know what came too late."""
     total = TransferCounts()
     for summary in summaries:
-        if summary.stats.role == role:
+        if summary.stats.role == sender:
             total += summary.sent
-        else:
+        if summary.stats.role == receiver:
             total.overtaken += summary.num_overtaken
     return total

@@ -6,6 +6,7 @@ from memserve.kvcache import address
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import Allocator
 from memserve.kvcache.errors import StaleAddress
+from memserve.kvcache.inputs import as_addrs
 
 
 class AddressBook:
@@ -49,9 +50,7 @@ class AddressBook:
 
     def resolve(self, addrs: np.ndarray) -> np.ndarray:
         """Block numbers, int32 [n], of addresses (int64 [n]). Raises StaleAddress, naming the first bad one."""
-        addrs = np.asarray(addrs)
-        if addrs.dtype != np.int64 or addrs.ndim != 1:
-            raise ValueError(f"addresses of dtype {addrs.dtype}, shape {addrs.shape}: expected int64 [n]")
+        addrs = as_addrs(addrs)
         places = addrs & (address.MAX_BLOCKS - 1)
         if self._allocator.num_dram_blocks:
             places += np.where(address.medium_of(addrs) == Medium.DRAM, self._allocator.num_blocks, 0)

@@ -210,6 +210,7 @@ class BlockPool:
 
     def retain(self, blocks: np.ndarray, holder: Holder) -> None:
         self.allocator.retain(blocks, holder)
+        self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
 
     def release(self, blocks: np.ndarray, holder: Holder) -> None:
         self.allocator.release(blocks, holder)

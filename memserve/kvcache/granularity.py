@@ -65,6 +65,13 @@ class Granularity(ABC):
         g, dtype = self._geometry, str(self._geometry.dtype).removeprefix("torch.")
         return Geometry(g.num_layers, g.block_size, self._num_heads, g.head_dim, dtype, self._layout.name)
 
+    def check(self, layout: Layout, geometry: CacheGeometry) -> None:
+        """Raises ValueError for blocks of another shape than this was made for."""
+        if (layout.name, geometry) != (self._layout.name, self._geometry):
+            raise ValueError(
+                f"granularity for {self._layout.name} blocks of {self._geometry}: expected {layout.name}, {geometry}"
+            )
+
     @property
     def _num_heads(self) -> int:
         """The whole model's kv heads."""

@@ -80,7 +80,7 @@ class HashIndex(Index):
         eviction: Eviction | None = None,
         num_hbm_blocks: int | None = None,
     ) -> None:
-        del num_hbm_blocks  # its blocks stay where they are
+        del num_hbm_blocks  # it offers none to be moved, and follows those that their holders move
         self._block_size = require_block_size(block_size)
         self._block_bytes = 4 * block_size
         self._refcounts = refcounts
@@ -89,6 +89,7 @@ class HashIndex(Index):
 
     def _reset(self) -> None:
         self._entries: dict[bytes, HashEntry] = {}
+        self._entry_of: dict[int, HashEntry] = {}  # by block
         self._leaves: EvictionQueue[HashEntry] = EvictionQueue(self._eviction)
         self._num_operations = 0
 
@@ -121,7 +122,7 @@ class HashIndex(Index):
                 start = len(path) * self._block_bytes
                 own = data[start : start + self._block_bytes]
                 entry = HashEntry(digest, own, start // 4, block, parent, self._num_operations)
-                self._entries[digest] = entry
+                self._entries[digest] = self._entry_of[block] = entry
                 new.append(block)
             else:
                 entry.use(self._num_operations)
@@ -160,6 +161,13 @@ class HashIndex(Index):
             self._leaves.offer(leaf)
         return _blocks_of(gone)
 
+    def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
+        entries = [self._entry_of.pop(block) for block in blocks.tolist()]
+        for entry, block in zip(entries, moved_to.tolist(), strict=True):
+            before, entry.block = entry.block, block
+            self._entry_of[block] = entry
+            self.log.moved(entry, np.array([before]), np.array([block]))
+
     def clear(self) -> np.ndarray:
         gone = _blocks_of(list(self._entries.values()))
         self._reset()
@@ -197,7 +205,7 @@ class HashIndex(Index):
     def _remove(self, entry: HashEntry) -> None:
         """Forgets an entry. Its parent, when that became a leaf, can go next."""
         self.log.removed(entry, [entry.block])
-        del self._entries[entry.digest]
+        del self._entries[entry.digest], self._entry_of[entry.block]
         self._leaves.forget(entry)
         if entry.parent is not None:
             del entry.parent.children[entry.digest]

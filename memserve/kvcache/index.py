@@ -55,8 +55,10 @@ class Index(ABC):
     def delete(self, tokens: np.ndarray) -> np.ndarray:
         """Forgets the prompt `tokens`, what continues it, and the part of its prefix that serves no other prompt.
 
-        Returns those blocks, int32 [n]; a block that a request still holds leaves the index like the others. Does
-        nothing for a prompt that was never inserted.
+        Returns those blocks, int32 [n]; a block that a request still holds leaves the index like the others. An index
+        does not remember what was inserted, so the rest of a prompt that is cached in part counts as evicted: the part
+        goes, even if it was inserted as a shorter prompt, unless another prompt continues it. Does nothing for a prompt
+        of which nothing is cached.
         """
 
     @abstractmethod

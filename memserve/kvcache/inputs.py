@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import INDEX, Holder
 
 Tokens = np.ndarray | Sequence[int]
@@ -15,6 +16,21 @@ def count_of(value: int, name: str = "num_blocks") -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise ValueError(f"{name}={value!r}: expected an integer >= 0")
     return int(value)
+
+
+def medium_of(value: Medium | int) -> Medium:
+    """A medium, or its number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value not in set(Medium):
+        raise ValueError(f"medium={value!r}: expected {' or '.join(map(str, Medium))}")
+    return Medium(value)
+
+
+def as_addrs(addrs: np.ndarray | Sequence[int]) -> np.ndarray:
+    """int64 [n] from an array or a list of addresses. Raises ValueError for anything else."""
+    array = np.asarray(addrs)
+    if array.ndim != 1 or (array.size and array.dtype != np.int64):
+        raise ValueError(f"addresses of dtype {array.dtype}, shape {array.shape}: expected int64 [n]")
+    return array.astype(np.int64)
 
 
 def named(holder: Holder) -> Holder:

@@ -29,6 +29,8 @@ class CacheGeometry:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer >= 1")
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"dtype={self.dtype!r}: expected a torch.dtype")
 
     @property
     def block_bytes(self) -> int:

@@ -20,7 +20,7 @@ from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine
 from memserve.kvcache.errors import NotHeld
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.inputs import Tokens, as_tokens, count_of, named
+from memserve.kvcache.inputs import Tokens, as_addrs, as_tokens, count_of, medium_of, named
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
@@ -59,22 +59,17 @@ class MemPool:
         incarnation: int = 0,
         engine: Callable[[BlockCopier], CopyEngine] = AtOnce,
     ) -> None:
-        self.geometry = geometry
-        self.layout = layout
-        self.incarnation = incarnation
+        count_of(num_blocks), count_of(num_dram_blocks, "num_dram_blocks"), count_of(incarnation, "incarnation")
+        self.geometry, self.layout, self.incarnation = geometry, layout, incarnation
         self._now_ns = 0
         self._transfers: Transfers | None = None
         device = torch.device(device)
         self.arena = Arena(layout, geometry, num_blocks, device)
         pinned = device.type != "cpu" and num_dram_blocks > 0
         self.dram = Arena(layout, geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)
-        self.blocks = BlockPool(
-            num_blocks,
-            geometry.block_size,
-            index,
-            num_dram_blocks=num_dram_blocks,
-            engine=engine(TwoTiers(self.arena, self.dram, num_blocks)),
-        )
+        copies = engine(TwoTiers(self.arena, self.dram, num_blocks))
+        size = geometry.block_size
+        self.blocks = BlockPool(num_blocks, size, index, num_dram_blocks=num_dram_blocks, engine=copies)
         self._book = AddressBook(self.blocks.allocator, incarnation)
         self._swaps = SwapTickets(self.blocks, self._book)
 
@@ -98,12 +93,7 @@ class MemPool:
     ) -> Ticket: ...
 
     def alloc_mem(
-        self,
-        num_blocks: int,
-        medium: Medium | Placement = Medium.HBM,
-        *,
-        instance: int | None = None,
-        holder: Holder,
+        self, num_blocks: int, medium: Medium | Placement = Medium.HBM, *, instance: int | None = None, holder: Holder
     ) -> np.ndarray | Ticket:
         """Addresses, int64 [num_blocks], of new blocks held by `holder`. What is only cached makes room as needed.
 
@@ -116,16 +106,17 @@ class MemPool:
         if instance is not None and instance != self.incarnation:
             if isinstance(medium, Placement):
                 raise ValueError(f"medium={medium} on instance {instance}: expected one medium for blocks elsewhere")
-            return self.transfers.reserve(self._peer(instance), count, medium, holder, self._now_ns)
+            return self.transfers.reserve(self._peer(instance), count, medium_of(medium), holder, self._now_ns)
         if medium == Placement.MIXED:
             return self.addresses(alloc_mixed(self.blocks, count, holder))
-        return self.addresses(self.blocks.alloc(count, holder, Medium(medium)))
+        return self.addresses(self.blocks.alloc(count, holder, medium_of(medium)))
 
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld.
 
         Of addresses that `holder` has reserved on another instance: they are free when that has heard of it.
         """
+        addrs = as_addrs(addrs)
         if self._transfers is not None and self._book.are_elsewhere(addrs):
             self._transfers.free_reserved(addrs, named(holder), self._now_ns)
             return
@@ -183,15 +174,21 @@ class MemPool:
         """Brings blocks that `holder` holds from DRAM back to HBM; the ticket's addrs are all of them as they are then.
 
         Those in HBM stay. The old addresses of the others are stale at its end unless somebody else holds them. It
-        fails if `holder` gives some up before. Raises OutOfBlocks, NotHeld, StaleAddress, and ValueError for a block
-        given twice or on its way already, with nothing moved.
+        fails if `holder` gives some up before; its addrs are those of the rest then. Raises OutOfBlocks, NotHeld,
+        StaleAddress, and ValueError for a block given twice or on its way already, with nothing moved.
         """
         return self._swaps.swap_in(self.resolve(addrs), named(holder))
 
     def connect(
         self, transport: Transport, granularity: Granularity, timeouts: Timeouts, *, headroom_blocks: int = 0
     ) -> None:
-        """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`."""
+        """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`.
+
+        Raises ValueError for a second time, and for a granularity that was made for blocks of another shape.
+        """
+        if self._transfers is not None:
+            raise ValueError("this pool is connected already: expected one connect(..)")
+        granularity.check(self.layout, self.geometry)
         memories = [self.arena.tensor, self.dram.tensor]
         self._transfers = Transfers(
             self.blocks, self._book, transport, memories, granularity, timeouts, headroom_blocks
@@ -222,7 +219,7 @@ class MemPool:
         """
         if flags.insert:
             raise ValueError("flags.insert: expected transfer_with_insert, which names the tokens")
-        unnamed = np.zeros(len(src_addrs) * self.block_size, dtype=np.int32)
+        unnamed = np.zeros(len(as_addrs(src_addrs)) * self.block_size, dtype=np.int32)
         return self._start(instance, unnamed, src_addrs, dst_addrs, flags, private)
 
     def transfer_with_insert(
@@ -252,7 +249,8 @@ class MemPool:
         private: bytes,
     ) -> Ticket:
         blocks, peer = self.resolve(src_addrs), self._peer(instance)
-        return self.transfers.start(peer, tokens, blocks, flags, private, self._now_ns, addrs=dst_addrs)
+        target = None if dst_addrs is None else as_addrs(dst_addrs)
+        return self.transfers.start(peer, tokens, blocks, flags, private, self._now_ns, addrs=target)
 
     def _peer(self, instance: int) -> int:
         """Raises ValueError for an instance that the transport does not know."""

@@ -17,7 +17,7 @@ from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.kvcache.protocol import Action, ReceiverEvent, ReceiverState, receiver_step
-from memserve.kvcache.reservations import Reservations
+from memserve.kvcache.reservations import Reservations, difference_of
 from memserve.kvcache.sending import DECLINED, Send
 from memserve.kvcache.ticket import Arrival, Timeouts
 from memserve.messages import (
@@ -132,11 +132,15 @@ class Receiving:
     def settle(self, arrival: Arrival, heir: Holder | None) -> None:
         """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).
 
-        heir: takes over everything that the ticket holds.
+        heir: takes over everything that the ticket holds; of that it may hold some already. Raises ValueError for an
+        arrival that was settled before.
         """
+        if arrival.ticket_id not in self.tickets:
+            raise ValueError(f"arrival of ticket {arrival.ticket_id}: expected one that was not settled before")
         incoming = self.tickets.pop(arrival.ticket_id)
         if heir is not None:
-            self._pool.retain(self._pool.allocator.held_by(incoming.holder), heir)
+            arrived, held = (self._pool.allocator.held_by(holder) for holder in (incoming.holder, heir))
+            self._pool.retain(arrived[~np.isin(arrived, held)], heir)
         if not incoming.ask.pinned:
             self._pool.release_all(incoming.holder)
         self._remember(arrival.ticket_id, ReceiverState.DONE)
@@ -173,14 +177,12 @@ class Receiving:
 
     def _why_never(self, ask: Ask) -> str:
         """Why an Ask can never be granted here, or ""."""
-        for name in ask.geometry.__struct_fields__:
-            theirs, ours = getattr(ask.geometry, name), getattr(self._geometry, name)
-            if theirs != ours:
-                return f"{name}={theirs!r}: the receiver has {name}={ours!r}"
+        if difference := difference_of(ask.geometry, self._geometry):
+            return difference
         if ask.addrs and self._reservations.blocks_of(ask.ticket[0], unpack_times(ask.addrs)) is None:
             return "dst_addrs: not all of them are reserved by the sender"
         capacity = self._pool.allocator.num_dram_blocks if ask.medium == Medium.DRAM else self._pool.num_blocks
-        if ask.num_blocks > capacity:
+        if ask.num_blocks > capacity and not ask.addrs:
             return f"{ask.num_blocks} blocks: the receiver has {capacity} in {Medium(ask.medium).name}"
         return ""
 

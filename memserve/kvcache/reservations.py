@@ -19,7 +19,7 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks, StaleAddress
 from memserve.kvcache.sending import Send
 from memserve.kvcache.ticket import Ticket, TicketState, Timeouts
-from memserve.messages import PoolSize, Refuse, Release, Released, Reserve, Reserved, pack_times, unpack_times
+from memserve.messages import Geometry, PoolSize, Refuse, Release, Released, Reserve, Reserved, pack_times, unpack_times
 
 TicketId = tuple[int, int]
 ReservationMessage = Reserve | Reserved | Release | Released
@@ -63,11 +63,21 @@ class _Freed:
     retry_ns: int
 
 
+def difference_of(theirs: Geometry, ours: Geometry) -> str:
+    """The first thing in which a sender's blocks differ from a receiver's, named with both values; "" if none."""
+    for name in ours.__struct_fields__:
+        if getattr(theirs, name) != getattr(ours, name):
+            return f"{name}={getattr(theirs, name)!r}: the receiver has {name}={getattr(ours, name)!r}"
+    return ""
+
+
 class Reservations:
     """Both sides of one pool. size: what the others are told of it.  send: takes (incarnation, message)."""
 
-    def __init__(self, pool: BlockPool, size: PoolSize, book: AddressBook, timeouts: Timeouts, send: Send) -> None:
-        self._size = size
+    def __init__(
+        self, pool: BlockPool, size: PoolSize, book: AddressBook, geometry: Geometry, timeouts: Timeouts, send: Send
+    ) -> None:
+        self._size, self._geometry = size, geometry
         self._pool, self._book, self._timeouts, self._send = pool, book, timeouts, send
         self._wanted: dict[TicketId, _Wanted] = {}
         self._owned: dict[TicketId, _Owned] = {}
@@ -85,7 +95,7 @@ class Reservations:
         self, host: int, ticket_id: TicketId, num_blocks: int, medium: Medium, holder: Holder, now_ns: int
     ) -> Ticket:
         """Asks `host` for blocks. The ticket's addrs are their addresses once it is DONE."""
-        ticket, message = Ticket(ticket_id, _NO_ADDRS), Reserve(ticket_id, num_blocks, int(medium))
+        ticket, message = Ticket(ticket_id, _NO_ADDRS), Reserve(ticket_id, num_blocks, int(medium), self._geometry)
         deadline_ns, retry_ns = now_ns + self._timeouts.patience_ns, now_ns + self._timeouts.retry_ns
         self._wanted[ticket_id] = _Wanted(ticket, host, message, holder, deadline_ns, retry_ns)
         self._send(host, message)
@@ -196,6 +206,9 @@ class Reservations:
         owner, ticket_id = message.ticket[0], message.ticket
         if ticket_id in self._over:
             self._send(owner, Refuse(ticket_id, "the reservation was given up"))
+            return
+        if difference := difference_of(message.geometry, self._geometry):
+            self._send(owner, Refuse(ticket_id, difference))
             return
         if ticket_id not in self._hosted:
             try:

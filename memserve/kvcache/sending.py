@@ -139,7 +139,8 @@ class Sending:
             out.targets, out.num_held = unpack_times(message.addrs), message.num_held
             out.target_pool = message.pool
             out.deadline_ns = now_ns + self._timeouts.deadline_ns
-        out.ticket.refused = isinstance(message, Refuse)
+        if isinstance(message, Refuse) and out.state is not SenderState.DRAINING:
+            out.ticket.refused = True
         reason = message.reason if isinstance(message, Refuse | Abandon) else ""
         self.event(out, event, now_ns, reason)
 

@@ -45,9 +45,9 @@ class SwapTickets:
 
         def end() -> None:
             here = swap.replaced(blocks)
-            if np.isin(here, self._blocks.allocator.held_by(holder)).all():
-                ticket.addrs, ticket.state = self._book.addresses(here), TicketState.DONE
-            else:
+            held = np.isin(here, self._blocks.allocator.held_by(holder))
+            ticket.addrs, ticket.state = self._book.addresses(here[held]), TicketState.DONE
+            if not held.all():
                 ticket.reason, ticket.state = f"{holder} gave up blocks before they were here", TicketState.FAILED
 
         self._ends_with(swap, ticket, end)

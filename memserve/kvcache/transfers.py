@@ -15,6 +15,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.inputs import medium_of
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
 from memserve.kvcache.receiving import Incoming, Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
@@ -48,7 +49,7 @@ class Transfers:
         self._outbox: list[tuple[int, PoolMessage]] = []
         self._sending = Sending(pool, transport, granularity, timeouts, self._send)
         size = PoolSize(pool.allocator.num_blocks, pool.allocator.num_dram_blocks, granularity.num_ranks)
-        self._reservations = Reservations(pool, size, book, timeouts, self._send)
+        self._reservations = Reservations(pool, size, book, self.geometry, timeouts, self._send)
         self._receiving = Receiving(
             pool, size, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
         )
@@ -68,6 +69,11 @@ class Transfers:
     def num_open(self) -> int:
         """Tickets of either side that still hold blocks or wait for an outcome, and answers to reservations."""
         return len(self._sending.tickets) + len(self._receiving.tickets) + self._reservations.num_open
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether senders wait for room here, which `poll` grants as soon as there is some."""
+        return any(i.state is ReceiverState.WAITING for i in self._receiving.tickets.values())
 
     @property
     def open_asks(self) -> list[Ask]:
@@ -104,6 +110,9 @@ class Transfers:
             raise ValueError(f"transfer to instance {peer}: expected another instance")
         if not needed or len(blocks) != needed:
             raise ValueError(f"{len(blocks)} blocks for {len(tokens)} tokens: expected {needed}, at least 1")
+        if len(np.unique(blocks)) != len(blocks):
+            raise ValueError(f"src blocks {blocks.tolist()}: expected each once")
+        medium_of(options.medium)
         if not options.on_demand and addrs is None:
             raise ValueError("dst_addrs=None: expected addresses, or flags.on_demand")
         if addrs is not None and len(addrs) != needed:
@@ -114,9 +123,9 @@ class Transfers:
             options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
         layers = self.geometry.num_layers
-        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if addrs is not None and options.insert:
             self._reservations.note_inserted(peer, addrs)
+        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if peer in self._gone:
             self._sending.peer_gone(peer, now_ns)
         return ticket

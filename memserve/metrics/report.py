@@ -4,7 +4,7 @@ Its keys are an interface: plots, comparisons and other programs read them. Time
 exist (no request finished, no second token) is null. Knows no files.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -68,6 +68,7 @@ def build_report(
     wall_s: float,
     p_to_d: TransferCounts = _NO_TRANSFERS,
     d_to_p: TransferCounts = _NO_TRANSFERS,
+    between: TransferCounts = _NO_TRANSFERS,
     turns_over_context: int = 0,
     turns_not_sent: int = 0,
     quarantined_blocks: int = 0,
@@ -79,12 +80,13 @@ def build_report(
 
     timelines: every request that was submitted. Latencies are of those that succeeded; token counts of all that an
     instance began.  wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
+    p_to_d, d_to_p: sent by prefill and by decode instances.  between: by colocated ones, to each other.
     tree_counts: of the global scheduler's prompt trees.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
     makespan_s = formulas.makespan_s(timelines)
     tokens = _tokens(_begun(timelines))
-    rows = [_instance(stats, timelines, makespan_s) for stats in instances]
+    rows = _instances(instances, timelines, makespan_s)
     return {
         "num_requests": len(timelines),
         "num_finished": len(succeeded),
@@ -98,7 +100,7 @@ def build_report(
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
-        "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p)},
+        "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p), "between": _transfers(between)},
         "fetches": _fetches(timelines),
         "instances": rows,
         "skew": _skew(rows),
@@ -191,10 +193,22 @@ def _throughput(tokens: dict[str, int], num_succeeded: int, makespan_s: float | 
     }
 
 
-def _instance(stats: InstanceStats, timelines: Sequence[RequestTimeline], makespan_s: float | None) -> Report:
-    """One row of `instances`: its own counts, and its part of the requests that it prefilled or decoded."""
-    begun = [part for whole in _begun(timelines) if (part := _part_of(stats.id, whole)) is not None]
-    refused = sum(t.instance == stats.id and (t.stats is None or t.stats.first_scheduled_ns is None) for t in timelines)
+def _instances(
+    instances: Sequence[InstanceStats], timelines: Sequence[RequestTimeline], makespan_s: float | None
+) -> list[Report]:
+    """The rows of `instances`. The requests are walked once for all of them: both may be many."""
+    begun = defaultdict[str, list[RequestStats]](list)
+    for whole in _begun(timelines):
+        for instance in {whole.instance, whole.decode_instance} - {""}:
+            begun[instance].append(_part_of(instance, whole))
+    refused = Counter(t.instance for t in timelines if t.stats is None or t.stats.first_scheduled_ns is None)
+    return [_instance(stats, begun[stats.id], refused[stats.id], makespan_s) for stats in instances]
+
+
+def _instance(
+    stats: InstanceStats, begun: Sequence[RequestStats], num_refused: int, makespan_s: float | None
+) -> Report:
+    """One row: its own counts, and its part of the requests that it prefilled or decoded."""
     tokens = _tokens(begun)
     counts = asdict(stats)
     busy_s = to_s(counts.pop("busy_ns"))
@@ -203,7 +217,7 @@ def _instance(stats: InstanceStats, timelines: Sequence[RequestTimeline], makesp
         "role": str(counts.pop("role")),
         "busy_s": busy_s,
         "utilisation": formulas.ratio(busy_s, makespan_s),
-        "num_requests": len(begun) + refused,
+        "num_requests": len(begun) + num_refused,
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "preemptions": sum(request.num_preemptions for request in begun),
@@ -211,14 +225,12 @@ def _instance(stats: InstanceStats, timelines: Sequence[RequestTimeline], makesp
     }
 
 
-def _part_of(instance: str, stats: RequestStats) -> RequestStats | None:
-    """What one instance did for a request: all of it, up to the first token, or what came after it; None: nothing."""
+def _part_of(instance: str, stats: RequestStats) -> RequestStats:
+    """What one of its instances did for a request: all of it, up to the first token, or what came after it."""
     first_tokens = stats.num_generated if stats.decode_instance in ("", stats.instance) else 1
     if stats.instance == instance:
         preemptions = stats.num_preemptions - stats.num_preemptions_on_decode
         return replace(stats, num_generated=first_tokens, num_preemptions=preemptions, num_computed_on_decode=0)
-    if stats.decode_instance != instance:
-        return None
     return replace(
         stats,
         num_prompt=0,

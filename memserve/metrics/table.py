@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from memserve.metrics.report import Report
@@ -52,6 +53,8 @@ _COMPARED = (
     _Row("tokens D -> P", ("transfers", "d_to_p", "tokens"), "count"),
     _Row("MB D -> P", ("transfers", "d_to_p", "bytes"), "mega"),
     _Row("network calls D -> P", ("transfers", "d_to_p", "calls"), "count"),
+    _Row("tokens between colocated", ("transfers", "between", "tokens"), "count"),
+    _Row("MB between colocated", ("transfers", "between", "bytes"), "mega"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
@@ -79,7 +82,7 @@ def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
     table = _plain_table(title)
     table.add_column("", no_wrap=True)
     for name in reports:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(escape(name), justify="right", overflow="fold")
     for label, *cells in comparison_rows(reports):
         table.add_row(label, *cells)
     return table
@@ -97,7 +100,7 @@ def print_points(reports: Mapping[str, Report], title: str = "", console: Consol
     for row in _POINTS:
         table.add_column(row.label, justify="right")
     for name, report in reports.items():
-        table.add_row(name, *(_cell(report, row) for row in _POINTS))
+        table.add_row(escape(name), *(_cell(report, row) for row in _POINTS))
     (console or _standard_output()).print(table)
 
 
@@ -152,7 +155,7 @@ def _standard_output() -> Console:
 
 def _plain_table(title: str = "", *, show_header: bool = True) -> Table:
     return Table(
-        title=title or None,
+        title=escape(title) or None,  # a word of a command line may have brackets
         title_justify="left",
         title_style="bold",
         show_header=show_header,
@@ -222,9 +225,9 @@ def _totals_table(report: Report) -> Table:
 
 
 def _transfer_texts(report: Report) -> dict[str, str]:
-    """What moved each way, where anything did or should have."""
+    """What moved each way and between colocated instances, where anything did or should have."""
     texts = {}
-    for label, key in (("P -> D", "p_to_d"), ("D -> P", "d_to_p")):
+    for label, key in (("P -> D", "p_to_d"), ("D -> P", "d_to_p"), ("between", "between")):
         counts = report["transfers"][key]
         if any(counts.values()):
             lost = ", ".join(f"{_count(counts[k])} {k}" for k in ("declined", "overtaken", "failed") if counts[k])

@@ -217,7 +217,8 @@ class GlobalScheduler:
     def _finish(self, routed: Routed, message: Finished, now_ns: int) -> None:
         if FinishReason(message.reason).succeeded:
             for role in self._mode.roles:
-                self._learn(routed, role, routed.num_generated, now_ns)
+                if role is not Role.DECODE or routed.num_generated > 1:  # one alone is the prefill's
+                    self._learn(routed, role, routed.num_generated, now_ns)
         self._end(routed, message, now_ns)
 
     def _end(self, routed: Routed, message: Finished, now_ns: int) -> None:

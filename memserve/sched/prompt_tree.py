@@ -73,7 +73,8 @@ class Optimistic(PromptIndex):
     pool does, as far as both see the same order. Raises ValueError for values out of range.
 
     A (row, node) pair has an entry in the row's heap under the time at which it was first seen; a pair that was used
-    since goes back under its new time when it comes up, so that using a prefix costs no heap operation.
+    since goes back under its new time when it comes up, so that using a prefix costs no heap operation. The entry goes
+    with what is forgotten: one left behind would count again if the row came to hold the node once more.
     """
 
     def __init__(self, num_rows: int, block_size: int, ttl_s: float = 300.0, max_blocks: int = MANY_BLOCKS) -> None:
@@ -95,16 +96,25 @@ class Optimistic(PromptIndex):
         """Notes or renews a prefix, then makes room for it. Time does not go back."""
         self._expire(now_ns - self._ttl_ns)
         grown = self._tree.hold(row, self._whole_blocks(tokens), now_ns)
-        for node in grown.nodes:
-            self._enter(row, node)
         for head in grown.heads:
-            self._enter_for_all(head)
+            self._enter_for_all(head)  # the row among them
+        for node in grown.nodes:
+            if node not in grown.heads:
+                self._enter(row, node)
         while (surplus := self._tree.num_blocks[row] - self._max_blocks) > 0:
             self.num_evicted_blocks += self._forget_oldest(row, surplus)
 
     def purge(self, row: int) -> None:
         super().purge(row)
         self._oldest[row].clear()
+
+    def check(self) -> None:
+        super().check()
+        for row, heap in enumerate(self._oldest):
+            held = [node for *_, node in heap if row in node.seen]
+            assert len(held) == len(set(held)), f"row {row} has two entries for a node"
+            num_blocks = sum(len(node.edge) for node in held) // self._tree.block_bytes
+            assert num_blocks == self._tree.num_blocks[row], f"row {row} has no entry for a node that it holds"
 
     def _expire(self, before_ns: int) -> None:
         if self._first_ns >= before_ns:
@@ -132,7 +142,7 @@ class Optimistic(PromptIndex):
     def _forget_oldest(self, row: int, at_most: int) -> int:
         """Forgets the least recently used blocks of a row, deepest first, at most so many; returns how many."""
         self._settle(row)
-        _, _, _, node = self._oldest[row][0]
+        _, _, _, node = heapq.heappop(self._oldest[row])
         num_blocks = len(node.edge) // self._tree.block_bytes
         if num_blocks > at_most:
             head = self._tree.split(node, len(node.edge) - at_most * self._tree.block_bytes)

@@ -8,12 +8,14 @@ Whoever waits for a copy is not in anybody's way. When it has ended, a request t
 one that waited for another's looks for it in the index again.
 """
 
+import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from memserve.kvcache.swaps import Swap
 from memserve.request import Phase, Request
-from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.queue_policy import FCFS, QueuePolicy
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,88 @@ class _Parked:
     is_own: bool
 
 
+class Waiting(ABC):
+    """New requests in a queue policy's order; of equal ones that first which was added first."""
+
+    def __init__(self, queue: QueuePolicy) -> None:
+        self._queue = queue
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def append(self, request: Request) -> None:
+        """Takes a request in."""
+
+    @abstractmethod
+    def remove(self, request: Request) -> None:
+        """Takes a request out, which is here."""
+
+    @abstractmethod
+    def first(self, num_cached: Callable[[Request], int]) -> Request | None:
+        """Who is asked next; it stays here. num_cached: tokens of a request in the index."""
+
+
+class ByIndex(Waiting):
+    """Of an order that may look at the index, which changes between two steps: all keys are computed each time."""
+
+    def __init__(self, queue: QueuePolicy) -> None:
+        super().__init__(queue)
+        self._requests: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def append(self, request: Request) -> None:
+        self._requests.append(request)
+
+    def remove(self, request: Request) -> None:
+        self._requests.remove(request)
+
+    def first(self, num_cached: Callable[[Request], int]) -> Request | None:
+        return min(self._requests, key=lambda r: self._queue.key(r, num_cached), default=None)
+
+
+class ByArrival(Waiting):
+    """Of FCFS, whose keys stay what they are: a heap, in which the entry of one taken out stays until it comes up."""
+
+    def __init__(self, queue: FCFS) -> None:
+        super().__init__(queue)
+        self._heap: list[tuple[float, int, Request]] = []
+        self._number_of: dict[Request, int] = {}  # of its entry
+        self._num_entries = 0
+
+    def __len__(self) -> int:
+        return len(self._number_of)
+
+    def append(self, request: Request) -> None:
+        self._num_entries += 1
+        self._number_of[request] = self._num_entries
+        heapq.heappush(self._heap, (self._queue.key(request, _not_looked_at), self._num_entries, request))
+
+    def remove(self, request: Request) -> None:
+        del self._number_of[request]
+
+    def first(self, num_cached: Callable[[Request], int]) -> Request | None:
+        while self._heap:
+            _, number, request = self._heap[0]
+            if self._number_of.get(request) == number:
+                return request
+            heapq.heappop(self._heap)
+        return None
+
+
+def _not_looked_at(request: Request) -> int:
+    raise AssertionError("the order of arrival does not depend on the index")
+
+
 class WaitingRoom:
     """queue: which of the new ones is asked next."""
 
     def __init__(self, queue: QueuePolicy) -> None:
-        self.waiting: list[Request] = []
+        self.waiting: Waiting = ByArrival(queue) if type(queue) is FCFS else ByIndex(queue)
         self.returning: list[Request] = []
         self._parked: list[_Parked] = []
-        self._queue = queue
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.returning) + len(self._parked)
@@ -52,7 +128,7 @@ class WaitingRoom:
         """Who is asked next. num_cached: tokens of a request in the index."""
         if self.returning:
             return self.returning[0]
-        return min(self.waiting, key=lambda r: self._queue.key(r, num_cached), default=None)
+        return self.waiting.first(num_cached)
 
     def park(self, request: Request, swap: Swap, *, is_own: bool) -> None:
         """Lets a request that waits here wait for a swap."""
@@ -68,14 +144,17 @@ class WaitingRoom:
         for parked in own:
             parked.swap.replace_in(parked.request.block_table)
         self.returning[:0] = [parked.request for parked in own]
-        self.waiting += [parked.request for parked in ready if not parked.is_own]
         for parked in ready:
             parked.request.phase = Phase.WAITING
+            if not parked.is_own:
+                self.waiting.append(parked.request)
         return bool(ready)
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is."""
         if request.phase is Phase.SWAPPING_IN:
             self._parked = [parked for parked in self._parked if parked.request is not request]
+        elif request in self.returning:
+            self.returning.remove(request)
         else:
-            (self.returning if request in self.returning else self.waiting).remove(request)
+            self.waiting.remove(request)

@@ -22,14 +22,16 @@ class InProcess(Transport):
     def __init__(self, link: LinkModel) -> None:
         self.link = link
         self._memories: dict[int, list[torch.Tensor | None]] = {}
+        self._taken: set[int] = set()  # numbers of all that were ever attached
         self._under_way: list[tuple[int, int, MoveId, Move, int]] = []  # a heap by time of arrival
         self._arrived: dict[int, list[Arrived]] = defaultdict(list)
         self._free_ns: dict[tuple[str, int, int], int] = {}  # when a port, or a pair's link, is free
         self._num_posted = 0
 
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
-        if endpoint in self._memories:
+        if endpoint in self._taken:
             raise ValueError(f"endpoint {endpoint} is attached already: expected a number never used before")
+        self._taken.add(endpoint)
         self._memories[endpoint] = list(memories)
 
     def knows(self, endpoint: int) -> bool:

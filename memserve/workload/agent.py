@@ -63,7 +63,7 @@ class AgentWorkload(Workload):
         if not self._prompt_path.is_file():
             raise ValueError(f"workload.prompt_path={str(self._prompt_path)!r}: no such file")
         few_shot = self._prompt_path.read_text(encoding="utf-8")
-        records = list(iter_records(self._path, {"id": str, "question": str, "steps": list}))[: self._num_sessions]
+        records = list(iter_records(self._path, {"question": str, "steps": list}))[: self._num_sessions]
         if len(records) < (self._num_sessions or 1):
             raise ValueError(f"num_sessions={self._num_sessions}, but {self._path} holds {len(records)} trajectories")
         rng = np.random.default_rng(require_count("seed", seed, 0))

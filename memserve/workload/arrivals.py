@@ -12,6 +12,8 @@ import numpy as np
 from memserve.clock import NS_PER_S
 from memserve.workload.checks import require_count, require_number
 
+MAX_ARRIVAL_S = 2**62 / NS_PER_S  # 146 years; an int64 leaves as many to what comes after the last arrival
+
 
 class Arrivals(ABC):
     """An arrival process. `concurrency` is set by closed-loop ones alone."""
@@ -35,7 +37,7 @@ class Poisson(Arrivals):
 
     def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
         assert rate is not None
-        return _cumulative_ns(rng.exponential(1.0 / rate, num_sessions))
+        return _cumulative_ns(rng.exponential(1.0 / rate, num_sessions), rate)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Gamma(Arrivals):
     def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
         assert rate is not None
         shape = self.cv**-2
-        return _cumulative_ns(rng.gamma(shape, 1.0 / (rate * shape), num_sessions))
+        return _cumulative_ns(rng.gamma(shape, 1.0 / (rate * shape), num_sessions), rate)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class ClosedLoop(Arrivals):
         return np.zeros(num_sessions, dtype=np.int64)
 
 
-def _cumulative_ns(gaps_s: np.ndarray) -> np.ndarray:
-    """float64 [n] gaps in seconds -> int64 [n] times in nanoseconds."""
-    times_ns: np.ndarray = np.rint(np.cumsum(gaps_s) * NS_PER_S).astype(np.int64)
+def _cumulative_ns(gaps_s: np.ndarray, rate: float) -> np.ndarray:
+    """float64 [n] gaps in seconds -> int64 [n] times in nanoseconds. Raises ValueError when they go beyond those."""
+    times_s = np.cumsum(gaps_s)
+    if not np.all(times_s < MAX_ARRIVAL_S):
+        raise ValueError(f"rate={rate!r}: {len(gaps_s)} sessions do not arrive within 146 years; expected a higher one")
+    times_ns: np.ndarray = np.rint(times_s * NS_PER_S).astype(np.int64)
     return times_ns

@@ -89,7 +89,7 @@ class ChatWorkload(Workload):
     def _conversations(self) -> Iterator[Conversation]:
         """The conversations to play. Reads the file only as far as it must."""
         num_good, errors = 0, list[BadConversation]()
-        for conversation in iter_conversations(self._path):
+        for conversation in map(self._checked, iter_conversations(self._path)):
             if num_good == self._num_sessions:
                 break
             if isinstance(conversation, Conversation):
@@ -105,21 +105,29 @@ class ChatWorkload(Workload):
             wanted = f"num_sessions={self._num_sessions}" if self._num_sessions else "at least one session"
             raise ValueError(f"{wanted}, but {self._path} holds {num_good} conversations ({len(errors)} skipped)")
 
+    def _checked(self, conversation: Conversation | BadConversation) -> Conversation | BadConversation:
+        """The same; where lengths are the file's, one that lacks the answer of a turn to play is a bad one."""
+        if self._from_file and isinstance(conversation, Conversation):
+            for number, turn in enumerate(conversation.turns[: self._max_turns], start=1):
+                if turn.answer is None:
+                    where = f"{conversation.where}, turn {number}"
+                    return BadConversation(f"{where}: no answer to take the length from; expected output_length=free")
+        return conversation
+
     def _session(self, conversation: Conversation, arrival_ns: int, tokenizer: ChatTokenizer) -> Session:
         turns = []
         for number, turn in enumerate(conversation.turns[: self._max_turns]):
             messages = _to_template(turn.messages, self._tool_role)
             tokens = tokenizer.next_turn(messages) if number else tokenizer.chat_prompt(messages)
-            params = self._params_for(turn.answer, tokenizer, f"{conversation.where}, turn {number + 1}")
+            params = self._params_for(turn.answer, tokenizer)
             turns.append(Turn(tokens, params, self._think_time_ns if number else 0))
         suffix, eos_token_ids = tokenizer.turn_suffix, tokenizer.eos_token_ids
         return Session(conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids)
 
-    def _params_for(self, answer: str | None, tokenizer: ChatTokenizer, where: str) -> SamplingParams:
+    def _params_for(self, answer: str | None, tokenizer: ChatTokenizer) -> SamplingParams:
         if not self._from_file:
             return self._params
-        if answer is None:
-            raise BadConversation(f"{where}: no answer to take the length from; expected output_length=free")
+        assert answer is not None, "checked as the file was read"
         num_tokens = len(tokenizer.encode(answer)) - len(tokenizer.encode(""))  # without a begin-of-sequence token
         return msgspec.structs.replace(self._params, max_tokens=min(max(num_tokens, 1), self._params.max_tokens))
 

@@ -89,11 +89,21 @@ def _line_entries(data: bytes, path: Path) -> Iterator[tuple[str, object]]:
         if not line.strip():
             continue
         try:
-            yield where, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield where, _bad(where, f"invalid UTF-8 at byte {error.start} of the line")
-        except json.JSONDecodeError as error:
-            yield where, _bad(where, f"malformed JSON at column {error.colno}: {error.msg}; expected one object a line")
+            yield where, parse_line(line, where)
+        except BadConversation as error:
+            yield where, error
+
+
+def parse_line(line: bytes, where: str) -> object:
+    """The JSON value of a line. Raises BadConversation where it is none, or one that Python does not read."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _bad(where, f"invalid UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise _bad(where, f"malformed JSON at column {error.colno}: {error.msg}; expected one object a line") from None
+    except (RecursionError, ValueError) as error:  # too deep; an integer of too many digits
+        raise _bad(where, f"JSON that cannot be read: {error}") from None
 
 
 def _array_entries(data: bytes, path: Path) -> Iterator[tuple[str, object]]:
@@ -112,6 +122,8 @@ def _array_entries(data: bytes, path: Path) -> Iterator[tuple[str, object]]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise _bad(f"{path}:{error.lineno}", f"malformed JSON at column {error.colno}: {error.msg}") from None
+        except (RecursionError, ValueError) as error:  # as in parse_line
+            raise _bad(f"{path}:{line}", f"JSON that cannot be read: {error}") from None
         yield f"{path}:{line}", value
         position = _skip_blanks(text, position)
         more = text.startswith(",", position)
@@ -134,6 +146,7 @@ def _conversation(entry: object, number: int, where: str) -> Conversation:
     conversation_id = entry.get("id", f"{number:05d}")
     if not isinstance(conversation_id, str | int) or isinstance(conversation_id, bool) or conversation_id == "":
         raise _bad(where, f"id={conversation_id!r}: expected a non-empty string or an integer")
+    require_text(where, "id", str(conversation_id))
     messages = _messages(entry, where)
     return Conversation(str(conversation_id), _turns(messages, where), where)
 

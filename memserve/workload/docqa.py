@@ -55,7 +55,7 @@ class DocumentQA(Workload):
         rng = np.random.default_rng(require_count("seed", seed, 0))
         asked = [
             (f"{record['id']}/{number}", turn)
-            for where, record in iter_records(self._path, {"id": str, "document": str, "questions": list})
+            for where, record in iter_records(self._path, {"document": str, "questions": list})
             for number, turn in enumerate(self._turns(where, record, tokenizer))
         ]
         if len(asked) < (self._num_sessions or 1):

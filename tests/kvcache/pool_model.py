@@ -22,13 +22,13 @@ class Block:
 
 class OpenSwap:
     """sources are on their way to targets, for a holder of theirs or for the index.  addrs: once it has ended, where
-    the ticket says that its blocks are; None if it failed.  blocks: that the holder named.
+    the ticket says that its blocks are; those that are held still, if it failed.  blocks: that the holder named.
     """
 
     def __init__(self, number, sources, targets, holder, blocks):
         self.holders = ("swap", number), holder
         self.sources, self.targets, self.blocks = sources, targets, blocks
-        self.is_open, self.addrs = True, None
+        self.is_open, self.failed, self.addrs = True, False, []
 
 
 class PoolModel:
@@ -239,8 +239,8 @@ class PoolModel:
         self.num_swapped_out += len(moved) if swap.targets[0].medium is DRAM else 0
         self.num_swapped_in += len(moved) if swap.targets[0].medium is HBM else 0
         here = [new_place.get(block, block) for block in swap.blocks or new_place]
-        if all(block in self.mine(holder) for block in here) or holder == ("index",):
-            swap.addrs = [block.addr for block in here]
+        left = [block for block in here if holder == ("index",) or block in self.mine(holder)]
+        swap.failed, swap.addrs = len(left) < len(here), [block.addr for block in left]
 
     def move_out(self, holder, blocks):
         """As a request's preemption: those in HBM that no other request uses lie in DRAM then. None: no room."""

@@ -163,9 +163,9 @@ class Side:
 
     def swaps_end_as_the_models(self):
         for swap, ticket in list(self.tickets.items()):
-            state = "open" if swap.is_open else "failed" if swap.addrs is None else "done"
+            state = "open" if swap.is_open else "failed" if swap.failed else "done"
             assert ticket.state == state, f"{ticket} of a swap that is {state}"
-            assert ticket.addrs.tolist() == (swap.addrs or [])
+            assert ticket.addrs.tolist() == swap.addrs
             if not swap.is_open:
                 del self.tickets[swap]
 

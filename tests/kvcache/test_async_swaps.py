@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from kvcache.small_pools import A, B, contents, filled_pool
+from kvcache.small_pools import A, B, contents, filled_pool, make_pool
 
 from memserve.kvcache import BlockCopier, CopyEngine, InVirtualTime, Medium, OnAThread, StaleAddress, address
 
@@ -65,6 +65,16 @@ def test_a_swap_in_fails_when_its_holder_gives_blocks_up_before():
     pool.blocks.release_all(A)
     assert (pool.stats().num_evictable, pool.stats().num_free_dram) == (4, 4)
     pool.check()
+
+
+def test_a_swap_in_that_failed_says_where_the_rest_is():
+    pool = make_pool(num_dram_blocks=4, engine=SLOW)
+    addrs = pool.alloc_mem(2, Medium.DRAM, holder=A)
+    ticket = pool.swap_in(addrs, holder=A)
+    pool.free_mem(addrs[:1], holder=A)
+    assert pool.poll(2 * SECOND) == [ticket] and ticket.state == "failed"
+    pool.free_mem(ticket.addrs, holder=A)
+    assert pool.stats().num_free == 8 and pool.stats().num_free_dram == 4
 
 
 def test_whoever_cannot_wait_ends_the_swaps_that_are_in_the_way():

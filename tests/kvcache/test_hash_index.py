@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from memserve.kvcache import BlockPool
+from memserve.kvcache import BlockPool, Medium
 from memserve.kvcache.hash_index import HashIndex
 
 A = ("request", "a", 0)
@@ -44,3 +44,13 @@ def test_its_keys_are_the_same_in_every_process():
         "a8b2f5ace066b0ffd5f2150532e06618",
         "35ce1b7dc4da8ce51a7591561b3595db",
     ]
+
+
+def test_it_follows_blocks_that_their_holder_moves():
+    pool = BlockPool(4, 2, functools.partial(HashIndex), num_dram_blocks=2)
+    tokens = np.arange(4, dtype=np.int32)
+    pool.publish(tokens, pool.alloc(2, A, Medium.DRAM))
+    pool.swap_in(pool.match(tokens).blocks, A)
+    pool.wait()
+    assert (pool.match(tokens).blocks < 4).all() and pool.stats().num_free_dram == 2
+    pool.check()

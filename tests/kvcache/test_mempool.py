@@ -6,6 +6,7 @@ from kvcache.small_pools import GEOMETRY, A, B, make_pool
 
 from memserve.kvcache import (
     AggregatedLayout,
+    CacheGeometry,
     DiscreteLayout,
     NotHeld,
     NullIndex,
@@ -201,3 +202,25 @@ def test_explain_says_who_holds_a_block_and_what_it_caches():
     assert pool.explain(pool.addresses(np.array([5]))[0]).state == "free"
     assert pool.explain(make_pool(incarnation=4).alloc_mem(1, holder=A)[0]).state == "not of this pool"
     pool.check()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_blocks": -1}, {"num_blocks": 2.0}, {"num_dram_blocks": "8"}, {"incarnation": 1.5}]
+)
+def test_sizes_that_are_none_are_refused_by_name(sizes):
+    ((name, value),) = sizes.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: expected an integer >= 0"):
+        make_pool(**sizes)
+    with pytest.raises(ValueError, match="dtype='float32': expected a torch.dtype"):
+        CacheGeometry(1, 4, 1, 2, "float32")
+
+
+def test_the_peak_counts_cached_blocks_that_requests_use():
+    pool = make_pool()
+    for name in (A, B):
+        tokens = [len(name[1])] * 8 if name is A else list(range(8))
+        pool.insert(tokens, pool.alloc_mem(2, holder=name), holder=name)
+        pool.blocks.release_all(name)
+    for tokens in ([1] * 8, list(range(8))):
+        pool.retain(pool.match(tokens).addrs, holder=("again", tokens[1]))
+    assert pool.stats().peak_used == 4

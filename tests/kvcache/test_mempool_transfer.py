@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from kvcache.small_pools import GEOMETRY, A, make_pool
+from kvcache.small_pools import GEOMETRY, A, B, make_pool
 
 from memserve.kvcache import (
+    AggregatedLayout,
+    CacheGeometry,
     DiscreteLayout,
     Medium,
     MemPool,
@@ -85,6 +87,17 @@ def test_bad_transfers_are_refused_by_name_and_hold_nothing(pools):
         here.transfer(2, addrs, flags=TransferOptions(insert=True))
     with pytest.raises(ValueError, match="2 blocks for 3 tokens"):
         here.transfer_with_insert(2, [1, 2, 3], addrs)
+    with pytest.raises(ValueError, match="expected each once"):
+        here.transfer(2, addrs[[0, 0]])
+    for medium in (5, True, Placement.MIXED):
+        with pytest.raises(ValueError, match=f"medium={medium!r}: expected"):
+            here.transfer(2, addrs, flags=TransferOptions(medium=medium))
+    with pytest.raises(ValueError, match="medium=5: expected"):
+        here.alloc_mem(1, 5, instance=2, holder=A)
+    with pytest.raises(ValueError, match="expected int64"):
+        here.transfer(2, addrs, [0.5, 1.5])
+    with pytest.raises(ValueError, match="connected already"):
+        here.connect(InProcess(LinkModel(0.0, 1.0)), ByRequest(DiscreteLayout(), GEOMETRY), Timeouts(1, 1, 1))
     here.free_mem(addrs, holder=A)
     with pytest.raises(StaleAddress):
         here.transfer(2, addrs)
@@ -92,6 +105,57 @@ def test_bad_transfers_are_refused_by_name_and_hold_nothing(pools):
     with pytest.raises(NotHeld):
         here.transfer(2, free)
     assert here.transfers.num_open == 0 and here.stats().num_free == 8
+
+
+def test_a_granularity_of_other_blocks_is_refused():
+    other = CacheGeometry(2, 8, 1, 2, torch.float32)
+    for granularity in (ByRequest(AggregatedLayout(), GEOMETRY), ByRequest(DiscreteLayout(), other)):
+        with pytest.raises(ValueError, match="granularity for .*: expected discrete, .*block_size=4"):
+            make_pool().connect(InProcess(LinkModel(0.0, 1.0)), granularity, Timeouts(1, 1, 1))
+
+
+def test_who_inherits_an_arrival_may_hold_its_prefix_and_inherits_once(pools):
+    here, there = pools
+    tokens = list(range(8))
+    there.insert(tokens[:4], there.alloc_mem(1, holder=B), holder=B)
+    here.transfer_with_insert(2, tokens, here.alloc_mem(2, holder=A))
+    play(pools)
+    (arrival,) = there.transfers.drain_arrivals()
+    there.transfers.settle(arrival, B)
+    assert there.blocks.allocator.held_by(B).tolist() == there.resolve(there.match(tokens).addrs).tolist()
+    with pytest.raises(ValueError, match="expected one that was not settled before"):
+        there.transfers.settle(arrival, B)
+    there.check()
+
+
+def test_room_for_blocks_of_another_shape_is_refused_before_anything_is_written():
+    transport = InProcess(LinkModel(latency_s=1e-6, gb_per_s=1.0))
+    made = [make_pool(incarnation=1), make_pool(incarnation=2, layout=AggregatedLayout())]
+    for pool in made:
+        pool.connect(transport, ByRequest(pool.layout, GEOMETRY), Timeouts(10**9, 10**9, 10**8))
+    ticket = made[0].alloc_mem(1, instance=2, holder=A)
+    assert play(made) == [ticket] and ticket.reason == "layout='discrete': the receiver has layout='aggregated'"
+    assert made[1].stats().num_free == 8
+
+
+def test_what_is_reserved_in_dram_may_be_more_than_hbm_has():
+    transport = InProcess(LinkModel(latency_s=1e-6, gb_per_s=1.0))
+    made = [make_pool(incarnation=1), make_pool(2, num_dram_blocks=4, incarnation=2)]
+    for pool in made:
+        pool.connect(transport, ByRequest(pool.layout, GEOMETRY), Timeouts(10**9, 10**9, 10**8))
+    room = reserved(made, 4, Medium.DRAM)
+    ticket = made[0].transfer(2, made[0].alloc_mem(4, holder=A), room.addrs)
+    assert play(made) == [ticket] and ticket.state is TicketState.DONE
+
+
+def test_addresses_may_be_lists_and_what_was_inserted_there_is_written_once(pools):
+    here, _ = pools
+    room, addrs = reserved(pools, 1), here.alloc_mem(1, holder=A)
+    ticket = here.transfer_with_insert(2, list(range(4)), addrs.tolist(), room.addrs.tolist())
+    assert play(pools) == [ticket] and ticket.state is TicketState.DONE
+    with pytest.raises(ValueError, match="expected none that a transfer_with_insert has gone to"):
+        here.transfer(2, addrs, room.addrs)
+    here.free_mem(room.addrs.tolist(), holder=A)
 
 
 def test_a_pool_that_is_connected_to_no_other_says_so():

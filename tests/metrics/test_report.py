@@ -38,7 +38,8 @@ def test_the_keys_that_others_read_are_there(make_timeline):
         "computed_on_decode",
         "generated",
     ]
-    for way in ("p_to_d", "d_to_p"):
+    assert list(report["transfers"]) == ["p_to_d", "d_to_p", "between"]
+    for way in ("p_to_d", "d_to_p", "between"):
         assert list(report["transfers"][way]) == [
             "tokens", "bytes", "transfers", "calls", "declined", "overtaken", "failed", "seconds",
         ]  # fmt: skip
@@ -114,6 +115,24 @@ def test_a_request_counts_at_both_of_its_instances(make_timeline):
     assert (prefill["preemptions"], decode["preemptions"]) == (1, 2)
     assert (prefill["num_requests"], decode["num_requests"]) == (1, 1)
     assert report["tokens"]["computed_on_decode"] == decode["tokens"]["computed_on_decode"] == 70
+
+
+class Walked(list):
+    """Counts how often it is walked."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_requests_are_not_walked_again_for_each_instance(make_timeline):
+    few, many = Walked([make_timeline()]), Walked([make_timeline()])
+    build_report(few, INSTANCES[:1], wall_s=1.0)
+    report = build_report(many, [InstanceStats(f"colocated-{n}", Role.COLOCATED, 0) for n in range(9)], wall_s=1.0)
+    assert few.times == many.times > 0
+    assert [row["num_requests"] for row in report["instances"]] == [1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_percentiles_interpolate_between_neighbours():

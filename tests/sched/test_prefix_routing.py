@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from mini_cluster import group_of
 
+from memserve import LocalCluster, load_config
 from memserve.messages import Finished, Submit, Tokens, pack_times, pack_tokens
-from memserve.request import FinishReason, SamplingParams
+from memserve.request import FinishReason, Role, SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.modes import PDBasic, PDCaching2, PDCaching3
@@ -214,6 +215,26 @@ def test_each_roles_tree_learns_what_the_mode_leaves_there(mode, at_prefill, at_
     path = pack_tokens(np.concatenate([np.arange(12), np.arange(100, 106)]))
     assert scheduler.group.tree.match(path, 1).tolist() == [at_prefill]
     assert decode.tree.match(path, 1).tolist() == [at_decode]
+
+
+@pytest.mark.parametrize("mode", [PDCaching2(), PDCaching3()])
+def test_an_answer_of_one_token_teaches_the_decode_tree_nothing(mode):
+    decode = group_of(["d-0"], LeastKV(), Optimistic(1, 4))
+    scheduler = scheduler_of(PromptTree(), mode, decode, labels=("p-0",))
+    serve(scheduler, "a", np.arange(12), [1])
+    assert scheduler.group.tree.num_blocks == 3 and decode.tree.num_blocks == 0
+
+
+@pytest.mark.parametrize("most", [1, 9])
+def test_the_decode_tree_believes_what_the_decode_instance_has(most):
+    words = ["exec=simulated", "cluster=1p1d", "mode=pd_caching_2", "policy@decode_policy=least_kv"]
+    words += ["workload=synthetic", "workload.num_sessions=6", "workload.prompt_tokens=64"]
+    words += [f"workload.max_output_tokens={most}"]
+    cluster = LocalCluster(load_config(words)).cluster()
+    while cluster.advance():
+        pass
+    (pool,) = [node.instance.pool for node in cluster.nodes if node.instance.role is Role.DECODE]
+    assert cluster.scheduler.decode.tree.num_blocks == pool.index.num_blocks == (0 if most == 1 else 24)
 
 
 def test_an_instance_that_is_gone_is_forgotten_in_the_trees():

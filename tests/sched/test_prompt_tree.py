@@ -118,6 +118,23 @@ def test_an_optimistic_tree_keeps_its_books_whatever_it_learns(seed):
     assert tree.num_blocks == 0
 
 
+def test_a_block_forgotten_and_learned_again_and_again_has_one_entry():
+    tree, blocks = Optimistic(3, BLOCK, ttl_s=1e6, max_blocks=3), [path(*[i] * BLOCK) for i in range(4)]
+    for i in range(400):
+        tree.learn(0, blocks[i % 4], 2 * i)
+        tree.learn(1, blocks[(i + 2) % 4], 2 * i + 1)
+        tree.check()
+    assert [len(heap) for heap in tree._oldest] == [3, 3, 0] and tree.num_blocks == 6
+
+
+def test_who_splits_a_node_that_others_hold_has_one_entry_for_its_head():
+    tree = Optimistic(2, BLOCK)
+    tree.learn(0, path(*range(12)), 0)
+    tree.learn(1, path(*range(4), *range(50, 54)), 1)
+    tree.check()
+    assert [len(heap) for heap in tree._oldest] == [2, 2]
+
+
 def pools(num_pools, num_blocks):
     index = functools.partial(RadixIndex, eviction=LRU())
     return [BlockPool(num_blocks, BLOCK, index) for _ in range(num_pools)]

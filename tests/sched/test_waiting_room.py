@@ -1,14 +1,20 @@
-"""Who waits for a copy between the media is in nobody's way, and comes back when it has ended."""
+"""In which order those who wait are asked, and who waits for a copy between the media.
+
+The latter is in nobody's way, and comes back when the copy has ended.
+"""
 
 import functools
 
 import numpy as np
+import pytest
 from mini_cluster import collect, dispatch, hash_answer, hash_instance
 
 from memserve.kvcache import InVirtualTime
 from memserve.messages import Abort
-from memserve.request import Phase, SamplingParams
+from memserve.request import Phase, Request, SamplingParams
 from memserve.sched.preemption import SwapOut
+from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
+from memserve.sched.waiting_room import WaitingRoom
 
 ANSWER = SamplingParams(max_tokens=3, ignore_eos=True)
 WARM, OTHER = np.arange(16), np.arange(500, 512)
@@ -69,3 +75,59 @@ def test_a_request_that_is_aborted_while_it_waits_for_a_copy_leaves_nothing_behi
     instance.check()
     stats = instance.pool.stats()
     assert stats.num_free + stats.num_evictable == 30 and stats.num_free_dram + stats.num_evictable_dram == 30
+
+
+def num_cached(request):
+    return len(request.prompt)
+
+
+@pytest.mark.parametrize("queue", [FCFS(), LongestPrefixFirst()])
+def test_the_first_of_the_order_is_asked_and_of_equal_ones_the_first_that_came(queue):
+    rng = np.random.default_rng(0)
+    room, expected = WaitingRoom(queue), []
+    for step in range(1000):
+        if rng.random() < 0.52 or not expected:
+            prompt = np.zeros(int(rng.integers(1, 5)), dtype=np.int32)
+            expected.append(Request(str(step), prompt, ANSWER, arrival_ns=int(rng.integers(20))))
+            room.waiting.append(expected[-1])
+        else:
+            leaves = rng.choice(["the first", "any", "any, for a while"])
+            gone = room.next(num_cached) if leaves == "the first" else expected[rng.integers(len(expected))]
+            room.remove(gone)
+            expected.remove(gone)
+            if leaves == "any, for a while":
+                room.waiting.append(gone)
+                expected.append(gone)
+        assert room.next(num_cached) is min(expected, key=lambda r: queue.key(r, num_cached), default=None)
+        assert len(room) == len(expected)
+
+
+def test_the_order_of_arrival_computes_one_key_for_a_request(monkeypatch):
+    num_keys, key = 0, FCFS.key
+
+    def counted(self, request, num_cached):
+        nonlocal num_keys
+        num_keys += 1
+        return key(self, request, num_cached)
+
+    monkeypatch.setattr(FCFS, "key", counted)
+    room, served = WaitingRoom(FCFS()), []
+    for i in range(100):
+        room.waiting.append(Request(str(i), WARM, ANSWER, arrival_ns=99 - i))
+    while (request := room.next(num_cached)) is not None:
+        room.remove(request)
+        served.append(request.arrival_ns)
+    assert served == list(range(100)) and num_keys == 100
+
+
+def test_an_order_of_ones_own_may_look_at_the_index_even_if_it_extends_that_of_arrival():
+    class CachedFirst(FCFS):
+        def key(self, request, num_cached):
+            return -num_cached(request)
+
+    room, cached = WaitingRoom(CachedFirst()), {"a": 0, "b": 4}
+    for name in cached:
+        room.waiting.append(Request(name, WARM, ANSWER))
+    assert room.next(lambda r: cached[r.request_id]).request_id == "b"
+    cached["a"] = 8
+    assert room.next(lambda r: cached[r.request_id]).request_id == "a"

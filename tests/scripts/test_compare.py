@@ -22,7 +22,12 @@ def test_systems_stand_side_by_side_with_their_spread(compare, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("words", "named"), [(["--systems", "2p"], "2p: expected one of pd"), (["nonsense=1"], "nonsense")]
+    ("words", "named"),
+    [
+        (["--systems", "2p"], "2p: expected one of pd"),
+        (["--systems", "a:index=none,b:index=none,a:index=radix"], "a is given 2 times"),
+        (["nonsense=1"], "nonsense"),
+    ],
 )
 def test_what_is_no_system_and_no_word_is_named(compare, words, named):
     with pytest.raises(SystemExit, match=named):

@@ -41,6 +41,14 @@ def test_a_rate_that_is_no_rate_is_refused(arrivals, rate):
         arrivals.check_rate(rate)
 
 
+@pytest.mark.parametrize("rate", [1e-11, 1e-300])
+@pytest.mark.parametrize("arrivals", [Poisson(), Gamma()])
+def test_a_rate_whose_arrivals_no_clock_can_tell_is_refused(arrivals, rate):
+    with pytest.raises(ValueError, match=f"rate={rate}: 50 sessions do not arrive within 146 years"):
+        arrivals.times_ns(50, rate, np.random.default_rng(0))
+    assert np.all(np.diff(arrivals.times_ns(50, 1e-6, np.random.default_rng(0))) > 0)
+
+
 def test_a_closed_loop_refuses_a_rate():
     ClosedLoop().check_rate(None)
     with pytest.raises(ValueError, match=r"rate=1.0 with arrivals=ClosedLoop"):

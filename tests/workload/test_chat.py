@@ -63,6 +63,17 @@ def test_a_missing_answer_has_no_length(tokenizer, tmp_path):
         ChatWorkload(path=path, output_length="from_file").sessions(tokenizer, seed=0)
 
 
+def test_a_missing_answer_is_skipped_on_request_and_made_up_for_from_later_lines(tokenizer, tmp_path, caplog):
+    answered, still_open = [("user", "x"), ("assistant", "y")], [("user", "x"), ("assistant", "y"), ("user", "z")]
+    path = write(tmp_path / "open.jsonl", answered, still_open, answered, answered)
+    options = {"path": path, "output_length": "from_file", "skip_invalid": True, "num_sessions": 2}
+    sessions = ChatWorkload(**options).sessions(tokenizer, seed=0)
+    assert [session.session_id for session in sessions] == ["c0", "c2"]
+    assert "1 conversations skipped, 2 kept" in caplog.text and "open.jsonl:2, turn 2: no answer" in caplog.text
+    played = ChatWorkload(**options, max_turns=1).sessions(tokenizer, seed=0)  # what is not played needs no answer
+    assert [session.session_id for session in played] == ["c0", "c1"]
+
+
 def test_tool_results_reach_the_template_as_the_user_or_as_tools(tokenizer, chat_file):
     as_user = ChatWorkload(path=chat_file).sessions(tokenizer, seed=0)[2].turns[1].tokens
     assert as_user[1] == 259 and text(as_user) == "t1\n\nt2\n"

@@ -99,6 +99,9 @@ GOOD = json.dumps(openai(("user", "a"))).encode()
         (b'{"messages": [{"role": [], "content": "a"}]}', "message 1: role="),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair at character 0"),
         (b'{"conversations": [{"role": "user", "content": "a"}]}', "keys 'from' and 'value'"),
+        (b'{"id": "\\udfff", "messages": [{"role": "user", "content": "a"}]}', "'id' has half a surrogate pair"),
+        (b"[" * 100_000, "JSON that cannot be read: maximum recursion depth exceeded"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "JSON that cannot be read: Exceeds the limit"),
         (b'{"id": "", "messages": [{"role": "user", "content": "a"}]}', "id=''"),
         (json.dumps(openai(("assistant", "a"))).encode(), "no user turn"),
         (json.dumps(openai(("system", "a"))).encode(), "no user turn"),
@@ -128,6 +131,8 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, line, problem):
         (b'[\n{"messages": [{"role": "user", "content": "a"}]}\n]\n{}', 3, "malformed JSON"),
         (b'[\n{"messages": [{"role": "user", "content": "a"}]},\n]', 3, "malformed JSON"),
         (b'[\n"\xff"]', 2, "invalid UTF-8"),
+        (b"[\n" + b"[" * 100_000, 2, "JSON that cannot be read: maximum recursion depth exceeded"),
+        (b"[\n1,\n" + b"9" * 5000 + b"]", 3, "JSON that cannot be read: Exceeds the limit"),
         (b'[\n{"messages": [{"role": "user", "content": "a"}]},\n7]', 3, "expected a JSON object, got int"),
     ],
 )

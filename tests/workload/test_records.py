@@ -43,7 +43,13 @@ def test_equal_seeds_give_equal_sessions_and_another_seed_another_order(tokenize
 @pytest.mark.parametrize("kind", [AgentWorkload, DocumentQA])
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "file.jsonl:2: malformed JSON"), ("[]", "file.jsonl:2: expected a JSON object"), ("{}", "'id' is NoneType")],
+    [
+        ("{", "file.jsonl:2: malformed JSON"),
+        ("[]", "file.jsonl:2: expected a JSON object"),
+        ("{}", "'id' is NoneType"),
+        ("[" * 100_000, "file.jsonl:2: JSON that cannot be read: maximum recursion depth"),
+        ("9" * 5000, "file.jsonl:2: JSON that cannot be read: Exceeds the limit"),
+    ],
 )
 def test_a_bad_line_is_named(kind, line, message, tokenizer, tmp_path):
     path = tmp_path / "file.jsonl"
@@ -61,6 +67,21 @@ def test_a_bad_step_or_question_is_named(tokenizer, tmp_path):
         AgentWorkload(str(path)).sessions(tokenizer, 0)
     with pytest.raises(BadConversation, match="file.jsonl:1, question 1: 'q' is NoneType"):
         DocumentQA(str(path)).sessions(tokenizer, 0)
+
+
+STEP = {"thought": "t", "action": "a", "observation": "o"}
+RECORD = {"id": "a", "question": "?", "steps": [STEP], "document": "", "questions": [{"q": "?", "a": "!"}]}
+
+
+@pytest.mark.parametrize(("kind", "turns"), [(AgentWorkload, "steps"), (DocumentQA, "questions")])
+def test_an_id_used_twice_and_a_record_without_turns_are_named(kind, turns, tokenizer, tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text(f"{json.dumps(RECORD)}\n\n{json.dumps(RECORD)}\n")
+    with pytest.raises(BadConversation, match=r"file.jsonl:3: id 'a' is already that of .*file.jsonl:1"):
+        kind(str(path)).sessions(tokenizer, 0)
+    path.write_text(json.dumps(RECORD | {turns: []}))
+    with pytest.raises(BadConversation, match=f"file.jsonl:1: '{turns}' is empty: expected at least one"):
+        kind(str(path)).sessions(tokenizer, 0)
 
 
 @pytest.mark.parametrize("kind", [AgentWorkload, DocumentQA])

@@ -1,0 +1,95 @@
+"""A sweep's points on a stand-in for run.py that does what its first line says: names, repetition, failure."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobReturn, JobStatus
+
+from memserve.cluster.sweep import MAX_NAME_BYTES, SweepTable, directory_name, run_point
+from memserve.compose import config_dir, resolve, to_yaml
+
+SIMULATED = ["exec=simulated", "workload=synthetic"]
+
+
+def composed(words):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("run", overrides=list(words))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Runs a point with a child that writes a report and the configuration, or exits with `status` before it does."""
+
+    def point(words, status=0):
+        script, config = tmp_path / "child.py", tmp_path / "expected.yaml"
+        cfg = composed(words)
+        if status == 0:
+            config.write_text(to_yaml(resolve(cfg)), encoding="utf-8")
+        script.write_text(
+            "import pathlib, shutil, sys\n"
+            "directory = pathlib.Path(sys.argv[-1].partition('=')[2].strip(\"'\"))\n"
+            "print('printed', flush=True)\n"
+            f"if {status}: sys.exit({status})\n"
+            f"shutil.copy({str(config)!r}, directory / 'config.yaml')\n"
+            "(directory / 'report.json').write_text('{}')\n"
+        )
+        return run_point(cfg, script, words, tmp_path / "sweep")
+
+    return point
+
+
+def end(sweep_dir, *statuses):
+    """What Hydra does at the jobs' ends and the sweep's."""
+    table = SweepTable()
+    for status in statuses:
+        table.on_job_end(None, JobReturn(status=JobStatus.COMPLETED, _return_value=status))
+    table.on_multirun_end(SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=str(sweep_dir)))))
+
+
+def test_a_directorys_name_is_the_words_where_a_file_system_takes_them():
+    assert directory_name(["b=2", "+a=1", "~c"]) == "+a=1,b=2,~c" and directory_name([]) == "defaults"
+
+
+@pytest.mark.parametrize("words", [["a/b=c"], ["path=/a/b.jsonl"], ["a=[b,c]"], ["a='\u00e9'"], ["a=" + "x" * 300]])
+def test_other_words_give_one_flat_bounded_name_that_a_hash_makes_their_own(words):
+    name, other = directory_name(words), directory_name([words[0] + "/"])
+    assert "/" not in name and name.isascii() and len(name) <= MAX_NAME_BYTES and name != other
+    assert name == directory_name(words) and name.startswith(words[0][0])
+
+
+def test_points_of_any_words_run_once_each_and_have_a_row_under_their_own_words(sweep, tmp_path, capsys):
+    shared = [*SIMULATED, "workload/arrivals=gamma", "workload.num_turns=3", "workload.prompt_tokens=256",
+              "workload.turn_tokens=64", "workload.max_output_tokens=32", "kvcache.num_hbm_blocks=2048",
+              "kvcache.block_size=16", "sched.token_budget=2048", "transfer.deadline_s=60"]  # fmt: skip
+    points = [[*shared, f"cluster.roles={roles}"] for roles in ("[colocated]", "[colocated,colocated]")]
+    assert [sweep(words) for words in points] == [0, 0] == [sweep(words) for words in points]
+    out = capsys.readouterr().out
+    for name in (",".join(sorted(words)) for words in points):
+        assert len(name) > MAX_NAME_BYTES and out.count(f"{name}: done\n") == out.count(f"{name}: done before\n") == 1
+    end(tmp_path / "sweep", 0, 0)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" cluster.roles=[")]
+    assert len(rows) == 2 == len(list((tmp_path / "sweep").iterdir()))
+
+
+def test_a_refused_point_leaves_its_reason_and_the_sweep_ends_with_status_1(sweep, tmp_path, capsys):
+    refused = [*SIMULATED, "tokens=model"]
+    assert sweep(SIMULATED) == 0
+    assert sweep(refused, status=1) == 1
+    directory = tmp_path / "sweep" / directory_name(refused)
+    assert (directory / "printed.log").read_text().startswith("error: tokens=model contradicts exec=simulated")
+    with pytest.raises(SystemExit, match="1"):
+        end(tmp_path / "sweep", 0, 1)
+    out = capsys.readouterr().out
+    assert f"{','.join(sorted(refused))}: no report, see {directory / 'printed.log'}" in out.splitlines()
+
+
+def test_a_failed_point_keeps_no_report_of_an_earlier_run(sweep, tmp_path, capsys):
+    assert sweep(SIMULATED) == 0
+    directory = tmp_path / "sweep" / directory_name(SIMULATED)
+    (directory / "config.yaml").write_text("seed: 1 # of another revision\n")
+    assert sweep(SIMULATED, status=3) == 3
+    assert not (directory / "report.json").exists() and (directory / "printed.log").read_text() == "printed\n"
+    assert json.loads((directory / "words.json").read_text()) == sorted(SIMULATED)
+    assert "failed with status 3" in capsys.readouterr().out
