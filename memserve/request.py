@@ -55,31 +55,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         self._set("stop", as_tuple("stop", self.stop))
         self._set("stop_token_ids", as_tuple("stop_token_ids", self.stop_token_ids))
-        require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0")
-        require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
-        require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]")
-        require_int("max_tokens", self.max_tokens, 1, "an integer >= 1")
+        self._set("temperature", require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0"))
+        self._set("top_k", require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)"))
+        self._set("top_p", require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]"))
+        self._set("max_tokens", require_int("max_tokens", self.max_tokens, 1, "an integer >= 1"))
         if self.seed is not None:
-            require_int("seed", self.seed, 0, "an integer >= 0 or None")
+            self._set("seed", require_int("seed", self.seed, 0, "an integer >= 0 or None"))
         if self.logprobs is not None:
-            require_int("logprobs", self.logprobs, 0, f"an integer in [0, {MAX_LOGPROBS}] or None", MAX_LOGPROBS)
+            allowed = f"an integer in [0, {MAX_LOGPROBS}] or None"
+            self._set("logprobs", require_int("logprobs", self.logprobs, 0, allowed, MAX_LOGPROBS))
         if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
-        for token in self.stop_token_ids:
-            require_int("stop_token_ids", token, 0, "integers >= 0")
+        stop_ids = (require_int("stop_token_ids", token, 0, "integers >= 0") for token in self.stop_token_ids)
+        self._set("stop_token_ids", tuple(stop_ids))
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos={self.ignore_eos!r}: expected true or false")
-        for name in (
-            "top_k",
-            "max_tokens",
-            "seed",
-            "logprobs",
-        ):  # NumPy's numbers as Python's, which messages can carry
-            value = getattr(self, name)
-            self._set(name, None if value is None else int(value))
-        for name in ("temperature", "top_p"):
-            self._set(name, float(getattr(self, name)))
-        self._set("stop_token_ids", tuple(map(int, self.stop_token_ids)))
 
     def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)

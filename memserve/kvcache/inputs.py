@@ -30,7 +30,7 @@ def as_addrs(addrs: np.ndarray | Sequence[int]) -> np.ndarray:
     array = np.asarray(addrs)
     if array.ndim != 1 or (array.size and array.dtype != np.int64):
         raise ValueError(f"addresses of dtype {array.dtype}, shape {array.shape}: expected int64 [n]")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def named(holder: Holder) -> Holder:
