@@ -7,11 +7,11 @@
 
 index: match and insert of 4096-token prompts of 16-token blocks, given as int32 arrays, by how much of them is cached
 and how many blocks are.  lists: the same match given a list.  fig10: the radix tree beside a hash of every prefix,
-nothing cached.  alloc, evict, memory: what they say.  replay: the trace of real conversations beside this checkout
-(../shared/workloads), or where that is absent synthetic ones, through match, alloc, insert and release; capacity as a
-share of the trace's unique blocks, hit ratio with that of an exact LRU oracle as its goal. Times are medians of
---repeats calls (a tenth as many runs of evict, 3 of replay). The paper's figures are of its machine: alloc and match
-from Fig. 9, the index's time from Fig. 10.
+nothing cached.  alloc, evict, memory: what they say.  grow: an answer entered block after block.  replay: the trace of
+real conversations beside this checkout (../shared/workloads), or where that is absent synthetic ones, through match,
+alloc, insert and release; capacity as a share of the trace's unique blocks, hit ratio with that of an exact LRU oracle
+as its goal. Times are medians of --repeats calls (a tenth as many runs of evict and grow, 3 of replay). The paper's
+figures are of its machine: alloc and match from Fig. 9, the index's time from Fig. 10.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pool_figures import (
     alloc_figures,
     evict_figures,
     fig10_figures,
+    grow_figures,
     index_figures,
     list_figures,
     memory_figures,
@@ -37,7 +38,7 @@ from trace_replay import Trace, load_trace, replay_figures, synthetic_trace
 
 from memserve.metrics.output import environment
 
-PARTS = ("index", "lists", "fig10", "alloc", "evict", "memory", "replay")
+PARTS = ("index", "lists", "fig10", "alloc", "evict", "grow", "memory", "replay")
 MOONCAKE = Path(__file__).parents[2] / "shared" / "workloads" / "mooncake_conversation_trace.jsonl"
 NUM_EVICT_BLOCKS = 102_400
 NUM_MEMORY_BLOCKS = 51_200
@@ -58,6 +59,8 @@ def measure(part: str, args: argparse.Namespace) -> Iterator[Figure]:
     elif part == "evict":
         num_blocks = min(NUM_EVICT_BLOCKS, max(args.sizes))
         yield from evict_figures(num_blocks, max(1, args.repeats // 10), args.seed)
+    elif part == "grow":
+        yield from grow_figures(max(1, args.repeats // 10), args.seed)
     elif part == "memory":
         yield from memory_figures(min(NUM_MEMORY_BLOCKS, max(args.sizes)), args.seed)
     else:

@@ -28,6 +28,7 @@ PAPER_MATCH_US = {0: 3.0, 100: 331.0}  # Fig. 9b, 256 blocks
 PAPER_HASH_MS = (0.14, 0.24, 0.44, 1.03, 2.89, 9.03, 31.5, 120.4)
 PAPER_RADIX_MS = (0.10, 0.10, 0.12, 0.15, 0.22, 0.36, 0.63, 1.18)
 NUM_PAGES = 4096
+RUNNING = (256, 4096)  # requests
 HOLDER = ("request", "bench")
 
 
@@ -173,7 +174,10 @@ def alloc_figures(repeats: int) -> Iterator[Figure]:
 
 
 def evict_figures(num_blocks: int, repeats: int, seed: int) -> Iterator[Figure]:
-    """Blocks evicted a second from an index of 4096-token prompts: all at once, 16 at a time, 4 at a time."""
+    """Blocks evicted a second from an index of 4096-token prompts: all at once, 16 at a time, 4 at a time.
+
+    And the time of an eviction beside requests that run.
+    """
 
     def evict_all(index: Index, step: int) -> None:
         for _ in range(0, index.num_blocks, step):
@@ -187,6 +191,44 @@ def evict_figures(num_blocks: int, repeats: int, seed: int) -> Iterator[Figure]:
             rates.append(index.num_blocks / time_us(evict_all, index, step))
             assert index.num_blocks == 0
         yield Figure("evict", f"{name}, of {num_blocks:,} blocks", median(rates), "M/s", goal, at_least=True)
+    for num_running in (0, *RUNNING):
+        times = [_evict_beside_us(num_running, Prompts(seed)) for _ in range(repeats)]
+        name = f"4 blocks, beside {num_running:,} colder requests that run"
+        yield Figure("evict", name, median(times), "us")
+
+
+def _evict_beside_us(num_running: int, prompts: Prompts) -> float:
+    """An eviction while leaves that would go first are in use; the mean of 100 that follow one another."""
+    num_blocks = 4 * (num_running + 101)
+    refcounts = np.ones(num_blocks, dtype=np.int32)
+    refcounts[: 4 * num_running] = 3
+    index = RadixIndex(BLOCK_SIZE, refcounts)
+    filled(index, num_blocks, 4, prompts)
+    index.evict(4)
+
+    def evict_all() -> None:
+        for _ in range(100):
+            index.evict(4)
+
+    return time_us(evict_all) / 100
+
+
+def grow_figures(repeats: int, seed: int) -> Iterator[Figure]:
+    """What a request that enters its blocks as decoding fills them leaves behind: the time of all, of a match."""
+    for num_blocks in (64, 512):
+        tokens, blocks = Prompts(seed).new(num_blocks), np.arange(num_blocks, dtype=np.int32)
+        insert_us, match_us = [], []
+
+        def grow(index: Index, tokens: np.ndarray, blocks: np.ndarray) -> None:
+            for end in range(1, len(blocks) + 1):
+                index.insert(tokens[: end * BLOCK_SIZE], blocks[:end])
+
+        for _ in range(repeats):
+            index = RadixIndex(BLOCK_SIZE, np.ones(num_blocks, dtype=np.int32))
+            insert_us.append(time_us(grow, index, tokens, blocks) / num_blocks)
+            match_us.append(time_us(index.match, tokens))
+        yield Figure("grow", f"insert of one block after the other, {num_blocks}, each", median(insert_us), "us")
+        yield Figure("grow", f"match of what that made, {num_blocks} blocks", median(match_us), "us")
 
 
 def memory_figures(num_blocks: int, seed: int) -> Iterator[Figure]:

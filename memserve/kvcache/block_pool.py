@@ -167,8 +167,10 @@ class BlockPool:
         return bool(swap.sources[0] >= self.num_blocks) == bool(medium)
 
     def _make_room(self, num_blocks: int, holder: Holder, medium: Medium) -> None:
-        """Frees blocks of a medium until `num_blocks` are free: what is leaving it anyway goes first, then HBM's blocks
-        to DRAM while that has room, else the coldest leaves for good, wherever they lie. Raises OutOfBlocks.
+        """Frees blocks of a medium until `num_blocks` are free. Raises OutOfBlocks.
+
+        What is leaving it anyway goes first. HBM's blocks move to DRAM while that has room, and when it has none the
+        coldest leaves go, wherever they lie. For room in DRAM alone its own go; what lies in HBM only from above them.
         """
         free, evictable, capacity = self._room(medium)
         if num_blocks > free + evictable and self._swaps.end_all():
@@ -183,7 +185,8 @@ class BlockPool:
                 continue
             if medium is Medium.HBM and self.allocator.num_free_dram and self._swap_out_at_once(short):
                 continue
-            if not self._evict(short) and not self._swaps.end_all():
+            of = None if medium is Medium.HBM and self.index.moves_blocks else medium
+            if not (self._evict(short, of) or self._evict(short) or self._swaps.end_all()):
                 raise OutOfBlocks(f"{short} more cached blocks had to go, but lie above blocks that are in use")
 
     def _room(self, medium: Medium) -> tuple[int, int, int]:
@@ -198,8 +201,8 @@ class BlockPool:
         self._swaps.end(swap)
         return len(swap.arrived)
 
-    def _evict(self, num_blocks: int) -> int:
-        gone = self.index.evict(num_blocks)
+    def _evict(self, num_blocks: int, medium: Medium | None = None) -> int:
+        gone = self.index.evict(num_blocks, medium)
         self.allocator.evicted(gone)
         self._num_evicted += len(gone)
         return len(gone)

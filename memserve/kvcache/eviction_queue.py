@@ -1,17 +1,24 @@
-"""EvictionQueue: nodes in eviction order, without walking anything. Knows keys; nothing of trees, tokens or blocks.
+"""EvictionQueue: nodes in eviction order, without walking anything. Knows keys and reference counts, no tree or tokens.
 
 A heap with one entry a node. Keys only grow, so an entry may be too early but never too late: when it comes up with an
-old key it is put back with the present one.
+old key it is put back with the present one. A node of which everything is in use would come up at every eviction for
+as long as it is: it is parked beside the heap, and comes back when nobody uses some block of it any more.
 """
 
 import heapq
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+
 from memserve.kvcache.eviction import Evictable, Eviction
+from memserve.request import IntBuffer
+
+_NONE = np.empty(0, dtype=np.int32)
+_TO_PARKED = 2  # places from a queue's bit to the one for nodes that it has parked
 
 
 class Queueable(Evictable, Protocol):
-    """A node that knows in which queues it waits, one bit a queue."""
+    """A node that knows in which queues it waits, two bits a queue."""
 
     queued: int
 
@@ -20,18 +27,19 @@ Node = TypeVar("Node", bound=Queueable)
 
 
 class EvictionQueue(Generic[Node]):
-    """bit: this queue's bit in a node's `queued`."""
+    """refcounts: the allocator's, int32 [all blocks].  bit: this queue's bit in a node's `queued`, 1 or 2."""
 
-    def __init__(self, policy: Eviction, bit: int = 1) -> None:
+    def __init__(self, policy: Eviction, refcounts: np.ndarray, bit: int = 1) -> None:
         self._policy = policy
-        self._bit = bit
+        self._bit, self._parked_bit = bit, bit << _TO_PARKED
         self._heap: list[tuple[tuple[float, ...], int, Node]] = []  # (key, tie-breaker, node)
         self._num_pushed = 0
         self._num_forgotten = 0  # of those in the heap
+        self._parked: _Parked[Node] = _Parked(refcounts)
 
     def offer(self, node: Node) -> None:
         """Puts a node in, unless it is in."""
-        if not node.queued & self._bit:
+        if not node.queued & (self._bit | self._parked_bit):
             node.queued |= self._bit
             self._num_pushed += 1
             heapq.heappush(self._heap, (self._policy.key(node), self._num_pushed, node))
@@ -49,8 +57,25 @@ class EvictionQueue(Generic[Node]):
             self.offer(node)
         return None
 
+    def park(self, node: Node, blocks: np.ndarray) -> None:
+        """Puts a node aside that was popped, until somebody stops using one of `blocks` (int32 [n], all in use)."""
+        node.queued |= self._parked_bit
+        self._parked.add(node, blocks)
+
+    def unpark(self) -> None:
+        """Puts back what was parked and has a block that nobody uses; to be called before the first `pop` of a call."""
+        for node in self._parked.take_idle():
+            self.reoffer(node)
+
+    def reoffer(self, node: Node) -> None:
+        """Puts a parked node back in at once: it has other blocks now. Leaves those as they are that are not parked."""
+        if node.queued & self._parked_bit:
+            node.queued &= ~self._parked_bit
+            self.offer(node)
+
     def forget(self, node: Node) -> None:
         """For a node that is gone for good: its entry is skipped, and swept out before most entries are such."""
+        node.queued &= ~self._parked_bit
         if node.queued & self._bit:
             node.queued &= ~self._bit
             self._num_forgotten += 1
@@ -58,3 +83,32 @@ class EvictionQueue(Generic[Node]):
                 self._heap = [entry for entry in self._heap if entry[2].queued & self._bit]
                 heapq.heapify(self._heap)
                 self._num_forgotten = 0
+
+
+class _Parked(Generic[Node]):
+    """Nodes and the blocks they wait for. One that was put back before stays until such a block is idle."""
+
+    def __init__(self, refcounts: np.ndarray) -> None:
+        self._refcounts = refcounts
+        self._nodes: dict[int, Node] = {}
+        self._num_added = 0
+        self._blocks, self._numbers = IntBuffer(_NONE), IntBuffer(_NONE)  # of equal length: a block, its node's number
+
+    def add(self, node: Node, blocks: np.ndarray) -> None:
+        self._nodes[self._num_added] = node
+        self._blocks.extend(blocks)
+        self._numbers.extend(np.full(len(blocks), self._num_added, dtype=np.int32))
+        self._num_added += 1
+
+    def take_idle(self) -> list[Node]:
+        """Takes out the nodes of blocks that the index alone holds, or that are no longer where they were."""
+        if not self._nodes:
+            return []
+        idle = self._refcounts.take(self._blocks.view) <= 1
+        if not idle.any():
+            return []
+        leaving = np.unique(self._numbers.view[idle])
+        stay = ~np.isin(self._numbers.view, leaving)
+        blocks, numbers = self._blocks.view[stay], self._numbers.view[stay]
+        self._blocks, self._numbers = IntBuffer(blocks), IntBuffer(numbers)
+        return [self._nodes.pop(number) for number in leaving.tolist()]

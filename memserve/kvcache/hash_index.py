@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from memserve.kvcache.address import Medium
 from memserve.kvcache.eviction import LRU, Eviction
 from memserve.kvcache.eviction_queue import EvictionQueue
 from memserve.kvcache.index import Index, Match, require_block_size
@@ -71,7 +72,10 @@ class HashEntry:
 
 
 class HashIndex(Index):
-    """Digest of each whole prefix -> block. `refcounts`: the allocator's int32 [num_blocks], read before evicting."""
+    """Digest of each whole prefix -> block. Offers no block to be moved; follows those that their holders move.
+
+    refcounts, num_hbm_blocks: as of RadixIndex.
+    """
 
     def __init__(
         self,
@@ -80,17 +84,17 @@ class HashIndex(Index):
         eviction: Eviction | None = None,
         num_hbm_blocks: int | None = None,
     ) -> None:
-        del num_hbm_blocks  # it offers none to be moved, and follows those that their holders move
         self._block_size = require_block_size(block_size)
         self._block_bytes = 4 * block_size
         self._refcounts = refcounts
+        self._num_hbm_blocks = len(refcounts) if num_hbm_blocks is None else num_hbm_blocks
         self._eviction = eviction or LRU()
         self._reset()
 
     def _reset(self) -> None:
         self._entries: dict[bytes, HashEntry] = {}
         self._entry_of: dict[int, HashEntry] = {}  # by block
-        self._leaves: EvictionQueue[HashEntry] = EvictionQueue(self._eviction)
+        self._leaves: EvictionQueue[HashEntry] = EvictionQueue(self._eviction, self._refcounts)
         self._num_operations = 0
 
     @property
@@ -148,16 +152,19 @@ class HashIndex(Index):
             self._remove(entry)
         return _blocks_of(gone)
 
-    def evict(self, num_blocks: int) -> np.ndarray:
+    def evict(self, num_blocks: int, medium: Medium | None = None) -> np.ndarray:
         gone: list[HashEntry] = []
-        in_use: list[HashEntry] = []
+        elsewhere: list[HashEntry] = []
+        self._leaves.unpark()
         while len(gone) < num_blocks and (leaf := self._next_leaf()) is not None:
             if self._refcounts[leaf.block] > 1:
-                in_use.append(leaf)
+                self._leaves.park(leaf, _blocks_of([leaf]))
+            elif medium not in (None, self._medium_of(leaf)):
+                elsewhere.append(leaf)
             else:
                 self._remove(leaf)
                 gone.append(leaf)
-        for leaf in in_use:
+        for leaf in elsewhere:
             self._leaves.offer(leaf)
         return _blocks_of(gone)
 
@@ -166,6 +173,7 @@ class HashIndex(Index):
         for entry, block in zip(entries, moved_to.tolist(), strict=True):
             before, entry.block = entry.block, block
             self._entry_of[block] = entry
+            self._leaves.reoffer(entry)
             self.log.moved(entry, np.array([before]), np.array([block]))
 
     def clear(self) -> np.ndarray:
@@ -201,6 +209,9 @@ class HashIndex(Index):
             if not entry.children and self._entries.get(entry.digest) is entry:
                 return entry
         return None
+
+    def _medium_of(self, entry: HashEntry) -> Medium:
+        return Medium.DRAM if entry.block >= self._num_hbm_blocks else Medium.HBM
 
     def _remove(self, entry: HashEntry) -> None:
         """Forgets an entry. Its parent, when that became a leaf, can go next."""

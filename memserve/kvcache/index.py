@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memserve.kvcache.address import Medium
 from memserve.kvcache.events import EventLog, NobodyFollows
 
 _NO_BLOCKS = np.empty(0, dtype=np.int32)
@@ -31,9 +32,13 @@ class Match(NamedTuple):
 
 
 class Index(ABC):
-    """What a pool asks of an index. `log`: told of everything that enters, leaves or moves."""
+    """What a pool asks of an index.
+
+    log: told of everything that enters, leaves or moves.  moves_blocks: whether `coldest` offers any.
+    """
 
     log: EventLog = NobodyFollows()
+    moves_blocks = False
 
     @abstractmethod
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
@@ -62,14 +67,16 @@ class Index(ABC):
         """
 
     @abstractmethod
-    def evict(self, num_blocks: int) -> np.ndarray:
-        """Removes up to `num_blocks` blocks that nobody else holds, in eviction order; returns them, int32 [n]."""
+    def evict(self, num_blocks: int, medium: Medium | None = None) -> np.ndarray:
+        """Removes up to `num_blocks` blocks that nobody else holds, in eviction order; returns them, int32 [n].
+
+        medium: take none that lie elsewhere, nor any that they continue; None: wherever they lie.
+        """
 
     def coldest(self, num_blocks: int) -> np.ndarray:
         """Up to `num_blocks` blocks in HBM that nobody else holds, in eviction order, to be moved to DRAM; int32 [n].
 
-        They need not be leaves, since nothing is lost. The caller must `repoint` them. An index that does not know
-        where blocks lie returns none.
+        They need not be leaves, since nothing is lost. The caller must `repoint` them.
         """
         return _NO_BLOCKS
 
@@ -109,7 +116,7 @@ class NullIndex(Index):
     def delete(self, tokens: np.ndarray) -> np.ndarray:
         return _NO_BLOCKS
 
-    def evict(self, num_blocks: int) -> np.ndarray:
+    def evict(self, num_blocks: int, medium: Medium | None = None) -> np.ndarray:
         return _NO_BLOCKS
 
     def clear(self) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from memserve.kvcache.address import Medium
 from memserve.kvcache.eviction import LRU, DeepestFirst, Eviction
 from memserve.kvcache.eviction_queue import EvictionQueue
 from memserve.kvcache.index import Index, Match, require_block_size
@@ -23,6 +24,8 @@ class RadixIndex(Index):
     refcounts: the allocator's int32 [all blocks], read to know what may be evicted.  num_hbm_blocks: blocks from this
     number on lie in DRAM; None: there is no DRAM.
     """
+
+    moves_blocks = True
 
     def __init__(
         self,
@@ -40,8 +43,9 @@ class RadixIndex(Index):
 
     def _reset(self) -> None:
         self._tree = RadixTree(self._block_size)
-        self._leaves: EvictionQueue[RadixNode] = EvictionQueue(self._eviction, bit=1)
-        self._in_hbm: EvictionQueue[RadixNode] = EvictionQueue(DeepestFirst(self._eviction), bit=2)
+        self._leaves: EvictionQueue[RadixNode] = EvictionQueue(self._eviction, self._refcounts, bit=1)
+        deepest_first = DeepestFirst(self._eviction)
+        self._in_hbm: EvictionQueue[RadixNode] = EvictionQueue(deepest_first, self._refcounts, bit=2)
         self._node_of: dict[int, RadixNode] = {}  # of every block; this and the queue are kept with a DRAM only
         self._num_operations = 0
         self._num_blocks = 0
@@ -65,14 +69,12 @@ class RadixIndex(Index):
             )
         nodes, num_tokens = self._use(tokens, len(tokens))
         if num_tokens < len(tokens):
-            parent = nodes[-1] if nodes else self._tree.root
             new = np.array(blocks[num_tokens // self._block_size :], dtype=np.int32)
-            leaf = self._tree.grow(parent, tokens[num_tokens:].copy(), new, self._num_operations)
-            nodes.append(leaf)
+            leaf = self._grow(nodes, tokens[num_tokens:].copy(), new)
             self._num_blocks += len(new)
             self._leaves.offer(leaf)
             if self._is_tiered:
-                self._place(leaf)
+                self._place(leaf, new)
             self.log.inserted(leaf, new)
         return blocks_of(nodes)
 
@@ -93,12 +95,13 @@ class RadixIndex(Index):
         self._forget(gone)
         return gone
 
-    def evict(self, num_blocks: int) -> np.ndarray:
+    def evict(self, num_blocks: int, medium: Medium | None = None) -> np.ndarray:
         freed: list[np.ndarray] = []
         kept: list[RadixNode] = []
         missing = num_blocks
+        self._leaves.unpark()
         while missing > 0 and (leaf := self._next_leaf()) is not None:
-            count = self._num_evictable(leaf, missing)
+            count = self._num_evictable(leaf, missing, medium)
             cut = leaf.blocks[len(leaf.blocks) - count :]
             if count:
                 self.log.removed(leaf, cut)
@@ -107,7 +110,10 @@ class RadixIndex(Index):
                 self._remove(leaf)
             else:
                 self._tree.trim(leaf, count)
-                kept.append(leaf)
+                if self._refcounts[leaf.blocks[-1]] > 1:
+                    self._leaves.park(leaf, leaf.blocks[-1:])
+                else:
+                    kept.append(leaf)
             missing -= count
         for leaf in kept:
             self._leaves.offer(leaf)
@@ -119,25 +125,32 @@ class RadixIndex(Index):
         found: list[np.ndarray] = []
         kept: list[RadixNode] = []
         missing = num_blocks
+        self._in_hbm.unpark()
         while missing > 0 and (node := self._in_hbm.pop()) is not None:
             if node.parent is None:
                 continue
             in_hbm = node.blocks[node.blocks < self._num_hbm_blocks]
             movable = in_hbm[self._refcounts[in_hbm] == 1][-missing:]
-            if len(in_hbm):  # whether those go in the end is not known here
+            if len(movable):  # whether those go in the end is not known here
                 kept.append(node)
-            found.append(movable[::-1])
-            missing -= len(movable)
+                found.append(movable[::-1])
+                missing -= len(movable)
+            elif len(in_hbm):
+                self._in_hbm.park(node, in_hbm)
         for node in kept:
             self._in_hbm.offer(node)
         return _joined(found)
 
     def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
-        place = dict(zip(blocks.tolist(), moved_to.tolist(), strict=True))
-        for node in {id(n): n for n in (self._node_of.pop(b) for b in place)}.values():
+        order = blocks.argsort()
+        old, new = blocks[order], moved_to[order]
+        for node in {id(n): n for n in (self._node_of.pop(b) for b in old.tolist())}.values():
             before = node.blocks
-            node.blocks = np.array([place.get(b, b) for b in before.tolist()], dtype=np.int32)
-            self._place(node)
+            place = np.minimum(old.searchsorted(before), len(old) - 1)
+            moved = old[place] == before
+            node.blocks = np.where(moved, new[place], before)
+            self._place(node, node.blocks[moved])
+            self._leaves.reoffer(node)
             self.log.moved(node, before, node.blocks)
 
     def clear(self) -> np.ndarray:
@@ -164,7 +177,7 @@ class RadixIndex(Index):
         if inside is not None:
             nodes.append(self._tree.split(inside, shared))
             if self._is_tiered:
-                self._place(nodes[-1])
+                self._place(nodes[-1], nodes[-1].blocks)
         for node in nodes:
             node.last_used = self._num_operations
             node.num_uses += 1
@@ -172,9 +185,26 @@ class RadixIndex(Index):
             self._leaves.offer(nodes[-1])
         return nodes, num_tokens + shared
 
-    def _place(self, node: RadixNode) -> None:
-        """Notes where a node's blocks are found, and that some of them may be moved to DRAM."""
-        self._node_of.update(dict.fromkeys(node.blocks.tolist(), node))
+    def _grow(self, nodes: list[RadixNode], tokens: np.ndarray, blocks: np.ndarray) -> RadixNode:
+        """The leaf that holds new `blocks` at the end of a path, to which it is added.
+
+        Where eviction cannot tell it from the leaf that it continues, that one becomes longer: a request that enters
+        its blocks as they fill makes one node, not a chain of them.
+        """
+        above = nodes[-1] if nodes else self._tree.root
+        was_leaf = bool(nodes) and not above.children
+        leaf = self._tree.grow(above, tokens, blocks, self._num_operations)
+        if was_leaf and self._eviction.key(above) == self._eviction.key(leaf):
+            self._tree.join(above)
+            self._leaves.reoffer(above)
+            return above
+        nodes.append(leaf)
+        return leaf
+
+    def _place(self, node: RadixNode, blocks: np.ndarray) -> None:
+        """Notes that `blocks` are found at a node, and that some of them may be moved to DRAM."""
+        self._node_of.update(dict.fromkeys(blocks.tolist(), node))
+        self._in_hbm.reoffer(node)
         self._in_hbm.offer(node)
 
     def _forget(self, blocks: np.ndarray) -> None:
@@ -191,11 +221,14 @@ class RadixIndex(Index):
                 return node
         return None
 
-    def _num_evictable(self, leaf: RadixNode, most: int) -> int:
-        """How many of the leaf's last `most` blocks nobody else holds, from its end on."""
+    def _num_evictable(self, leaf: RadixNode, most: int, medium: Medium | None) -> int:
+        """How many of the leaf's last `most` blocks nobody else holds, from its end on; of a medium, if it is named."""
         tail = leaf.blocks[-most:]
-        (in_use,) = (self._refcounts.take(tail) > 1).nonzero()
-        return len(tail) - 1 - int(in_use[-1]) if len(in_use) else len(tail)
+        stays = self._refcounts.take(tail) > 1
+        if medium is not None:
+            stays |= (tail >= self._num_hbm_blocks) != bool(medium)
+        (kept,) = stays.nonzero()
+        return len(tail) - 1 - int(kept[-1]) if len(kept) else len(tail)
 
     def _remove(self, node: RadixNode) -> None:
         """Takes a node and all below it out of the tree; their heap entries are dropped when they come up."""

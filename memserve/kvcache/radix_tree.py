@@ -97,6 +97,16 @@ class RadixTree:
         head.children[self._first_block(node)] = node
         return head
 
+    def join(self, node: RadixNode) -> None:
+        """Makes a node and its only child, a leaf, one: the child's edge and blocks become the end of the node's."""
+        (leaf,) = node.children.values()
+        assert node.parent is not None and not leaf.children
+        memory, node.children = _memory(node), {}
+        node.tokens = np.concatenate([node.tokens, leaf.tokens])
+        node.blocks = np.concatenate([node.blocks, leaf.blocks])
+        if _memory(node.parent) is memory:
+            _tighten(node.parent)
+
     def trim(self, leaf: RadixNode, num_blocks: int) -> None:
         """Cuts blocks off a leaf's tail. One left empty keeps tokens, by which its parent knows it, until removed."""
         keep = len(leaf.blocks) - num_blocks

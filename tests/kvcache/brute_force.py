@@ -79,11 +79,12 @@ class BruteForceIndex:
         size = len(prefix) + self.block_size
         return [p for p in self.blocks if len(p) == size and p[: len(prefix)] == prefix]
 
-    def evict(self, count):
+    def evict(self, count, may_go=lambda block: True):
         gone = []
         while len(gone) < count:
             inner = {p[: -self.block_size] for p in self.blocks}
-            leaves = [p for p, block in self.blocks.items() if p not in inner and self.refcounts[block] == 1]
+            alone = [p for p, block in self.blocks.items() if self.refcounts[block] == 1 and may_go(block)]
+            leaves = [p for p in alone if p not in inner]
             if not leaves:
                 break
             first = min(leaves, key=lambda p: self._key(self.used[p]))

@@ -97,10 +97,9 @@ class PoolModel:
 
     def alloc_mixed(self, holder, num_blocks):
         """Blocks of both media, those in HBM first: its free ones, then DRAM's, then what HBM caches. None: no room."""
-        wanted = max(0, num_blocks - self.free(HBM))
-        num_below = min(wanted, self.available(DRAM))
+        num_below = min(max(0, num_blocks - self.free(HBM)), self.available(DRAM))
         if not self.room_for(num_below, DRAM):
-            return None
+            num_below = self.free(DRAM)
         below = self.alloc(holder, [None] * num_below, DRAM)
         if not self.room_for(num_blocks - num_below, HBM):
             self.drop(holder, below)
@@ -159,12 +158,17 @@ class PoolModel:
                 continue
             if medium is HBM and self.swap_out(short):
                 continue
-            gone = self.index.evict(short)
-            self.num_evicted += len(gone)
-            self.bury(gone)
-            if not gone and not self.end_swaps(self.open_swaps):
+            if not self._evict(short, medium) and not self.end_swaps(self.open_swaps):
                 return False
         return True
+
+    def _evict(self, num_blocks, medium):
+        """Drops cached blocks: to make room in DRAM its own, as far as nothing in HBM continues them."""
+        gone = medium is DRAM and self.index.evict(num_blocks, lambda block: block.medium is DRAM)
+        gone = gone or self.index.evict(num_blocks)
+        self.num_evicted += len(gone)
+        self.bury(gone)
+        return gone
 
     def _leaving(self, num_blocks):
         """The cached blocks that eviction would take first, as far as DRAM has room; in that order."""

@@ -1,5 +1,6 @@
 """MemPool over two media: what moves down and up, what the index says of it, and where blocks are allocated."""
 
+import numpy as np
 import pytest
 from kvcache.small_pools import A, B, contents, filled_pool, make_pool
 
@@ -89,6 +90,47 @@ def test_mixed_evicts_only_when_both_media_are_full():
     assert pool.match(tokens).num_tokens == 16
     pool.alloc_mem(1, Placement.MIXED, holder=B)
     assert pool.match(tokens).num_tokens == 12
+    pool.check()
+
+
+def test_room_in_dram_costs_nothing_that_hbm_caches():
+    pool, tokens, _ = filled_pool(num_dram_blocks=2)
+    pool.swap_out(2)
+    others = np.arange(100, 108, dtype=np.int32)
+    pool.insert(others, pool.alloc_mem(2, holder=B), holder=B)
+    pool.blocks.release_all(B)
+    pool.match(tokens)  # what lies in HBM alone is the coldest now
+    pool.alloc_mem(2, Medium.DRAM, holder=B)
+    assert pool.match(others).num_tokens == 8 and pool.match(tokens).num_tokens == 8
+    pool.check()
+
+
+def test_dram_blocks_below_others_go_with_those():
+    pool, tokens, _ = filled_pool(num_blocks=2, num_dram_blocks=1)
+    pool.swap_out(1)
+    longer = np.arange(12, dtype=np.int32)
+    addrs = np.concatenate([pool.match(tokens).addrs, pool.alloc_mem(1, holder=B)])
+    pool.retain(addrs[:2], holder=B)
+    pool.insert(longer, addrs, holder=B)
+    pool.blocks.release_all(B)
+    assert address.medium_of(pool.match(longer).addrs).tolist() == [0, 1, 0]
+    pool.alloc_mem(1, Medium.DRAM, holder=B)
+    assert pool.match(longer).num_tokens == 4 and pool.stats().num_free == 1
+    pool.check()
+
+
+def test_mixed_falls_back_on_hbm_where_what_dram_caches_lies_above_blocks_in_use():
+    pool, tokens, _ = filled_pool(num_dram_blocks=2)
+    pool.swap_out(2)
+    longer = np.concatenate([pool.match(tokens).addrs, pool.alloc_mem(1, holder=B)])
+    pool.retain(longer[:4], holder=B)
+    pool.insert(np.arange(20, dtype=np.int32), longer, holder=B)
+    pool.free_mem(longer[:4], holder=B)
+    others = pool.alloc_mem(1, holder=A)
+    pool.insert(np.arange(100, 104, dtype=np.int32), others, holder=A)
+    pool.free_mem(others, holder=A)
+    assert address.medium_of(pool.alloc_mem(1, Placement.MIXED, holder=A)).tolist() == [Medium.HBM]
+    assert pool.match(np.arange(20, dtype=np.int32)).num_tokens == 20
     pool.check()
 
 
