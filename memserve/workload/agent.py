@@ -14,8 +14,8 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
+from memserve.values import require_int, require_number, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
-from memserve.workload.checks import require_count, require_instance, require_number
 from memserve.workload.records import iter_records, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
@@ -49,14 +49,14 @@ class AgentWorkload(Workload):
     ) -> None:
         self._path = PACKAGED_TRAJECTORIES if path is None else Path(path)
         self._prompt_path = PACKAGED_FEW_SHOT if prompt_path is None else Path(prompt_path)
-        self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
-        require_instance("arrivals", arrivals, Arrivals)
+        self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
+        require_part("workload", "arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
         seconds = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
         self._think_time_ns = to_ns(seconds)
-        self._max_turns = None if max_turns is None else require_count("max_turns", max_turns, 1)
-        self._max_output_tokens = require_count("max_output_tokens", max_output_tokens, 1)
+        self._max_turns = None if max_turns is None else require_int("max_turns", max_turns, 1)
+        self._max_output_tokens = require_int("max_output_tokens", max_output_tokens, 1)
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError without a file or with too few."""
@@ -66,7 +66,7 @@ class AgentWorkload(Workload):
         records = list(iter_records(self._path, {"question": str, "steps": list}))[: self._num_sessions]
         if len(records) < (self._num_sessions or 1):
             raise ValueError(f"num_sessions={self._num_sessions}, but {self._path} holds {len(records)} trajectories")
-        rng = np.random.default_rng(require_count("seed", seed, 0))
+        rng = np.random.default_rng(require_int("seed", seed, 0))
         arrivals_ns = self._arrivals.times_ns(len(records), self._rate, rng)
         return [
             Session(record["id"], int(arrival_ns), tuple(self._turns(where, record, few_shot, tokenizer)), _NOTHING)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memserve.clock import NS_PER_S
-from memserve.workload.checks import require_count, require_number
+from memserve.values import require_int, require_number
 
 MAX_ARRIVAL_S = 2**62 / NS_PER_S  # 146 years; an int64 leaves as many to what comes after the last arrival
 
@@ -62,7 +62,7 @@ class ClosedLoop(Arrivals):
     concurrency: int = 8
 
     def __post_init__(self) -> None:
-        require_count("arrivals.concurrency", self.concurrency, 1)
+        require_int("arrivals.concurrency", self.concurrency, 1)
 
     def check_rate(self, rate: float | None) -> None:
         if rate is not None:

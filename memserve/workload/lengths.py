@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.workload.checks import require_number
+from memserve.values import require_number
 
 
 class Lengths(ABC):
@@ -31,8 +31,7 @@ class Uniform(Lengths):
     spread: float = 0.5
 
     def __post_init__(self) -> None:
-        if require_number("lengths.spread", self.spread, "a number in [0, 1]", minimum=0.0) > 1.0:
-            raise ValueError(f"lengths.spread={self.spread!r}: expected a number in [0, 1]")
+        require_number("lengths.spread", self.spread, "a number in [0, 1]", minimum=0.0, maximum=1.0)
 
     def draw(self, mean: float, size: int, rng: np.random.Generator) -> np.ndarray:
         return _whole(rng.uniform(mean * (1 - self.spread), mean * (1 + self.spread), size))
