@@ -1,6 +1,7 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
 import math
+from typing import Any
 
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
@@ -12,6 +13,7 @@ CHOICES = {
     "tokens": ("model", "hash", "workload"),
     "transport": ("in_process", "gloo", "nccl", "mapped"),
 }
+FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and their words
 ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
@@ -34,10 +36,10 @@ def check_config(cfg: RunConfig) -> None:
         raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
     _check_capacity(cfg)
     has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
-    if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not has_dram:
+    if _class(cfg.preemption) == "SwapOut" and not has_dram:
         raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
     tiered = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes is not None
-    if tiered and cfg.index.get("_target_", "").endswith(".HashIndex"):
+    if tiered and _class(cfg.index) == "HashIndex":
         raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
     _check_async_swap(cfg, bool(tiered))
     for name in ("token_budget", "chunk_size", "max_running"):
@@ -47,6 +49,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
+    _check_fetch(cfg)
     _check_tensor_parallel(cfg)
 
 
@@ -165,6 +168,31 @@ def _check_roles(cfg: RunConfig) -> None:
     _require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
     for role in cfg.cluster.roles:
         _require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
+
+
+def _check_fetch(cfg: RunConfig) -> None:
+    """Fetching takes somebody else who is known to have more of a prompt than the instance that a request goes to."""
+    policy, mode, roles = _class(cfg.fetch), _class(cfg.mode), list(cfg.cluster.roles)
+    if policy == "NeverFetch":
+        return
+    fetch = f"fetch={FETCHES.get(policy, policy)}"
+    if _class(cfg.index) == "NullIndex":
+        raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected fetch=never")
+    if _class(cfg.index_source) == "NoPromptTree":
+        raise ConfigError(f"{fetch} contradicts index_source=none: nobody knows who holds what; expected fetch=never")
+    if mode == "PDBasic":
+        raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected fetch=never")
+    decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
+    if not decode_holds and sum(role != Role.DECODE.value for role in roles) < 2:
+        raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
+    if not decode_holds and _class(cfg.policy) == "PromptTree" and cfg.policy.get("max_lead") is None:
+        raise ConfigError(f"{fetch} contradicts policy=prompt_tree with policy.max_lead=null: requests go to who holds "
+                          "most; expected fetch=never, or a lead")  # fmt: skip
+
+
+def _class(node: Any) -> str:
+    """The name of the class that a node describes."""
+    return str(node.get("_target_", "")).rpartition(".")[2]
 
 
 def _check_tensor_parallel(cfg: RunConfig) -> None:
