@@ -33,7 +33,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: the random number of a token is a function of (seed, position) alone; None takes the engine's seed and the
         request's id.
     max_tokens: most tokens to generate, at least 1.
-    stop: strings that end the answer; the text ends before the first of them.
+    stop: strings that end the answer; the text ends before the first of them. One that is a special token of the
+        tokenizer (`<|im_end|>`), which text leaves out, ends the answer at that token.
     stop_token_ids: tokens that end the answer, beside the model's end-of-sequence tokens.
     ignore_eos: do not end at the model's end-of-sequence tokens.
     logprobs: return the log-probability of each token and of this many most likely ones; None returns none.

@@ -6,7 +6,7 @@ begins with exactly the tokens whose KV is cached (the template's side of this i
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Text of the ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens that `decode` leaves out wherever they stand, by how they are written."""
+        return {}
 
     def is_silent(self, token_id: int) -> bool:
         """Whether `decode` leaves a token out wherever it stands."""
@@ -111,9 +116,13 @@ class HFTokenizer(Tokenizer):
         return token_id in self._silent
 
     @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        added = self._backend.added_tokens_decoder.items()
+        return {token.content: number for number, token in added if token.special and not self.decode([number])}
+
+    @cached_property
     def _silent(self) -> frozenset[int]:
-        special = (number for number, token in self._backend.added_tokens_decoder.items() if token.special)
-        return frozenset(number for number in special if not self.decode([number]))
+        return frozenset(self.special_tokens.values())
 
     def chat_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         return self._ids(self._format.prompt(messages))
@@ -141,7 +150,7 @@ class HFTokenizer(Tokenizer):
                     dialog, chat_template=template, tokenize=False, add_generation_prompt=with_generation_prompt
                 )
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: text and something else are joined
             raise ChatTemplateError(f"the chat template of {self._name} refuses these messages: {error}") from error
 
     def _ids(self, text: str, add_special_tokens: bool = False) -> np.ndarray:

@@ -165,12 +165,12 @@ def _messages(entry: dict[str, object], where: str) -> list[ChatMessage]:
     messages = []
     for number, item in enumerate(items, start=1):
         here = f"{where}, message {number}"
-        if not isinstance(item, dict) or role_key not in item or content_key not in item:
+        if not isinstance(item, dict) or role_key not in item or not (content_key in item or item.get("tool_calls")):
             raise _bad(here, f"expected an object with the keys {role_key!r} and {content_key!r}")
         if not isinstance(item[role_key], str) or item[role_key] not in roles:
             raise _bad(here, f"{role_key}={item[role_key]!r}: expected one of {', '.join(roles)}")
-        content = item[content_key]
-        if content is None and "tool_calls" in item:
+        content = item.get(content_key)
+        if content is None and item.get("tool_calls"):
             content = json.dumps(item["tool_calls"])  # an answer that is nothing but calls: its JSON gives its length
         messages.append(ChatMessage(roles[item[role_key]], _text(content, content_key, here)))
     return messages
