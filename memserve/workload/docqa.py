@@ -13,7 +13,7 @@ import numpy as np
 from memserve.request import SamplingParams
 from memserve.values import require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
-from memserve.workload.records import iter_records, require_fields
+from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_DOCUMENTS = Path(__file__).parent / "data" / "documents.jsonl"
@@ -58,8 +58,7 @@ class DocumentQA(Workload):
             for where, record in iter_records(self._path, {"document": str, "questions": list})
             for number, turn in enumerate(self._turns(where, record, tokenizer))
         ]
-        if len(asked) < (self._num_sessions or 1):
-            raise ValueError(f"num_sessions={self._num_sessions}, but {self._path} holds {len(asked)} questions")
+        require_enough(self._num_sessions, len(asked), f"{self._path} holds {len(asked)} questions")
         order = rng.permutation(len(asked))[: self._num_sessions]
         arrivals_ns = self._arrivals.times_ns(len(order), self._rate, rng)
         return [
