@@ -1,9 +1,11 @@
-"""Values that callers give, checked. Raises ValueError naming the value and what is allowed; knows nothing else."""
+"""Values that callers give, checked. Raises ValueError naming the value and what is allowed; knows no option."""
 
 import math
 from collections.abc import Iterable
 
 import numpy as np
+
+from memserve.clock import LONGEST_S
 
 
 def as_tuple(name: str, value: object) -> tuple[object, ...]:
@@ -38,6 +40,11 @@ def require_int(name: str, value: object, minimum: int, maximum: int | None = No
     if value < minimum or (maximum is not None and value > maximum):
         raise ValueError(f"{name}={value!r}: expected {allowed or in_range}")
     return int(value)
+
+
+def require_duration(name: str, value: object) -> float:
+    """A number of seconds from 0 to LONGEST_S."""
+    return require_number(name, value, f"seconds in [0, {LONGEST_S:g}]", minimum=0.0, maximum=LONGEST_S)
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> str:

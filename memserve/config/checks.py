@@ -1,8 +1,8 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
-import math
 from typing import Any
 
+from memserve.clock import LONGEST_S
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.request import Role
@@ -17,6 +17,12 @@ FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and t
 ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
+SHORTEST_S = 1e-6  # of what is repeated until it is answered
+LINK = {  # what a link can be; a message on its way is repeated every transfer.retry_s
+    "latency_s": (0.0, 3600.0),
+    "message_latency_s": (0.0, 3600.0),
+    "gb_per_s": (1e-6, float("inf")),
+}
 
 
 class ConfigError(ValueError):
@@ -100,11 +106,16 @@ def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
 def _check_transfer(cfg: RunConfig) -> None:
     for name in ("deadline_s", "patience_s", "retry_s"):
         value = getattr(cfg.transfer, name)
-        _require(math.isfinite(value) and value > 0, f"transfer.{name}", value, "a finite number of seconds > 0")
+        _require(SHORTEST_S <= value <= LONGEST_S, f"transfer.{name}", value,
+                 f"seconds in [{SHORTEST_S:g}, {LONGEST_S:g}]")  # fmt: skip
+    for name, (low, high) in LINK.items():
+        value = cfg.link.get(name)
+        if type(value) in (int, float):
+            _require(low <= value <= high, f"link.{name}", value, f"a number in [{low:g}, {high:g}]")
     _require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
-    _require(math.isfinite(silence_s) and silence_s >= 1, "cluster.silence_s", silence_s, "a number of seconds >= 1")
+    _require(1 <= silence_s <= LONGEST_S, "cluster.silence_s", silence_s, f"seconds in [1, {LONGEST_S:g}]")
     bound = cfg.cluster.max_unfinished
     _require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks

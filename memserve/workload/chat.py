@@ -13,9 +13,10 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
-from memserve.values import require_bool, require_choice, require_int, require_number, require_part
+from memserve.values import require_bool, require_choice, require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
 from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
+from memserve.workload.records import require_enough
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_CONVERSATIONS = Path(__file__).parent / "data" / "conversations.jsonl"
@@ -64,8 +65,7 @@ class ChatWorkload(Workload):
         require_part("workload", "arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
-        think_time_s = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
-        self._think_time_ns = to_ns(think_time_s)
+        self._think_time_ns = to_ns(require_duration("think_time_s", think_time_s))
         self._max_turns = None if max_turns is None else require_int("max_turns", max_turns, 1)
         self._from_file = require_choice("output_length", output_length, ("free", "from_file")) == "from_file"
         self._tool_role = require_choice("tool_role", tool_role, ("user", "tool"))
@@ -100,9 +100,8 @@ class ChatWorkload(Workload):
                 raise conversation
         if errors:
             _logger.warning("%d conversations skipped, %d kept; the first: %s", len(errors), num_good, errors[0])
-        if num_good < (self._num_sessions or 1):
-            wanted = f"num_sessions={self._num_sessions}" if self._num_sessions else "at least one session"
-            raise ValueError(f"{wanted}, but {self._path} holds {num_good} conversations ({len(errors)} skipped)")
+        held = f"{self._path} holds {num_good} conversations ({len(errors)} skipped)"
+        require_enough(self._num_sessions, num_good, held)
 
     def _checked(self, conversation: Conversation | BadConversation) -> Conversation | BadConversation:
         """The same; where lengths are the file's, one that lacks the answer of a turn to play is a bad one."""
