@@ -155,7 +155,9 @@ def test_logprobs_name_every_token_and_the_likeliest(llm):
         ({"role": "user", "content": "x"}, "expected a string, a chat"),
         (b"abc", "expected a string, a chat"),
         (None, "prompts=None: expected"),
-        ([[[1, 2], [3]]], r"prompt \[\[1, 2\], \[3\]\]: expected"),
+        (["fine", "\ud800"], r"prompt 1: text='\\ud800': expected what UTF-8 can hold"),
+        (["fine", [True]], r"prompt 1: \[True\]: expected a string"),
+        ([[[1, 2], [3]]], r"prompt 0: \[\[1, 2\], \[3\]\]: expected"),
     ],
 )
 def test_a_bad_prompt_is_named_before_any_is_served(llm, prompts, message):

@@ -21,6 +21,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 logger = logging.getLogger(__name__)
 
 
+def as_utf8(text: str) -> bytes:
+    """Raises ValueError for what is no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"text={text!r}: expected a string")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text={text!r}: expected what UTF-8 can hold: {error}") from error
+
+
 class Tokenizer(ABC):
     """What everyone asks of a tokenizer. Token ids are int32 arrays [num_tokens].
 
@@ -154,12 +164,7 @@ class HFTokenizer(Tokenizer):
             raise ChatTemplateError(f"the chat template of {self._name} refuses these messages: {error}") from error
 
     def _ids(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
-        if not isinstance(text, str):
-            raise ValueError(f"text={text!r}: expected a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text={text!r}: expected what UTF-8 can hold: {error}") from error
+        as_utf8(text)
         return np.array(self._backend.encode(text, add_special_tokens=add_special_tokens), dtype=np.int32)
 
     def _following(self, before: str, text: str) -> np.ndarray:
