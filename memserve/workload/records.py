@@ -43,5 +43,6 @@ def require_fields(where: str, record: object, fields: dict[str, type]) -> None:
 def require_enough(num_sessions: int | None, num_found: int, held: str) -> None:
     """Raises ValueError unless there are so many sessions as were asked for, or one. held: what the file has."""
     if num_found < (num_sessions or 1):
-        wanted = f"num_sessions={num_sessions}" if num_sessions else "at least one session"
-        raise ValueError(f"{wanted}, but {held}: expected no more than there are")
+        if num_sessions is None:
+            raise ValueError(f"at least one session, but {held}")
+        raise ValueError(f"num_sessions={num_sessions}, but {held}: expected no more than there are")
