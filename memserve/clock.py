@@ -7,10 +7,15 @@ ends at the very nanosecond at which n single steps would have ended. Reports co
 import time
 
 NS_PER_S = 1_000_000_000
+MAX_NS = 2**62  # 146 years; an int64 leaves as many to what comes after
+MAX_S = MAX_NS / NS_PER_S
+LONGEST_S = 1e9  # 31 years: the longest duration that an option may name, so that a few of them stay below MAX_S
 
 
 def to_ns(seconds: float) -> int:
-    """Seconds to integer nanoseconds, rounded to the nearest."""
+    """Seconds to integer nanoseconds, rounded to the nearest. Raises ValueError beyond what the clock can tell."""
+    if not abs(seconds) <= MAX_S:
+        raise ValueError(f"{seconds} s, by the cost_model, the link or the workload: expected at most 146 years")
     return round(seconds * NS_PER_S)
 
 

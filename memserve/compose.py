@@ -4,14 +4,15 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from memserve.config.checks import ConfigError, check_config
 from memserve.config.schema import RunConfig
@@ -50,6 +51,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "workload": Workload,
     "tracking": Tracking,
 }
+_PLAIN = {IntegerNode: "an integer", FloatNode: "a number", BooleanNode: "true or false", StringNode: "text"}
 FILLED_IN = ("index_source.max_blocks", "eviction.attention_tokens")  # null until cluster/ knows the pool and the costs
 
 
@@ -84,7 +86,7 @@ def resolve(composed: DictConfig) -> RunConfig:
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_refusal(error)) from error
     missing = OmegaConf.missing_keys(merged)
     if missing:
         raise ConfigError(f"{', '.join(sorted(missing))}: expected a value")
@@ -98,6 +100,18 @@ def resolve(composed: DictConfig) -> RunConfig:
         check_target(name, given, kind)
     OmegaConf.set_readonly(merged, True)
     return cfg
+
+
+def _refusal(error: OmegaConfBaseException) -> str:
+    """What the schema says of an option, in one line like those of our own checks."""
+    name, node = error.full_key, error.child_node
+    if type(node) in _PLAIN:
+        null = "null or " if node._is_optional() else ""
+        return f"{name}={error.value!r}: expected {null}{_PLAIN[type(node)]}"
+    if isinstance(error, ConfigKeyError) and is_dataclass(error.object_type):
+        return f"{name}: no such option; expected one of {', '.join(f.name for f in fields(error.object_type))}"
+    said = str(error).partition("\n")[0]
+    return said if not name or name in said else f"{name}: {said}"
 
 
 def _best_attention(device: str, dtype: str) -> str:

@@ -35,7 +35,7 @@ from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.served import Served, new_request, stop_strings
+from memserve.served import Served, check_stop, new_request, stop_strings
 
 
 class Instance:
@@ -189,8 +189,7 @@ class Instance:
     def check_request(self, prompt: np.ndarray, params: SamplingParams) -> None:
         """Raises RequestRefused, a ValueError, for what this instance can never serve."""
         self.limits.check(prompt, params)
-        if params.stop and self._tokenizer is None:
-            raise RequestRefused(f"stop={params.stop!r}: stop strings need a tokenizer, and this model has none")
+        check_stop(self._tokenizer, params.stop)
 
     def _accept(self, message: Dispatch, now_ns: int) -> None:
         prompt = unpack_tokens(message.tokens)

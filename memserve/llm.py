@@ -93,11 +93,12 @@ class LLM:
         what one of them makes the model compute is kept for the others. Raises ValueError naming the first prompt that
         cannot be served, before any is.
         """
-        token_ids = [self._token_ids(prompt) for prompt in _as_list(prompts)]
-        each = _one_each(params, len(token_ids))
-        for i, (ids, p) in enumerate(zip(token_ids, each, strict=True)):
+        many, token_ids = _as_list(prompts), list[np.ndarray]()
+        each = _one_each(params, len(many))
+        for i, (prompt, p) in enumerate(zip(many, each, strict=True)):
             try:
-                self.instance.check_request(ids, p)
+                token_ids.append(self._token_ids(prompt))
+                self.instance.check_request(token_ids[i], p)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
         deltas = self._stream([ids.astype(np.int32) for ids in token_ids], each)
@@ -160,7 +161,7 @@ class LLM:
         except ValueError:  # a list of lists of different lengths
             ids = np.empty((0, 0))
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise ValueError(f"prompt {prompt!r}: expected a string, chat messages or a list of token ids")
+            raise ValueError(f"{prompt!r}: expected a string, chat messages or a list of token ids")
         return ids
 
 

@@ -10,7 +10,6 @@ any -> FINISHED by abort.
 """
 
 import enum
-import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -18,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from memserve.values import as_tuple, require_int, require_number
+from memserve.values import as_tuple, require_bool, require_int, require_number
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
@@ -34,7 +33,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: the random number of a token is a function of (seed, position) alone; None takes the engine's seed and the
         request's id.
     max_tokens: most tokens to generate, at least 1.
-    stop: strings that end the answer; the text ends before the first of them.
+    stop: strings that end the answer; the text ends before the first of them. One that is a special token of the
+        tokenizer (`<|im_end|>`), which text leaves out, ends the answer at that token.
     stop_token_ids: tokens that end the answer, beside the model's end-of-sequence tokens.
     ignore_eos: do not end at the model's end-of-sequence tokens.
     logprobs: return the log-probability of each token and of this many most likely ones; None returns none.
@@ -55,21 +55,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         self._set("stop", as_tuple("stop", self.stop))
         self._set("stop_token_ids", as_tuple("stop_token_ids", self.stop_token_ids))
-        self._set("temperature", require_number("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0"))
-        self._set("top_k", require_int("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)"))
-        self._set("top_p", require_number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number in (0, 1]"))
-        self._set("max_tokens", require_int("max_tokens", self.max_tokens, 1, "an integer >= 1"))
+        self._set("temperature", require_number("temperature", self.temperature, "a finite number >= 0", minimum=0.0))
+        self._set("top_k", require_int("top_k", self.top_k, 0, allowed="an integer >= 0 (0 keeps all)"))
+        top_p = require_number("top_p", self.top_p, "a number in (0, 1]", minimum=0.0, maximum=1.0, exclusive=True)
+        self._set("top_p", top_p)
+        self._set("max_tokens", require_int("max_tokens", self.max_tokens, 1))
         if self.seed is not None:
-            self._set("seed", require_int("seed", self.seed, 0, "an integer >= 0 or None"))
+            self._set("seed", require_int("seed", self.seed, 0, allowed="an integer >= 0 or None"))
         if self.logprobs is not None:
             allowed = f"an integer in [0, {MAX_LOGPROBS}] or None"
-            self._set("logprobs", require_int("logprobs", self.logprobs, 0, allowed, MAX_LOGPROBS))
+            self._set("logprobs", require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=allowed))
         if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
-        stop_ids = (require_int("stop_token_ids", token, 0, "integers >= 0") for token in self.stop_token_ids)
+        stop_ids = (require_int("stop_token_ids", token, 0, allowed="integers >= 0") for token in self.stop_token_ids)
         self._set("stop_token_ids", tuple(stop_ids))
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos={self.ignore_eos!r}: expected true or false")
+        require_bool("ignore_eos", self.ignore_eos)
 
     def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)

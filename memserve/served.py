@@ -12,20 +12,23 @@ from memserve.messages import Dispatch, RequestStats, Tokens, pack_times, pack_t
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from memserve.sched.admission import RequestRefused
 
 
 class StopStrings:
-    """Watches one answer's text for its stop strings."""
+    """Watches one answer's text for its stop strings, and its tokens for special ones, which the text leaves out."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._checker = StopChecker(stop)
+        special = tokenizer.special_tokens
+        self._token_ids = {special[text] for text in stop if text in special}
 
     def ended_by(self, tokens: np.ndarray) -> bool:
         """Whether one of the strings is complete with these new tokens (int32 [n])."""
         for token in tokens.tolist():
             self._checker.push(self._detokenizer.push(token))
-        return self._checker.stopped
+        return self._checker.stopped or not self._token_ids.isdisjoint(tokens.tolist())
 
 
 @dataclass
@@ -117,6 +120,20 @@ def new_request(message: Dispatch, engine_seed: int, max_tokens: int) -> Request
         seed=drawn_seed(engine_seed, message.request_id),
         max_num_tokens=len(prompt) + max_tokens,
     )
+
+
+def check_stop(tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
+    """Raises RequestRefused for stop strings that no answer can ever have in it."""
+    if stop and tokenizer is None:
+        raise RequestRefused(f"stop={stop!r}: stop strings need a tokenizer, and this model has none")
+    special = tokenizer.special_tokens if tokenizer is not None else {}
+    for text in stop:
+        within = next((token for token in special if token in text and token != text), None)
+        if within is not None and text not in special:
+            raise RequestRefused(
+                f"stop={text!r} has the special token {within!r} in it, which text leaves out: expected that token "
+                f"alone, or stop_token_ids=[{special[within]}]"
+            )
 
 
 def stop_strings(tokenizer: Tokenizer | None, params: SamplingParams) -> StopStrings | None:

@@ -37,9 +37,10 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 # Units of one floor do not know each other, but for these.
 BESIDE = {
     "request": {"values"},
+    "values": {"clock"},
     "messages": {"request", "decisions"},
     "timeline": {"decisions", "request", "messages"},
-    "config": {"request"},
+    "config": {"request", "clock"},
     "handoff": {"fetches"},
     "instance": {"handoff", "served"},
     "cluster": {"compose"},

@@ -1,9 +1,12 @@
 import json
+import shutil
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import transformers
+from small_tokenizers import byte_level_tokenizer
 
 from memserve import LLM, SamplingParams
 from memserve.config.checks import ConfigError
@@ -104,6 +107,23 @@ def test_stop_strings_end_the_text_and_never_show(llm):
     assert settled(llm)
 
 
+def test_a_special_token_as_a_stop_string_ends_the_answer_at_that_token(tmp_path, path):
+    directory = tmp_path / "with_tokenizer"
+    shutil.copytree(path.removeprefix("random:"), directory)
+    byte_level_tokenizer().save_pretrained(directory)
+    llm = LLM(directory, block_size=4, num_blocks=200)
+    params = SamplingParams(max_tokens=150, temperature=5.0, seed=1, ignore_eos=True)
+    full = llm.generate([5, 6, 7], params)[0]
+    special = llm.tokenizer.special_tokens
+    end = next(token for token in full.token_ids if token in special.values())
+    word = next(text for text, number in special.items() if number == end)
+    cut = llm.generate([5, 6, 7], msgspec.structs.replace(params, stop=(word,)))[0]
+    assert cut.token_ids == full.token_ids[: full.token_ids.index(end) + 1] and cut.finish_reason == "stop"
+    assert word not in cut.text and full.text.startswith(cut.text)
+    with pytest.raises(ValueError, match=r"stop='x<\|im_end\|>' has the special token '<\|im_end\|>' in it.*=\[2\]"):
+        llm.generate([5, 6, 7], SamplingParams(stop="x<|im_end|>"))
+
+
 def test_a_seeded_sample_does_not_depend_on_the_batch_or_the_cache(llm):
     params = SamplingParams(temperature=1.0, top_p=0.9, seed=5, max_tokens=12, ignore_eos=True)
     alone = llm.generate("a prompt to sample from", params)[0].token_ids
@@ -135,7 +155,9 @@ def test_logprobs_name_every_token_and_the_likeliest(llm):
         ({"role": "user", "content": "x"}, "expected a string, a chat"),
         (b"abc", "expected a string, a chat"),
         (None, "prompts=None: expected"),
-        ([[[1, 2], [3]]], r"prompt \[\[1, 2\], \[3\]\]: expected"),
+        (["fine", "\ud800"], r"prompt 1: text='\\ud800': expected what UTF-8 can hold"),
+        (["fine", [True]], r"prompt 1: \[True\]: expected a string"),
+        ([[[1, 2], [3]]], r"prompt 0: \[\[1, 2\], \[3\]\]: expected"),
     ],
 )
 def test_a_bad_prompt_is_named_before_any_is_served(llm, prompts, message):

@@ -187,9 +187,8 @@ class EmulatedCluster:
             if self.macro_steps:
                 batch = replace(batch, num_steps=node.max_macro_steps(batch))
             durations = self.step_time.durations_ns(batch)
-        ends_ns = self.now_ns + np.cumsum(durations, dtype=np.int64)
-        node.step = Step(batch, self.now_ns, ends_ns, output, layers_ns)
-        self._push(int(ends_ns[-1]), _END, node, node.epoch)
+        node.step = Step.lasting(batch, self.now_ns, durations, output, layers_ns)
+        self._push(int(node.step.ends_ns[-1]), _END, node, node.epoch)
 
     def _forward(self, instance: Instance, batch: ScheduledBatch, watch: StepWatch) -> StepOutput:
         layers = LayerRun(instance.forward_by_layer(batch))

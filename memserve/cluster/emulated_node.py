@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from memserve.clock import MAX_S, to_s
 from memserve.instance import Instance
 from memserve.messages import PoolMessage
 from memserve.metrics.activity import Activity
@@ -22,6 +23,24 @@ class Step:
     ends_ns: np.ndarray
     output: StepOutput | None
     layers_ns: list[int]
+
+    @classmethod
+    def lasting(
+        cls,
+        batch: ScheduledBatch,
+        start_ns: int,
+        durations_ns: list[int],
+        output: StepOutput | None,
+        layers_ns: list[int],
+    ) -> "Step":
+        """A step of now. Raises ValueError if it ends later than the clock can tell."""
+        end_s = to_s(start_ns + sum(durations_ns))
+        if end_s > MAX_S:
+            raise ValueError(
+                f"a step ends {end_s:.3g} s after the run began, by its cost_model: expected within 146 years"
+            )
+        ends_ns = start_ns + np.cumsum(durations_ns, dtype=np.int64)
+        return cls(batch, start_ns, ends_ns, output, layers_ns)
 
     def num_begun(self, now_ns: int) -> int:
         """Steps of a macro-step that have begun by now; one that ends now is the last of them."""

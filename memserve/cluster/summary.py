@@ -46,6 +46,8 @@ def summarize(
         peak_used_blocks=pool.peak_used,
         num_indexed_blocks=pool.num_indexed,
         peak_waiting_handoffs=0 if handoffs is None else handoffs.peak_waiting,
+        num_computed=instance.scheduler.counts.computed,
+        num_generated=instance.scheduler.counts.generated,
     )
     return Summary(
         stats,

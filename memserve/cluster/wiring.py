@@ -43,8 +43,7 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
 
 def _transfers_kv(cfg: RunConfig) -> bool:
     mode: Mode = make(cfg.mode)
-    fetches = len(cfg.cluster.roles) > 1 and not isinstance(make(cfg.fetch), NeverFetch)
-    return mode.hand_off is not None or fetches
+    return mode.hand_off is not None or not isinstance(make(cfg.fetch), NeverFetch)
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:

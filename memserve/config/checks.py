@@ -1,7 +1,8 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
-import math
+from typing import Any
 
+from memserve.clock import LONGEST_S
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.request import Role
@@ -12,9 +13,16 @@ CHOICES = {
     "tokens": ("model", "hash", "workload"),
     "transport": ("in_process", "gloo", "nccl", "mapped"),
 }
+FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and their words
 ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
+SHORTEST_S = 1e-6  # of what is repeated until it is answered
+LINK = {  # what a link can be; a message on its way is repeated every transfer.retry_s
+    "latency_s": (0.0, 3600.0),
+    "message_latency_s": (0.0, 3600.0),
+    "gb_per_s": (1e-6, float("inf")),
+}
 
 
 class ConfigError(ValueError):
@@ -34,10 +42,10 @@ def check_config(cfg: RunConfig) -> None:
         raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
     _check_capacity(cfg)
     has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
-    if cfg.preemption.get("_target_", "").endswith(".SwapOut") and not has_dram:
+    if _class(cfg.preemption) == "SwapOut" and not has_dram:
         raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
     tiered = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes is not None
-    if tiered and cfg.index.get("_target_", "").endswith(".HashIndex"):
+    if tiered and _class(cfg.index) == "HashIndex":
         raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
     _check_async_swap(cfg, bool(tiered))
     for name in ("token_budget", "chunk_size", "max_running"):
@@ -47,6 +55,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
+    _check_fetch(cfg)
     _check_tensor_parallel(cfg)
 
 
@@ -97,11 +106,16 @@ def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
 def _check_transfer(cfg: RunConfig) -> None:
     for name in ("deadline_s", "patience_s", "retry_s"):
         value = getattr(cfg.transfer, name)
-        _require(math.isfinite(value) and value > 0, f"transfer.{name}", value, "a finite number of seconds > 0")
+        _require(SHORTEST_S <= value <= LONGEST_S, f"transfer.{name}", value,
+                 f"seconds in [{SHORTEST_S:g}, {LONGEST_S:g}]")  # fmt: skip
+    for name, (low, high) in LINK.items():
+        value = cfg.link.get(name)
+        if type(value) in (int, float):
+            _require(low <= value <= high, f"link.{name}", value, f"a number in [{low:g}, {high:g}]")
     _require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
-    _require(math.isfinite(silence_s) and silence_s >= 1, "cluster.silence_s", silence_s, "a number of seconds >= 1")
+    _require(1 <= silence_s <= LONGEST_S, "cluster.silence_s", silence_s, f"seconds in [1, {LONGEST_S:g}]")
     bound = cfg.cluster.max_unfinished
     _require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks
@@ -165,6 +179,31 @@ def _check_roles(cfg: RunConfig) -> None:
     _require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
     for role in cfg.cluster.roles:
         _require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
+
+
+def _check_fetch(cfg: RunConfig) -> None:
+    """Fetching takes somebody else who is known to have more of a prompt than the instance that a request goes to."""
+    policy, mode, roles = _class(cfg.fetch), _class(cfg.mode), list(cfg.cluster.roles)
+    if policy == "NeverFetch":
+        return
+    fetch = f"fetch={FETCHES.get(policy, policy)}"
+    if _class(cfg.index) == "NullIndex":
+        raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected fetch=never")
+    if _class(cfg.index_source) == "NoPromptTree":
+        raise ConfigError(f"{fetch} contradicts index_source=none: nobody knows who holds what; expected fetch=never")
+    if mode == "PDBasic":
+        raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected fetch=never")
+    decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
+    if not decode_holds and sum(role != Role.DECODE.value for role in roles) < 2:
+        raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
+    if not decode_holds and _class(cfg.policy) == "PromptTree" and cfg.policy.get("max_lead") is None:
+        raise ConfigError(f"{fetch} contradicts policy=prompt_tree with policy.max_lead=null: requests go to who holds "
+                          "most; expected fetch=never, or a lead")  # fmt: skip
+
+
+def _class(node: Any) -> str:
+    """The name of the class that a node describes."""
+    return str(node.get("_target_", "")).rpartition(".")[2]
 
 
 def _check_tensor_parallel(cfg: RunConfig) -> None:

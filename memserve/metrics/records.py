@@ -5,12 +5,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from memserve.clock import NS_PER_S, to_s
 from memserve.decisions import FetchRecord, RouteChoice
 from memserve.messages import RequestStats
 from memserve.metrics.formulas import measure
 from memserve.timeline import RequestTimeline
+
+MAX_OTHERS = 7  # instances that a recorded choice lists beside the chosen one: a cluster may have hundreds
 
 
 def request_record(timeline: RequestTimeline) -> dict[str, Any]:
@@ -70,16 +73,29 @@ def _routes(routes: Sequence[RouteChoice]) -> dict[str, Any]:
 
 
 def _route_record(route: RouteChoice) -> dict[str, Any]:
-    """A choice: of each instance that could be chosen, a value in each list."""
-    at = route.first_token_s
+    """A choice among num_instances: of the one chosen and the best others, a value in each list."""
+    at, rows = route.first_token_s, _listed(route)
     return {
         "instance": route.labels[route.chosen],
         "why": route.why,
-        "instances": list(route.labels),
-        "num_cached": route.num_cached.tolist(),
-        "num_requests": route.num_requests.tolist(),
-        "predicted_s": None if at is None else at.tolist(),
+        "num_instances": len(route.labels),
+        "instances": [route.labels[row] for row in rows],
+        "num_cached": route.num_cached[rows].tolist(),
+        "num_requests": route.num_requests[rows].tolist(),
+        "predicted_s": None if at is None else at[rows].tolist(),
     }
+
+
+def _listed(route: RouteChoice) -> np.ndarray:
+    """int64: the row that was chosen and the MAX_OTHERS best others, in order of rows.
+
+    Best: the first token is predicted soonest, or where that is unknown more is cached; then fewer requests.
+    """
+    others = np.flatnonzero(np.arange(len(route.labels)) != route.chosen)
+    at, cached, requests = route.first_token_s, -route.num_cached[others], route.num_requests[others]
+    keys = (requests, cached) if at is None else (requests, cached, at[others])
+    best = others[np.lexsort(keys)[:MAX_OTHERS]]
+    return np.sort(np.append(best, route.chosen))
 
 
 def fetch_record(record: FetchRecord) -> dict[str, Any]:

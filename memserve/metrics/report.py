@@ -37,6 +37,7 @@ class InstanceStats:
     preempted to DRAM and had to be recomputed after all.
     num_blocks: size of its pool.  peak_used_blocks: most blocks that anyone held at a time.  num_indexed_blocks: blocks
     in the index at the end.  peak_waiting_handoffs: most requests that waited at a time for a decode instance's room.
+    num_computed, num_generated: all tokens that it prefilled and generated, whatever came of their requests.
     """
 
     id: str
@@ -51,6 +52,8 @@ class InstanceStats:
     peak_used_blocks: int = 0
     num_indexed_blocks: int = 0
     peak_waiting_handoffs: int = 0
+    num_computed: int = 0
+    num_generated: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,17 @@ def build_report(
 ) -> Report:
     """The report of one run.
 
-    timelines: every request that was submitted. Latencies are of those that succeeded; token counts of all that an
-    instance began.  wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
+    timelines: every request that was submitted. Latencies are of those that succeeded; token counts of the attempts by
+    which requests ended, where an instance began them; what instances computed beside that was in vain.
+    wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
     p_to_d, d_to_p: sent by prefill and by decode instances.  between: by colocated ones, to each other.
     tree_counts: of the global scheduler's prompt trees.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
     makespan_s = formulas.makespan_s(timelines)
-    tokens = _tokens(_begun(timelines))
     rows = _instances(instances, timelines, makespan_s)
+    tokens = _tokens(_begun(timelines))
+    tokens |= {key: sum(row["tokens"][key] for row in rows) for key in ("computed_in_vain", "generated_in_vain")}
     return {
         "num_requests": len(timelines),
         "num_finished": len(succeeded),
@@ -210,6 +215,7 @@ def _instance(
 ) -> Report:
     """One row: its own counts, and its part of the requests that it prefilled or decoded."""
     tokens = _tokens(begun)
+    tokens |= _in_vain(stats, tokens)
     counts = asdict(stats)
     busy_s = to_s(counts.pop("busy_ns"))
     return {
@@ -222,6 +228,14 @@ def _instance(
         "hit_ratio": _hit_ratio(tokens),
         "preemptions": sum(request.num_preemptions for request in begun),
         **counts,
+    }
+
+
+def _in_vain(stats: InstanceStats, tokens: dict[str, int]) -> dict[str, int]:
+    """What it computed for attempts that were given up (failed hand-offs, lost peers): in no request's stats."""
+    return {
+        "computed_in_vain": stats.num_computed - tokens["computed"] - tokens["computed_on_decode"],
+        "generated_in_vain": stats.num_generated - tokens["generated"],
     }
 
 

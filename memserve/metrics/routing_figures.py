@@ -23,7 +23,11 @@ def routing_figures(
     take requests: of the requests each began, and of the prompt tokens each had to compute.  soonest_ratio and
     mean_regret_s are by the cost model, whatever the policy looks at.
     """
-    begun = [(t.num_promised, t.stats.num_cached_local) for t in timelines if t.stats and t.stats.first_scheduled_ns]
+    begun = [
+        (timeline.num_promised, stats.num_cached_local)
+        for timeline in timelines
+        if (stats := timeline.stats) is not None and stats.first_scheduled_ns is not None
+    ]
     missing = [promised - found for promised, found in begun if promised > found]
     num_promised = sum(promised > 0 for promised, _ in begun)
     takers = [row for row in rows if row["role"] != Role.DECODE]

@@ -205,6 +205,7 @@ def _totals_table(report: Report) -> Table:
         "hit ratio": format_figure(report["hit_ratio"], "share"),
         **_transfer_texts(report),
         "tokens generated": _count(tokens["generated"]),
+        **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
         "makespan": format_figure(report["makespan_s"], "seconds"),
         "wall time": format_figure(report["wall_s"], "seconds"),
@@ -222,6 +223,13 @@ def _totals_table(report: Report) -> Table:
     for label, text in rows.items():
         table.add_row(label, text)
     return table
+
+
+def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
+    """What was computed for attempts that were given up, if anything was."""
+    computed, generated = tokens["computed_in_vain"], tokens["generated_in_vain"]
+    text = f"{_count(computed)} computed, {_count(generated)} generated"
+    return {"tokens in vain": text} if computed or generated else {}
 
 
 def _transfer_texts(report: Report) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from memserve.model.chat_format import Message, check_messages
-from memserve.model.tokenizer import Tokenizer
+from memserve.model.tokenizer import Tokenizer, as_utf8
 
 END = 256
 ROLES = {"system": 257, "user": 258, "assistant": 259}
@@ -22,7 +22,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = VOCAB_SIZE
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+        return np.frombuffer(as_utf8(text), dtype=np.uint8).astype(np.int32)
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """As in Tokenizer; an id past the vocabulary, which a larger model may generate, is U+FFFD too."""
@@ -44,5 +44,7 @@ class ByteTokenizer(Tokenizer):
     def _turn(self, message: Message) -> np.ndarray:
         if message["role"] not in ROLES:
             raise ValueError(f"role {message['role']!r}: expected one of {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise ValueError("messages with tool_calls: the byte tokenizer has no way to write them")
         role = np.array([ROLES[message["role"]]], dtype=np.int32)
         return np.concatenate([role, self.encode(message["content"]), self.turn_suffix])

@@ -14,8 +14,9 @@ refused.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role and content; an assistant's may have tool_calls, and then needs no content
 Render = Callable[[Sequence[Message], bool], str]
 
 _FIRST: Message = {"role": "user", "content": "Question-one"}
@@ -39,13 +40,23 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The conversation so far, up to where the assistant's answer begins."""
-        return self._render(check_messages(messages), True)
+        return self._render(self._with_calls(check_messages(messages)), True)
 
     def next_turn(self, messages: Sequence[Message]) -> str:
         """What follows `turn_suffix`: the new messages, up to where the next answer begins."""
         before = self._answered + self.turn_suffix
-        dialog = [_FIRST, _assistant(_ANSWER), *check_messages(messages)]
+        dialog = [_FIRST, _assistant(_ANSWER), *self._with_calls(check_messages(messages))]
         return self._after(before, self._render(dialog, True))
+
+    def _with_calls(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The same. Raises ChatTemplateError if they have tool calls that the template does not write."""
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        filled = [{**message, "content": message.get("content") or ""} for message in messages]
+        plain = [{key: value for key, value in message.items() if key != "tool_calls"} for message in filled]
+        if self._render(filled, True) == self._render(plain, True):
+            raise ChatTemplateError(f"messages with tool_calls: the chat template of {self._name} leaves them out")
+        return messages
 
     @cached_property
     def turn_suffix(self) -> str:
@@ -109,11 +120,18 @@ def _assistant(content: str) -> Message:
 
 
 def check_messages(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages, if they are a non-empty sequence of {"role": str, "content": str}; else ValueError."""
+    """The messages, if they are a non-empty sequence of {"role": str, "content": str}; else ValueError.
+
+    An assistant's with `tool_calls` may have no content, or None, as in OpenAI's format.
+    """
     if isinstance(messages, str | Mapping) or not messages:
         raise ValueError(f"messages={messages!r}: expected a non-empty list of {{'role': ..., 'content': ...}}")
     for message in messages:
-        fields = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
-        if not all(isinstance(value, str) for value in fields):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not _has_content(message):
             raise ValueError(f"message {message!r}: expected {{'role': str, 'content': str}}")
     return messages
+
+
+def _has_content(message: Message) -> bool:
+    calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
+    return isinstance(message.get("content"), str) or (calls and message.get("content") is None)

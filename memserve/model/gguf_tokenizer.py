@@ -53,11 +53,11 @@ def gguf_tokenizer(file: GGUFWeights) -> HFTokenizer:
     kind = file.metadata("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{file.path}: tokenizer.ggml.model={kind!r}, expected 'gpt2' or 'llama'")
-    tokens: list[str] = file.metadata("tokenizer.ggml.tokens")
+    tokens: list[str] = _list(file, "tokens")
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
-    _add_whole_tokens(backend, tokens, file.metadata("tokenizer.ggml.token_type", []))
+    _add_whole_tokens(backend, tokens, _list(file, "token_type", []))
     rule = file.metadata("tokenizer.ggml.pre")
-    bos = file.metadata("tokenizer.ggml.bos_token_id")
+    bos = _token_id(file, "bos", tokens)
     begins = file.metadata("tokenizer.ggml.add_bos_token", kind == "llama" or rule in _BEGINS_BY_DEFAULT)
     if begins and bos is not None:
         backend.post_processor = processors.TemplateProcessing(
@@ -71,7 +71,7 @@ def _wrap(file: GGUFWeights, backend: tokenizers.Tokenizer, tokens: list[str]) -
 
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = file.metadata(f"tokenizer.ggml.{key}_token_id")
+        token_id = _token_id(file, key, tokens)
         special[f"{name}_token"] = None if token_id is None else tokens[token_id]
     wrapped = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
@@ -80,13 +80,32 @@ def _wrap(file: GGUFWeights, backend: tokenizers.Tokenizer, tokens: list[str]) -
     return wrapped
 
 
+def _list(file: GGUFWeights, key: str, default: list[Any] | None = None) -> list[Any]:
+    value = file.metadata(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, list):
+        raise ValueError(f"{file.path}: tokenizer.ggml.{key}={value!r}, expected a list")
+    return value
+
+
+def _token_id(file: GGUFWeights, name: str, tokens: Sequence[str]) -> int | None:
+    """The special token of a name; None where the file has none."""
+    value = file.metadata(f"tokenizer.ggml.{name}_token_id")
+    if value is not None and (not isinstance(value, int) or not 0 <= value < len(tokens)):
+        raise ValueError(f"{file.path}: tokenizer.ggml.{name}_token_id={value!r}, expected 0 to {len(tokens) - 1}")
+    return value
+
+
 def _byte_level(file: GGUFWeights, tokens: list[str]) -> tokenizers.Tokenizer:
     """Byte-level BPE of GPT-2's kind: words by the file's rule, then merges in the file's order."""
     rule = file.metadata("tokenizer.ggml.pre")
     if rule not in WORD_RULES:
         raise ValueError(f"{file.path}: tokenizer.ggml.pre={rule!r}, expected one of {', '.join(WORD_RULES)}")
-    merges = [tuple(merge.split(" ")) for merge in file.metadata("tokenizer.ggml.merges")]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=_ids(tokens), merges=merges, ignore_merges="llama" in rule))
+    vocab = _ids(tokens)
+    merges = [tuple(merge.split(" ")) for merge in _list(file, "merges")]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise ValueError(f"{file.path}: tokenizer.ggml.merges has {' '.join(merge)!r}, expected two of its tokens")
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges="llama" in rule))
     backend.pre_tokenizer = WORD_RULES[rule]()
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -94,9 +113,11 @@ def _byte_level(file: GGUFWeights, tokens: list[str]) -> tokenizers.Tokenizer:
 
 def _sentencepiece(file: GGUFWeights, tokens: list[str]) -> tokenizers.Tokenizer:
     """Sentencepiece BPE with bytes for what the vocabulary lacks; a piece's score says when it is merged."""
-    vocab = _ids(tokens)
-    merges = _merges_from_scores(vocab, file.metadata("tokenizer.ggml.scores"))
-    unknown = tokens[file.metadata("tokenizer.ggml.unknown_token_id", 0)]
+    vocab, scores = _ids(tokens), _list(file, "scores")
+    if len(scores) != len(tokens):
+        raise ValueError(f"{file.path}: {len(scores)} tokenizer.ggml.scores, expected one for each of {len(tokens)}")
+    merges = _merges_from_scores(vocab, scores)
+    unknown = tokens[_token_id(file, "unknown", tokens) or 0]
     model = models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]

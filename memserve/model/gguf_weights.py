@@ -86,6 +86,8 @@ class GGUFWeights:
         head_dim = size("attention.key_length", hidden_size // num_heads)
         max_position = size("context_length")
         self._refuse_what_cannot_run(head_dim, max_position)
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise WeightFileError(f"{self.path}: has no tensor 'token_embd.weight', expected a language model")
         return ModelConfig(
             model_type=self._architecture,
             vocab_size=int(self._tensors["model.embed_tokens.weight"].shape[1]),

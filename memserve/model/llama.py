@@ -105,11 +105,16 @@ class Llama(torch.nn.Module):
         self.decode_graph: DecodeGraph | None = None
         self.captures_decode, self.fused_rows = False, 0
         shape = (config.vocab_size, config.hidden_size)
-        self.register_buffer("embedding_VE", load.tensor("model.embed_tokens.weight", shape))
+        self.register_buffer("embedding_VE", load.tensor(self._embedding_name(load), shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
         self.layers = torch.nn.ModuleList(DecoderLayer(config, load, i) for i in range(config.num_layers))
         self.norm = load.norm("model.norm", config.hidden_size, config.rms_norm_eps)
         self.head = Linear(self._head_PE(load))
+
+    def _embedding_name(self, load: Loader) -> str:
+        """A tied pair may be stored under the head's name alone; transformers takes that too."""
+        own, head = "model.embed_tokens.weight", "lm_head.weight"
+        return head if self.config.tie_embeddings and load.has(head) and not load.has(own) else own
 
     def _head_PE(self, load: Loader) -> torch.Tensor:
         """This rank's P rows of the head, [P, E]. Tied ones are the embedding's, unless the weights have others."""

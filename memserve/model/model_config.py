@@ -33,8 +33,8 @@ class RopeScaling:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"rope {name}={value!r}: expected a number")
-        if not self.factor >= 1.0:
-            raise ValueError(f"rope factor={self.factor!r}: expected a number >= 1")
+        if not 1.0 <= self.factor < float("inf"):
+            raise ValueError(f"rope factor={self.factor!r}: expected a finite number >= 1")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope low_freq_factor={self.low_freq_factor!r}, high_freq_factor={self.high_freq_factor!r}: "
@@ -93,6 +93,7 @@ class ModelConfig:
         The end-of-sequence tokens are generation_config's where it names some. Raises ValueError naming the key that
         is missing, or the value that cannot be run and what can.
         """
+        _require_types(config)
         model_type = config.get("model_type")
         if model_type not in _FAMILIES:
             raise ValueError(f"model_type={model_type!r}: expected one of {', '.join(_FAMILIES)}")
@@ -147,6 +148,13 @@ _FAMILIES = {
     "qwen3": _Family({**_COMMON, "num_key_value_heads": 32, "head_dim": 128}, qk_norm=True, chooses_windows=True),
 }
 
+_KINDS: dict[str, tuple[type, str]] = {
+    "model_type": (str, "text"),
+    "architectures": (list, "a list of names"),
+    "layer_types": (list, "a list of names"),
+    "quantization_config": (Mapping, "a mapping"),
+    "max_window_layers": (int, "an integer"),
+}
 _LLAMA3_FIELDS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -162,6 +170,16 @@ def _required(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key}={value!r}: expected an integer >= 1")
     return value
+
+
+def _require_types(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key of another kind than a config.json has there, where nobody else would name it."""
+    for key, (kind, said) in _KINDS.items():
+        value = config.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{key}={value!r}: expected {said}")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{key}={value!r}: expected {said}")
 
 
 def _refuse_what_cannot_run(config: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from memserve.transfer.block_copy import to_device
 
 NUCLEUS_GUESS = 1024  # most nuclei are smaller; a larger one costs its row a second look, and a full sort
 CACHED_LOGITS = 65_536  # 256 KiB of float32
-_TINY_TEMPERATURE = 1e-30  # the smallest that float32 divides by safely; far below it every choice is greedy
+_TEMPERATURES = (1e-30, 1e30)  # that float32 divides by safely; beyond them a choice is greedy, or of any token alike
 
 
 class InvalidLogits(RuntimeError):
@@ -100,7 +100,7 @@ def _draw(
     of so many; else the token means nothing.
     """
     params, device = [row.params for row in rows], logits_RV.device
-    temperature_R = to_device(np.array([max(p.temperature, _TINY_TEMPERATURE) for p in params], np.float32), device)
+    temperature_R = to_device(np.clip([p.temperature for p in params], *_TEMPERATURES).astype(np.float32), device)
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
     weights_RV = scaled_RV.exp()
     if any(p.top_k or p.top_p < 1.0 for p in params):

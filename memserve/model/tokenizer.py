@@ -6,7 +6,7 @@ begins with exactly the tokens whose KV is cached (the template's side of this i
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,16 @@ from memserve.model.chat_format import ChatFormat, ChatTemplateError, Message
 PLAIN_CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 logger = logging.getLogger(__name__)
+
+
+def as_utf8(text: str) -> bytes:
+    """Raises ValueError for what is no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"text={text!r}: expected a string")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text={text!r}: expected what UTF-8 can hold: {error}") from error
 
 
 class Tokenizer(ABC):
@@ -37,6 +47,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Text of the ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens that `decode` leaves out wherever they stand, by how they are written."""
+        return {}
 
     def is_silent(self, token_id: int) -> bool:
         """Whether `decode` leaves a token out wherever it stands."""
@@ -111,9 +126,13 @@ class HFTokenizer(Tokenizer):
         return token_id in self._silent
 
     @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        added = self._backend.added_tokens_decoder.items()
+        return {token.content: number for number, token in added if token.special and not self.decode([number])}
+
+    @cached_property
     def _silent(self) -> frozenset[int]:
-        special = (number for number, token in self._backend.added_tokens_decoder.items() if token.special)
-        return frozenset(number for number in special if not self.decode([number]))
+        return frozenset(self.special_tokens.values())
 
     def chat_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         return self._ids(self._format.prompt(messages))
@@ -141,16 +160,11 @@ class HFTokenizer(Tokenizer):
                     dialog, chat_template=template, tokenize=False, add_generation_prompt=with_generation_prompt
                 )
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # TypeError: text and something else are joined
             raise ChatTemplateError(f"the chat template of {self._name} refuses these messages: {error}") from error
 
     def _ids(self, text: str, add_special_tokens: bool = False) -> np.ndarray:
-        if not isinstance(text, str):
-            raise ValueError(f"text={text!r}: expected a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text={text!r}: expected what UTF-8 can hold: {error}") from error
+        as_utf8(text)
         return np.array(self._backend.encode(text, add_special_tokens=add_special_tokens), dtype=np.int32)
 
     def _following(self, before: str, text: str) -> np.ndarray:

@@ -1,12 +1,11 @@
 """Policies that look at who has a request's prefix: the paper's two, the field's practice, and decode placement."""
 
-import math
-
 import numpy as np
 
 from memserve.clock import NS_PER_S, to_ns
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest, any_of, least_loaded
+from memserve.values import require_int, require_number
 
 _NEVER_NS = np.iinfo(np.int64).max
 
@@ -23,7 +22,7 @@ class PromptTree(Policy):
 
     def __init__(self, max_lead: int | None = None) -> None:
         if max_lead is not None:
-            _require("max_lead", max_lead, isinstance(max_lead, int) and max_lead >= 1, "null or an integer >= 1")
+            require_int("policy.max_lead", max_lead, 1, allowed="null or an integer >= 1")
         self._max_lead = max_lead
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
@@ -86,9 +85,9 @@ class BalancedPrefix(Policy):
     def __init__(
         self, abs_bound: int = 4, rel_bound: float = 1.5, min_share: float = 0.5, max_skew: float | None = None
     ) -> None:
-        _require("abs_bound", abs_bound, isinstance(abs_bound, int) and abs_bound >= 0, "an integer >= 0")
-        _require("rel_bound", rel_bound, 1 <= rel_bound < math.inf, "a finite number >= 1")
-        _require("min_share", min_share, 0 <= min_share <= 1, "a number from 0 to 1")
+        require_int("policy.abs_bound", abs_bound, 0)
+        require_number("policy.rel_bound", rel_bound, "a finite number >= 1", minimum=1)
+        require_number("policy.min_share", min_share, "a number from 0 to 1", minimum=0, maximum=1)
         self._abs_bound, self._rel_bound, self._min_share = abs_bound, rel_bound, min_share
         self._max_skew = _skew(max_skew)
 
@@ -131,7 +130,7 @@ def _by_prefix(longest: int) -> str:
 
 def _skew(max_skew: float | None) -> float | None:
     if max_skew is not None:
-        _require("max_skew", max_skew, 1 <= max_skew < math.inf, "null or a finite number >= 1")
+        require_number("policy.max_skew", max_skew, "null or a finite number >= 1", minimum=1)
     return max_skew
 
 
@@ -145,8 +144,3 @@ def _took_most(cluster: ClusterSnapshot, max_skew: float) -> np.ndarray:
     if cluster.home is not None:
         took_most[cluster.home] = False
     return took_most
-
-
-def _require(name: str, value: object, ok: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not ok:
-        raise ValueError(f"policy.{name}={value!r}: expected {allowed}")

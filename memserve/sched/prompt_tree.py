@@ -8,16 +8,16 @@ Where the belief comes from is a word, `index_source`:
 """
 
 import heapq
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 
-from memserve.clock import to_ns
+from memserve.clock import LONGEST_S, to_ns
 from memserve.kvcache.errors import MissedEvents
 from memserve.kvcache.events import EventKind, IndexEvent, IndexSnapshot
 from memserve.sched.shared_tree import HolderNode, SharedTree
+from memserve.values import require_int, require_number
 
 MANY_BLOCKS = 65536  # a million tokens at 16 a block
 _NEVER = 1 << 63
@@ -78,10 +78,9 @@ class Optimistic(PromptIndex):
     """
 
     def __init__(self, num_rows: int, block_size: int, ttl_s: float = 300.0, max_blocks: int = MANY_BLOCKS) -> None:
-        if isinstance(ttl_s, bool) or not isinstance(ttl_s, int | float) or not 0 < ttl_s < math.inf:
-            raise ValueError(f"index_source.ttl_s={ttl_s!r}: expected a finite number of seconds > 0")
-        if isinstance(max_blocks, bool) or not isinstance(max_blocks, int) or max_blocks < 1:
-            raise ValueError(f"index_source.max_blocks={max_blocks!r}: expected an integer >= 1")
+        allowed = f"a number of seconds in (0, {LONGEST_S:g}]"
+        require_number("index_source.ttl_s", ttl_s, allowed, minimum=0.0, maximum=LONGEST_S, exclusive=True)
+        require_int("index_source.max_blocks", max_blocks, 1)
         super().__init__(num_rows, block_size)
         self._ttl_ns, self._max_blocks = to_ns(ttl_s), max_blocks
         self._oldest: list[list[tuple[int, int, int, HolderNode]]] = [[] for _ in range(num_rows)]

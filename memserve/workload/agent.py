@@ -14,9 +14,10 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
+from memserve.values import require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
-from memserve.workload.checks import require_count, require_instance, require_number
-from memserve.workload.records import iter_records, require_fields
+from memserve.workload.conversations import read_file
+from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_TRAJECTORIES = Path(__file__).parent / "data" / "trajectories.jsonl"
@@ -49,29 +50,33 @@ class AgentWorkload(Workload):
     ) -> None:
         self._path = PACKAGED_TRAJECTORIES if path is None else Path(path)
         self._prompt_path = PACKAGED_FEW_SHOT if prompt_path is None else Path(prompt_path)
-        self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
-        require_instance("arrivals", arrivals, Arrivals)
+        self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
+        require_part("workload", "arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
-        seconds = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
-        self._think_time_ns = to_ns(seconds)
-        self._max_turns = None if max_turns is None else require_count("max_turns", max_turns, 1)
-        self._max_output_tokens = require_count("max_output_tokens", max_output_tokens, 1)
+        self._think_time_ns = to_ns(require_duration("think_time_s", think_time_s))
+        self._max_turns = None if max_turns is None else require_int("max_turns", max_turns, 1)
+        self._max_output_tokens = require_int("max_output_tokens", max_output_tokens, 1)
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError without a file or with too few."""
-        if not self._prompt_path.is_file():
-            raise ValueError(f"workload.prompt_path={str(self._prompt_path)!r}: no such file")
-        few_shot = self._prompt_path.read_text(encoding="utf-8")
+        few_shot = self._few_shot()
         records = list(iter_records(self._path, {"question": str, "steps": list}))[: self._num_sessions]
-        if len(records) < (self._num_sessions or 1):
-            raise ValueError(f"num_sessions={self._num_sessions}, but {self._path} holds {len(records)} trajectories")
-        rng = np.random.default_rng(require_count("seed", seed, 0))
+        require_enough(self._num_sessions, len(records), f"{self._path} holds {len(records)} trajectories")
+        rng = np.random.default_rng(require_int("seed", seed, 0))
         arrivals_ns = self._arrivals.times_ns(len(records), self._rate, rng)
         return [
             Session(record["id"], int(arrival_ns), tuple(self._turns(where, record, few_shot, tokenizer)), _NOTHING)
             for (where, record), arrival_ns in zip(records, arrivals_ns, strict=True)
         ]
+
+    def _few_shot(self) -> str:
+        try:
+            text = read_file("workload.prompt_path", self._prompt_path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"workload.prompt_path={str(self._prompt_path)!r}"
+            raise ValueError(f"{where}: invalid UTF-8 at byte {error.start} of the file") from None
+        return text.replace("\r\n", "\n")
 
     def _turns(self, where: str, record: dict[str, Any], few_shot: str, tokenizer: ChatTokenizer) -> Iterator[Turn]:
         """A request for each step; what is observed after the last one is asked about by nobody."""

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.clock import NS_PER_S
-from memserve.workload.checks import require_count, require_number
-
-MAX_ARRIVAL_S = 2**62 / NS_PER_S  # 146 years; an int64 leaves as many to what comes after the last arrival
+from memserve.clock import MAX_S, NS_PER_S
+from memserve.values import require_int, require_number
 
 
 class Arrivals(ABC):
@@ -47,12 +45,12 @@ class Gamma(Arrivals):
     cv: float = 2.0
 
     def __post_init__(self) -> None:
-        require_number("arrivals.cv", self.cv, "a finite number > 0", minimum=0.0, exclusive=True)
+        require_number("arrivals.cv", self.cv, "a number in [0.001, 1000]", minimum=1e-3, maximum=1e3)
 
     def times_ns(self, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
         assert rate is not None
-        shape = self.cv**-2
-        return _cumulative_ns(rng.gamma(shape, 1.0 / (rate * shape), num_sessions), rate)
+        gaps_s = rng.gamma(self.cv**-2, self.cv**2 / rate, num_sessions)
+        return _cumulative_ns(gaps_s, rate)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class ClosedLoop(Arrivals):
     concurrency: int = 8
 
     def __post_init__(self) -> None:
-        require_count("arrivals.concurrency", self.concurrency, 1)
+        require_int("arrivals.concurrency", self.concurrency, 1)
 
     def check_rate(self, rate: float | None) -> None:
         if rate is not None:
@@ -75,7 +73,7 @@ class ClosedLoop(Arrivals):
 def _cumulative_ns(gaps_s: np.ndarray, rate: float) -> np.ndarray:
     """float64 [n] gaps in seconds -> int64 [n] times in nanoseconds. Raises ValueError when they go beyond those."""
     times_s = np.cumsum(gaps_s)
-    if not np.all(times_s < MAX_ARRIVAL_S):
+    if not np.all(times_s < MAX_S):
         raise ValueError(f"rate={rate!r}: {len(gaps_s)} sessions do not arrive within 146 years; expected a higher one")
     times_ns: np.ndarray = np.rint(times_s * NS_PER_S).astype(np.int64)
     return times_ns

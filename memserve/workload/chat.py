@@ -13,9 +13,10 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
+from memserve.values import require_bool, require_choice, require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
-from memserve.workload.checks import require_choice, require_count, require_instance, require_number
 from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
+from memserve.workload.records import require_enough
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_CONVERSATIONS = Path(__file__).parent / "data" / "conversations.jsonl"
@@ -60,29 +61,27 @@ class ChatWorkload(Workload):
         ignore_eos: bool = False,
     ) -> None:
         self._path = PACKAGED_CONVERSATIONS if path is None else Path(path)
-        self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
-        require_instance("arrivals", arrivals, Arrivals)
+        self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
+        require_part("workload", "arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
-        think_time_s = require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
-        self._think_time_ns = to_ns(think_time_s)
-        self._max_turns = None if max_turns is None else require_count("max_turns", max_turns, 1)
+        self._think_time_ns = to_ns(require_duration("think_time_s", think_time_s))
+        self._max_turns = None if max_turns is None else require_int("max_turns", max_turns, 1)
         self._from_file = require_choice("output_length", output_length, ("free", "from_file")) == "from_file"
         self._tool_role = require_choice("tool_role", tool_role, ("user", "tool"))
-        require_instance("skip_invalid", skip_invalid, bool)
-        self._skip_invalid = skip_invalid
+        self._skip_invalid = require_bool("skip_invalid", skip_invalid)
         self._params = SamplingParams(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             ignore_eos=ignore_eos,
-            max_tokens=require_count("max_output_tokens", max_output_tokens, 1),
+            max_tokens=require_int("max_output_tokens", max_output_tokens, 1),
         )
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError when the file holds too few."""
         conversations = list(self._conversations())
-        rng = np.random.default_rng(require_count("seed", seed, 0))
+        rng = np.random.default_rng(require_int("seed", seed, 0))
         arrivals_ns = self._arrivals.times_ns(len(conversations), self._rate, rng)
         return [self._session(c, int(t), tokenizer) for c, t in zip(conversations, arrivals_ns, strict=True)]
 
@@ -101,9 +100,8 @@ class ChatWorkload(Workload):
                 raise conversation
         if errors:
             _logger.warning("%d conversations skipped, %d kept; the first: %s", len(errors), num_good, errors[0])
-        if num_good < (self._num_sessions or 1):
-            wanted = f"num_sessions={self._num_sessions}" if self._num_sessions else "at least one session"
-            raise ValueError(f"{wanted}, but {self._path} holds {num_good} conversations ({len(errors)} skipped)")
+        held = f"{self._path} holds {num_good} conversations ({len(errors)} skipped)"
+        require_enough(self._num_sessions, num_good, held)
 
     def _checked(self, conversation: Conversation | BadConversation) -> Conversation | BadConversation:
         """The same; where lengths are the file's, one that lacks the answer of a turn to play is a bad one."""

@@ -7,6 +7,7 @@ Knows text and roles; never sees a token. Every error names the file and the lin
     # a conversation without any assistant message: each user message is a turn
 """
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,9 +59,7 @@ def iter_conversations(path: Path) -> Iterator[Conversation | BadConversation]:
     Raises ValueError naming the path when there is no such file, and BadConversation where nothing after a malformed
     place can be read (a JSON array).
     """
-    if not path.is_file():
-        raise ValueError(f"workload.path={str(path)!r}: no such file")
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = read_file("workload.path", path)
     entries = _array_entries(data, path) if data.lstrip().startswith(b"[") else _line_entries(data, path)
     seen: dict[str, str] = {}
     for number, (where, entry) in enumerate(entries):
@@ -76,6 +75,16 @@ def iter_conversations(path: Path) -> Iterator[Conversation | BadConversation]:
         else:
             seen[conversation.conversation_id] = where
             yield conversation
+
+
+def read_file(option: str, path: Path) -> bytes:
+    """The file's bytes without a byte order mark. Raises ValueError naming option and path if it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"{option}={str(path)!r}: no such file")
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"{option}={str(path)!r}: cannot be read: {error.strerror}") from error
 
 
 def _bad(where: str, problem: str) -> BadConversation:
@@ -165,12 +174,12 @@ def _messages(entry: dict[str, object], where: str) -> list[ChatMessage]:
     messages = []
     for number, item in enumerate(items, start=1):
         here = f"{where}, message {number}"
-        if not isinstance(item, dict) or role_key not in item or content_key not in item:
+        if not isinstance(item, dict) or role_key not in item or not (content_key in item or item.get("tool_calls")):
             raise _bad(here, f"expected an object with the keys {role_key!r} and {content_key!r}")
         if not isinstance(item[role_key], str) or item[role_key] not in roles:
             raise _bad(here, f"{role_key}={item[role_key]!r}: expected one of {', '.join(roles)}")
-        content = item[content_key]
-        if content is None and "tool_calls" in item:
+        content = item.get(content_key)
+        if content is None and item.get("tool_calls"):
             content = json.dumps(item["tool_calls"])  # an answer that is nothing but calls: its JSON gives its length
         messages.append(ChatMessage(roles[item[role_key]], _text(content, content_key, here)))
     return messages

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from memserve.request import SamplingParams
+from memserve.values import require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
-from memserve.workload.checks import require_count, require_instance
-from memserve.workload.records import iter_records, require_fields
+from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_DOCUMENTS = Path(__file__).parent / "data" / "documents.jsonl"
@@ -42,24 +42,23 @@ class DocumentQA(Workload):
         max_output_tokens: int = 128,
     ) -> None:
         self._path = PACKAGED_DOCUMENTS if path is None else Path(path)
-        self._document_tokens = require_count("document_tokens", document_tokens, 1)
-        self._questions = require_count("questions", questions, 1)
-        self._num_sessions = None if num_sessions is None else require_count("num_sessions", num_sessions, 1)
-        require_instance("arrivals", arrivals, Arrivals)
+        self._document_tokens = require_int("document_tokens", document_tokens, 1)
+        self._questions = require_int("questions", questions, 1)
+        self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
+        require_part("workload", "arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
-        self._max_output_tokens = require_count("max_output_tokens", max_output_tokens, 1)
+        self._max_output_tokens = require_int("max_output_tokens", max_output_tokens, 1)
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError when there is no file or too few."""
-        rng = np.random.default_rng(require_count("seed", seed, 0))
+        rng = np.random.default_rng(require_int("seed", seed, 0))
         asked = [
             (f"{record['id']}/{number}", turn)
             for where, record in iter_records(self._path, {"document": str, "questions": list})
             for number, turn in enumerate(self._turns(where, record, tokenizer))
         ]
-        if len(asked) < (self._num_sessions or 1):
-            raise ValueError(f"num_sessions={self._num_sessions}, but {self._path} holds {len(asked)} questions")
+        require_enough(self._num_sessions, len(asked), f"{self._path} holds {len(asked)} questions")
         order = rng.permutation(len(asked))[: self._num_sessions]
         arrivals_ns = self._arrivals.times_ns(len(order), self._rate, rng)
         return [

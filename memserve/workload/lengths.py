@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.workload.checks import require_number
+from memserve.values import require_number
+
+MAX_TOKENS = 2**24  # of a prompt or an answer; beyond any model's context
 
 
 class Lengths(ABC):
-    """A distribution of token counts with a given mean; every draw is at least 1."""
+    """A distribution of token counts with a given mean; every draw is from 1 to MAX_TOKENS, or ValueError."""
 
     @abstractmethod
     def draw(self, mean: float, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -31,8 +33,7 @@ class Uniform(Lengths):
     spread: float = 0.5
 
     def __post_init__(self) -> None:
-        if require_number("lengths.spread", self.spread, "a number in [0, 1]", minimum=0.0) > 1.0:
-            raise ValueError(f"lengths.spread={self.spread!r}: expected a number in [0, 1]")
+        require_number("lengths.spread", self.spread, "a number in [0, 1]", minimum=0.0, maximum=1.0)
 
     def draw(self, mean: float, size: int, rng: np.random.Generator) -> np.ndarray:
         return _whole(rng.uniform(mean * (1 - self.spread), mean * (1 + self.spread), size))
@@ -45,7 +46,7 @@ class LogNormal(Lengths):
     cv: float = 1.0
 
     def __post_init__(self) -> None:
-        require_number("lengths.cv", self.cv, "a finite number > 0", minimum=0.0, exclusive=True)
+        require_number("lengths.cv", self.cv, "a number in (0, 1000]", minimum=0.0, maximum=1e3, exclusive=True)
 
     def draw(self, mean: float, size: int, rng: np.random.Generator) -> np.ndarray:
         variance = np.log1p(self.cv**2)
@@ -53,5 +54,8 @@ class LogNormal(Lengths):
 
 
 def _whole(values: np.ndarray) -> np.ndarray:
+    if not np.all(values <= MAX_TOKENS):
+        raise ValueError(f"lengths: a length of {values.max():.0f} tokens was drawn, expected at most {MAX_TOKENS}; "
+                         "a smaller mean or variation draws shorter ones")  # fmt: skip
     counts: np.ndarray = np.maximum(np.rint(values), 1).astype(np.int64)
     return counts

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from memserve.messages import Finished, Submit, Tokens, pack_tokens, unpack_tokens
-from memserve.workload.checks import require_count
+from memserve.values import require_int
 from memserve.workload.session import Session
 
 
@@ -74,8 +74,8 @@ class SessionPlayer:
     """
 
     def __init__(self, sessions: Sequence[Session], max_context: int, concurrency: int | None = None) -> None:
-        self._max_context = require_count("max_context", max_context, 1)
-        self._concurrency = None if concurrency is None else require_count("concurrency", concurrency, 1)
+        self._max_context = require_int("max_context", max_context, 1)
+        self._concurrency = None if concurrency is None else require_int("concurrency", concurrency, 1)
         _require_unique([session.session_id for session in sessions])
         by_arrival = sorted(enumerate(sessions), key=lambda item: (item[1].arrival_ns, item[0]))
         self._waiting = deque(_Live(session, position) for position, session in by_arrival)

@@ -1,11 +1,10 @@
 """Records: JSON lines with fields of text, for workloads that are no conversations. Errors name file and line."""
 
-import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memserve.workload.conversations import BadConversation, parse_line, require_text
+from memserve.workload.conversations import BadConversation, parse_line, read_file, require_text
 
 
 def iter_records(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -14,10 +13,8 @@ def iter_records(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dic
     Raises ValueError where there is no such file, BadConversation for a line that is not such an object or has
     an earlier one's id.
     """
-    if not path.is_file():
-        raise ValueError(f"workload.path={str(path)!r}: no such file")
     seen: dict[str, str] = {}
-    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+    for number, line in enumerate(read_file("workload.path", path).split(b"\n"), start=1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -41,3 +38,11 @@ def require_fields(where: str, record: object, fields: dict[str, type]) -> None:
             raise BadConversation(f"{where}: {name!r} is empty: expected at least one")
         if isinstance(value, str):
             require_text(where, name, value)
+
+
+def require_enough(num_sessions: int | None, num_found: int, held: str) -> None:
+    """Raises ValueError unless there are so many sessions as were asked for, or one. held: what the file has."""
+    if num_found < (num_sessions or 1):
+        if num_sessions is None:
+            raise ValueError(f"at least one session, but {held}")
+        raise ValueError(f"num_sessions={num_sessions}, but {held}: expected no more than there are")

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from memserve.clock import MAX_NS
 from memserve.request import SamplingParams
 
 ChatMessages = Sequence[Mapping[str, str]]  # each {"role": ..., "content": ...}
@@ -59,7 +60,7 @@ class Session:
 
     arrival_ns: when its first turn is submitted, in open loop.
     suffix: int32 [n], the tokens that close an answer.  eos_token_ids: those that an answer can end with by itself.
-    Raises ValueError when there is no turn.
+    Raises ValueError when there is no turn, or when it goes on for longer than a clock can tell.
     """
 
     session_id: str
@@ -71,6 +72,9 @@ class Session:
     def __post_init__(self) -> None:
         if not self.turns:
             raise ValueError(f"session {self.session_id!r} has no turns: expected at least one")
+        if self.arrival_ns + sum(turn.think_time_ns for turn in self.turns) > MAX_NS:
+            raise ValueError(f"session {self.session_id!r} of {len(self.turns)} turns: its arrival and think_time_s "
+                             "together are beyond 146 years, expected less")  # fmt: skip
 
     def next_prompt(self, prompt: np.ndarray, output: np.ndarray, turn: int) -> np.ndarray:
         """The prompt of `turn` (>= 1), from the prompt and output of the turn before it.

@@ -13,11 +13,12 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
+from memserve.values import require_duration, require_int, require_number, require_part
 from memserve.workload.arrivals import Arrivals, Poisson
-from memserve.workload.checks import require_count, require_instance, require_number
-from memserve.workload.lengths import Fixed, Lengths
+from memserve.workload.lengths import MAX_TOKENS, Fixed, Lengths
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
+MAX_SESSIONS = 10**7  # and turns of each: all are made before the run begins
 _DEFAULT_ARRIVALS = Poisson()
 _DEFAULT_LENGTHS = Fixed()
 _ARRIVALS, _GROUPS, _PREFIX, _SESSION = range(4)  # independent streams of random numbers
@@ -54,29 +55,27 @@ class SyntheticWorkload(Workload):
         think_time_s: float = 0.0,
         temperature: float = 0.0,
     ) -> None:
-        self._num_sessions = require_count("num_sessions", num_sessions, 1)
-        self._num_turns = require_count("num_turns", num_turns, 1)
-        require_instance("arrivals", arrivals, Arrivals)
+        self._num_sessions = require_int("num_sessions", num_sessions, 1, MAX_SESSIONS)
+        self._num_turns = require_int("num_turns", num_turns, 1, MAX_SESSIONS)
+        require_part("workload", "arrivals", arrivals, Arrivals)
         arrivals.check_rate(rate)
         self._arrivals, self._rate, self.concurrency = arrivals, rate, arrivals.concurrency
         self._prompt_tokens = _require_mean("prompt_tokens", prompt_tokens)
         self._turn_tokens = _require_mean("turn_tokens", turn_tokens)
         self._output_tokens = None if output_tokens is None else _require_mean("output_tokens", output_tokens)
-        self._prefix_tokens = require_count("prefix_tokens", prefix_tokens, 0)
-        self._share_ratio = require_count("share_ratio", share_ratio, 1)
+        self._prefix_tokens = require_int("prefix_tokens", prefix_tokens, 0, MAX_TOKENS)
+        self._share_ratio = require_int("share_ratio", share_ratio, 1, MAX_SESSIONS)
         if self._share_ratio > 1 and self._prefix_tokens == 0:
             raise ValueError(f"share_ratio={share_ratio} with prefix_tokens=0: nothing to share; expected both or none")
-        self._max_output_tokens = require_count("max_output_tokens", max_output_tokens, 1)
-        require_instance("lengths", lengths, Lengths)
+        self._max_output_tokens = require_int("max_output_tokens", max_output_tokens, 1)
+        require_part("workload", "lengths", lengths, Lengths)
         self._lengths = lengths
-        self._think_time_ns = to_ns(
-            require_number("think_time_s", think_time_s, "a finite number of seconds >= 0", minimum=0.0)
-        )
+        self._think_time_ns = to_ns(require_duration("think_time_s", think_time_s))
         self._temperature = SamplingParams(temperature=temperature).temperature
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Asks the tokenizer for its `vocab_size` only."""
-        require_count("seed", seed, 0)
+        require_int("seed", seed, 0)
         arrivals_ns = self._arrivals.times_ns(self._num_sessions, self._rate, _rng(seed, _ARRIVALS))
         groups = self._groups(_rng(seed, _GROUPS))
         prefixes = [
@@ -116,7 +115,8 @@ class SyntheticWorkload(Workload):
 
 
 def _require_mean(name: str, value: float) -> float:
-    return require_number(name, value, "a mean number of tokens >= 1", minimum=1.0)
+    allowed = f"a mean number of tokens in [1, {MAX_TOKENS}]"
+    return require_number(name, value, allowed, minimum=1.0, maximum=MAX_TOKENS)
 
 
 def _rng(*stream: int) -> np.random.Generator:

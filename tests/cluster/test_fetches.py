@@ -6,6 +6,7 @@ instance's index has.
 
 import functools
 import json
+import re
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.emulated import EmulatedCluster
+from memserve.config.checks import ConfigError
 from memserve.decisions import Holding
 from memserve.messages import Cancel, Dispatch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record
@@ -255,7 +257,32 @@ def test_a_decision_is_in_the_requests_line_and_its_wait_is_a_phase(tmp_path):
 
 def test_instances_that_fetch_nothing_have_no_transport():
     assert local(*COLOCATED).cluster().transport is None
-    assert local("cluster=colocated_1", "fetch=always").cluster().transport is None
+    assert local("cluster=colocated_1").cluster().transport is None
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ([*COLOCATED, "index=none"], "index=none"),
+        ([*COLOCATED, "index_source=none"], "index_source=none"),
+        (["cluster=colocated_1"], "cluster.roles=['colocated']"),
+        (["cluster=1p1d", "mode=pd_caching_1"], "cluster.roles=['prefill', 'decode']"),
+        (["cluster=2p1d", "mode=pd_basic"], "mode=pd_basic"),
+        (["cluster=colocated_2", "policy=prompt_tree", "policy.max_lead=null"], "policy.max_lead=null"),
+    ],
+)
+@pytest.mark.parametrize("word", ["always", "cost"])
+def test_fetching_where_nobody_can_be_asked_is_a_contradiction(words, other, word):
+    load_config([*WORKLOAD, *words])
+    with pytest.raises(ConfigError, match=re.escape(f"fetch={word} contradicts ") + ".*" + re.escape(other)):
+        load_config([*WORKLOAD, *words, f"fetch={word}"])
+
+
+@pytest.mark.parametrize(
+    "words", [["cluster=1p1d", "mode=pd_caching_2"], ["cluster=2p1d", "mode=pd_caching_1"], ["cluster=colocated_2"]]
+)
+def test_fetching_where_somebody_else_caches_is_none(words):
+    load_config([*WORKLOAD, *words, "fetch=cost"])
 
 
 @pytest.mark.parametrize("source", ["optimistic", "exact"])

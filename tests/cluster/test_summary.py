@@ -2,10 +2,14 @@
 
 import io
 
+import numpy as np
+import pytest
 from rich.console import Console
 
 from memserve import LocalCluster, load_config
+from memserve.cluster.summary import report_of, summarize
 from memserve.metrics.table import print_report
+from memserve.transfer import MessageFaults
 
 SHARING = ["exec=simulated", "workload=synthetic", "workload.num_sessions=12", "workload.num_turns=3",
            "workload.rate=20", "workload.prefix_tokens=512", "workload.share_ratio=6"]  # fmt: skip
@@ -20,3 +24,30 @@ def test_fetches_between_colocated_instances_are_transfers_between_them():
     out = io.StringIO()
     print_report(report, console=Console(file=out, width=100))
     assert any("between" in line and f"{num_fetched:,} tokens" in line for line in out.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+@pytest.mark.parametrize("on_failure", ["recompute", "fail"])
+def test_every_token_that_was_computed_is_in_the_report(granularity, on_failure):
+    """Of attempts that came to nothing too: their hand-offs fail, and no request has their counts."""
+    words = ["cluster=2p1d", "mode=pd_basic", "transfer.retry_s=0.05", "transfer.deadline_s=0.5",
+             f"granularity={granularity}", f"transfer.on_failure={on_failure}"]  # fmt: skip
+    cluster = LocalCluster(load_config([*SHARING, *words])).cluster()
+    cluster.faults = MessageFaults(np.random.default_rng(1), drop=0.9, kinds=["Done", "Inserted"], limit=200)
+    while cluster.advance():
+        pass
+    summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in cluster.nodes]
+    report = report_of(cluster.scheduler, summaries, cluster.client.counts, wall_s=1.0)
+    assert (report["num_failed"] > 0) == (on_failure == "fail")
+    tokens, counted = report["tokens"], [n.instance.scheduler.counts for n in cluster.nodes]
+    assert tokens["computed_in_vain"] > 0 < tokens["generated_in_vain"]
+    computed = tokens["computed"] + tokens["computed_on_decode"] + tokens["computed_in_vain"]
+    assert computed == sum(counts.computed for counts in counted)
+    assert tokens["generated"] + tokens["generated_in_vain"] == sum(counts.generated for counts in counted)
+    assert all(
+        row["tokens"]["computed_in_vain"] >= 0 <= row["tokens"]["generated_in_vain"] for row in report["instances"]
+    )
+    out = io.StringIO()
+    print_report(report, console=Console(file=out, width=100))
+    line = next(line for line in out.getvalue().splitlines() if "tokens in vain" in line)
+    assert f"{tokens['computed_in_vain']:,} computed, {tokens['generated_in_vain']:,} generated" in line

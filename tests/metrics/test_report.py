@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -37,6 +38,8 @@ def test_the_keys_that_others_read_are_there(make_timeline):
         "computed",
         "computed_on_decode",
         "generated",
+        "computed_in_vain",
+        "generated_in_vain",
     ]
     assert list(report["transfers"]) == ["p_to_d", "d_to_p", "between"]
     for way in ("p_to_d", "d_to_p", "between"):
@@ -54,7 +57,8 @@ def test_counts_and_latencies_of_a_small_run(make_timeline):
         make_timeline("c/0", token_times=(2.0,), finished=10.0, reason=FinishReason.ABORTED),
         make_timeline("d/0", token_times=(), finished=None, reason=None, num_cached=0, num_computed=0),
     ]
-    report = build_report(timelines, INSTANCES, wall_s=0.5, turns_over_context=3, turns_not_sent=4)
+    instances = [dataclasses.replace(INSTANCES[0], num_computed=300, num_generated=5), INSTANCES[1]]
+    report = build_report(timelines, instances, wall_s=0.5, turns_over_context=3, turns_not_sent=4)
     assert (report["num_requests"], report["num_finished"], report["num_failed"]) == (5, 2, 3)
     assert report["failures"] == {"aborted": 1, "refused": 1, "unfinished": 1}
     assert (report["num_sessions"], report["turns_over_context"], report["turns_not_sent"]) == (4, 3, 4)
@@ -64,6 +68,7 @@ def test_counts_and_latencies_of_a_small_run(make_timeline):
     # of all that were begun: the refused one never was
     assert report["tokens"] == {
         "prompt": 400, "cached_local": 80, "fetched": 0, "computed": 220, "computed_on_decode": 0, "generated": 5,
+        "computed_in_vain": 80, "generated_in_vain": 0,
     }  # fmt: skip
     assert report["hit_ratio"] == 0.2
     assert report["makespan_s"] == 10.0 and report["preemptions"] == 1
@@ -160,3 +165,10 @@ def test_the_median_of_repeats_keeps_the_keys_and_shows_the_spread(make_timeline
     assert all(not isinstance(value, float) or np.isfinite(value) for value in figures(combined))
     with pytest.raises(ValueError, match="at least one report"):
         median_of([])
+
+
+def test_what_was_promised_to_a_request_that_began_at_time_0_counts(make_timeline):
+    timeline = make_timeline(queued=0.0, scheduled=0.0, num_cached=40)
+    timeline.num_promised = 50
+    routing = build_report([timeline], INSTANCES, wall_s=1.0)["routing"]
+    assert (routing["promised_tokens"], routing["wrong_hits"], routing["wrong_hit_tokens"]) == (50, 1, 10)

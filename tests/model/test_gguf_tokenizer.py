@@ -98,6 +98,30 @@ def test_a_template_in_the_file_closes_turns(tmp_path: Path) -> None:
     assert tokenizer.turn_suffix.tolist() == [SPECIAL.index("<|im_end|>"), *tokenizer.encode("\n").tolist()]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": "abc"}, r"tokens='abc', expected a list"),
+        ({"scores": [1.0, 2.0]}, r"2 tokenizer\.ggml\.scores, expected one for each of"),
+        ({"token_type": 3}, r"token_type=3, expected a list"),
+        ({"bos_token_id": 9999}, r"bos_token_id=9999, expected 0 to "),
+        ({"unknown_token_id": 9999}, r"unknown_token_id=9999, expected 0 to "),
+    ],
+)
+def test_metadata_that_is_none_of_a_tokenizer_is_named(tmp_path: Path, changes: Any, message: str) -> None:
+    write_tokenizer_gguf(tmp_path / "t.gguf", {**small_sentencepiece.metadata(), **changes})
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "t.gguf")
+
+
+@pytest.mark.parametrize(("merges", "message"), [("a b", "merges='a b', expected a list"), (["a zz"], "has 'a zz'")])
+def test_merges_of_what_are_no_tokens_are_named(tmp_path: Path, merges: Any, message: str) -> None:
+    metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": merges}
+    write_tokenizer_gguf(tmp_path / "t.gguf", metadata)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "t.gguf")
+
+
 def test_smollm2_gives_its_known_ids_and_chat_format(smollm2_path: str) -> None:
     tokenizer = open_model(smollm2_path).tokenizer
     assert tokenizer is not None

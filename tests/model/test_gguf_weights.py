@@ -203,6 +203,19 @@ def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
         GGUFWeights(path)
 
 
+def test_a_file_without_embeddings_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key in ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "context_length"):
+        writer.add_uint32(f"llama.{key}", 2)
+    writer.add_tensor("output_norm.weight", np.ones(2, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(WeightFileError, match=r"m\.gguf: has no tensor 'token_embd\.weight'"):
+        GGUFWeights(tmp_path / "m.gguf")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightFileError, match="none.gguf: no such file"):
         GGUFWeights(tmp_path / "none.gguf")

@@ -1,5 +1,6 @@
 """Llama and its loader against transformers, on seeded random models of odd sizes and on a small trained one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,18 @@ def small() -> tuple[ModelConfig, DictWeights]:
 
 def load(config: ModelConfig, source: DictWeights) -> None:
     load_model(config, source, torch.float32, torch.device("cpu"))
+
+
+def test_a_tied_pair_may_be_stored_under_the_heads_name_alone() -> None:
+    hf = hf_model("llama_biases_tied")
+    config, tensors = ModelConfig.from_hf(hf.config.to_dict()), dict(hf.state_dict())
+    tensors.pop("model.embed_tokens.weight")
+    model = load_model(config, DictWeights(tensors), torch.float32, torch.device("cpu"))
+    assert torch.equal(model.embedding_VE, tensors["lm_head.weight"])
+    assert model.head.weight.data_ptr() == model.embedding_VE.data_ptr()
+    config = replace(config, tie_embeddings=False)
+    with pytest.raises(ValueError, match=r"no tensor 'model\.embed_tokens\.weight'"):
+        load(config, DictWeights(tensors))
 
 
 def test_a_missing_tensor_is_named() -> None:

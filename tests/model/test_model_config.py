@@ -1,5 +1,6 @@
 """ModelConfig agrees with transformers on what a config means, and refuses by name what the decoder cannot run."""
 
+import math
 from typing import Any
 
 import pytest
@@ -111,6 +112,12 @@ def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
         ({"vocab_size": "64"}, "vocab_size='64'"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
         ({"eos_token_id": [-1]}, "eos_token_id"),
+        ({"model_type": ["llama"]}, "model_type=.*expected text"),
+        ({"architectures": [1]}, "architectures=.*expected a list of names"),
+        ({"layer_types": 3}, "layer_types=3: expected a list of names"),
+        ({"quantization_config": "awq"}, "quantization_config='awq': expected a mapping"),
+        ({"max_window_layers": "x"}, "max_window_layers='x': expected an integer"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "factor=inf: expected a finite number"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_name(changes: dict[str, Any], named: str) -> None:

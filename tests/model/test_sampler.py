@@ -162,6 +162,13 @@ def test_another_seed_or_position_gives_other_tokens() -> None:
     assert len(set(first.tolist())) > 40
 
 
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
+def test_a_huge_temperature_draws_any_token_alike(temperature: float) -> None:
+    logits = torch.tensor([[5.0, -3.0, 0.0, 100.0]])
+    counts = np.bincount(draws(logits, SamplingParams(temperature=temperature), 4000), minlength=4)
+    assert counts.min() > 800
+
+
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = random_logits(4, 500)
     rows = [SamplingRow(SamplingParams(temperature=t), 1, i) for i, t in enumerate((1e-3, 1e-20, 1e-45, 5e-324))]

@@ -100,6 +100,45 @@ def test_malformed_messages_are_refused(make: Any, messages: Any) -> None:
         make().chat_prompt(messages)
 
 
+CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+WITH_CALLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] %}{{ m['content'] }}{% endif %}"
+    "{% for call in m['tool_calls'] %}{{ call['function']['name'] }}{{ call['function']['arguments'] | tojson }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": "Well."}], ids=["absent", "null", "text"])
+def test_tool_calls_are_written_as_transformers_writes_them(content: dict[str, Any]) -> None:
+    backend = byte_level_tokenizer(chat_template=WITH_CALLS)
+    dialog = [{"role": "user", "content": "when?"}, {"role": "assistant", **content, "tool_calls": [CALL]},
+              {"role": "tool", "content": "noon"}]  # fmt: skip
+    expected = backend.apply_chat_template(dialog, tokenize=False, add_generation_prompt=True)
+    prompt = HFTokenizer(backend).chat_prompt(dialog)
+    assert 'now{"zone": "UTC"}' in expected and prompt.tolist() == backend.encode(expected, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "content", "message"),
+    [
+        (lambda: HFTokenizer(byte_level_tokenizer(), name="plain"), {}, "the chat template of plain leaves them out"),
+        (lambda: HFTokenizer(byte_level_tokenizer(), name="plain"), {"content": "Well."}, "plain leaves them out"),
+        (ByteTokenizer, {}, "tool_calls: the byte tokenizer has no way"),
+    ],
+)
+def test_tool_calls_that_would_be_left_out_are_refused(tokenizer: Any, content: Any, message: str) -> None:
+    dialog = [{"role": "user", "content": "when?"}, {"role": "assistant", **content, "tool_calls": [CALL]}]
+    with pytest.raises(ValueError, match=message):
+        tokenizer().chat_prompt(dialog)
+
+
+@pytest.mark.parametrize("calls", [{}, {"tool_calls": []}, {"tool_calls": None}])
+def test_a_message_without_content_needs_tool_calls(calls: Any) -> None:
+    with pytest.raises(ValueError, match="expected {'role': str, 'content': str}"):
+        HFTokenizer(byte_level_tokenizer(chat_template=WITH_CALLS)).chat_prompt([{"role": "assistant", **calls}])
+
+
 def test_messages_that_a_template_refuses_are_an_error_of_the_user() -> None:
     with pytest.raises(ChatTemplateError, match="small refuses these messages: only user and assistant roles"):
         with_template(LLAMA2).chat_prompt([{"role": "system", "content": "x"}])

@@ -74,9 +74,10 @@ def test_tool_results_are_turns_of_their_own(tmp_path):
     assert shape(read(path)[0]) == [(["user:a"], "call"), (["tool:r1", "tool:r2"], "done")]
 
 
-def test_an_answer_that_is_only_tool_calls_counts_as_their_json(tmp_path):
+@pytest.mark.parametrize("content", [{"content": None}, {}], ids=["null", "absent"])
+def test_an_answer_that_is_only_tool_calls_counts_as_their_json(tmp_path, content):
     entry = openai(("user", "a"))
-    entry["messages"].append({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]})
+    entry["messages"].append({"role": "assistant", **content, "tool_calls": [{"id": 1}]})
     write_lines(tmp_path / "a.jsonl", entry)
     assert shape(read(tmp_path / "a.jsonl")[0]) == [(["user:a"], '[{"id": 1}]')]
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from memserve.workload import AgentWorkload, BadConversation, DocumentQA
+from memserve.workload import AgentWorkload, BadConversation, ChatWorkload, DocumentQA
 
 
 def text_of(tokens):
@@ -90,6 +90,17 @@ def test_too_few_and_no_file_are_refused(kind, tokenizer):
         kind(num_sessions=1000).sessions(tokenizer, 0)
     with pytest.raises(ValueError, match="nowhere"):
         kind("nowhere").sessions(tokenizer, 0)
+
+
+def test_a_prompt_that_is_no_text_and_an_empty_file_are_named(tokenizer, tmp_path):
+    prompt, empty = tmp_path / "prompt.txt", tmp_path / "empty.jsonl"
+    prompt.write_bytes(b"Thought\xff")
+    with pytest.raises(ValueError, match=r"workload.prompt_path='.*prompt.txt': invalid UTF-8 at byte 7 of the file"):
+        AgentWorkload(prompt_path=str(prompt)).sessions(tokenizer, 0)
+    empty.write_bytes(b"")
+    for kind in (AgentWorkload, DocumentQA, ChatWorkload):
+        with pytest.raises(ValueError, match=r"at least one session, but .*empty.jsonl holds 0"):
+            kind(str(empty)).sessions(tokenizer, 0)
 
 
 def test_the_real_files_play(tokenizer, shared_workloads):

@@ -12,6 +12,7 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import ScheduledBatch
+from memserve.values import require_duration
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -97,7 +98,6 @@ def attention_tokens(costs: CostModel, num_tokens: int = 4096) -> float:
 
 
 def require_seconds(**values: float) -> None:
-    """Raises ValueError naming the first of `values` that is no finite number of seconds >= 0."""
+    """Raises ValueError naming the first of `values` that is no number of seconds from 0 to LONGEST_S."""
     for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"cost_model.{name}={value}: expected a finite number of seconds >= 0")
+        require_duration(f"cost_model.{name}", value)

@@ -23,6 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from memserve.sched.cost_model.base import CostModel, require_seconds
+from memserve.values import require_int
 
 TERMS = (
     "causal_pair_s", "prefix_pair_s", "prefix_token_s", "decode_token_s",
@@ -53,6 +54,11 @@ class OperatorCostModel(CostModel):
             causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, prefill_request_s, decode_request_s, mixed_s,
         )  # fmt: skip
         require_seconds(**dict(zip(TERMS, terms, strict=True)), swap_block_s=swap_block_s)
+        for name, points in (("tokens", tokens), ("linear_s", linear_s)):
+            if not isinstance(points, Sequence) or isinstance(points, str):
+                raise ValueError(f"cost_model.{name}={points!r}: expected a list")
+        for number in tokens:
+            require_int("cost_model.tokens", number, 0)
         if len(tokens) < 2 or len(tokens) != len(linear_s) or any(b <= a for a, b in pairwise(tokens)):
             raise ValueError(f"cost_model.tokens={list(tokens)}: expected two or more rising numbers, as many linear_s")
         for seconds in linear_s:
