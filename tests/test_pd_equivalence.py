@@ -13,7 +13,7 @@ from memserve import LocalCluster, load_config
 
 MODES = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
 WORKLOAD = [
-    "exec=simulated", "tokens=hash", "workload=synthetic", "workload.num_sessions=4", "workload.num_turns=3",
+    "exec=simulated", "tokens=hash", "workload=synthetic", "workload.num_sessions=3", "workload.num_turns=3",
     "workload.prompt_tokens=50", "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2",
     "workload.max_output_tokens=12", "workload.rate=200", "workload.think_time_s=0.05",
 ]  # fmt: skip

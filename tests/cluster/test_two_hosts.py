@@ -1,4 +1,4 @@
-"""A cluster under two torchrun agents: on loopback, and in two network namespaces where root may make them."""
+"""A cluster under two torchrun agents: in two network namespaces where root may make them, else on loopback."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ ADDRESSES = ("10.213.7.1", "10.213.7.2")
 pytestmark = pytest.mark.timeout(300)  # real processes, beside whatever else the machine does
 
 
-def run_on_two_hosts(address, port, output_dir, prefixes=((), ())):
+def run_on_two_hosts(address, port, output_dir, prefixes):
     """The first host has ranks 0 and 1, the second rank 2. Returns [(exit status, what was printed)]."""
     words = [
         "exec=distributed", "tokens=hash", "model.num_threads=1", "transport=gloo", "cluster=1p1d",
@@ -37,28 +37,27 @@ def run_on_two_hosts(address, port, output_dir, prefixes=((), ())):
     return [(agent.returncode, text) for agent, text in zip(agents, printed, strict=True)]
 
 
-def check(ended, output_dir):
-    assert [status for status, _ in ended] == [0, 0], "\n".join(text for _, text in ended)
-    names = sorted(path.name for path in output_dir.iterdir())
-    assert [name for name in names if name.endswith(".log")] == ["rank-0.log", "rank-1.log", "rank-2.log"]
-    assert {"config.yaml", "env.json", "report.json", "requests.jsonl"} <= set(names)
-    assert sum("written to" in text for _, text in ended) == 1
-    records = map(json.loads, (output_dir / "requests.jsonl").read_text().splitlines())
-    assert {record["request_id"]: record["output_token_ids"] for record in records} == expected("hash")
-    sent = json.loads((output_dir / "report.json").read_text())["transfers"]
-    assert sent["p_to_d"]["tokens"] > 0 and sent["d_to_p"]["tokens"] > 0
+@contextlib.contextmanager
+def two_hosts():
+    """(the first host's address, a free port there, command prefixes to run something on each)."""
+    try:
+        with two_namespaces() as prefixes:
+            yield ADDRESSES[0], 29701, prefixes
+    except NoNamespaces as error:
+        print(f"on loopback: {error}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        yield "127.0.0.1", port, ((), ())
 
 
-def test_two_agents_play_one_cluster_and_leave_one_output_directory_with_a_log_of_each_rank(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    check(run_on_two_hosts("127.0.0.1", port, tmp_path / "out"), tmp_path / "out")
+class NoNamespaces(Exception):
+    """Two network namespaces need root and veth links."""
 
 
 @contextlib.contextmanager
 def two_namespaces():
-    """Command prefixes for two network namespaces with a link between them; skips where they cannot be made."""
+    """Command prefixes for two network namespaces with a link between them. Raises NoNamespaces."""
     first, second = NAMESPACES
     ips = [["netns", "add", first], ["netns", "add", second]]
     ips += [["link", "add", "msa", "netns", first, "type", "veth", "peer", "name", "msb", "netns", second]]
@@ -70,8 +69,7 @@ def two_namespaces():
             try:
                 subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                reason = getattr(error, "stderr", "") or error
-                pytest.skip(f"two network namespaces need root and veth links: ip {' '.join(words)}: {reason}")
+                raise NoNamespaces(f"ip {' '.join(words)}: {getattr(error, 'stderr', '') or error}") from error
         yield [["ip", "netns", "exec", name] for name in NAMESPACES]
     finally:
         for name in NAMESPACES:
@@ -79,6 +77,16 @@ def two_namespaces():
                 subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_two_hosts_that_share_no_loopback_play_one_cluster(tmp_path):
-    with two_namespaces() as prefixes:
-        check(run_on_two_hosts(ADDRESSES[0], 29701, tmp_path / "out", prefixes), tmp_path / "out")
+def test_two_agents_play_one_cluster_and_leave_one_output_directory_with_a_log_of_each_rank(tmp_path):
+    output_dir = tmp_path / "out"
+    with two_hosts() as (address, port, prefixes):
+        ended = run_on_two_hosts(address, port, output_dir, prefixes)
+    assert [status for status, _ in ended] == [0, 0], "\n".join(text for _, text in ended)
+    names = sorted(path.name for path in output_dir.iterdir())
+    assert [name for name in names if name.endswith(".log")] == ["rank-0.log", "rank-1.log", "rank-2.log"]
+    assert {"config.yaml", "env.json", "report.json", "requests.jsonl"} <= set(names)
+    assert sum("written to" in text for _, text in ended) == 1
+    records = map(json.loads, (output_dir / "requests.jsonl").read_text().splitlines())
+    assert {record["request_id"]: record["output_token_ids"] for record in records} == expected("hash")
+    sent = json.loads((output_dir / "report.json").read_text())["transfers"]
+    assert sent["p_to_d"]["tokens"] > 0 and sent["d_to_p"]["tokens"] > 0
