@@ -5,9 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from memserve.kvcache.address import Medium
-from memserve.kvcache.allocator import INDEX, Holder
+from memserve.kvcache.allocator import Holder
 
 Tokens = np.ndarray | Sequence[int]
+OWN_HOLDERS = (
+    "index",
+    "swap",
+    "transfer",
+    "quarantine",
+    "remote",
+)  # how the names begin under which a pool itself holds
 _PLAIN = frozenset((str, int))
 
 
@@ -33,10 +40,17 @@ def as_addrs(addrs: np.ndarray | Sequence[int]) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
+def as_holder(holder: Holder) -> Holder:
+    """A name of whoever holds blocks: strings and integers, at least one."""
+    if not isinstance(holder, tuple) or not holder or not _PLAIN.issuperset(map(type, holder)):
+        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers, at least one")
+    return holder
+
+
 def named(holder: Holder) -> Holder:
-    """Callers hold under names of their own: tuples of strings and integers, and not the index's."""
-    if not isinstance(holder, tuple) or not _PLAIN.issuperset(map(type, holder)) or holder == INDEX:
-        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers other than {INDEX}")
+    """Callers hold under names of their own: what a pool holds itself is not theirs to give up."""
+    if as_holder(holder)[0] in OWN_HOLDERS:
+        raise ValueError(f"holder={holder!r}: expected a name that begins with none of {', '.join(OWN_HOLDERS)}")
     return holder
 
 

@@ -15,7 +15,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.inputs import medium_of
+from memserve.kvcache.inputs import medium_of, named
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
 from memserve.kvcache.receiving import Incoming, Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
@@ -176,7 +176,13 @@ class Transfers:
 
         heir: takes over everything that the ticket holds, first.
         """
-        self._receiving.settle(arrival, heir)
+        self._receiving.settle(arrival, None if heir is None else named(heir))
+
+    def keeps(self, holder: Holder) -> bool:
+        """Whether this is a settled ticket whose blocks stay here, since its sender asked for that (`pinned`)."""
+        ticket_id, held = holder[1:], self._pool.allocator.named_holders()
+        is_open = ticket_id in self._sending.tickets or ticket_id in self._receiving.tickets
+        return holder[0] == "transfer" and holder in held and not is_open
 
     def receive(self, sender: int, message: PoolMessage, now_ns: int) -> None:
         """Takes one message of another pool, `sender` its incarnation. What a dead one said last comes too late."""

@@ -22,7 +22,10 @@ counts = st.integers(0, NUM_BLOCKS + 1)
 not_counts = st.sampled_from([-1, True, 1.0, "1", None])
 not_tokens = st.sampled_from([[0.5, 1.0], [[0, 1]], [-1, 0], [2**31, 0], ["a", "b"], [None, 1], [True, False]])
 not_addresses = st.sampled_from([[0.0], np.zeros(1, dtype=np.int32), np.zeros((1, 1), dtype=np.int64), ["a"], 0])
-not_holders = st.sampled_from([("index",), "a", ["request", "a"], None, ("request", 1.5)])
+not_holders = st.sampled_from(
+    [("index",), ("swap", 0), ("transfer", 3, 0), ("quarantine", 4, 1), ("remote", 3, 1), "a", ["request", "a"], None,
+     ("request", 1.5), ()]
+)  # fmt: skip
 
 
 class PoolMachine(PoolPair):

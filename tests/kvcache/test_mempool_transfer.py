@@ -78,6 +78,36 @@ def test_transfer_with_insert_sends_the_increment_and_the_other_index_matches(po
     there.check(), here.check()
 
 
+def test_pinned_blocks_are_freed_under_their_ticket_once_it_is_settled(pools):
+    here, there = pools
+    here.transfer(2, here.alloc_mem(2, holder=A), flags=TransferOptions(pinned=True))
+    play(pools)
+    (arrival,) = there.transfers.drain_arrivals()
+    holder, addrs = ("transfer", *arrival.ticket_id), there.addresses(arrival.blocks)
+    with pytest.raises(ValueError, match="begins with none of .*transfer"):
+        there.free_mem(addrs, holder=holder)
+    there.transfers.settle(arrival)
+    with pytest.raises(ValueError, match="begins with none of .*transfer"):
+        there.retain(addrs, holder=holder)
+    there.free_mem(addrs[:1], holder=holder)
+    there.free_mem(addrs[1:], holder=holder)
+    with pytest.raises(ValueError, match="begins with none of .*transfer"):
+        there.free_mem(addrs[:0], holder=holder)
+    assert there.stats().num_free == 8
+    there.check()
+
+
+def test_an_arrival_is_inherited_under_no_name_of_the_pool_s_own(pools):
+    here, there = pools
+    here.transfer(2, here.alloc_mem(2, holder=A))
+    play(pools)
+    (arrival,) = there.transfers.drain_arrivals()
+    with pytest.raises(ValueError, match="begins with none of .*index"):
+        there.transfers.settle(arrival, ("index",))
+    there.transfers.settle(arrival, A)
+    there.check()
+
+
 def test_bad_transfers_are_refused_by_name_and_hold_nothing(pools):
     here, _ = pools
     addrs = here.alloc_mem(2, holder=A)
