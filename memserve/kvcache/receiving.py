@@ -99,6 +99,8 @@ class Receiving:
             self.event(incoming, event, now_ns)
         elif event is ReceiverEvent.DONE and self._over.get(message.ticket) is ReceiverState.DONE:
             self._send(message.ticket[0], Inserted(message.ticket))
+        elif message.ticket not in self._over and receiver_step(ReceiverState.NONE, event)[0] is ReceiverState.ENDED:
+            self._remember(message.ticket, ReceiverState.ENDED)  # its Ask was overtaken, and is to get no room
 
     def event(self, incoming: Incoming, event: ReceiverEvent, now_ns: int) -> None:
         """Steps the automaton."""
