@@ -103,7 +103,8 @@ class Transfers:
 
         ready: the blocks are final; else `mark_ready` says when.  addrs: where they go, int64 [n] reserved before: no
         grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
-        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before.
+        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before or that
+        another ticket still writes to.
         """
         needed = self._pool.blocks_for(len(tokens))
         if peer == self.incarnation:
@@ -118,14 +119,16 @@ class Transfers:
         if addrs is not None and len(addrs) != needed:
             raise ValueError(f"{len(addrs)} dst_addrs for {needed} blocks: expected one each")
         target = None if addrs is None else self._reservations.pool_of(peer, addrs)
+        if addrs is not None and self._sending.is_writing_to(peer, addrs):
+            raise ValueError(f"dst_addrs on instance {peer}: a transfer that has not ended writes there")
         ask = Ask(
             self._book.new_ticket_id(), pack_tokens(tokens), needed, int(options.medium), options.insert,
             options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
         layers = self.geometry.num_layers
+        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if addrs is not None and options.insert:
             self._reservations.note_inserted(peer, addrs)
-        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if peer in self._gone:
             self._sending.peer_gone(peer, now_ns)
         return ticket
@@ -207,8 +210,9 @@ class Transfers:
         return self._sending.drain_ended() + self._reservations.drain_ended()
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
-        """There is proof that an instance's process is gone: it neither writes nor answers any more."""
+        """There is proof that an instance's process is gone: it neither writes nor answers any more, nor reads."""
         self._gone.add(incarnation)
+        self._outbox = [said for said in self._outbox if said[0] != incarnation]
         self._sending.peer_gone(incarnation, now_ns)
         for incoming in [i for i in self._receiving.tickets.values() if i.ask.ticket[0] == incarnation]:
             self._receiving.event(incoming, ReceiverEvent.PEER_GONE, now_ns)
@@ -243,4 +247,5 @@ class Transfers:
                 assert not Counter(entry.blocks.tolist()) - held, f"{entry.holder} lost blocks"
 
     def _send(self, peer: int, message: PoolMessage) -> None:
-        self._outbox.append((peer, message))
+        if peer not in self._gone:
+            self._outbox.append((peer, message))

@@ -290,6 +290,50 @@ def test_a_reservation_nobody_answers_fails_and_what_was_granted_meanwhile_comes
     assert there.stats().num_free == 8 and here.transfers.num_open == 0
 
 
+def test_a_reservation_of_nothing_is_done_and_leaves_nothing_behind(pools):
+    here, _ = pools
+    ticket = reserved(pools, 0)
+    assert ticket.state is TicketState.DONE and ticket.addrs.shape == (0,) and ticket.addrs.dtype == np.int64
+    here.free_mem(ticket.addrs, holder=A)
+    for pool in pools:
+        books = vars(pool.transfers._reservations)
+        assert not any(books[name] for name in ("_wanted", "_owned", "_freed", "_hosted"))
+
+
+def test_a_reservation_that_was_refused_is_not_granted_to_a_repeat_that_nobody_waits_for(pools):
+    here, there = pools
+    full = there.alloc_mem(8, holder=B)
+    ticket = here.alloc_mem(2, instance=2, holder=A)
+    here.poll(10**8)
+    (_, first), (_, repeat) = here.transfers.drain_outbox()
+    there.transfers.receive(1, first, 0)
+    ((_, refusal),) = there.transfers.drain_outbox()
+    there.free_mem(full, holder=B)
+    there.transfers.receive(1, repeat, 0)
+    there.transfers.drain_outbox()  # is lost: the refusal ends the ticket, so that nothing is asked for again
+    here.transfers.receive(2, refusal, 0)
+    assert play(pools) == [ticket] and ticket.refused and there.stats().num_free == 8
+
+
+def test_addresses_elsewhere_are_written_by_one_transfer_at_a_time(pools):
+    here, _ = pools
+    room, mine = reserved(pools, 2), here.alloc_mem(2, holder=A)
+    first = here.transfer(2, mine, room.addrs)
+    with pytest.raises(ValueError, match="dst_addrs on instance 2: a transfer that has not ended writes there"):
+        here.transfer_with_insert(2, list(range(4)), mine[:1], room.addrs[1:])
+    assert play(pools) == [first]
+    assert here.transfer_with_insert(2, list(range(4)), mine[:1], room.addrs[1:]) in play(pools)
+
+
+def test_a_transfer_that_was_refused_leaves_its_addresses_as_they_were(pools):
+    here, _ = pools
+    room, free = reserved(pools, 1), here.addresses(np.array([5], dtype=np.int32))
+    with pytest.raises(NotHeld):
+        here.transfer_with_insert(2, list(range(4)), free, room.addrs)
+    ticket = here.transfer(2, here.alloc_mem(1, holder=A), room.addrs)
+    assert play(pools) == [ticket] and ticket.state is TicketState.DONE
+
+
 @pytest.mark.parametrize("dead", [1, 2])
 def test_a_reservation_ends_with_either_of_its_instances(pools, dead):
     here, there = pools

@@ -162,6 +162,8 @@ class Receiver:
             return
         if self.model.room_for(message.num_blocks, Medium(message.medium)):
             self.model.alloc(holder, [None] * message.num_blocks, Medium(message.medium))
+        else:
+            self.over.add(message.ticket)
 
     def on_release(self, message, kv, now_ns):
         holder = ("remote", *message.ticket)
