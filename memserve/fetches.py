@@ -113,7 +113,9 @@ class Fetches:
             del self._open[ticket]
 
     def receive(self, sender: int, message: Fetch, now_ns: int) -> None:
-        """Somebody asks for KV."""
+        """Somebody asks for KV. What a dead one asked for last comes too late."""
+        if sender in self._gone:
+            return
         ticket = self._served.get(message.ticket)
         if ticket is not None:
             self.ended(ticket)  # open: the transfer repeats itself; failed: said again
@@ -137,7 +139,7 @@ class Fetches:
         """A transfer has ended: if it answered a Fetch and failed, whoever asked is told."""
         if ticket.state is TicketState.FAILED:
             for fetch, served in self._served.items():
-                if served is ticket:
+                if served is ticket and fetch[0] not in self._gone:
                     self._outbox.append((fetch[0], Refuse(fetch, ticket.reason)))
 
     def refused(self, message: Refuse, now_ns: int) -> bool:

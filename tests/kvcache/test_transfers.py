@@ -261,6 +261,18 @@ def test_proof_that_the_receiver_is_gone_fails_the_ticket_once_its_calls_have_dr
     assert not held_by_transfers(p)
 
 
+def test_nothing_is_said_to_an_instance_that_is_gone():
+    wires = Wires(link=SLOW)
+    p, d = wires.pool(1), wires.pool(2)
+    send(wires, p, d, 2 * B)
+    wires.deliver()
+    send(wires, p, d, B)  # is on its way out
+    wires.transport.detach(2)
+    p.transfers.peer_gone(2, wires.now_ns)
+    p.transfers.poll(10**10)
+    assert p.transfers.drain_outbox() == [] and p.transfers.num_open == 0 and not held_by_transfers(p)
+
+
 @pytest.mark.parametrize("when", ["asked", "sending"])
 def test_a_cancelled_ticket_ends_at_both_sides(when):
     wires = Wires()
