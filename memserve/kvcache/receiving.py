@@ -166,10 +166,11 @@ class Receiving:
             self._send(ask.ticket[0], answer)
             return
         incoming = Incoming(ask, reason=self._why_never(ask))
-        self.tickets[ask.ticket] = incoming
         first_come = not any(i.state is ReceiverState.WAITING for i in self.tickets.values())
         in_turn = first_come or ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
-        if not incoming.reason and in_turn and self._allocate(incoming):
+        fits = not incoming.reason and in_turn and self._allocate(incoming)
+        self.tickets[ask.ticket] = incoming
+        if fits:
             self.event(incoming, ReceiverEvent.ASK_FITS, now_ns)
         elif incoming.reason or ask.best_effort:
             incoming.reason = incoming.reason or f"{DECLINED}: no room for {ask.num_blocks} blocks"
@@ -189,7 +190,10 @@ class Receiving:
         return ""
 
     def _allocate(self, incoming: Incoming) -> bool:
-        """Retains the prefix that is held and allocates the rest; False, with nothing held, without room."""
+        """Retains the prefix that is held and allocates the rest; False, with nothing held, without room.
+
+        Nothing is held either when making room raises what a copy failed with.
+        """
         ask, pool = incoming.ask, self._pool
         reserved = self._reservations.blocks_of(ask.ticket[0], unpack_times(ask.addrs)) if ask.addrs else None
         if reserved is not None:
@@ -205,9 +209,11 @@ class Receiving:
             if ask.medium == Medium.HBM and not ask.best_effort:
                 self._keep_headroom(num_new, len(held))
             new = pool.alloc(num_new, incoming.holder, Medium(ask.medium))
-        except OutOfBlocks:
+        except Exception as error:
             pool.release_all(incoming.holder)
-            return False
+            if isinstance(error, OutOfBlocks):
+                return False
+            raise
         incoming.blocks = np.concatenate([held, new])
         incoming.num_held = len(held) * pool.block_size
         return True
