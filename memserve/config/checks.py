@@ -97,7 +97,7 @@ def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
 def _check_transfer(cfg: RunConfig) -> None:
     for name in ("deadline_s", "patience_s", "retry_s"):
         value = getattr(cfg.transfer, name)
-        _require(math.isfinite(value) and value > 0, f"transfer.{name}", value, "a finite number of seconds > 0")
+        _require(1e-9 <= value <= 1e9, f"transfer.{name}", value, "a number of seconds from 1e-9 to 1e9")
     _require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s

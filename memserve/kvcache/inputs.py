@@ -6,6 +6,7 @@ import numpy as np
 
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import Holder
+from memserve.values import require_int
 
 Tokens = np.ndarray | Sequence[int]
 OWN_HOLDERS = (
@@ -18,11 +19,9 @@ OWN_HOLDERS = (
 _PLAIN = frozenset((str, int))
 
 
-def count_of(value: int, name: str = "num_blocks") -> int:
-    """An integer >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
-    return int(value)
+def count_of(value: int, name: str = "num_blocks", most: int | None = None) -> int:
+    """An integer from 0 on, to `most` if that is given."""
+    return require_int(name, value, 0, "an integer >= 0" if most is None else f"an integer from 0 to {most}", most)
 
 
 def medium_of(value: Medium | int) -> Medium:

@@ -186,15 +186,15 @@ class MemPool:
     ) -> None:
         """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`.
 
-        Raises ValueError for a second time, and for a granularity that was made for blocks of another shape.
+        headroom_blocks: HBM blocks that a grant leaves free, unless nothing is in use. Raises ValueError for more than
+        there are, for a second time, and for a granularity that was made for blocks of another shape.
         """
         if self._transfers is not None:
             raise ValueError("this pool is connected already: expected one connect(..)")
         granularity.check(self.layout, self.geometry)
+        headroom = count_of(headroom_blocks, "headroom_blocks", self.arena.num_blocks)
         memories = [self.arena.tensor, self.dram.tensor]
-        self._transfers = Transfers(
-            self.blocks, self._book, transport, memories, granularity, timeouts, headroom_blocks
-        )
+        self._transfers = Transfers(self.blocks, self._book, transport, memories, granularity, timeouts, headroom)
 
     @property
     def transfers(self) -> Transfers:
