@@ -15,11 +15,13 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
+from memserve.kvcache.incoming import Incoming
 from memserve.kvcache.inputs import medium_of, named
+from memserve.kvcache.outgoing import Outgoing
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
-from memserve.kvcache.receiving import Incoming, Receiving
+from memserve.kvcache.receiving import Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
-from memserve.kvcache.sending import Outgoing, Sending
+from memserve.kvcache.sending import Sending
 from memserve.kvcache.ticket import Arrival, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
 from memserve.messages import Ask, PoolMessage, PoolSize, Refuse, pack_times, pack_tokens
 from memserve.transfer.transport import Transport
@@ -73,7 +75,7 @@ class Transfers:
     @property
     def has_waiting(self) -> bool:
         """Whether senders wait for room here, which `poll` grants as soon as there is some."""
-        return any(i.state is ReceiverState.WAITING for i in self._receiving.tickets.values())
+        return self._receiving.has_waiting
 
     @property
     def open_asks(self) -> list[Ask]:
@@ -233,9 +235,7 @@ class Transfers:
 
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
-        times = [self._reservations.next_time_ns()]
-        times += [self._sending.next_time_ns(o) for o in self._sending.tickets.values()]
-        times += [self._receiving.next_time_ns(i) for i in self._receiving.tickets.values()]
+        times = (self._sending.next_time_ns(), self._receiving.next_time_ns(), self._reservations.next_time_ns())
         return min((t for t in times if t is not None), default=None)
 
     def check(self) -> None:
