@@ -87,6 +87,10 @@ class Receiving:
         elif message.ticket not in self._over and receiver_step(ReceiverState.NONE, event)[0] is ReceiverState.ENDED:
             self._remember(message.ticket, ReceiverState.ENDED)  # its Ask was overtaken, and is to get no room
 
+    def is_new(self, ask: Ask) -> bool:
+        """Whether it is no repeat, and its ticket has not ended."""
+        return ask.ticket not in self.tickets and ask.ticket not in self._over
+
     def event(self, incoming: Incoming, event: ReceiverEvent, now_ns: int) -> None:
         """Steps the automaton."""
         incoming.state, actions = receiver_step(incoming.state, event)

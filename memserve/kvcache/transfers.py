@@ -202,6 +202,10 @@ class Transfers:
         else:
             self._sending.receive(sender, message, now_ns)
 
+    def is_new(self, ask: Ask) -> bool:
+        """Whether an Ask is no repeat, and its ticket has not ended."""
+        return self._receiving.is_new(ask)
+
     def poll(self, now_ns: int) -> list[Ticket]:
         """Lets time pass: moves that arrived, deadlines, repeats, waiting Asks. Returns the tickets that have ended."""
         for arrived in self._transport.poll(self.incarnation, now_ns):
