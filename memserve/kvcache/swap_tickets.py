@@ -43,11 +43,12 @@ class SwapTickets:
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: expected each once")
         if self._blocks.swap_in_of(blocks) is not None:
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: some of them are on their way already")
-        swap, ticket = self._blocks.swap_in(blocks, holder), self._new()
+        swap, ticket, before = self._blocks.swap_in(blocks, holder), self._new(), self._book.addresses(blocks)
 
         def end() -> None:
             here = swap.replaced(blocks)
             held = np.isin(here, self._blocks.allocator.held_by(holder))
+            held &= (here != blocks) | (self._book.addresses(here) == before)  # not given up, and its number had anew
             ticket.addrs, ticket.reason = self._book.addresses(here[held]), swap.failed
             if not held.all():
                 ticket.reason = ticket.reason or f"{holder} gave up blocks before they were here"

@@ -82,9 +82,9 @@ class Swaps:
         if not len(sources):
             return Swap(INDEX, sources, sources, holder, NOTHING_TO_WAIT_FOR, has_ended=True)
         name: Holder = ("swap", self._num_begun)
-        self._num_begun += 1
         targets = self._allocator.alloc(len(sources), name, medium)
         self._allocator.retain(sources, name)
+        self._num_begun += 1
         try:
             copy = self._engine.start(sources, targets, now_ns)
         except Exception:

@@ -127,6 +127,8 @@ class PoolMachine(PoolPair):
         """As a running request: match and hold, compute the rest, insert. Or compute all of it, a second time."""
         path = self.model.index.prefixes(tokens)
         found = [] if cached == "unused" else self.matched(tokens)
+        if any(s.holders[1] == holder and not set(found).isdisjoint(s.sources) for s in self.model.open_swaps):
+            return  # given up and taken anew while they move under this very name: its ticket will say where to
         self.pool.retain(addrs_of([b for b in found if b not in self.model.mine(holder)]), holder=holder)
         self.model.take(holder, found)
         if cached == "swapped in":

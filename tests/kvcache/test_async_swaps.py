@@ -78,6 +78,19 @@ def test_a_swap_in_that_failed_says_where_the_rest_is():
     assert pool.stats().num_free == 8 and pool.stats().num_free_dram == 4
 
 
+def test_a_block_that_was_given_up_is_not_taken_for_another_of_its_number():
+    pool = make_pool(num_dram_blocks=4, engine=SLOW)
+    here, below = pool.alloc_mem(1, holder=A), pool.alloc_mem(1, Medium.DRAM, holder=A)
+    ticket = pool.swap_in([*here.tolist(), *below.tolist()], holder=A)
+    pool.free_mem(here, holder=A)
+    anew = pool.alloc_mem(1, holder=A)
+    assert address.block_of(anew) == address.block_of(here)
+    assert pool.poll(SECOND) == [ticket] and ticket.state == "failed" and "gave up blocks" in ticket.reason
+    assert len(ticket.addrs) == 1 and ticket.addrs != anew
+    pool.free_mem([*anew.tolist(), *ticket.addrs.tolist()], holder=A)
+    pool.check()
+
+
 def test_whoever_cannot_wait_ends_the_swaps_that_are_in_the_way():
     pool, tokens, _ = slow_pool()
     ticket = pool.swap_out(2)
