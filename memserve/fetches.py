@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from memserve.decisions import FetchRecord, Holding
+from memserve.kvcache.alarms import Alarms
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, Timeouts, TransferOptions
 from memserve.kvcache.transfers import Transfers
@@ -45,6 +46,11 @@ class _Open:
     retry_ns: int
     deadline_ns: int
 
+    @property
+    def next_time_ns(self) -> int:
+        """When time alone does something to it."""
+        return min(self.retry_ns, self.deadline_ns)
+
 
 class Fetches:
     """One instance's fetches, of both ends. timeouts: a fetch that has not come by the deadline is given up."""
@@ -56,6 +62,7 @@ class Fetches:
         self._timeouts = timeouts
         self._offers: list[tuple[Request, Sequence[Holding]]] = []
         self._open: dict[tuple[int, int], _Open] = {}
+        self._alarms: Alarms[tuple[int, int]] = Alarms()
         self._ready: list[tuple[Request, FetchRecord | None]] = []
         self._served: OrderedDict[tuple[int, int], Ticket] = OrderedDict()
         self._outbox: list[tuple[int, PoolMessage]] = []
@@ -110,10 +117,12 @@ class Fetches:
         self._offers = [offer for offer in self._offers if offer[0] is not request]
         self._ready = [entry for entry in self._ready if entry[0] is not request]
         for ticket in [t for t, entry in self._open.items() if entry.request is request]:
-            del self._open[ticket]
+            self._close(ticket)
 
     def receive(self, sender: int, message: Fetch, now_ns: int) -> None:
-        """Somebody asks for KV."""
+        """Somebody asks for KV. What a dead one asked for last comes too late."""
+        if sender in self._gone:
+            return
         ticket = self._served.get(message.ticket)
         if ticket is not None:
             self.ended(ticket)  # open: the transfer repeats itself; failed: said again
@@ -137,7 +146,7 @@ class Fetches:
         """A transfer has ended: if it answered a Fetch and failed, whoever asked is told."""
         if ticket.state is TicketState.FAILED:
             for fetch, served in self._served.items():
-                if served is ticket:
+                if served is ticket and fetch[0] not in self._gone:
                     self._outbox.append((fetch[0], Refuse(fetch, ticket.reason)))
 
     def refused(self, message: Refuse, now_ns: int) -> bool:
@@ -149,7 +158,7 @@ class Fetches:
 
     def arrived(self, word: FetchedKV, arrival: Arrival) -> None:
         """KV is here, and in the index."""
-        entry = self._open.pop(word.fetch, None)
+        entry = self._close(word.fetch)
         if entry is not None:
             num_fetched = len(arrival.tokens) - arrival.num_held
             changes = {"outcome": "fetched", "num_fetched": num_fetched, "ended_ns": arrival.received_ns}
@@ -157,11 +166,13 @@ class Fetches:
 
     def let_time_pass(self, now_ns: int) -> None:
         """Asks again, and gives up what has not come by its deadline."""
-        for ticket, entry in list(self._open.items()):
+        for ticket in reversed(self._alarms.due(now_ns)):  # in the order in which they were begun
+            entry = self._open[ticket]
             if now_ns >= entry.deadline_ns:
                 self._fail(ticket, "failed", "not all of the KV came within the deadline", now_ns)
-            elif now_ns >= entry.retry_ns:
+            else:
                 entry.retry_ns = now_ns + self._timeouts.retry_ns
+                self._alarms.put(ticket, entry.next_time_ns)
                 self._outbox.append((entry.record.holder, entry.message))
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
@@ -177,7 +188,7 @@ class Fetches:
 
     def next_time_ns(self) -> int | None:
         """When `let_time_pass` has something to do."""
-        return min((min(e.retry_ns, e.deadline_ns) for e in self._open.values()), default=None)
+        return self._alarms.next_ns()
 
     def _best(self, request: Request, holdings: Sequence[Holding], num_cached: int) -> tuple[int, Choice] | None:
         """Who holds most and what that is, or None if it is no more than what is here."""
@@ -197,11 +208,17 @@ class Fetches:
         tokens = pack_tokens(np.ascontiguousarray(request.tokens.view[: choice.num_held]))
         message = Fetch(ticket, tokens, choice.num_held, choice.num_cached)
         times = now_ns + self._timeouts.retry_ns, now_ns + self._timeouts.deadline_ns
-        self._open[ticket] = _Open(request, message, record, *times)
+        entry = self._open[ticket] = _Open(request, message, record, *times)
+        self._alarms.put(ticket, entry.next_time_ns)
         self._outbox.append((holder, message))
 
     def _fail(self, ticket: tuple[int, int], outcome: str, reason: str, now_ns: int) -> None:
-        entry = self._open.pop(ticket, None)
+        entry = self._close(ticket)
         if entry is not None:
             record = msgspec.structs.replace(entry.record, outcome=outcome, reason=reason, ended_ns=now_ns)
             self._ready.append((entry.request, record))
+
+    def _close(self, ticket: tuple[int, int]) -> _Open | None:
+        """Nothing more is waited for, if anything was."""
+        self._alarms.put(ticket, None)
+        return self._open.pop(ticket, None)

@@ -158,7 +158,7 @@ class Handoffs:
             if isinstance(message, Fetch):
                 self.fetches.receive(sender, message, now_ns)
                 continue
-            if isinstance(message, Ask):
+            if isinstance(message, Ask) and self.transfers.is_new(message):
                 word = _words.decode(message.private)
                 self.num_overtaken += isinstance(word, GivenBack) and word.session_id in sessions
             self.transfers.receive(sender, message, now_ns)

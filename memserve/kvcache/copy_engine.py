@@ -46,7 +46,7 @@ class Copy(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Waits until the contents are there. Raises what the copy failed with."""
+        """Waits until the contents are there. Raises what the copy failed with: nothing is written any more then."""
 
 
 class CopyEngine(ABC):
@@ -54,7 +54,7 @@ class CopyEngine(ABC):
 
     @abstractmethod
     def start(self, source: np.ndarray, target: np.ndarray, now_ns: int) -> Copy:
-        """Copies blocks `source` to `target`, int32 [n] each."""
+        """Copies blocks `source` to `target`, int32 [n] each. What raises writes nothing any more."""
 
 
 class _Ended(Copy):

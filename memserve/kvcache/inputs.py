@@ -5,17 +5,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from memserve.kvcache.address import Medium
-from memserve.kvcache.allocator import INDEX, Holder
+from memserve.kvcache.allocator import Holder
+from memserve.values import require_int
 
 Tokens = np.ndarray | Sequence[int]
+OWN_HOLDERS = (
+    "index",
+    "swap",
+    "transfer",
+    "quarantine",
+    "remote",
+)  # how the names begin under which a pool itself holds
 _PLAIN = frozenset((str, int))
 
 
-def count_of(value: int, name: str = "num_blocks") -> int:
-    """An integer >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
-    return int(value)
+def count_of(value: int, name: str = "num_blocks", most: int | None = None) -> int:
+    """An integer from 0 on, to `most` if that is given."""
+    return require_int(name, value, 0, "an integer >= 0" if most is None else f"an integer from 0 to {most}", most)
 
 
 def medium_of(value: Medium | int) -> Medium:
@@ -33,10 +39,17 @@ def as_addrs(addrs: np.ndarray | Sequence[int]) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
+def as_holder(holder: Holder) -> Holder:
+    """A name of whoever holds blocks: strings and integers, at least one."""
+    if not isinstance(holder, tuple) or not holder or not _PLAIN.issuperset(map(type, holder)):
+        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers, at least one")
+    return holder
+
+
 def named(holder: Holder) -> Holder:
-    """Callers hold under names of their own: tuples of strings and integers, and not the index's."""
-    if not isinstance(holder, tuple) or not _PLAIN.issuperset(map(type, holder)) or holder == INDEX:
-        raise ValueError(f"holder={holder!r}: expected a tuple of strings and integers other than {INDEX}")
+    """Callers hold under names of their own: what a pool holds itself is not theirs to give up."""
+    if as_holder(holder)[0] in OWN_HOLDERS:
+        raise ValueError(f"holder={holder!r}: expected a name that begins with none of {', '.join(OWN_HOLDERS)}")
     return holder
 
 

@@ -20,7 +20,7 @@ from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine
 from memserve.kvcache.errors import NotHeld
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.inputs import Tokens, as_addrs, as_tokens, count_of, medium_of, named
+from memserve.kvcache.inputs import Tokens, as_addrs, as_holder, as_tokens, count_of, medium_of, named
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
@@ -114,13 +114,15 @@ class MemPool:
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld.
 
-        Of addresses that `holder` has reserved on another instance: they are free when that has heard of it.
+        Of addresses that `holder` has reserved on another instance: they are free when that has heard of it. What a
+        `pinned` transfer has left here is held by ("transfer", sender's incarnation, n), its ticket.
         """
-        addrs = as_addrs(addrs)
+        addrs, holder = as_addrs(addrs), as_holder(holder)
         if self._transfers is not None and self._book.are_elsewhere(addrs):
             self._transfers.free_reserved(addrs, named(holder), self._now_ns)
             return
-        self.blocks.release(self.resolve(addrs), named(holder))
+        pinned = self._transfers is not None and self._transfers.keeps(holder)
+        self.blocks.release(self.resolve(addrs), holder if pinned else named(holder))
 
     def insert(self, tokens: Tokens, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
         """Maps a token prefix of whole blocks to its KV; returns the canonical addresses, int64 [n].
@@ -184,15 +186,15 @@ class MemPool:
     ) -> None:
         """Joins the pools that `transport` connects, under this pool's incarnation; before the first `transfer`.
 
-        Raises ValueError for a second time, and for a granularity that was made for blocks of another shape.
+        headroom_blocks: HBM blocks that a grant leaves free, unless nothing is in use. Raises ValueError for more than
+        there are, for a second time, and for a granularity that was made for blocks of another shape.
         """
         if self._transfers is not None:
             raise ValueError("this pool is connected already: expected one connect(..)")
         granularity.check(self.layout, self.geometry)
+        headroom = count_of(headroom_blocks, "headroom_blocks", self.arena.num_blocks)
         memories = [self.arena.tensor, self.dram.tensor]
-        self._transfers = Transfers(
-            self.blocks, self._book, transport, memories, granularity, timeouts, headroom_blocks
-        )
+        self._transfers = Transfers(self.blocks, self._book, transport, memories, granularity, timeouts, headroom)
 
     @property
     def transfers(self) -> Transfers:

@@ -19,7 +19,7 @@ def alloc_mixed(pool: BlockPool, num_blocks: int, holder: Holder) -> np.ndarray:
     in_dram = _alloc_most(pool, min(wanted, books.num_free_dram + books.num_index_only_dram), holder)
     try:
         in_hbm = pool.alloc(num_blocks - len(in_dram), holder)
-    except OutOfBlocks:
+    except BaseException:  # also of a copy that failed: nothing is allocated then
         pool.release(in_dram, holder)
         raise
     return np.concatenate([in_hbm, in_dram])

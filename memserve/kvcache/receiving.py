@@ -7,15 +7,16 @@ that has failed by ("quarantine", sender's incarnation, n), until the sender is 
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from memserve.kvcache.address import Medium
 from memserve.kvcache.address_book import AddressBook
+from memserve.kvcache.alarms import Alarms
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
+from memserve.kvcache.incoming import NEVER_NS, Incoming, TicketId
 from memserve.kvcache.protocol import Action, ReceiverEvent, ReceiverState, receiver_step
 from memserve.kvcache.reservations import Reservations, difference_of
 from memserve.kvcache.sending import DECLINED, Send
@@ -33,33 +34,9 @@ from memserve.messages import (
     Wait,
     pack_times,
     unpack_times,
-    unpack_tokens,
 )
 
-TicketId = tuple[int, int]
 NUM_REMEMBERED = 4096  # ended tickets, so that a repeated message gets its answer again
-_NEVER_NS = int(np.iinfo(np.int64).max)
-
-
-@dataclass
-class Incoming:
-    """blocks: int32 [n] once granted, those that were held first."""
-
-    ask: Ask
-    state: ReceiverState = ReceiverState.NONE
-    blocks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
-    num_held: int = 0
-    granted_ns: int = 0
-    deadline_ns: int = _NEVER_NS
-    reason: str = ""
-    private: bytes = b""
-
-    def __post_init__(self) -> None:
-        self.holder: Holder = ("transfer", *self.ask.ticket)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        return unpack_tokens(self.ask.tokens)
 
 
 class Receiving:
@@ -83,8 +60,16 @@ class Receiving:
         self._pool, self._size, self._book, self._geometry = pool, size, book, geometry
         self._timeouts, self._headroom_blocks, self._send = timeouts, headroom_blocks, send
         self._reservations = reservations
+        self._num_asks = 0
+        self._waiting: dict[TicketId, Incoming] = {}  # in the order in which they came
+        self._alarms: Alarms[tuple[int, int, int]] = Alarms()  # by place and ticket
         self._over: OrderedDict[TicketId, ReceiverState] = OrderedDict()
         self._arrivals: list[Arrival] = []
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether senders wait for room."""
+        return bool(self._waiting)
 
     def receive(self, message: PoolMessage, now_ns: int) -> None:
         """Takes a message of a sender."""
@@ -99,6 +84,12 @@ class Receiving:
             self.event(incoming, event, now_ns)
         elif event is ReceiverEvent.DONE and self._over.get(message.ticket) is ReceiverState.DONE:
             self._send(message.ticket[0], Inserted(message.ticket))
+        elif message.ticket not in self._over and receiver_step(ReceiverState.NONE, event)[0] is ReceiverState.ENDED:
+            self._remember(message.ticket, ReceiverState.ENDED)  # its Ask was overtaken, and is to get no room
+
+    def is_new(self, ask: Ask) -> bool:
+        """Whether it is no repeat, and its ticket has not ended."""
+        return ask.ticket not in self.tickets and ask.ticket not in self._over
 
     def event(self, incoming: Incoming, event: ReceiverEvent, now_ns: int) -> None:
         """Steps the automaton."""
@@ -108,26 +99,39 @@ class Receiving:
         if incoming.state is ReceiverState.ENDED:
             self.tickets.pop(incoming.ask.ticket, None)
             self._remember(incoming.ask.ticket, ReceiverState.ENDED)
+        if incoming.state is ReceiverState.WAITING:
+            self._waiting[incoming.ask.ticket] = incoming
+        else:
+            self._waiting.pop(incoming.ask.ticket, None)
+        self._watch(incoming)
+
+    def _watch(self, incoming: Incoming) -> None:
+        self._alarms.put((incoming.place, *incoming.ask.ticket), incoming.next_time_ns)
 
     def let_time_pass(self, now_ns: int) -> None:
         """Ends outcomes whose deadline is over, reminds senders that are silent, and grants what fits by now."""
-        for incoming in list(self.tickets.values()):
-            if now_ns >= incoming.deadline_ns:
+        for _, sender, number in self._alarms.due(now_ns):
+            incoming = self.tickets[sender, number]
+            if incoming.state is ReceiverState.QUARANTINED:
                 incoming.deadline_ns = now_ns + self._timeouts.retry_ns
-                if incoming.state is ReceiverState.QUARANTINED:
-                    self._send(incoming.ask.ticket[0], Abandon(incoming.ask.ticket, incoming.reason))
-                else:
-                    incoming.reason = "not all of the KV came within the deadline"
-                    self.event(incoming, ReceiverEvent.DEADLINE, now_ns)
+                self._send(sender, Abandon(incoming.ask.ticket, incoming.reason))
+                self._watch(incoming)
+            else:
+                incoming.reason = "not all of the KV came within the deadline"
+                self.event(incoming, ReceiverEvent.DEADLINE, now_ns)
         self.grant_waiting(now_ns)
 
     def grant_waiting(self, now_ns: int) -> None:
         """Grants waiting Asks in the order in which they came, as far as there is room."""
-        for incoming in list(self.tickets.values()):
-            if incoming.state is ReceiverState.WAITING:
-                if not self._allocate(incoming):
-                    return
-                self.event(incoming, ReceiverEvent.ROOM, now_ns)
+        while self._waiting:
+            first = next(iter(self._waiting.values()))
+            if not self._allocate(first):
+                return
+            self.event(first, ReceiverEvent.ROOM, now_ns)
+
+    def next_time_ns(self) -> int | None:
+        """When time alone does something to a ticket."""
+        return self._alarms.next_ns()
 
     def settle(self, arrival: Arrival, heir: Holder | None) -> None:
         """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).
@@ -149,11 +153,6 @@ class Receiving:
         arrivals, self._arrivals = self._arrivals, []
         return arrivals
 
-    @staticmethod
-    def next_time_ns(incoming: Incoming) -> int | None:
-        """When time alone does something to a ticket."""
-        return None if incoming.deadline_ns == _NEVER_NS else incoming.deadline_ns
-
     def _take_ask(self, ask: Ask, now_ns: int) -> None:
         if ask.ticket in self.tickets:
             self.event(self.tickets[ask.ticket], ReceiverEvent.ASK_AGAIN, now_ns)
@@ -163,11 +162,12 @@ class Receiving:
             answer = Inserted(ask.ticket) if done else Refuse(ask.ticket, "the ticket has ended")
             self._send(ask.ticket[0], answer)
             return
-        incoming = Incoming(ask, reason=self._why_never(ask))
+        self._num_asks += 1
+        incoming = Incoming(ask, self._num_asks, reason=self._why_never(ask))
+        in_turn = not self._waiting or ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
+        fits = not incoming.reason and in_turn and self._allocate(incoming)
         self.tickets[ask.ticket] = incoming
-        first_come = not any(i.state is ReceiverState.WAITING for i in self.tickets.values())
-        in_turn = first_come or ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
-        if not incoming.reason and in_turn and self._allocate(incoming):
+        if fits:
             self.event(incoming, ReceiverEvent.ASK_FITS, now_ns)
         elif incoming.reason or ask.best_effort:
             incoming.reason = incoming.reason or f"{DECLINED}: no room for {ask.num_blocks} blocks"
@@ -187,7 +187,10 @@ class Receiving:
         return ""
 
     def _allocate(self, incoming: Incoming) -> bool:
-        """Retains the prefix that is held and allocates the rest; False, with nothing held, without room."""
+        """Retains the prefix that is held and allocates the rest; False, with nothing held, without room.
+
+        Nothing is held either when making room raises what a copy failed with.
+        """
         ask, pool = incoming.ask, self._pool
         reserved = self._reservations.blocks_of(ask.ticket[0], unpack_times(ask.addrs)) if ask.addrs else None
         if reserved is not None:
@@ -203,9 +206,11 @@ class Receiving:
             if ask.medium == Medium.HBM and not ask.best_effort:
                 self._keep_headroom(num_new, len(held))
             new = pool.alloc(num_new, incoming.holder, Medium(ask.medium))
-        except OutOfBlocks:
+        except Exception as error:
             pool.release_all(incoming.holder)
-            return False
+            if isinstance(error, OutOfBlocks):
+                return False
+            raise
         incoming.blocks = np.concatenate([held, new])
         incoming.num_held = len(held) * pool.block_size
         return True
@@ -251,7 +256,7 @@ class Receiving:
     def _publish(self, incoming: Incoming, now_ns: int) -> None:
         """Insertion, the third step: only now does anybody here see the KV."""
         tokens, blocks = incoming.tokens, incoming.blocks
-        incoming.deadline_ns = _NEVER_NS
+        incoming.deadline_ns = NEVER_NS
         if incoming.ask.insert:
             num_full = len(tokens) // self._pool.block_size
             canonical = self._pool.publish(tokens[: num_full * self._pool.block_size], blocks[:num_full])

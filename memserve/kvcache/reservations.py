@@ -23,7 +23,7 @@ from memserve.messages import Geometry, PoolSize, Refuse, Release, Released, Res
 
 TicketId = tuple[int, int]
 ReservationMessage = Reserve | Reserved | Release | Released
-NUM_REMEMBERED = 4096  # reservations that were given up, in case they are asked for again
+NUM_REMEMBERED = 4096  # reservations that were refused or given up, in case they are asked for again
 _NO_ADDRS = np.empty(0, dtype=np.int64)
 
 
@@ -94,8 +94,12 @@ class Reservations:
     def reserve(
         self, host: int, ticket_id: TicketId, num_blocks: int, medium: Medium, holder: Holder, now_ns: int
     ) -> Ticket:
-        """Asks `host` for blocks. The ticket's addrs are their addresses once it is DONE."""
+        """Asks `host` for blocks; for none nobody is asked. The ticket's addrs are their addresses once it is DONE."""
         ticket, message = Ticket(ticket_id, _NO_ADDRS), Reserve(ticket_id, num_blocks, int(medium), self._geometry)
+        if not num_blocks:
+            ticket.state = TicketState.DONE
+            self._ended.append(ticket)
+            return ticket
         deadline_ns, retry_ns = now_ns + self._timeouts.patience_ns, now_ns + self._timeouts.retry_ns
         self._wanted[ticket_id] = _Wanted(ticket, host, message, holder, deadline_ns, retry_ns)
         self._send(host, message)
@@ -205,7 +209,7 @@ class Reservations:
     def _host(self, message: Reserve) -> None:
         owner, ticket_id = message.ticket[0], message.ticket
         if ticket_id in self._over:
-            self._send(owner, Refuse(ticket_id, "the reservation was given up"))
+            self._send(owner, Refuse(ticket_id, "the reservation was refused or given up"))
             return
         if difference := difference_of(message.geometry, self._geometry):
             self._send(owner, Refuse(ticket_id, difference))
@@ -214,6 +218,7 @@ class Reservations:
             try:
                 blocks = self._pool.alloc(message.num_blocks, _holder(ticket_id), Medium(message.medium))
             except OutOfBlocks as error:
+                self._remember(ticket_id)  # for its owner it has ended: a repeat is not to find room meanwhile
                 self._send(owner, Refuse(ticket_id, str(error)))
                 return
             self._hosted[ticket_id] = pack_times(self._book.addresses(blocks))
@@ -226,10 +231,13 @@ class Reservations:
         self._pool.release(held if message.all else held[named], holder)
         if message.all or named.all():
             self._hosted.pop(ticket_id, None)
-            self._over[ticket_id] = None
-            if len(self._over) > NUM_REMEMBERED:
-                self._over.popitem(last=False)
+            self._remember(ticket_id)
         self._send(ticket_id[0], Released(ticket_id, message.addrs, message.all))
+
+    def _remember(self, ticket_id: TicketId) -> None:
+        self._over[ticket_id] = None
+        if len(self._over) > NUM_REMEMBERED:
+            self._over.popitem(last=False)
 
     def _granted(self, host: int, message: Reserved, now_ns: int) -> None:
         wanted, addrs = self._wanted.get(message.ticket), unpack_times(message.addrs)

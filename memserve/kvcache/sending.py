@@ -8,15 +8,15 @@ The source blocks are held by ("transfer", own incarnation, n) from `start` unti
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from memserve.kvcache import address
 from memserve.kvcache.address import Medium
-from memserve.kvcache.allocator import Holder
+from memserve.kvcache.alarms import Alarms
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import End, Granularity, Stretch
+from memserve.kvcache.outgoing import Outgoing
 from memserve.kvcache.protocol import Action, SenderEvent, SenderState, sender_step
 from memserve.kvcache.ticket import Sent, Ticket, TicketState, Timeouts, TransferCounts
 from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, PoolMessage, PoolSize, Refuse, unpack_times
@@ -25,53 +25,6 @@ from memserve.transfer.transport import Arrived, Move, Transport
 Send = Callable[[int, PoolMessage], None]
 DECLINED = "declined"  # how a refusal for lack of room begins
 NUM_REMEMBERED = 4096  # of what was sent, for who may want to know
-
-
-@dataclass
-class Outgoing:
-    """ready, posted: int64 [L], leading blocks of each layer that are final, and that were handed to the transport.
-
-    targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
-    target_pool: the receiver's.
-    """
-
-    ticket: Ticket
-    peer: int
-    ask: Ask
-    blocks: np.ndarray
-    ready: np.ndarray
-    posted: np.ndarray
-    deadline_ns: int
-    retry_ns: int
-    state: SenderState = SenderState.ASKED
-    targets: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    target_pool: PoolSize = field(default_factory=lambda: PoolSize(0, 0))
-    num_held: int = 0
-    num_parts: int = 0
-    num_under_way: int = 0
-    num_bytes: int = 0
-    begun_ns: int | None = None
-    ended_ns: int = 0
-
-    def __post_init__(self) -> None:
-        self.private = self.ask.private
-        self.holder: Holder = ("transfer", *self.ticket.ticket_id)
-
-    @property
-    def first_block(self) -> int:
-        """The first block that the receiver lacks."""
-        return len(self.blocks) - len(self.targets)
-
-    @property
-    def num_tokens(self) -> int:
-        """Valid tokens that the receiver lacked."""
-        return len(self.ask.tokens) // 4 - self.num_held
-
-    def arrived(self, arrived: Arrived) -> None:
-        """One of the moves is over."""
-        self.num_under_way -= 1
-        self.begun_ns = arrived.begun_ns if self.begun_ns is None else min(self.begun_ns, arrived.begun_ns)
-        self.ended_ns = max(self.ended_ns, arrived.ended_ns)
 
 
 class Sending:
@@ -84,6 +37,8 @@ class Sending:
         self.tickets: dict[tuple[int, int], Outgoing] = {}
         self._pool, self._transport, self._granularity = pool, transport, granularity
         self._timeouts, self._send = timeouts, send
+        self._alarms: Alarms[tuple[int, int]] = Alarms()
+        self._unchecked: set[tuple[int, int]] = set()  # of which more is ready, and perhaps nothing of it had to move
         self._ended: list[Ticket] = []
         self._sent: deque[Sent] = deque(maxlen=NUM_REMEMBERED)
 
@@ -115,6 +70,7 @@ class Sending:
             out.targets, out.target_pool = unpack_times(ask.addrs), target_pool
             out.state, out.deadline_ns = SenderState.SENDING, now_ns + self._timeouts.deadline_ns
             self._post(out, now_ns)
+        self._alarms.put(ask.ticket, out.next_time_ns)
         return ticket
 
     def mark_ready(self, ticket_id: tuple[int, int], num_blocks: int, layer: int, ready_ns: int) -> None:
@@ -124,6 +80,7 @@ class Sending:
             out.ready[layer] = max(int(out.ready[layer]), num_blocks)
             if out.state is SenderState.SENDING:
                 self._post(out, ready_ns)
+                self._unchecked.add(ticket_id)
 
     def receive(self, receiver: int, message: PoolMessage, now_ns: int) -> None:
         """Takes an answer of the receiver."""
@@ -153,26 +110,31 @@ class Sending:
 
     def let_time_pass(self, now_ns: int) -> None:
         """Ends tickets whose deadline is over; asks again for answers that are missing."""
-        for out in list(self.tickets.values()):
-            if out.state is not SenderState.DRAINING and now_ns >= out.deadline_ns:
-                waited = "grant" if out.state is SenderState.ASKED else "end"
-                self.event(out, SenderEvent.DEADLINE, now_ns, f"no {waited} of the transfer within its deadline")
-            elif out.state is SenderState.SENDING:
-                self._check_drained(out, now_ns)  # nothing may have had to move at all
-            elif now_ns >= out.retry_ns:
-                out.retry_ns = now_ns + self._timeouts.retry_ns
-                if out.state is SenderState.ASKED:
-                    self._send(out.peer, out.ask)
-                elif out.state is SenderState.SENT:
-                    if out.ask.addrs:
-                        self._send(out.peer, out.ask)
-                    self._send(out.peer, Done(out.ask.ticket, out.private))
+        unchecked, self._unchecked = self._unchecked, set()
+        for ticket_id in sorted(unchecked.union(self._alarms.due(now_ns))):
+            if (out := self.tickets.get(ticket_id)) is not None:
+                self._let_time_pass(out, now_ns)
+
+    def _let_time_pass(self, out: Outgoing, now_ns: int) -> None:
+        if out.state is not SenderState.DRAINING and now_ns >= out.deadline_ns:
+            waited = "grant" if out.state is SenderState.ASKED else "end"
+            self.event(out, SenderEvent.DEADLINE, now_ns, f"no {waited} of the transfer within its deadline")
+        elif out.state is SenderState.SENDING:
+            self._check_drained(out, now_ns)
+        elif now_ns >= out.retry_ns:
+            out.retry_ns = now_ns + self._timeouts.retry_ns
+            if out.state is SenderState.ASKED or (out.state is SenderState.SENT and out.ask.addrs):
+                self._send(out.peer, out.ask)
+            if out.state is SenderState.SENT:
+                self._send(out.peer, Done(out.ask.ticket, out.private))
+            self._alarms.put(out.ask.ticket, out.next_time_ns)
 
     def event(self, out: Outgoing, event: SenderEvent, now_ns: int, reason: str = "") -> None:
         """Steps the automaton."""
         out.state, actions = sender_step(out.state, event)
         for action in actions:
             self._perform(out, action, now_ns, reason)
+        self._alarms.put(out.ask.ticket, out.next_time_ns)
         if out.state is SenderState.SENDING or out.state is SenderState.DRAINING:
             self._check_drained(out, now_ns)
 
@@ -196,16 +158,9 @@ class Sending:
         self._sent.clear()
         return sent
 
-    @staticmethod
-    def next_time_ns(out: Outgoing) -> int | None:
+    def next_time_ns(self) -> int | None:
         """When time alone does something to a ticket."""
-        match out.state:
-            case SenderState.DRAINING:
-                return None
-            case SenderState.SENDING:
-                return out.deadline_ns
-            case _:
-                return min(out.deadline_ns, out.retry_ns)
+        return self._alarms.next_ns()
 
     def _perform(self, out: Outgoing, action: Action, now_ns: int, reason: str) -> None:
         ticket_id = out.ask.ticket

@@ -1,7 +1,8 @@
 """Swap tickets: Table 1's swap_out and swap_in as their callers see them. Knows addresses; swaps.py knows what moves.
 
 A ticket is DONE when it is returned where copies are done at once. Else it is OPEN: the blocks at both of its ends are
-held by ("swap", n), the old addresses are good, and `MemPool.poll` returns it when it has ended.
+held by ("swap", n), the old addresses are good, and `MemPool.poll` returns it when it has ended. It FAILED if its copy
+did, which whoever notices the end is told by what the copy raised: nothing has moved.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,8 @@ class SwapTickets:
         swap, ticket = self._blocks.swap_out(num_blocks), self._new()
 
         def end() -> None:
-            ticket.addrs, ticket.state = self._book.addresses(swap.arrived), TicketState.DONE
+            ticket.addrs, ticket.reason = self._book.addresses(swap.arrived), swap.failed
+            ticket.state = TicketState.FAILED if swap.failed else TicketState.DONE
 
         self._ends_with(swap, ticket, end)
         return ticket
@@ -41,14 +43,16 @@ class SwapTickets:
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: expected each once")
         if self._blocks.swap_in_of(blocks) is not None:
             raise ValueError(f"{holder} swaps in blocks {blocks.tolist()}: some of them are on their way already")
-        swap, ticket = self._blocks.swap_in(blocks, holder), self._new()
+        swap, ticket, before = self._blocks.swap_in(blocks, holder), self._new(), self._book.addresses(blocks)
 
         def end() -> None:
             here = swap.replaced(blocks)
             held = np.isin(here, self._blocks.allocator.held_by(holder))
-            ticket.addrs, ticket.state = self._book.addresses(here[held]), TicketState.DONE
+            held &= (here != blocks) | (self._book.addresses(here) == before)  # not given up, and its number had anew
+            ticket.addrs, ticket.reason = self._book.addresses(here[held]), swap.failed
             if not held.all():
-                ticket.reason, ticket.state = f"{holder} gave up blocks before they were here", TicketState.FAILED
+                ticket.reason = ticket.reason or f"{holder} gave up blocks before they were here"
+            ticket.state = TicketState.FAILED if ticket.reason else TicketState.DONE
 
         self._ends_with(swap, ticket, end)
         return ticket

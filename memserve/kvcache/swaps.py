@@ -4,7 +4,8 @@
     end:   the index, and the holder for whom they move, have the new ones; the old ones are given up
 
 Until a swap has ended everybody goes on with the old blocks. When it ends, what has become of them meanwhile decides:
-whatever nobody wants any more is dropped, at both ends.
+whatever nobody wants any more is dropped, at both ends. One whose copy fails ends too: everything stays at its old
+place, the new blocks are free again, and whoever noticed its end gets what the copy raised.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from memserve.request import IntBuffer
 class Swap:
     """sources, targets: int32 [n].  holder: for whom they move; the index alone if it is INDEX.
 
-    moved: bool [n], once it has ended: which blocks `holder` has at the new place.  then: called at its end.
+    moved: bool [n], once it has ended: which blocks `holder` has at the new place.  failed: what its copy raised, in
+    words, or "".  then: called at its end.
     """
 
     name: Holder
@@ -32,8 +34,12 @@ class Swap:
     holder: Holder
     copy: Copy
     has_ended: bool = False
-    moved: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
+    moved: np.ndarray = field(init=False)
+    failed: str = ""
     then: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.moved = np.zeros(len(self.sources), dtype=bool)
 
     @property
     def arrived(self) -> np.ndarray:
@@ -70,16 +76,23 @@ class Swaps:
         return min((m.copy.due_ns for m in self.open if m.copy.due_ns is not None), default=None)
 
     def begin(self, sources: np.ndarray, medium: Medium, holder: Holder, now_ns: int) -> Swap:
-        """Moves blocks of one medium to free ones of the other. Raises OutOfBlocks, with nothing begun."""
+        """Moves blocks of one medium to free ones of the other. Raises OutOfBlocks, or what the engine or a copy that
+        is done at once raises, with nothing moved and nothing held.
+        """
         if not len(sources):
             return Swap(INDEX, sources, sources, holder, NOTHING_TO_WAIT_FOR, has_ended=True)
         name: Holder = ("swap", self._num_begun)
         targets = self._allocator.alloc(len(sources), name, medium)
         self._allocator.retain(sources, name)
         self._num_begun += 1
-        swap = Swap(name, sources, targets, holder, self._engine.start(sources, targets, now_ns))
+        try:
+            copy = self._engine.start(sources, targets, now_ns)
+        except Exception:
+            self._allocator.release_all(name)
+            raise
+        swap = Swap(name, sources, targets, holder, copy)
         self.open.append(swap)
-        if swap.copy.has_ended(now_ns):
+        if copy.has_ended(now_ns):
             self.end(swap)
         return swap
 
@@ -96,12 +109,23 @@ class Swaps:
         return bool(picked)
 
     def end(self, swap: Swap) -> None:
-        """Waits for a swap's copy, if it has not ended; whoever wants the blocks has the new ones then."""
+        """Waits for a swap's copy, if it has not ended; whoever wants the blocks has the new ones then.
+
+        Raises what the copy failed with, once nothing is held for it any more.
+        """
         if swap.has_ended:
             return
-        swap.copy.finish()
-        self.open.remove(swap)
-        swap.has_ended = True
+        try:
+            swap.copy.finish()
+        except Exception as error:
+            swap.failed = f"the copy failed: {error!r}"
+            self._close(swap)
+            raise
+        self._hand_over(swap)
+        self._close(swap)
+
+    def _hand_over(self, swap: Swap) -> None:
+        """Whoever wants the blocks gets the new ones for the old ones."""
         a, counts = self._allocator, self._allocator.refcounts[swap.sources]
         cached = (counts & 1) == 1
         if swap.holder == INDEX:
@@ -114,11 +138,16 @@ class Swaps:
         if swap.holder != INDEX:
             a.retain(swap.arrived, swap.holder)
             a.release(swap.sources[swap.moved], swap.holder)
-        a.release_all(swap.name)
         num_kept = int(np.count_nonzero(cached | swap.moved))
         if swap.targets[0] >= a.num_blocks:
             self.num_out += num_kept
         else:
             self.num_in += num_kept
+
+    def _close(self, swap: Swap) -> None:
+        """Nothing is held for the swap any more, and who waits for its end is told."""
+        self._allocator.release_all(swap.name)
+        self.open.remove(swap)
+        swap.has_ended = True
         if swap.then is not None:
             swap.then()

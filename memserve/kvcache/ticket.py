@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from memserve.kvcache.address import Medium
+from memserve.values import require_int
+
+LONGEST_NS = 10**18  # thirty years: a moment of the clock and one more of these stay within 64 bits
 
 
 class TicketState(enum.StrEnum):
@@ -41,12 +44,17 @@ class Ticket:
 @dataclass(frozen=True)
 class Timeouts:
     """deadline_ns: from the grant to the end of a ticket.  patience_ns: from the Ask to the grant.  retry_ns: between
-    repeats of a message that was not answered.
+    repeats of a message that was not answered. Raises ValueError for what is no integer from 1 to LONGEST_NS.
     """
 
     deadline_ns: int
     patience_ns: int
     retry_ns: int
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            allowed = f"an integer of nanoseconds from 1 to {LONGEST_NS}"
+            object.__setattr__(self, f.name, require_int(f.name, getattr(self, f.name), 1, allowed, LONGEST_NS))
 
 
 @dataclass(frozen=True)

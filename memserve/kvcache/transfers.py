@@ -15,11 +15,13 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.inputs import medium_of
+from memserve.kvcache.incoming import Incoming
+from memserve.kvcache.inputs import medium_of, named
+from memserve.kvcache.outgoing import Outgoing
 from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent, SenderState
-from memserve.kvcache.receiving import Incoming, Receiving
+from memserve.kvcache.receiving import Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
-from memserve.kvcache.sending import Outgoing, Sending
+from memserve.kvcache.sending import Sending
 from memserve.kvcache.ticket import Arrival, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
 from memserve.messages import Ask, PoolMessage, PoolSize, Refuse, pack_times, pack_tokens
 from memserve.transfer.transport import Transport
@@ -73,7 +75,7 @@ class Transfers:
     @property
     def has_waiting(self) -> bool:
         """Whether senders wait for room here, which `poll` grants as soon as there is some."""
-        return any(i.state is ReceiverState.WAITING for i in self._receiving.tickets.values())
+        return self._receiving.has_waiting
 
     @property
     def open_asks(self) -> list[Ask]:
@@ -103,7 +105,8 @@ class Transfers:
 
         ready: the blocks are final; else `mark_ready` says when.  addrs: where they go, int64 [n] reserved before: no
         grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
-        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before.
+        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before or that
+        another ticket still writes to.
         """
         needed = self._pool.blocks_for(len(tokens))
         if peer == self.incarnation:
@@ -118,14 +121,16 @@ class Transfers:
         if addrs is not None and len(addrs) != needed:
             raise ValueError(f"{len(addrs)} dst_addrs for {needed} blocks: expected one each")
         target = None if addrs is None else self._reservations.pool_of(peer, addrs)
+        if addrs is not None and self._sending.is_writing_to(peer, addrs):
+            raise ValueError(f"dst_addrs on instance {peer}: a transfer that has not ended writes there")
         ask = Ask(
             self._book.new_ticket_id(), pack_tokens(tokens), needed, int(options.medium), options.insert,
             options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
         layers = self.geometry.num_layers
+        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if addrs is not None and options.insert:
             self._reservations.note_inserted(peer, addrs)
-        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
         if peer in self._gone:
             self._sending.peer_gone(peer, now_ns)
         return ticket
@@ -176,7 +181,13 @@ class Transfers:
 
         heir: takes over everything that the ticket holds, first.
         """
-        self._receiving.settle(arrival, heir)
+        self._receiving.settle(arrival, None if heir is None else named(heir))
+
+    def keeps(self, holder: Holder) -> bool:
+        """Whether this is a settled ticket whose blocks stay here, since its sender asked for that (`pinned`)."""
+        ticket_id, held = holder[1:], self._pool.allocator.named_holders()
+        is_open = ticket_id in self._sending.tickets or ticket_id in self._receiving.tickets
+        return holder[0] == "transfer" and holder in held and not is_open
 
     def receive(self, sender: int, message: PoolMessage, now_ns: int) -> None:
         """Takes one message of another pool, `sender` its incarnation. What a dead one said last comes too late."""
@@ -191,6 +202,10 @@ class Transfers:
         else:
             self._sending.receive(sender, message, now_ns)
 
+    def is_new(self, ask: Ask) -> bool:
+        """Whether an Ask is no repeat, and its ticket has not ended."""
+        return self._receiving.is_new(ask)
+
     def poll(self, now_ns: int) -> list[Ticket]:
         """Lets time pass: moves that arrived, deadlines, repeats, waiting Asks. Returns the tickets that have ended."""
         for arrived in self._transport.poll(self.incarnation, now_ns):
@@ -201,8 +216,9 @@ class Transfers:
         return self._sending.drain_ended() + self._reservations.drain_ended()
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
-        """There is proof that an instance's process is gone: it neither writes nor answers any more."""
+        """There is proof that an instance's process is gone: it neither writes nor answers any more, nor reads."""
         self._gone.add(incarnation)
+        self._outbox = [said for said in self._outbox if said[0] != incarnation]
         self._sending.peer_gone(incarnation, now_ns)
         for incoming in [i for i in self._receiving.tickets.values() if i.ask.ticket[0] == incarnation]:
             self._receiving.event(incoming, ReceiverEvent.PEER_GONE, now_ns)
@@ -223,9 +239,7 @@ class Transfers:
 
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
-        times = [self._reservations.next_time_ns()]
-        times += [self._sending.next_time_ns(o) for o in self._sending.tickets.values()]
-        times += [self._receiving.next_time_ns(i) for i in self._receiving.tickets.values()]
+        times = (self._sending.next_time_ns(), self._receiving.next_time_ns(), self._reservations.next_time_ns())
         return min((t for t in times if t is not None), default=None)
 
     def check(self) -> None:
@@ -237,4 +251,5 @@ class Transfers:
                 assert not Counter(entry.blocks.tolist()) - held, f"{entry.holder} lost blocks"
 
     def _send(self, peer: int, message: PoolMessage) -> None:
-        self._outbox.append((peer, message))
+        if peer not in self._gone:
+            self._outbox.append((peer, message))

@@ -102,10 +102,13 @@ def _by_kind(num_blocks: int, num_free: int, num_index_only: int, num_indexed: i
 
 def _set_apart(allocator: Allocator, hbm: dict[str, int], dram: dict[str, int]) -> None:
     """Moves the blocks of swaps, of transfers and of the quarantine from the kinds that they were counted as."""
+    held: dict[str, list[np.ndarray]] = {word: [np.empty(0, dtype=np.int32)] for word in _APART}
+    for holder in allocator.named_holders():
+        if holder[0] in held:
+            held[str(holder[0])].append(allocator.held_by(holder))
     taken = np.empty(0, dtype=np.int32)
-    holders = [holder for holder in allocator.named_holders() if holder[0] in _APART]
-    for holder in sorted(holders, key=lambda h: _APART.index(str(h[0]))):
-        blocks = np.setdiff1d(allocator.held_by(holder), taken)
+    for word, parts in held.items():
+        blocks = np.setdiff1d(np.concatenate(parts), taken)
         taken = np.concatenate([taken, blocks])
         for tier, members in (
             (hbm, blocks[blocks < allocator.num_blocks]),
@@ -114,7 +117,7 @@ def _set_apart(allocator: Allocator, hbm: dict[str, int], dram: dict[str, int]) 
             num_cached = int(np.count_nonzero(allocator.refcounts[members] & 1))
             tier["both"] -= num_cached
             tier["request"] -= len(members) - num_cached
-            tier[str(holder[0])] += len(members)
+            tier[word] += len(members)
 
 
 def occupancy_lines(samples: Iterable[Sample]) -> Iterator[str]:

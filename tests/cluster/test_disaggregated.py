@@ -2,12 +2,14 @@
 
 import functools
 
+import msgspec
 import numpy as np
 import pytest
 
 from memserve import LocalCluster, load_config
 from memserve.config.checks import ConfigError
-from memserve.messages import Cancel
+from memserve.handoff import GivenBack
+from memserve.messages import Ask, Cancel, pack_tokens
 from memserve.request import FinishReason
 from memserve.transfer import MessageFaults, StallingTransport
 
@@ -67,6 +69,16 @@ def test_answers_survive_any_kind_of_message_being_lost_repeated_or_overtaken(ki
     assert_right(timelines)
     assert all(timeline.succeeded for timeline in timelines)
     nothing_is_left(cluster)
+
+
+def test_kv_that_comes_back_too_late_is_counted_once_however_often_it_is_asked_for():
+    handoffs = local(*PD).cluster().nodes[0].instance.handoffs
+    block_size, late = handoffs.transfers.geometry.block_size, msgspec.msgpack.encode(GivenBack("s"))
+    tokens = pack_tokens(np.arange(block_size))
+    for number in (1, 2):
+        ask = Ask((1, number), tokens, 1, 0, True, True, False, late, handoffs.transfers.geometry)
+        handoffs.receive([(1, ask)] * 3, {"s"}, 0)
+    assert handoffs.num_overtaken == 2
 
 
 @pytest.mark.parametrize("on_failure", ["recompute", "fail"])

@@ -16,7 +16,7 @@ from memserve import LocalCluster, load_config
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.config.checks import ConfigError
 from memserve.decisions import Holding
-from memserve.messages import Cancel, Dispatch, pack_tokens, unpack_tokens
+from memserve.messages import Cancel, Dispatch, Fetch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record
 from memserve.request import FinishReason, Phase, SamplingParams
 from memserve.transfer import MessageFaults
@@ -144,6 +144,17 @@ def test_a_holder_that_has_evicted_it_refuses_and_the_prompt_is_computed():
     assert_right(timelines)
     assert "refused" in outcomes(timelines)
     assert all("no more than the" in r.reason for r in records(timelines) if r.outcome == "refused")
+
+
+def test_what_an_instance_that_is_gone_asked_for_last_is_neither_sent_nor_counted():
+    cluster = cluster_of(*COLOCATED, "fetch=always")
+    play(cluster)
+    holder = cluster.nodes[1].instance
+    handoffs, (prompt, _) = holder.handoffs, next(holder.pool.index.iter_prefixes())
+    handoffs.peer_gone(0, cluster.now_ns)
+    handoffs.fetches.receive(0, Fetch((0, -100), pack_tokens(prompt), len(prompt), 0), cluster.now_ns)
+    assert handoffs.poll(cluster.now_ns) == [] and handoffs.drain_outbox() == []
+    assert handoffs.transfers.counts.failed == 0
 
 
 def test_a_requester_without_room_declines_and_computes_later():

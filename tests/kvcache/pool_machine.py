@@ -22,7 +22,10 @@ counts = st.integers(0, NUM_BLOCKS + 1)
 not_counts = st.sampled_from([-1, True, 1.0, "1", None])
 not_tokens = st.sampled_from([[0.5, 1.0], [[0, 1]], [-1, 0], [2**31, 0], ["a", "b"], [None, 1], [True, False]])
 not_addresses = st.sampled_from([[0.0], np.zeros(1, dtype=np.int32), np.zeros((1, 1), dtype=np.int64), ["a"], 0])
-not_holders = st.sampled_from([("index",), "a", ["request", "a"], None, ("request", 1.5)])
+not_holders = st.sampled_from(
+    [("index",), ("swap", 0), ("transfer", 3, 0), ("quarantine", 4, 1), ("remote", 3, 1), "a", ["request", "a"], None,
+     ("request", 1.5), ()]
+)  # fmt: skip
 
 
 class PoolMachine(PoolPair):
@@ -124,6 +127,8 @@ class PoolMachine(PoolPair):
         """As a running request: match and hold, compute the rest, insert. Or compute all of it, a second time."""
         path = self.model.index.prefixes(tokens)
         found = [] if cached == "unused" else self.matched(tokens)
+        if any(s.holders[1] == holder and not set(found).isdisjoint(s.sources) for s in self.model.open_swaps):
+            return  # given up and taken anew while they move under this very name: its ticket will say where to
         self.pool.retain(addrs_of([b for b in found if b not in self.model.mine(holder)]), holder=holder)
         self.model.take(holder, found)
         if cached == "swapped in":

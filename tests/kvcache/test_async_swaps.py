@@ -1,11 +1,12 @@
 """Swaps that take time: what their callers and everybody else see until they have ended, and when they fail."""
 
 import functools
+import threading
 
 import pytest
 from kvcache.small_pools import A, B, contents, filled_pool, make_pool
 
-from memserve.kvcache import BlockCopier, CopyEngine, InVirtualTime, Medium, OnAThread, StaleAddress, address
+from memserve.kvcache import AtOnce, BlockCopier, CopyEngine, InVirtualTime, Medium, OnAThread, StaleAddress, address
 
 SECOND = 10**9
 SLOW = functools.partial(InVirtualTime, seconds_for=lambda num_blocks: float(num_blocks))
@@ -77,6 +78,19 @@ def test_a_swap_in_that_failed_says_where_the_rest_is():
     assert pool.stats().num_free == 8 and pool.stats().num_free_dram == 4
 
 
+def test_a_block_that_was_given_up_is_not_taken_for_another_of_its_number():
+    pool = make_pool(num_dram_blocks=4, engine=SLOW)
+    here, below = pool.alloc_mem(1, holder=A), pool.alloc_mem(1, Medium.DRAM, holder=A)
+    ticket = pool.swap_in([*here.tolist(), *below.tolist()], holder=A)
+    pool.free_mem(here, holder=A)
+    anew = pool.alloc_mem(1, holder=A)
+    assert address.block_of(anew) == address.block_of(here)
+    assert pool.poll(SECOND) == [ticket] and ticket.state == "failed" and "gave up blocks" in ticket.reason
+    assert len(ticket.addrs) == 1 and ticket.addrs != anew
+    pool.free_mem([*anew.tolist(), *ticket.addrs.tolist()], holder=A)
+    pool.check()
+
+
 def test_whoever_cannot_wait_ends_the_swaps_that_are_in_the_way():
     pool, tokens, _ = slow_pool()
     ticket = pool.swap_out(2)
@@ -95,18 +109,91 @@ def test_blocks_kept_free_ahead_count_those_that_are_leaving():
     assert pool.stats().num_free == 3 and pool.blocks.num_swapping == 0
 
 
-class _Broken(BlockCopier):
+class Broken(BlockCopier):
+    """Copies nothing until it is mended, and says so when it is let."""
+
+    def __init__(self, copier):
+        self._copier, self.is_mended, self.is_let = copier, False, threading.Event()
+        self.is_let.set()
+
     def copy(self, source, target):
+        self.is_let.wait()
+        if not self.is_mended:
+            raise RuntimeError(f"cannot copy {len(source)} blocks")
+        self._copier.copy(source, target)
+
+
+class Refuses(CopyEngine):
+    """Starts nothing."""
+
+    def __init__(self, copier):
+        pass
+
+    def start(self, source, target, now_ns):
         raise RuntimeError(f"cannot copy {len(source)} blocks")
 
 
-def broken(copier) -> CopyEngine:
-    return OnAThread(_Broken())
+def broken(engine):
+    """A pool's engine whose copies fail, and a place where its copier is found."""
+    made = []
+
+    def make(copier):
+        made.append(Broken(copier))
+        return engine(made[0])
+
+    return make, made
+
+
+def assert_nothing_moved(pool, tokens, addrs):
+    assert pool.match(tokens).addrs.tolist() == addrs.tolist() and contents(pool, addrs) == [1, 2, 3, 4]
+    assert pool.blocks.num_swapping == pool.blocks.num_swapped == 0 and pool.stats().num_free_dram == 4
+    assert list(pool.blocks.allocator.holders()) == [("index",)]
+    pool.check()
 
 
 def test_a_copy_that_fails_on_its_thread_is_raised_where_its_end_is_noticed():
-    for notice in (lambda pool: pool.alloc_mem(4, holder=B), lambda pool: pool.blocks.wait()):
-        pool, _, _ = filled_pool(engine=broken)
+    for notice in (
+        lambda pool: pool.alloc_mem(4, holder=B),
+        lambda pool: pool.blocks.wait(),
+        lambda pool: [pool.poll(0) for _ in iter(lambda: pool.blocks.num_swapping, 0)],
+    ):
+        engine, made = broken(OnAThread)
+        pool, tokens, addrs = filled_pool(engine=engine)
+        made[0].is_let.clear()
+        ticket = pool.swap_out(2)
+        made[0].is_let.set()
         with pytest.raises(RuntimeError, match="cannot copy 2 blocks"):
-            pool.swap_out(2)
             notice(pool)
+        assert_nothing_moved(pool, tokens, addrs)
+        assert pool.poll(0) == [ticket] and ticket.state == "failed" and len(ticket.addrs) == 0
+        assert ticket.reason == "the copy failed: RuntimeError('cannot copy 2 blocks')"
+        made[0].is_mended = True
+        pool.alloc_mem(4, holder=B)
+        assert pool.match(tokens).num_tokens == 16
+        pool.check()
+
+
+@pytest.mark.parametrize("engine", [AtOnce, Refuses])
+def test_a_copy_that_cannot_be_begun_leaves_everything_as_it_was(engine):
+    pool, tokens, addrs = filled_pool(engine=broken(engine)[0])
+    for call in (lambda: pool.swap_out(2), lambda: pool.alloc_mem(2, holder=B)):
+        with pytest.raises(RuntimeError, match="cannot copy 2 blocks"):
+            call()
+        assert_nothing_moved(pool, tokens, addrs)
+    assert pool.poll(0) == []
+
+
+def test_a_swap_in_whose_copy_fails_leaves_its_holder_the_old_addresses():
+    engine, made = broken(SLOW)
+    pool = make_pool(num_dram_blocks=4, engine=engine)
+    addrs = pool.alloc_mem(3, Medium.DRAM, holder=A)
+    ticket = pool.swap_in(addrs, holder=A)
+    pool.free_mem(addrs[:1], holder=A)
+    with pytest.raises(RuntimeError, match="cannot copy 3 blocks"):
+        pool.poll(3 * SECOND)
+    assert pool.poll(3 * SECOND) == [ticket] and ticket.state == "failed" and "cannot copy" in ticket.reason
+    assert ticket.addrs.tolist() == addrs[1:].tolist() and pool.stats().num_free == 8
+    made[0].is_mended = True
+    ticket = pool.swap_in(addrs[1:], holder=A)
+    assert pool.poll(6 * SECOND) == [ticket] and ticket.state == "done"
+    pool.check()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kvcache.small_pools import GEOMETRY, A, B, make_pool
+from kvcache.small_pools import GEOMETRY, A, B, filled_pool, make_pool
 
 from memserve.kvcache import (
     AggregatedLayout,
@@ -15,6 +15,7 @@ from memserve.kvcache import (
     address,
 )
 from memserve.kvcache.address import Medium
+from memserve.kvcache.inputs import OWN_HOLDERS
 
 
 def test_an_address_says_instance_medium_generation_and_block():
@@ -173,6 +174,7 @@ def double_insert(pool, addrs):
         lambda pool, addrs: pool.free_mem(addrs, holder=("index",)),
         lambda pool, addrs: pool.retain(addrs, holder=("index",)),
         lambda pool, addrs: pool.alloc_mem(1, holder=["a"]),
+        lambda pool, addrs: pool.alloc_mem(1, holder=()),
         lambda pool, addrs: pool.match([1, 2, 3, 4], limit=-1),
         lambda pool, addrs: pool.match([1, 2, 3, 4], limit=1.5),
     ],
@@ -201,6 +203,25 @@ def test_explain_says_who_holds_a_block_and_what_it_caches():
     assert pool.explain(addrs[0]).holders == (("index",),) and pool.explain(addrs[2]).state == "stale"
     assert pool.explain(pool.addresses(np.array([5]))[0]).state == "free"
     assert pool.explain(make_pool(incarnation=4).alloc_mem(1, holder=A)[0]).state == "not of this pool"
+    pool.check()
+
+
+@pytest.mark.parametrize("word", OWN_HOLDERS)
+def test_callers_hold_under_no_name_that_the_pool_itself_uses(word):
+    pool, tokens, _ = filled_pool()
+    found = pool.match(tokens).addrs
+    pool.retain(found, holder=A)
+    for holder in ((word,), (word, 0), (word, 3, 1)):
+        for call in (
+            lambda holder=holder: pool.alloc_mem(1, Medium.DRAM, holder=holder),
+            lambda holder=holder: pool.free_mem(found, holder=holder),
+            lambda holder=holder: pool.insert(tokens, found, holder=holder),
+            lambda holder=holder: pool.retain(found, holder=holder),
+            lambda holder=holder: pool.swap_in(found, holder=holder),
+        ):
+            with pytest.raises(ValueError, match=f"begins with none of .*{word}"):
+                call()
+    assert pool.alloc_mem(1, Medium.DRAM, holder=("my", word)).shape == (1,)
     pool.check()
 
 

@@ -78,6 +78,36 @@ def test_transfer_with_insert_sends_the_increment_and_the_other_index_matches(po
     there.check(), here.check()
 
 
+def test_pinned_blocks_are_freed_under_their_ticket_once_it_is_settled(pools):
+    here, there = pools
+    here.transfer(2, here.alloc_mem(2, holder=A), flags=TransferOptions(pinned=True))
+    play(pools)
+    (arrival,) = there.transfers.drain_arrivals()
+    holder, addrs = ("transfer", *arrival.ticket_id), there.addresses(arrival.blocks)
+    with pytest.raises(ValueError, match="begins with none of .*transfer"):
+        there.free_mem(addrs, holder=holder)
+    there.transfers.settle(arrival)
+    with pytest.raises(ValueError, match="begins with none of .*transfer"):
+        there.retain(addrs, holder=holder)
+    there.free_mem(addrs[:1], holder=holder)
+    there.free_mem(addrs[1:], holder=holder)
+    with pytest.raises(ValueError, match="begins with none of .*transfer"):
+        there.free_mem(addrs[:0], holder=holder)
+    assert there.stats().num_free == 8
+    there.check()
+
+
+def test_an_arrival_is_inherited_under_no_name_of_the_pool_s_own(pools):
+    here, there = pools
+    here.transfer(2, here.alloc_mem(2, holder=A))
+    play(pools)
+    (arrival,) = there.transfers.drain_arrivals()
+    with pytest.raises(ValueError, match="begins with none of .*index"):
+        there.transfers.settle(arrival, ("index",))
+    there.transfers.settle(arrival, A)
+    there.check()
+
+
 def test_bad_transfers_are_refused_by_name_and_hold_nothing(pools):
     here, _ = pools
     addrs = here.alloc_mem(2, holder=A)
@@ -112,6 +142,23 @@ def test_a_granularity_of_other_blocks_is_refused():
     for granularity in (ByRequest(AggregatedLayout(), GEOMETRY), ByRequest(DiscreteLayout(), other)):
         with pytest.raises(ValueError, match="granularity for .*: expected discrete, .*block_size=4"):
             make_pool().connect(InProcess(LinkModel(0.0, 1.0)), granularity, Timeouts(1, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["deadline_ns", "patience_ns", "retry_ns"])
+@pytest.mark.parametrize("value", [0, -1, True, 1e9, float("nan"), float("inf"), 10**18 + 1, "1", None])
+def test_timeouts_are_whole_nanoseconds_within_what_a_clock_can_say(name, value):
+    good = {"deadline_ns": 1, "patience_ns": 10**18, "retry_ns": np.int32(5)}
+    assert type(Timeouts(**good).retry_ns) is int
+    with pytest.raises(ValueError, match=f"{name}={value!r}: expected an integer of nanoseconds from 1 to"):
+        Timeouts(**(good | {name: value}))
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, float("nan"), 9, "1", None])
+def test_a_headroom_that_is_no_number_of_the_pool_s_blocks_is_refused_and_connects_nothing(value):
+    transport, pool = InProcess(LinkModel(0.0, 1.0)), make_pool()
+    with pytest.raises(ValueError, match=f"headroom_blocks={value!r}: expected an integer from 0 to 8"):
+        pool.connect(transport, ByRequest(DiscreteLayout(), GEOMETRY), Timeouts(1, 1, 1), headroom_blocks=value)
+    pool.connect(transport, ByRequest(DiscreteLayout(), GEOMETRY), Timeouts(1, 1, 1), headroom_blocks=8)
 
 
 def test_who_inherits_an_arrival_may_hold_its_prefix_and_inherits_once(pools):
@@ -258,6 +305,50 @@ def test_a_reservation_nobody_answers_fails_and_what_was_granted_meanwhile_comes
     play(pools, lose=lambda message: type(message).__name__ == "Reserved", until_ns=2 * 10**9, step_ns=10**7)
     assert ticket.state is TicketState.FAILED and "deadline" in ticket.reason
     assert there.stats().num_free == 8 and here.transfers.num_open == 0
+
+
+def test_a_reservation_of_nothing_is_done_and_leaves_nothing_behind(pools):
+    here, _ = pools
+    ticket = reserved(pools, 0)
+    assert ticket.state is TicketState.DONE and ticket.addrs.shape == (0,) and ticket.addrs.dtype == np.int64
+    here.free_mem(ticket.addrs, holder=A)
+    for pool in pools:
+        books = vars(pool.transfers._reservations)
+        assert not any(books[name] for name in ("_wanted", "_owned", "_freed", "_hosted"))
+
+
+def test_a_reservation_that_was_refused_is_not_granted_to_a_repeat_that_nobody_waits_for(pools):
+    here, there = pools
+    full = there.alloc_mem(8, holder=B)
+    ticket = here.alloc_mem(2, instance=2, holder=A)
+    here.poll(10**8)
+    (_, first), (_, repeat) = here.transfers.drain_outbox()
+    there.transfers.receive(1, first, 0)
+    ((_, refusal),) = there.transfers.drain_outbox()
+    there.free_mem(full, holder=B)
+    there.transfers.receive(1, repeat, 0)
+    there.transfers.drain_outbox()  # is lost: the refusal ends the ticket, so that nothing is asked for again
+    here.transfers.receive(2, refusal, 0)
+    assert play(pools) == [ticket] and ticket.refused and there.stats().num_free == 8
+
+
+def test_addresses_elsewhere_are_written_by_one_transfer_at_a_time(pools):
+    here, _ = pools
+    room, mine = reserved(pools, 2), here.alloc_mem(2, holder=A)
+    first = here.transfer(2, mine, room.addrs)
+    with pytest.raises(ValueError, match="dst_addrs on instance 2: a transfer that has not ended writes there"):
+        here.transfer_with_insert(2, list(range(4)), mine[:1], room.addrs[1:])
+    assert play(pools) == [first]
+    assert here.transfer_with_insert(2, list(range(4)), mine[:1], room.addrs[1:]) in play(pools)
+
+
+def test_a_transfer_that_was_refused_leaves_its_addresses_as_they_were(pools):
+    here, _ = pools
+    room, free = reserved(pools, 1), here.addresses(np.array([5], dtype=np.int32))
+    with pytest.raises(NotHeld):
+        here.transfer_with_insert(2, list(range(4)), free, room.addrs)
+    ticket = here.transfer(2, here.alloc_mem(1, holder=A), room.addrs)
+    assert play(pools) == [ticket] and ticket.state is TicketState.DONE
 
 
 @pytest.mark.parametrize("dead", [1, 2])

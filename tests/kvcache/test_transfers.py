@@ -7,7 +7,7 @@ from kvcache.transfer_pair import GRANULARITIES, LAYOUTS, REQUEST, SHAPE, TIMEOU
 
 from memserve.kvcache import Medium
 from memserve.kvcache.ticket import TicketState, TransferOptions
-from memserve.messages import AbortAck, Ask, Done, Grant, Inserted
+from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, Inserted, Refuse
 from memserve.metrics.occupancy import count_blocks
 from memserve.transfer import LinkModel
 
@@ -261,6 +261,18 @@ def test_proof_that_the_receiver_is_gone_fails_the_ticket_once_its_calls_have_dr
     assert not held_by_transfers(p)
 
 
+def test_nothing_is_said_to_an_instance_that_is_gone():
+    wires = Wires(link=SLOW)
+    p, d = wires.pool(1), wires.pool(2)
+    send(wires, p, d, 2 * B)
+    wires.deliver()
+    send(wires, p, d, B)  # is on its way out
+    wires.transport.detach(2)
+    p.transfers.peer_gone(2, wires.now_ns)
+    p.transfers.poll(10**10)
+    assert p.transfers.drain_outbox() == [] and p.transfers.num_open == 0 and not held_by_transfers(p)
+
+
 @pytest.mark.parametrize("when", ["asked", "sending"])
 def test_a_cancelled_ticket_ends_at_both_sides(when):
     wires = Wires()
@@ -272,6 +284,31 @@ def test_a_cancelled_ticket_ends_at_both_sides(when):
     assert ticket.state is TicketState.FAILED and ticket.reason == "the client went away"
     wires.run()
     assert not held_by_transfers(p) and not held_by_transfers(d) and d.transfers.drain_arrivals() == []
+
+
+@pytest.mark.parametrize("first", [Abandon, AbortAck])
+@pytest.mark.parametrize("num_free", [0, 4])
+def test_an_ask_that_comes_after_its_own_end_gets_no_room_and_no_place_in_the_queue(first, num_free):
+    wires = Wires()
+    p, d = wires.pool(1), wires.pool(2, num_blocks=4)
+    d.blocks.alloc(4 - num_free, ("request", "other", 0))
+    ticket, _ = send(wires, p, d, 2 * B)
+    p.transfers.cancel(ticket, "the client went away", 0)
+    said = [message for _, message in p.transfers.drain_outbox()]
+    for message in [m for m in said if isinstance(m, first)] + [m for m in said if isinstance(m, Ask)]:
+        d.transfers.receive(1, message, 0)
+    assert not d.transfers.has_waiting and d.transfers.num_open == 0 and not held_by_transfers(d)
+    assert [message for _, message in d.transfers.drain_outbox()] == [Refuse(ticket.ticket_id, "the ticket has ended")]
+
+
+def test_the_end_of_a_ticket_that_was_received_is_not_forgotten_for_a_late_abort():
+    wires = Wires()
+    p, d = wires.pool(1), wires.pool(2)
+    ticket, _ = send(wires, p, d, 2 * B, INSERT)
+    d.transfers.settle(arrived(wires, d))
+    d.transfers.receive(1, AbortAck(ticket.ticket_id), wires.now_ns)
+    d.transfers.receive(1, Done(ticket.ticket_id, b""), wires.now_ns)
+    assert [message for _, message in d.transfers.drain_outbox()] == [Inserted(ticket.ticket_id)]
 
 
 def test_a_repeat_of_any_message_changes_nothing():

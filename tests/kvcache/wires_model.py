@@ -134,11 +134,15 @@ class Receiver:
             self._let_go(entry)
         elif entry is not None and entry.state == "granted":
             self._quarantine(entry)
+        elif entry is None:
+            self.over.add(message.ticket)  # its Ask may come yet
 
     def on_abortack(self, message, kv, now_ns):
         entry = self.entries.get(message.ticket)
         if entry is not None and entry.state in ("granted", "quarantined"):
             self._let_go(entry)
+        elif entry is None:
+            self.over.add(message.ticket)
 
     def _quarantine(self, entry):
         held = self.model.held.pop(entry.holder, [])
@@ -158,6 +162,8 @@ class Receiver:
             return
         if self.model.room_for(message.num_blocks, Medium(message.medium)):
             self.model.alloc(holder, [None] * message.num_blocks, Medium(message.medium))
+        else:
+            self.over.add(message.ticket)
 
     def on_release(self, message, kv, now_ns):
         holder = ("remote", *message.ticket)
