@@ -9,19 +9,13 @@ from memserve.kvcache.allocator import Holder
 from memserve.values import require_int
 
 Tokens = np.ndarray | Sequence[int]
-OWN_HOLDERS = (
-    "index",
-    "swap",
-    "transfer",
-    "quarantine",
-    "remote",
-)  # how the names begin under which a pool itself holds
+OWN_HOLDERS = ("index", "swap", "transfer", "quarantine", "remote")  # how the names begin that a pool itself has
 _PLAIN = frozenset((str, int))
 
 
 def count_of(value: int, name: str = "num_blocks", most: int | None = None) -> int:
     """An integer from 0 on, to `most` if that is given."""
-    return require_int(name, value, 0, "an integer >= 0" if most is None else f"an integer from 0 to {most}", most)
+    return require_int(name, value, 0, most)
 
 
 def medium_of(value: Medium | int) -> Medium:

@@ -53,8 +53,7 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            allowed = f"an integer of nanoseconds from 1 to {LONGEST_NS}"
-            object.__setattr__(self, f.name, require_int(f.name, getattr(self, f.name), 1, allowed, LONGEST_NS))
+            object.__setattr__(self, f.name, require_int(f.name, getattr(self, f.name), 1, LONGEST_NS))
 
 
 @dataclass(frozen=True)
