@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,33 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
     assert status == 1
     assert re.findall(r"^failed: (\w+)", printed, flags=re.MULTILINE) == ["kernels", "transfer", "serve", "serve"]
     assert printed.count("Status 1") == 4
+
+
+def test_packages_that_the_interpreter_lacks_are_named_before_anything_runs(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", python=str(bare))
+    assert status == 1 and "has no torch triton numpy" in printed and not (tmp_path / "page.md").exists()
+
+
+def test_wheels_that_are_brought_along_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an interpreter that says where it looks instead of running a part."""
+    wheels, told = tmp_path / "wheels", tmp_path / "python"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried_along-1.0-py3-none-any.whl", "w") as wheel:
+        info = "carried_along-1.0.dist-info"
+        wheel.writestr("carried_along.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-along\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    told.write_text(
+        f'#!/bin/sh\ncase "$1" in scripts/*) ls ${{PYTHONPATH##*:}} ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    told.chmod(0o755)
+    monkeypatch.setenv("WHEELS", str(wheels))
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", python=str(told))
+    assert status == 0 and "carried_along.py" in printed
 
 
 def test_a_part_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
