@@ -9,7 +9,7 @@
 # Each part has a time limit; one that fails or runs past it is named at the end, and the others go on. At its limit a
 # part is interrupted, so that tests still say what has failed so far. PYTHON names another interpreter, PAGE another page
 # (a part is appended to it). Where a command may take ten minutes at most, these end before: `kernels decode`,
-# `tests transfer`, `clusters serve`, `tune`, in this order if time is short.
+# `tests serve`, `clusters transfer`, `tune`, in this order if time is short.
 #
 # Images with a GPU's torch have few of the other packages. For such a machine, and its Python, say 3.12:
 #
@@ -69,7 +69,7 @@ run() { # NAME LIMIT GOAL COMMAND...: into the page, as it comes
 
 serve() {
     local words=("${model[@]}" "${workload[@]}" "model.device=$device")
-    run "serve, emulated: two instances on one device, measured steps" 120 "TTFT, TPOT and JCT of real steps" \
+    run "serve, emulated: two instances on one device, measured steps" 160 "TTFT, TPOT and JCT of real steps" \
         "$python" scripts/compare.py --systems pd,pd_cc,1p1d,1p1d_cc "${words[@]}" repeats=1
     run "serve, a process an instance: 1P1D, mapped" 90 "as 1p1d_cc above, without failures" \
         "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 3 scripts/run.py \
@@ -79,12 +79,12 @@ serve() {
 for part in "${parts[@]}"; do
     case $part in
     tests)
-        run tests 400 "all pass: tokens equal in float32, logits within their bounds in bfloat16, no waits but for tokens" \
+        run tests 330 "all pass: tokens equal in float32, logits within their bounds in bfloat16, no waits but for tokens" \
             "${pytest[@]}" tests/model/test_gpu.py tests/model/test_gpu_steps.py tests/transfer/test_device.py \
             tests/transfer/test_two_processes.py tests/transfer/test_nccl.py -k "gpu or GPU"
         ;;
     clusters)
-        run clusters 380 "all pass: emulated and distributed, tokens equal to a CPU's" \
+        run clusters 400 "all pass: emulated and distributed, tokens equal to a CPU's" \
             "${pytest[@]}" tests/cluster/test_gpu.py
         ;;
     kernels)

@@ -91,3 +91,17 @@ def test_the_configurations_that_it_serves_compose() -> None:
     distributed = load_config(["exec=distributed", "transport=mapped", *modes, *words, "model.device=cuda"])
     assert distributed.model.attention == "triton" and distributed.model.random["head_dim"] == 128
     assert load_config(["cluster=colocated_2", *words, "model.device=cuda"]).step_time == "measured"
+
+
+def test_the_parts_that_its_head_puts_into_one_command_end_within_ten_minutes() -> None:
+    said = SCRIPT.read_text()
+    head, body = said.split("set -uo pipefail", 1)
+    served = body[body.index("serve() {") : body.index("for part in")]
+    limits = {"serve": sum(int(limit) for limit in re.findall(r'^    run ".+?" (\d+) ', served, flags=re.MULTILINE))}
+    for part, commands in re.findall(r"^    (\w+)\)\n(.+?);;", body, flags=re.MULTILINE | re.DOTALL):
+        limits[part] = sum(map(int, re.findall(r'^        run (?:".+?"|\w+) (\d+) ', commands, flags=re.MULTILINE)))
+    together = re.search(r"these end before: (.+?), in this order", head, flags=re.DOTALL)
+    assert together is not None
+    groups = [words.split() for words in re.findall(r"`(.+?)`", together[1])]
+    assert sorted(part for group in groups for part in group) == sorted(limits)
+    assert all(0 < sum(limits[part] for part in group) < 590 for group in groups), limits
