@@ -79,7 +79,7 @@ _DECODE: dict[_Kind, DecodeConfig] = {
     (80, 128, 4): DecodeConfig(16, 32, 8, 2, 128),
     (80, 256, 4): DecodeConfig(16, 16, 8, 3, 128),
     (90, 64, 2): DecodeConfig(16, 64, 4, 5, 128),
-    (90, 128, 2): DecodeConfig(16, 64, 8, 5, 128),
+    (90, 128, 2): DecodeConfig(16, 64, 8, 5),
     (90, 256, 2): DecodeConfig(16, 32, 4, 5, 255),
     (90, 64, 4): DecodeConfig(16, 32, 4, 3, 255),
     (90, 128, 4): DecodeConfig(16, 16, 8, 3, 128),

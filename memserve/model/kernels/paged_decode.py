@@ -39,18 +39,17 @@ def _paged_decode_kernel(
     SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     kv_head, i = tl.program_id(0), tl.program_id(2)
-    request = tl.load(requests_ptr + i)
+    request, row = tl.load(requests_ptr + i), tl.load(rows_ptr + i)
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    # asked for before the length has arrived: a program is short, and waits for one after the other are a part of it
+    q = tl.load(q_ptr + (row * (K * G) + kv_head * G + g)[:, None] * D + d[None, :], mask=mask, other=0.0)
     num_kv = tl.load(lens_ptr + request).to(tl.int32)
     tokens = _split_tokens(num_kv, MAX_SPLITS, SPLIT_TOKENS)
     # invariants stay in the loop: hoisted, they take registers from the loop within
     for split in tl.range(tl.program_id(1), tl.cdiv(num_kv, tokens), tl.num_programs(1), disable_licm=True):
         begin = split * tokens
         end = tl.minimum(begin + tokens, num_kv)
-        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-        head = kv_head * G + g
-        mask = (g < G)[:, None] & (d < D)[None, :]
-        q_offsets = (tl.load(rows_ptr + i) * (K * G) + head)[:, None] * D + d[None, :]
-        q = tl.load(q_ptr + q_offsets, mask=mask, other=0.0)
         last_seen = tl.zeros((BLOCK_G,), tl.int32) + num_kv
         table_ptr = tables_ptr + request * table_stride_R
         keys_ptr = kv_ptr + kv_head * kv_stride_K
@@ -68,7 +67,7 @@ def _paged_decode_kernel(
                 q, sums, total, peak, first, end, last_seen, scale, table_ptr, keys_ptr, keys_ptr + kv_stride_2,
                 kv_stride_N, kv_stride_B, True, D, BLOCK_SIZE, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        part = (i.to(tl.int64) * (K * G) + head) * num_splits + split
+        part = (i.to(tl.int64) * (K * G) + kv_head * G + g) * num_splits + split
         tl.store(sums_ptr + part[:, None] * D + d[None, :], sums / total[:, None], mask=mask)
         tl.store(log_ptr + part, peak * scale + tl.log2(total), mask=g < G)
 
