@@ -27,6 +27,7 @@ from gpu_decode import LLAMA3_8B, TINY, DecodeSteps
 from options import new_file
 from roofline import Machine, decode_work
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from memserve.jit import runs_on
@@ -58,15 +59,16 @@ def bandwidth(scale: Scale) -> float:
     return 2 * source.nbytes / median_s(scale, lambda: target.copy_(source))
 
 
-def _flash_flops(scale: Scale, batch: int, num_tokens: int) -> float:
-    """torch's flash attention, causal, over as many tokens: it masks from the first key, so it takes no prefix.
+def _flash_s(scale: Scale, num_cached: int, num_new: int, batch: int) -> float:
+    """Seconds of torch's flash attention of the same tokens to the same ones.
 
     Its keys and values are contiguous, with a head for each of the queries'.
     """
-    q, k, v = (scale.random(batch, scale.num_heads, num_tokens, scale.head_dim) for _ in range(3))
+    num_kv = num_cached + num_new
+    q, k, v = (scale.random(batch, scale.num_heads, n, scale.head_dim) for n in (num_new, num_kv, num_kv))
+    mask = causal_lower_right(num_new, num_kv)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        seconds = median_s(scale, lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
-    return 4 * batch * scale.num_heads * scale.head_dim * num_tokens * (num_tokens + 1) / 2 / seconds
+        return median_s(scale, lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 def kernels(scale: Scale, hbm: float) -> Iterator[Measured]:
@@ -79,10 +81,9 @@ def kernels(scale: Scale, hbm: float) -> Iterator[Measured]:
         yield _beside_bandwidth(scale, product.case, hbm, "")
         seconds = median_s(scale, product.apart)
         yield Measured(f"{product.case.what}: apart", product.case.work / seconds / 1e9, hbm / 1e9, "GB/s", "")
-    for num_cached, num_new, batch in scale.prefills:
-        case = prefill_case(scale, num_cached, num_new, batch)
-        flops = case.work / median_s(scale, case.run())
-        flash = _flash_flops(scale, batch, num_cached + num_new)
+    for shape in scale.prefills:
+        case = prefill_case(scale, *shape)
+        flops, flash = (case.work / s for s in (median_s(scale, case.run()), _flash_s(scale, *shape)))
         yield Measured(case.what, flops / 1e12, flash / 1e12, "TFLOP/s", ">= .7")
 
 

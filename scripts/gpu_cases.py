@@ -15,6 +15,7 @@ from memserve.clock import monotonic_ns, to_s
 from memserve.jit import KernelLaunch
 from memserve.model.kernels.configs import (
     ELEMENTWISE,
+    DecodeConfig,
     ProductConfig,
     RowConfig,
     TileConfig,
@@ -34,7 +35,7 @@ from memserve.model.layers import Linear, RMSNorm
 from memserve.model.ops import TritonOps
 from memserve.transfer.row_kernel import ROW_COPY, row_copy_launch
 
-Config = TypeVar("Config", RowConfig, TileConfig, ProductConfig)
+Config = TypeVar("Config", RowConfig, TileConfig, DecodeConfig, ProductConfig)
 BLOCK_SIZE = 16
 COPIED_ROW_BYTES = 65536
 # Read before each try: more than any L2 cache, and long enough to launch the kernel behind it. Not written: the kernel
@@ -45,6 +46,8 @@ FLUSHED_BYTES = 1 << 30
 @dataclass(frozen=True)
 class Scale:
     """Which shapes are measured, and on which device.  num_rows: of the block copy, half of them to the other half.
+
+    num_tokens, num_rows: so many that what the L2 cache has not written back at the end is a small part.
 
     decodes: (batch, tokens of KV).  prefills: (cached, new, batch).  steps: (batch, context).
     few_rows: of the products that fuse.
@@ -75,7 +78,7 @@ class Scale:
 
 
 FULL = Scale(
-    torch.device("cuda"), 20, 32, 8, 2 << 30, 16384, 4096, 14336, 4096,
+    torch.device("cuda"), 20, 32, 8, 2 << 30, 65536, 4096, 14336, 16384,
     decodes=((1, 2048), (16, 4096), (64, 2048), (64, 4096)),
     prefills=((0, 2048, 8), (0, 8192, 2), (6144, 2048, 2)),
     steps=((1, 2048), (16, 2048), (64, 2048)), few_rows=(1, 16),
@@ -216,7 +219,7 @@ def _product(
     return Product(case, apart)
 
 
-def decode_case(scale: Scale, batch: int, num_kv: int) -> Case[TileConfig]:
+def decode_case(scale: Scale, batch: int, num_kv: int) -> Case[DecodeConfig]:
     """All requests of one length, their blocks scattered over the cache; the grid is that of a captured step."""
     width, device = num_kv // BLOCK_SIZE, scale.device
     kv = scale.random(2, batch * width, BLOCK_SIZE, scale.num_kv_heads, scale.head_dim)

@@ -8,7 +8,15 @@
 #
 # Each part has a time limit; one that fails or runs past it is named at the end, and the others go on. At its limit a
 # part is interrupted, so that tests still say what has failed so far. PYTHON names another interpreter, PAGE another page
-# (a part is appended to it).
+# (a part is appended to it). Where a command may take ten minutes at most, these end before: `kernels decode`,
+# `tests serve`, `clusters transfer`, `tune`, in this order if time is short.
+#
+# Images with a GPU's torch have few of the other packages. For such a machine, and its Python, say 3.12:
+#
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#       --platform manylinux2014_x86_64 -c constraints.txt -d wheels hydra-core omegaconf msgspec pyzmq gguf
+#   pip wheel --no-deps -c constraints.txt -w wheels antlr4-python3-runtime
+#   PYTHON=python3 WHEELS=wheels PAGE=page.md scripts/gpu_check.sh kernels decode    # there
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -17,10 +25,24 @@ device=cuda dry=()
 # Half a billion weights, drawn; 16 heads of 128 over 4 kv heads.
 model=(model=tiny model.random.hidden_size=2048 model.random.intermediate_size=5632 model.random.num_hidden_layers=10
     model.random.num_attention_heads=16 model.random.num_key_value_heads=4 model.random.head_dim=128
-    model.random.vocab_size=32000 model.dtype=bfloat16)
+    model.random.vocab_size=32000 model.dtype=bfloat16 model.compile=true)
 workload=(workload=synthetic workload.num_sessions=64 workload.num_turns=3 workload.prompt_tokens=1500
     workload.max_output_tokens=64 workload.rate=16 kvcache.num_hbm_blocks=20000)
 megabytes=4096
+if [[ -n ${WHEELS:-} ]]; then
+    brought=$(mktemp -d)
+    trap 'rm -rf "$brought"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$brought" "$WHEELS"/*.whl || exit 1
+    PYTHONPATH+=:$brought
+fi
+needs=(torch triton numpy transformers tokenizers safetensors jinja2 gguf hydra omegaconf antlr4 msgspec zmq rich matplotlib
+    pytest pytest_timeout)
+find='import sys; from importlib.util import find_spec; print(*(name for name in sys.argv[1:] if not find_spec(name)))'
+missing=$("$python" -c "$find" "${needs[@]}")
+if [[ -n $missing ]]; then
+    echo "error: $python has no $missing: the head of this script says how to bring them"
+    exit 1
+fi
 if [[ ${1:-} == --dry ]]; then
     shift
     export TRITON_INTERPRET=1
@@ -47,17 +69,17 @@ run() { # NAME LIMIT GOAL COMMAND...: into the page, as it comes
 
 serve() {
     local words=("${model[@]}" "${workload[@]}" "model.device=$device")
-    run "serve, emulated: two instances on one device, measured steps" 120 "TTFT, TPOT and JCT of real steps" \
+    run "serve, emulated: two instances on one device, measured steps" 160 "TTFT, TPOT and JCT of real steps" \
         "$python" scripts/compare.py --systems pd,pd_cc,1p1d,1p1d_cc "${words[@]}" repeats=1
     run "serve, a process an instance: 1P1D, mapped" 90 "as 1p1d_cc above, without failures" \
-        "$python" -m torch.distributed.run --standalone --nproc-per-node 3 scripts/run.py exec=distributed \
-        cluster=1p1d mode=pd_caching_3 transport=mapped granularity=by_request_agg layout=aggregated "${words[@]}"
+        "$python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 3 scripts/run.py \
+        exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped granularity=by_request_agg layout=aggregated "${words[@]}"
 }
 
 for part in "${parts[@]}"; do
     case $part in
     tests)
-        run tests 400 "all pass: tokens equal in float32, logits within their bounds in bfloat16, no waits but for tokens" \
+        run tests 330 "all pass: tokens equal in float32, logits within their bounds in bfloat16, no waits but for tokens" \
             "${pytest[@]}" tests/model/test_gpu.py tests/model/test_gpu_steps.py tests/transfer/test_device.py \
             tests/transfer/test_two_processes.py tests/transfer/test_nccl.py -k "gpu or GPU"
         ;;
@@ -75,7 +97,7 @@ for part in "${parts[@]}"; do
             --parts profile "${dry[@]}"
         ;;
     tune)
-        run tune 300 "none: rows for memserve/model/kernels/configs.py" "$python" scripts/tune_kernels.py "${dry[@]}"
+        run tune 580 "none: rows for memserve/model/kernels/configs.py" "$python" scripts/tune_kernels.py "${dry[@]}"
         ;;
     transfer)
         run transfer 180 ".8 of one plain copy within the GPU, but by layer" "$python" scripts/bench_transfer.py \

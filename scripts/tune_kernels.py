@@ -37,7 +37,14 @@ from gpu_cases import (
 from options import new_file
 
 from memserve.jit import RowConfig, runs_on
-from memserve.model.kernels.configs import ProductConfig, TileConfig, capability_of, power_of_two
+from memserve.model.kernels.configs import (
+    DecodeConfig,
+    ProductConfig,
+    TileConfig,
+    capability_of,
+    paged_decode_config,
+    power_of_two,
+)
 
 BEST = 5
 _ALL_REGISTERS = 255  # of a thread
@@ -54,9 +61,14 @@ class Tuned:
     share: float
 
 
-def decode_tiles(scale: Scale) -> Iterator[TileConfig]:
+def decode_tiles(scale: Scale) -> Iterator[DecodeConfig]:
+    """Tiles; and for the one in use, and with four warps of it, how requests are cut and by how many programs taken."""
     for block_n, warps, stages in itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 5, 7)):
-        yield TileConfig(16, block_n, warps, stages)
+        yield DecodeConfig(16, block_n, warps, stages)
+    own = paged_decode_config(scale.head_dim, scale.dtype, capability_of(scale.device))
+    for split_tokens, programs in itertools.product((128, 256, 512, 1024), (4, 8, 16, 32)):
+        for tile in (own, DecodeConfig(16, own.block_n, 4, own.num_stages)):
+            yield replace(tile, split_tokens=split_tokens, programs=programs)
 
 
 def prefill_tiles(scale: Scale) -> Iterator[TileConfig]:

@@ -9,16 +9,25 @@ import pytest
 
 from memserve.jit import tl
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(tl is None, reason="triton is not installed: it is for Linux on x86-64, by pip")
 
 
-def run_child(command: list[str], **environment: str) -> str:
+def own_environment(*folders: Path, **more: str) -> dict[str, str]:
+    """Of a child that imports from `folders` and from this checkout; and from where this process was told to, since a
+    GPU's machine may have its packages there.
+    """
+    told = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(filter(None, map(str, (*folders, ROOT, told))))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def run_child(command: list[str], *folders: Path, **environment: str) -> str:
     """What it prints; fails with the end of that if it fails."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env=own_environment(*folders, **environment),
         capture_output=True,
         text=True,
         check=False,
@@ -31,7 +40,7 @@ def run_interpreted(*words: str) -> None:
     """Tests by pytest's words, under Triton's interpreter; none may be skipped."""
     said = run_child(
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "mended_interpreter", *words],
-        TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join((str(ROOT / "tests"), str(ROOT))),
+        ROOT / "tests", TRITON_INTERPRET="1",
     )  # fmt: skip
     assert " passed" in said and "skipped" not in said
 

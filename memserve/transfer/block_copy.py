@@ -53,13 +53,12 @@ def copy_rows(
     if "cpu" in (source.device.type, target.device.type):
         copy_staged(source, source_rows, target, target_rows, row_bytes)
         return
-    rows = to_device(target_rows, target.device)
     if source.device == target.device and runs_on(source.device):
-        picks = to_device(source_rows, source.device)
+        picks, rows = to_device(np.stack((source_rows, target_rows)), source.device)  # in one copy
         row_copy_launch(as_bytes(source), picks, as_bytes(target), rows, row_bytes).run()
     else:
         picked = _rows_on_device(source, row_bytes)[to_device(source_rows, source.device)]
-        _rows_on_device(target, row_bytes)[rows] = picked.to(target.device)
+        _rows_on_device(target, row_bytes)[to_device(target_rows, target.device)] = picked.to(target.device)
     if target.device.type == "cuda":
         torch.cuda.current_stream(target.device).synchronize()
 

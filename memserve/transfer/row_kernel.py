@@ -10,12 +10,13 @@ ROW_COPY = RowConfig(1024, 4)
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
-@jit()
+@jit("source_rows_ptr", "target_rows_ptr")
 def _row_copy_kernel(
     source_ptr: tl.tensor, source_rows_ptr: tl.tensor, target_ptr: tl.tensor, target_rows_ptr: tl.tensor,
     row_words: tl.tensor, BLOCK_WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
-    i, part = tl.program_id(0), tl.program_id(1)
+    num_parts = tl.cdiv(row_words, BLOCK_WORDS)  # those of a row in turn: memory is read fastest in order
+    i, part = tl.program_id(0) // num_parts, tl.program_id(0) % num_parts
     words = part * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     mask = words < row_words
     source_row, target_row = tl.load(source_rows_ptr + i), tl.load(target_rows_ptr + i)  # int64
@@ -43,5 +44,5 @@ def row_copy_launch(
         "target_rows_ptr": target_rows, "row_words": row_words,
     }  # fmt: skip
     constants = {"BLOCK_WORDS": config.block_elements}
-    grid = (len(source_rows), -(-row_words // config.block_elements))
+    grid = (len(source_rows) * -(-row_words // config.block_elements),)
     return KernelLaunch(_row_copy_kernel, grid, args, constants, config.num_warps, 1, fp_fusion=False)

@@ -1,12 +1,12 @@
 """Clusters on the stand-in, emulated and as processes; run by test_on_stand_in.py under Triton's interpreter."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from child_process import own_environment
 
 from memserve import LocalCluster, load_config
 
@@ -53,9 +53,7 @@ def test_processes_answer_as_a_cpu(transport, way, tmp_path):
     words = ["exec=distributed", f"transport={transport}", *SMALL, *ON_GPU, *PD, *way, f"hydra.run.dir={tmp_path}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command += [str(TESTS.parent / "scripts" / "run.py"), *words]
-    own_path = (TESTS / "stand_in" / "site", TESTS, TESTS.parent, os.environ.get("PYTHONPATH", ""))
-    path = os.pathsep.join(filter(None, map(str, own_path)))
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    own = own_environment(TESTS / "stand_in" / "site", TESTS, OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=own, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     records = map(json.loads, (tmp_path / "requests.jsonl").read_text().splitlines())

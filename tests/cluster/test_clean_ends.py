@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from child_process import own_environment
 from cluster.test_distributed import TESTS, WORKLOAD
 
 from memserve.cluster import distributed
@@ -51,7 +52,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(s
         str(2 + (words is SPLIT)),
     ]
     command += [str(TESTS.parent / "scripts" / "run.py"), "exec=distributed", "model.num_threads=1", *words, *LONG]
-    printed, own = tmp_path / "printed", {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    printed, own = tmp_path / "printed", own_environment()
     with printed.open("wb") as out:
         run = subprocess.Popen([*command, f"hydra.run.dir={tmp_path}"], stdout=out, stderr=out, env=own)
     try:

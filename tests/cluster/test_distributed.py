@@ -2,13 +2,13 @@
 
 import functools
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from child_process import own_environment
 from cluster.forked_ranks import Forked
 from cluster.survival import wait_for
 
@@ -30,8 +30,9 @@ pytestmark = pytest.mark.timeout(300)  # real processes, beside whatever else th
 
 def torchrun(world_size, *arguments):
     """(exit status, everything printed) of a script under torchrun on this host."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(world_size)]  # and by no name, which a machine without a network may not know
+    own = own_environment(OMP_NUM_THREADS="1")
     command += map(str, arguments)
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=own, check=False)
     return done.returncode, done.stdout + done.stderr

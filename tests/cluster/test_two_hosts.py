@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from child_process import own_environment
 from cluster.test_distributed import LIMIT_S, TESTS, WORKLOAD, expected
 
 NAMESPACES = (f"memserve-{os.getpid()}-a", f"memserve-{os.getpid()}-b")
@@ -22,7 +23,7 @@ def run_on_two_hosts(address, port, output_dir, prefixes):
         "exec=distributed", "tokens=hash", "model.num_threads=1", "transport=gloo", "cluster=1p1d",
         "mode=pd_caching_3", "granularity=by_layer", *WORKLOAD, f"hydra.run.dir={output_dir}",
     ]  # fmt: skip
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    own = own_environment(OMP_NUM_THREADS="1")
     agents = []
     for node, (prefix, num_ranks) in enumerate(zip(prefixes, (2, 1), strict=True)):
         command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]

@@ -1,6 +1,5 @@
 """Tensor parallelism: a model split over 2, 3 and 4 real processes computes what it does on one, and nothing twice."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import parallel_ranks
 import pytest
 import torch
+from child_process import own_environment
 from mini_engine import RecordingSampler
 from parallel_models import CASES, RANDOM, WIDE, Part, answers, engine_for, model_of
 from ranks import launch
@@ -191,8 +191,7 @@ def test_a_rank_never_holds_a_whole_tensor_that_it_shards(tmp_path) -> None:
     save_file({n: weights.tensor(n) for n in weights.names()}, tmp_path / "model.safetensors")
     program = Path(__file__).with_name("limited_memory.py")
     command = [sys.executable, str(program), str(tmp_path), "2", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     num_bytes, whole = done.stdout.splitlines()
     assert whole == "no room for a whole one"

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,33 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
     assert printed.count("Status 1") == 4
 
 
+def test_packages_that_the_interpreter_lacks_are_named_before_anything_runs(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", python=str(bare))
+    assert status == 1 and "has no torch triton numpy" in printed and not (tmp_path / "page.md").exists()
+
+
+def test_wheels_that_are_brought_along_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an interpreter that says where it looks instead of running a part."""
+    wheels, told = tmp_path / "wheels", tmp_path / "python"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried_along-1.0-py3-none-any.whl", "w") as wheel:
+        info = "carried_along-1.0.dist-info"
+        wheel.writestr("carried_along.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-along\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    told.write_text(
+        f'#!/bin/sh\ncase "$1" in scripts/*) ls ${{PYTHONPATH##*:}} ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    told.chmod(0o755)
+    monkeypatch.setenv("WHEELS", str(wheels))
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", python=str(told))
+    assert status == 0 and "carried_along.py" in printed
+
+
 def test_a_part_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     status, printed = gpu_check(tmp_path / "page.md", "--dry", "speed")
     expected = "error: speed: expected of tests, clusters, kernels, decode, transfer, serve, tune"
@@ -63,3 +91,17 @@ def test_the_configurations_that_it_serves_compose() -> None:
     distributed = load_config(["exec=distributed", "transport=mapped", *modes, *words, "model.device=cuda"])
     assert distributed.model.attention == "triton" and distributed.model.random["head_dim"] == 128
     assert load_config(["cluster=colocated_2", *words, "model.device=cuda"]).step_time == "measured"
+
+
+def test_the_parts_that_its_head_puts_into_one_command_end_within_ten_minutes() -> None:
+    said = SCRIPT.read_text()
+    head, body = said.split("set -uo pipefail", 1)
+    served = body[body.index("serve() {") : body.index("for part in")]
+    limits = {"serve": sum(int(limit) for limit in re.findall(r'^    run ".+?" (\d+) ', served, flags=re.MULTILINE))}
+    for part, commands in re.findall(r"^    (\w+)\)\n(.+?);;", body, flags=re.MULTILINE | re.DOTALL):
+        limits[part] = sum(map(int, re.findall(r'^        run (?:".+?"|\w+) (\d+) ', commands, flags=re.MULTILINE)))
+    together = re.search(r"these end before: (.+?), in this order", head, flags=re.DOTALL)
+    assert together is not None
+    groups = [words.split() for words in re.findall(r"`(.+?)`", together[1])]
+    assert sorted(part for group in groups for part in group) == sorted(limits)
+    assert all(0 < sum(limits[part] for part in group) < 590 for group in groups), limits

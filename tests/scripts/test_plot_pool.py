@@ -1,21 +1,19 @@
 """The script draws what runs left, and ends with one line where there is nothing to draw."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from child_process import ROOT, own_environment
 
 from memserve import LocalCluster, load_config
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["exec=simulated", "workload.num_sessions=6", "workload.max_turns=3", "workload.max_output_tokens=40"]
 
 
 def test_it_writes_a_picture_of_each_kind_without_a_display(script, tmp_path):
     LocalCluster(load_config(SMALL)).run(tmp_path)
-    own = {**os.environ, "PYTHONPATH": str(ROOT)}
+    own = own_environment()
     own.pop("DISPLAY", None)
     subprocess.run([sys.executable, ROOT / "scripts" / "plot_pool.py", tmp_path], check=True, env=own)
     assert (tmp_path / "pool.png").read_bytes().startswith(b"\x89PNG")

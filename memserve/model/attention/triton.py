@@ -35,7 +35,7 @@ class TritonAttention(Attention):
         self._prefill_config, self._decode_config = paged_prefill_config(*kind), paged_decode_config(*kind)
         num_new = np.diff(batch.query_starts)
         decoding, prefilling = np.flatnonzero(num_new == 1), np.flatnonzero(num_new > 1)
-        self._max_splits = int(num_splits(batch.seq_lens[decoding]).max(initial=0))
+        self._max_splits = int(num_splits(batch.seq_lens[decoding], self._decode_config).max(initial=0))
         columns = np.stack((decoding, batch.query_starts[decoding]))
         self._decoding_R, self._decode_rows_R = to_device(columns, batch.device)
         tokens = tokens_a_tile(num_heads // num_kv_heads, self._prefill_config)

@@ -5,13 +5,16 @@ A capability without rows of its own takes those of 90 where it has as much shar
 those of 80, which fit into 99 KiB, where it has not (86, 89, 120).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from memserve.jit import RowConfig
 
 HEAD_DIMS = (64, 128, 256)  # head dims are padded to the next of these
+_Config = TypeVar("_Config", bound="TileConfig")
 _INTERPRETED = 80  # the interpreter takes the tiles of the smallest GPU
 
 
@@ -31,6 +34,17 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig(TileConfig):
+    """split_tokens: a shorter split of a request's KV spends more on its partial result than on its KV.
+
+    programs: for each multiprocessor, most of them in turn; two or three run at once.
+    """
+
+    split_tokens: int = 256
+    programs: int = 16
+
+
+@dataclass(frozen=True)
 class ProductConfig:
     """block_o: rows of the weight, block_i: features of them that a program holds at once, at most."""
 
@@ -41,9 +55,9 @@ class ProductConfig:
     max_registers: int | None = None
 
 
-_Tiles = dict[tuple[int, int, int], TileConfig]  # by capability, head dim, bytes of an element
+_Kind = tuple[int, int, int]  # capability, head dim, bytes of an element
 # Five stages are two tiles of KV under way beside the one in use: the block table takes a stage before each.
-_PREFILL: _Tiles = {
+_PREFILL: dict[_Kind, TileConfig] = {
     (80, 64, 2): TileConfig(128, 64, 8, 5, 255),
     (80, 128, 2): TileConfig(128, 32, 8, 5, 255),
     (80, 256, 2): TileConfig(32, 32, 4, 5, 255),
@@ -57,19 +71,19 @@ _PREFILL: _Tiles = {
     (90, 128, 4): TileConfig(16, 16, 8, 3, 128),
     (90, 256, 4): TileConfig(16, 16, 8, 3, 255),
 }
-_DECODE: _Tiles = {
-    (80, 64, 2): TileConfig(16, 64, 4, 5, 128),
-    (80, 128, 2): TileConfig(16, 64, 4, 5, 168),
-    (80, 256, 2): TileConfig(16, 32, 4, 5, 255),
-    (80, 64, 4): TileConfig(16, 32, 4, 3, 128),
-    (80, 128, 4): TileConfig(16, 32, 8, 2, 128),
-    (80, 256, 4): TileConfig(16, 16, 8, 3, 128),
-    (90, 64, 2): TileConfig(16, 64, 4, 5, 128),
-    (90, 128, 2): TileConfig(16, 64, 8, 5, 128),
-    (90, 256, 2): TileConfig(16, 32, 4, 5, 255),
-    (90, 64, 4): TileConfig(16, 32, 4, 3, 255),
-    (90, 128, 4): TileConfig(16, 16, 8, 3, 128),
-    (90, 256, 4): TileConfig(16, 16, 8, 3, 128),
+_DECODE: dict[_Kind, DecodeConfig] = {
+    (80, 64, 2): DecodeConfig(16, 64, 4, 5, 128),
+    (80, 128, 2): DecodeConfig(16, 64, 4, 5, 168),
+    (80, 256, 2): DecodeConfig(16, 32, 4, 5, 255),
+    (80, 64, 4): DecodeConfig(16, 32, 4, 3, 128),
+    (80, 128, 4): DecodeConfig(16, 32, 8, 2, 128),
+    (80, 256, 4): DecodeConfig(16, 16, 8, 3, 128),
+    (90, 64, 2): DecodeConfig(16, 64, 4, 5, 128),
+    (90, 128, 2): DecodeConfig(16, 64, 8, 5),
+    (90, 256, 2): DecodeConfig(16, 32, 4, 5, 255),
+    (90, 64, 4): DecodeConfig(16, 32, 4, 3, 255),
+    (90, 128, 4): DecodeConfig(16, 16, 8, 3, 128),
+    (90, 256, 4): DecodeConfig(16, 16, 8, 3, 128),
 }
 ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
 # Of few_rows, whatever it runs on: 48 KiB of weight under way beside the tile in use.
@@ -94,7 +108,7 @@ def paged_prefill_config(head_dim: int, dtype: torch.dtype, capability: int) -> 
     return _tiles(_PREFILL, head_dim, dtype, capability)
 
 
-def paged_decode_config(head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:
+def paged_decode_config(head_dim: int, dtype: torch.dtype, capability: int) -> DecodeConfig:
     """Raises ValueError for a head dim, dtype or capability that there is no row for."""
     return _tiles(_DECODE, head_dim, dtype, capability)
 
@@ -114,7 +128,7 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _tiles(table: _Tiles, head_dim: int, dtype: torch.dtype, capability: int) -> TileConfig:
+def _tiles(table: Mapping[_Kind, _Config], head_dim: int, dtype: torch.dtype, capability: int) -> _Config:
     if capability < 80:
         raise ValueError(f"attention='triton' on compute capability {capability}: expected 80 or more")
     rows = 90 if 90 <= capability < 120 else 80

@@ -18,11 +18,12 @@ def _kv_write_kernel(
     kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor, H: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    NUM_QK_PARTS: tl.constexpr = (H + K + BLOCK_H - 1) // BLOCK_H
+    NUM_PARTS: tl.constexpr = NUM_QK_PARTS + (K + BLOCK_H - 1) // BLOCK_H  # of a token in turn, as they lie in memory
+    token, part = (tl.program_id(0) // NUM_PARTS).to(tl.int64), tl.program_id(0) % NUM_PARTS
     slot = tl.load(slots_ptr + token)  # int64; negative: a padding row, which writes nowhere
     cell_ptr = kv_ptr + (slot // BLOCK_SIZE) * kv_stride_N + (slot % BLOCK_SIZE) * kv_stride_B
     d = tl.arange(0, BLOCK_D)[None, :]
-    NUM_QK_PARTS: tl.constexpr = (H + K + BLOCK_H - 1) // BLOCK_H
     if part < NUM_QK_PARTS:
         head = (part * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
         mask = (head < H + K) & (d < D)
@@ -70,7 +71,8 @@ def kv_write_launch(
     }  # fmt: skip
     constants = {"H": num_heads, "K": num_kv_heads, "D": head_dim, "BLOCK_SIZE": block_size}
     constants |= {"BLOCK_H": block_h, "BLOCK_D": block_d}
-    grid = (num_tokens, -(-(num_heads + num_kv_heads) // block_h) + -(-num_kv_heads // block_h))
+    num_parts = -(-(num_heads + num_kv_heads) // block_h) + -(-num_kv_heads // block_h)
+    grid = (num_tokens * num_parts,)
     return KernelLaunch(_kv_write_kernel, grid, args, constants, config.num_warps, 1, fp_fusion=False)
 
 

@@ -18,18 +18,16 @@ import numpy as np
 import torch
 
 from memserve.jit import KernelLaunch, jit, tl
-from memserve.model.kernels.configs import TileConfig, multiprocessors_of, power_of_two
+from memserve.model.kernels.configs import DecodeConfig, multiprocessors_of, power_of_two
 from memserve.model.kernels.paged_tile import attend_tile
 
 MAX_SPLITS = 32
-MIN_SPLIT_TOKENS = 256  # a shorter split spends more on its partial result than on its KV
-PROGRAMS_A_MULTIPROCESSOR = 16  # in turn; two or three of them at once
 
 
 @jit()
-def _split_tokens(num_kv: tl.tensor, MAX_SPLITS: tl.constexpr, MIN_SPLIT_TOKENS: tl.constexpr) -> tl.tensor:
+def _split_tokens(num_kv: tl.tensor, MAX_SPLITS: tl.constexpr, SPLIT_TOKENS: tl.constexpr) -> tl.tensor:
     """Tokens of each split of a request but the last; `num_splits` says the same on the host."""
-    return tl.maximum(tl.cdiv(tl.cdiv(num_kv, MAX_SPLITS), MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
+    return tl.maximum(tl.cdiv(tl.cdiv(num_kv, MAX_SPLITS), SPLIT_TOKENS), 1) * SPLIT_TOKENS
 
 
 @jit("table_stride_R", "num_splits", "requests_ptr", "rows_ptr")
@@ -38,21 +36,20 @@ def _paged_decode_kernel(
     lens_ptr: tl.tensor, requests_ptr: tl.tensor, rows_ptr: tl.tensor, table_stride_R: tl.tensor, num_splits: tl.tensor,
     scale: tl.tensor, kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     kv_head, i = tl.program_id(0), tl.program_id(2)
-    request = tl.load(requests_ptr + i)
+    request, row = tl.load(requests_ptr + i), tl.load(rows_ptr + i)
+    g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    mask = (g < G)[:, None] & (d < D)[None, :]
+    # asked for before the length has arrived: a program is short, and waits for one after the other are a part of it
+    q = tl.load(q_ptr + (row * (K * G) + kv_head * G + g)[:, None] * D + d[None, :], mask=mask, other=0.0)
     num_kv = tl.load(lens_ptr + request).to(tl.int32)
-    tokens = _split_tokens(num_kv, MAX_SPLITS, MIN_SPLIT_TOKENS)
+    tokens = _split_tokens(num_kv, MAX_SPLITS, SPLIT_TOKENS)
     # invariants stay in the loop: hoisted, they take registers from the loop within
     for split in tl.range(tl.program_id(1), tl.cdiv(num_kv, tokens), tl.num_programs(1), disable_licm=True):
         begin = split * tokens
         end = tl.minimum(begin + tokens, num_kv)
-        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-        head = kv_head * G + g
-        mask = (g < G)[:, None] & (d < D)[None, :]
-        q_offsets = (tl.load(rows_ptr + i) * (K * G) + head)[:, None] * D + d[None, :]
-        q = tl.load(q_ptr + q_offsets, mask=mask, other=0.0)
         last_seen = tl.zeros((BLOCK_G,), tl.int32) + num_kv
         table_ptr = tables_ptr + request * table_stride_R
         keys_ptr = kv_ptr + kv_head * kv_stride_K
@@ -70,7 +67,7 @@ def _paged_decode_kernel(
                 q, sums, total, peak, first, end, last_seen, scale, table_ptr, keys_ptr, keys_ptr + kv_stride_2,
                 kv_stride_N, kv_stride_B, True, D, BLOCK_SIZE, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        part = (i.to(tl.int64) * (K * G) + head) * num_splits + split
+        part = (i.to(tl.int64) * (K * G) + kv_head * G + g) * num_splits + split
         tl.store(sums_ptr + part[:, None] * D + d[None, :], sums / total[:, None], mask=mask)
         tl.store(log_ptr + part, peak * scale + tl.log2(total), mask=g < G)
 
@@ -79,11 +76,11 @@ def _paged_decode_kernel(
 def _combine_kernel(
     sums_ptr: tl.tensor, log_ptr: tl.tensor, out_ptr: tl.tensor, lens_ptr: tl.tensor, requests_ptr: tl.tensor,
     rows_ptr: tl.tensor, num_splits: tl.tensor, H: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    MIN_SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     head, i = tl.program_id(0), tl.program_id(1)
     num_kv = tl.load(lens_ptr + tl.load(requests_ptr + i)).to(tl.int32)
-    used = tl.cdiv(num_kv, _split_tokens(num_kv, MAX_SPLITS, MIN_SPLIT_TOKENS))
+    used = tl.cdiv(num_kv, _split_tokens(num_kv, MAX_SPLITS, SPLIT_TOKENS))
     s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
     part = (i.to(tl.int64) * H + head) * num_splits + s
     mask = (s < used)[:, None] & (d < D)[None, :]
@@ -96,17 +93,17 @@ def _combine_kernel(
     tl.store(out_ptr + (tl.load(rows_ptr + i) * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def num_splits(num_kv: np.ndarray) -> np.ndarray:
+def num_splits(num_kv: np.ndarray, config: DecodeConfig) -> np.ndarray:
     """int64: into how many splits each length (int64, >= 0) is cut, at most MAX_SPLITS."""
     share = -(-num_kv // MAX_SPLITS)
-    tokens = np.maximum(-(-share // MIN_SPLIT_TOKENS), 1) * MIN_SPLIT_TOKENS
+    tokens = np.maximum(-(-share // config.split_tokens), 1) * config.split_tokens
     splits: np.ndarray = -(-num_kv // tokens)
     return splits
 
 
-def num_programs(max_splits: int, num_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """How many programs share the splits of one row and kv head."""
-    wanted = PROGRAMS_A_MULTIPROCESSOR * num_multiprocessors // max(1, num_rows * num_kv_heads)
+def num_programs(max_splits: int, num_pairs: int, wanted_programs: int) -> int:
+    """How many programs share the splits of each of num_pairs rows and kv heads."""
+    wanted = wanted_programs // max(1, num_pairs)
     return max(1, min(max_splits, wanted))
 
 
@@ -119,7 +116,7 @@ def paged_decode_launches(
     requests_R: torch.Tensor,
     rows_R: torch.Tensor,
     max_splits: int,
-    config: TileConfig,
+    config: DecodeConfig,
 ) -> tuple[KernelLaunch, KernelLaunch]:
     """Attention of the one new token of each of `requests_R`, and the pass that combines its splits; run both in order.
 
@@ -143,11 +140,12 @@ def paged_decode_launches(
         **dict(zip(("kv_stride_2", "kv_stride_N", "kv_stride_B", "kv_stride_K"), kv_2NBKD.stride()[:4], strict=True)),
     }  # fmt: skip
     group = num_heads // num_kv_heads
-    limits = {"D": head_dim, "MAX_SPLITS": MAX_SPLITS, "MIN_SPLIT_TOKENS": MIN_SPLIT_TOKENS}
+    limits = {"D": head_dim, "MAX_SPLITS": MAX_SPLITS, "SPLIT_TOKENS": config.split_tokens}
     limits["BLOCK_D"] = max(16, power_of_two(head_dim))
     constants = {**limits, "K": num_kv_heads, "G": group, "BLOCK_SIZE": block_size}
     constants |= {"BLOCK_G": max(16, power_of_two(group)), "BLOCK_N": config.block_n}
-    programs = num_programs(max_splits, num_rows, num_kv_heads, multiprocessors_of(q_THD.device))
+    wanted = config.programs * multiprocessors_of(q_THD.device)
+    programs = num_programs(max_splits, num_rows * num_kv_heads, wanted)
     grid = (num_kv_heads, programs, num_rows)
     options = (config.num_warps, config.num_stages, True, config.max_registers)
     attend = KernelLaunch(_paged_decode_kernel, grid, args, constants, *options)

@@ -15,7 +15,8 @@ from memserve.model.kernels.configs import ELEMENTWISE, power_of_two
 def _swiglu_kernel(
     gate_up_ptr: tl.tensor, out_ptr: tl.tensor, gate_up_stride_T: tl.tensor, F: tl.constexpr, BLOCK_F: tl.constexpr
 ) -> None:
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    NUM_PARTS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F  # those of a row in turn: memory is read fastest in order
+    token, part = (tl.program_id(0) // NUM_PARTS).to(tl.int64), tl.program_id(0) % NUM_PARTS
     columns = part * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = columns < F
     gate = tl.load(gate_up_ptr + token * gate_up_stride_T + columns, mask=mask, other=0.0).to(tl.float32)
@@ -31,7 +32,7 @@ def swiglu_launch(gate_up_TO: torch.Tensor, out_TF: torch.Tensor, config: RowCon
     block = min(config.block_elements, power_of_two(num_features))
     args = {"gate_up_ptr": gate_up_TO, "out_ptr": out_TF, "gate_up_stride_T": gate_up_TO.stride(0)}
     constants = {"F": num_features, "BLOCK_F": block}
-    grid = (num_tokens, -(-num_features // block))
+    grid = (num_tokens * -(-num_features // block),)
     return KernelLaunch(_swiglu_kernel, grid, args, constants, config.num_warps, 1, fp_fusion=False)
 
 

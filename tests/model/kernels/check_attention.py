@@ -1,13 +1,14 @@
 """Attention kernels against their reference in float64; run by test_interpreter.py under Triton's interpreter."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from kernels.interpreted import TOLERANCE, Paged, paged
 
-from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
+from memserve.model.kernels.configs import DecodeConfig, paged_decode_config, paged_prefill_config
 from memserve.model.kernels.paged_decode import MAX_SPLITS, num_programs, num_splits, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, attention_reference, paged_prefill_launch, tokens_a_tile
 
@@ -17,20 +18,22 @@ BLOCK = 4
 RAGGED = [(0, 7), (1, 6), (BLOCK - 1, 5), (BLOCK, 4), (41, 9), (0, 1), (0, 2)]
 DECODE = [(0, 1), (1, 1), (BLOCK - 1, 1), (BLOCK, 1), (40, 1), (70, 1)]
 CPU = torch.device("cpu")
+DECODE_CONFIG = paged_decode_config(16, torch.float32, CAPABILITY)
 
 
-def computed(case: Paged) -> torch.Tensor:
-    """By the kernels, as the backend uses them, into an output full of NaN."""
+def computed(case: Paged, decode: DecodeConfig | None = None) -> torch.Tensor:
+    """By the kernels, as the backend uses them, into an output full of NaN. decode: another configuration than that."""
     num_kv_heads, head_dim = case.kv_2NBKD.shape[3:]
     out_THD = torch.full_like(case.q_THD, torch.nan)
     prefilling, decoding = np.flatnonzero(case.num_new > 1), np.flatnonzero(case.num_new == 1)
-    prefill, decode = (of(head_dim, case.q_THD.dtype, CAPABILITY) for of in (paged_prefill_config, paged_decode_config))
+    prefill = paged_prefill_config(head_dim, case.q_THD.dtype, CAPABILITY)
+    decode = decode or paged_decode_config(head_dim, case.q_THD.dtype, CAPABILITY)
     tokens = tokens_a_tile(case.q_THD.shape[1] // num_kv_heads, prefill)
     tiles = PrefillTiles.of(case.num_new, case.num_kv, prefilling, tokens, CPU)
     paged_prefill_launch(
         case.q_THD, case.kv_2NBKD, out_THD, case.tables_RM, case.starts_R1, case.lens_R, tiles, prefill
     ).run()
-    splits = int(num_splits(case.num_kv[decoding]).max(initial=0))
+    splits = int(num_splits(case.num_kv[decoding], decode).max(initial=0))
     rows = case.starts_R1[:-1][torch.from_numpy(decoding)]
     requests = torch.from_numpy(decoding)
     for launch in paged_decode_launches(
@@ -40,13 +43,13 @@ def computed(case: Paged) -> torch.Tensor:
     return out_THD
 
 
-def check(case: Paged) -> None:
+def check(case: Paged, decode: DecodeConfig | None = None) -> None:
     expected = attention_reference(
         case.q_THD.double(), case.kv_2NBKD.double(), case.tables_RM, case.starts_R1, case.lens_R
     )
     assert not expected.isnan().any() and case.kv_2NBKD.isnan().any()
     bound = TOLERANCE[case.q_THD.dtype]
-    torch.testing.assert_close(computed(case).double(), expected, atol=bound, rtol=bound)
+    torch.testing.assert_close(computed(case, decode).double(), expected, atol=bound, rtol=bound)
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, DECODE], ids=["prefill", "decode"])
@@ -100,16 +103,25 @@ def test_long_requests_are_cut_and_put_together() -> None:
     check(paged([(255, 1), (256, 1), (600, 1), (3, 1)], torch.float32, num_kv_heads=1, block_size=16))
 
 
+@pytest.mark.parametrize(("split_tokens", "programs"), [(64, 4), (512, 1)])
+def test_splits_of_another_length_give_the_same(split_tokens, programs) -> None:
+    """Shorter ones are as many as there may be, and then grow."""
+    config = replace(DECODE_CONFIG, split_tokens=split_tokens, programs=programs)
+    splits = num_splits(np.array([0, 1, 64, 65, 2049]), config)
+    assert splits.tolist() == ([0, 1, 1, 2, 17] if split_tokens == 64 else [0, 1, 1, 1, 5])
+    check(paged([(2048, 1), (64, 1), (63, 1)], torch.float32, 1, block_size=16), config)
+
+
 def test_few_programs_take_many_splits_in_turn() -> None:
     lengths = [(1100, 1), (600, 1)] + [(3, 1)] * 14
-    assert num_programs(MAX_SPLITS, len(lengths), 1, num_multiprocessors=1) == 1
+    assert num_programs(MAX_SPLITS, len(lengths), wanted_programs=DECODE_CONFIG.programs) == 1
     check(paged(lengths, torch.float32, num_kv_heads=1, num_groups=2, block_size=16))
 
 
 @pytest.mark.parametrize(("rows", "programs"), [(1, 32), (16, 16), (64, 4), (256, 1), (4096, 1)])
 def test_programs_fill_a_gpu_and_are_no_more_than_the_splits(rows, programs) -> None:
-    assert num_programs(MAX_SPLITS, rows, num_kv_heads=8, num_multiprocessors=132) == programs
-    assert num_programs(1, rows, num_kv_heads=8, num_multiprocessors=132) == 1
+    assert num_programs(MAX_SPLITS, rows * 8, wanted_programs=16 * 132) == programs
+    assert num_programs(1, rows * 8, wanted_programs=16 * 132) == 1
 
 
 def test_a_padding_row_has_output_zero_and_reads_no_cache() -> None:
@@ -127,7 +139,7 @@ def test_a_padding_row_has_output_zero_and_reads_no_cache() -> None:
 
 def test_an_answer_does_not_depend_on_who_else_is_in_the_batch() -> None:
     together, alone = (paged(lengths, torch.float32) for lengths in ([(20, 1), (300, 1)], [(20, 1)]))
-    assert num_splits(together.num_kv).max() > num_splits(alone.num_kv).max()
+    assert num_splits(together.num_kv, DECODE_CONFIG).max() > num_splits(alone.num_kv, DECODE_CONFIG).max()
     kv = together.kv_2NBKD
     out = computed(together)[:1]
     same = Paged(together.q_THD[:1], kv, together.tables_RM[:1], alone.starts_R1, alone.num_new, alone.num_kv)

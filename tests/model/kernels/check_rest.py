@@ -80,6 +80,14 @@ def test_rows_are_copied_and_no_other_byte(row_bytes) -> None:
     assert torch.equal(target.view(9, row_bytes), expected)
 
 
+def test_rows_wider_than_a_grid_is_high_are_one_launch() -> None:
+    """CUDA takes 65,535 programs in any dimension of a grid but the first."""
+    memory, rows = torch.empty(1 << 40, dtype=torch.uint8, device="meta"), torch.empty(8, dtype=torch.int64)
+    launch = row_copy_launch(memory, rows, memory, rows, 1 << 32)
+    assert max(launch.grid[1:], default=1) < 1 << 16
+    assert np.prod(launch.grid) * launch.constants["BLOCK_WORDS"] * 8 == len(rows) << 32
+
+
 def test_a_whole_model_gives_the_logits_and_tokens_of_plain_torch() -> None:
     model = random_model(replace(SMALL, num_layers=2), seed=3)
     prompt = np.random.default_rng(0).integers(0, SMALL.vocab_size, 12).tolist()
