@@ -141,8 +141,6 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["transport=pigeon"], "transport='pigeon': expected one of in_process"),
         (["granularity=by_word"], "by_word"),
         (["transfer.deadline_s=0"], "transfer.deadline_s=0"),
-        (["transfer.retry_s=1e-10"], "transfer.retry_s=1e-10: expected a number of seconds from 1e-9 to 1e9"),
-        (["transfer.patience_s=1e10"], "transfer.patience_s=10000000000.0: expected a number of seconds"),
         (["transfer.on_failure=shrug"], "transfer.on_failure='shrug': expected one of recompute, fail"),
         (["sched.decode_headroom_blocks=-1"], "sched.decode_headroom_blocks=-1"),
         (["policy._target_=memserve.sched.routing.Nobody"], "policy._target_=memserve.sched.routing.Nobody: cannot be"),
