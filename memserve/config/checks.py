@@ -196,9 +196,6 @@ def _check_fetch(cfg: RunConfig) -> None:
     decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
     if not decode_holds and sum(role != Role.DECODE.value for role in roles) < 2:
         raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
-    if not decode_holds and _class(cfg.policy) == "PromptTree" and cfg.policy.get("max_lead") is None:
-        raise ConfigError(f"{fetch} contradicts policy=prompt_tree with policy.max_lead=null: requests go to who holds "
-                          "most; expected fetch=never, or a lead")  # fmt: skip
 
 
 def _class(node: Any) -> str:
