@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from memserve.clock import LONGEST_S, to_ns
 from memserve.kvcache.address import Medium
 from memserve.values import require_int
 
-LONGEST_NS = 10**18  # thirty years: a moment of the clock and one more of these stay within 64 bits
+LONGEST_NS = to_ns(LONGEST_S)  # a moment of the clock and one more of these stay within 64 bits
 
 
 class TicketState(enum.StrEnum):
