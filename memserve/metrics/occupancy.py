@@ -102,22 +102,26 @@ def _by_kind(num_blocks: int, num_free: int, num_index_only: int, num_indexed: i
 
 def _set_apart(allocator: Allocator, hbm: dict[str, int], dram: dict[str, int]) -> None:
     """Moves the blocks of swaps, of transfers and of the quarantine from the kinds that they were counted as."""
-    held: dict[str, list[np.ndarray]] = {word: [np.empty(0, dtype=np.int32)] for word in _APART}
-    for holder in allocator.named_holders():
-        if holder[0] in held:
-            held[str(holder[0])].append(allocator.held_by(holder))
-    taken = np.empty(0, dtype=np.int32)
-    for word, parts in held.items():
-        blocks = np.setdiff1d(np.concatenate(parts), taken)
-        taken = np.concatenate([taken, blocks])
-        for tier, members in (
-            (hbm, blocks[blocks < allocator.num_blocks]),
-            (dram, blocks[blocks >= allocator.num_blocks]),
-        ):
-            num_cached = int(np.count_nonzero(allocator.refcounts[members] & 1))
+    held = [
+        (_APART.index(str(holder[0])), allocator.held_by(holder))
+        for holder in allocator.named_holders()
+        if holder[0] in _APART
+    ]
+    if not held:
+        return
+    held.sort(key=lambda part: part[0])
+    ranks, parts = zip(*held, strict=True)
+    blocks, first = np.unique(np.concatenate(parts), return_index=True)
+    rank_of = np.repeat(ranks, [len(part) for part in parts])[first]
+    is_cached = (allocator.refcounts[blocks] & 1).astype(bool)
+    is_dram = blocks >= allocator.num_blocks
+    for tier, in_tier in ((hbm, ~is_dram), (dram, is_dram)):
+        for rank, word in enumerate(_APART):
+            members = in_tier & (rank_of == rank)
+            num_cached = int(np.count_nonzero(members & is_cached))
+            tier[word] = int(np.count_nonzero(members))
             tier["both"] -= num_cached
-            tier["request"] -= len(members) - num_cached
-            tier[word] += len(members)
+            tier["request"] -= tier[word] - num_cached
 
 
 def occupancy_lines(samples: Iterable[Sample]) -> Iterator[str]:
