@@ -26,10 +26,15 @@ WORDS = sorted(
 )
 DISAGGREGATED = ["mode=pd_caching_3", "cluster=1p1d"]
 BESIDE = {  # what a word needs
-    "granularity": DISAGGREGATED,
-    "link": DISAGGREGATED,
     "mode": ["cluster=1p1d"],
     "fetch": ["cluster=colocated_2"],
+    "geometry": ["exec=simulated", "tokens=workload"],
+}
+TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each
+    ("eviction", "queue", "swap", "preemption", "layout", "policy", "workload/arrivals"): [
+        "kvcache.num_dram_blocks=64"
+    ],
+    ("link", "granularity"): ["layout=aggregated", *DISAGGREGATED],
 }
 
 
@@ -47,21 +52,38 @@ def cost_file(directory):
     return path
 
 
-@pytest.mark.parametrize("word", [word for word in WORDS if word not in ("mode=colocated", "exec=distributed")])
-def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch, request):
+def words_of(group):
+    return [word for word in WORDS if word.partition("=")[0] == group]
+
+
+def taken_together():
+    for groups, beside in TOGETHER.items():
+        lists = [words_of(group) for group in groups]
+        for i in range(max(map(len, lists))):
+            yield [words[i % len(words)] for words in lists] + beside
+
+
+GROUPED = {group for groups in TOGETHER for group in groups}
+ALONE = [word for word in WORDS if word.partition("=")[0] not in GROUPED | {"experiment"}]
+
+
+@pytest.mark.parametrize("words", list(taken_together()), ids=" ".join)
+def test_yamls_of_groups_that_go_together_compose_and_run_three_requests(words):
+    report = run("exec=simulated", *words, *SMALL)
+    assert report["num_finished"] >= 3 and report["num_failed"] == 0
+
+
+@pytest.mark.parametrize("word", [word for word in ALONE if word not in ("mode=colocated", "exec=distributed")])
+def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # wandb writes beside its caller
     words = (
         ["workload=synthetic", *SYNTHETIC]
         if word.startswith(("workload=s", "workload=d", "workload/lengths"))
         else SMALL
     )
-    if word == "preemption=swap":
-        words = [*words, "kvcache.num_dram_blocks=64"]
     words = [*BESIDE.get(word.partition("=")[0], []), *words]
     if word.startswith("cluster=") and "p" in word:
         words = ["mode=pd_caching_3", *words]
-    if word == "granularity=by_request_agg":
-        words = ["layout=aggregated", *words]
     if not word.startswith(("exec", "model")):
         words = ["exec=simulated", *words]
     if word == "exec=emulated":
@@ -72,6 +94,12 @@ def test_every_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch
     if word == "cost_model=fitted":
         words = [*words, f"cost_model.path={cost_file(tmp_path)}"]
     report = run(word, *words)
+    assert report["num_finished"] >= 3 and report["num_failed"] == 0
+
+
+@pytest.mark.parametrize("word", words_of("experiment"))
+def test_every_experiment_composes_and_runs(word):
+    report = run(f"+{word}", "workload.num_sessions=3", "workload.max_output_tokens=4")
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 
 
@@ -97,6 +125,7 @@ def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures()
     assert reports[0] == reports[1] and reports[0]["num_finished"] >= 20
 
 
+LENGTHS_ALONE = ["exec=simulated", "tokens=workload"]
 BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
 
 
@@ -125,6 +154,17 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["kvcache.num_dram_blocks=4", "kvcache.dram_bytes=1GiB"], "contradicts kvcache.num_dram_blocks=4"),
         (["kvcache.dram_bytes=1GiBs"], "dram_bytes='1GiBs': expected bytes"),
         (["kvcache.dram_bytes=-5"], "dram_bytes=-5: expected bytes"),
+        ([*LENGTHS_ALONE, "kvcache.num_hbm_blocks=null", "kvcache.hbm_bytes=1GiB"], "contradicts tokens=workload with"),
+        (
+            [*LENGTHS_ALONE, "geometry=llama3_8b", "geometry.head_dim=0"],
+            "geometry.head_dim=0: expected an integer from 1",
+        ),
+        (
+            [*LENGTHS_ALONE, "geometry=llama3_8b", "geometry.dtype=int8"],
+            "geometry.dtype='int8': expected one of float32",
+        ),
+        (["geometry=llama3_8b"], "geometry.num_layers=32 contradicts tokens=model"),
+        (["exec=simulated", "geometry=llama3_8b"], "geometry.num_layers=32 contradicts tokens=hash"),
         (["preemption=swap"], "preemption=swap contradicts kvcache.num_dram_blocks=0"),
         (["kvcache.async_swap=true"], "async_swap=true contradicts kvcache.num_dram_blocks=0"),
         (["kvcache.num_dram_blocks=9", "kvcache.swap_ahead_blocks=3"], "contradicts kvcache.async_swap=false"),

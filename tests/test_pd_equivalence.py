@@ -13,9 +13,9 @@ from memserve import LocalCluster, load_config
 
 MODES = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
 WORKLOAD = [
-    "exec=simulated", "tokens=hash", "workload=synthetic", "workload.num_sessions=3", "workload.num_turns=3",
+    "exec=simulated", "tokens=hash", "workload=synthetic", "workload.num_sessions=2", "workload.num_turns=3",
     "workload.prompt_tokens=50", "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2",
-    "workload.max_output_tokens=12", "workload.rate=200", "workload.think_time_s=0.05",
+    "workload.max_output_tokens=9", "workload.rate=200", "workload.think_time_s=0.05",
 ]  # fmt: skip
 PRESSURE = {"roomy": 2048, "scarce": 150}  # tokens of a pool; a request needs up to 140
 
@@ -32,7 +32,7 @@ def answers(words, **changes):
     cfg = composed(tuple(words))
     OmegaConf.set_readonly(cfg, False)
     for name, value in changes.items():
-        OmegaConf.update(cfg, name.replace("__", "."), value)
+        OmegaConf.update(cfg, name.replace("__", "."), value, merge=False)
     cluster = LocalCluster(cfg)
     result = cluster.run_once()
     assert result.report["num_failed"] == 0 and result.report["quarantined_blocks"] == 0
@@ -40,8 +40,8 @@ def answers(words, **changes):
 
 
 @functools.cache
-def expected():
-    return answers(["cluster=colocated_1", "index=none"])[0]
+def expected(*words):
+    return answers(["cluster=colocated_1", "index=none", *words])[0]
 
 
 def pairs():
@@ -55,10 +55,12 @@ def pairs():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("granularity", "layout"), list(pairs()))
 def test_answers_are_the_same_in_the_full_product(mode, granularity, layout):
-    words = [f"mode={mode}", "cluster=1p1d", f"granularity={granularity}", f"layout={layout}"]
+    ways = composed(("mode=pd_basic", "cluster=1p1d", f"granularity={granularity}", f"layout={layout}"))
     for block_size, chunk, (name, capacity) in itertools.product((1, 4, 16), (None, 16), PRESSURE.items()):
         got, _ = answers(
-            words,
+            [f"mode={mode}", "cluster=1p1d"],
+            granularity=ways.granularity,
+            layout=ways.layout,
             kvcache__block_size=block_size,
             kvcache__num_hbm_blocks=-(-capacity // block_size) + 2,
             sched__chunk_size=chunk,
@@ -83,6 +85,7 @@ def test_answers_are_the_same_on_more_instances_under_every_policy(mode, cluster
 def test_a_decode_instance_that_preempts_computes_the_same(preemption, async_swap):
     words = ["mode=pd_caching_3", "cluster=2p1d", "kvcache.num_hbm_blocks=11", "sched.decode_headroom_blocks=0"]
     words += [f"preemption={preemption}", "kvcache.num_dram_blocks=20", f"kvcache.async_swap={async_swap}"]
-    got, report = answers(words)
-    assert got == expected()
+    more = ["workload.num_sessions=3", "workload.max_output_tokens=12"]
+    got, report = answers([*words, *more])
+    assert got == expected(*more)
     assert report["preemptions"] > 0

@@ -39,6 +39,19 @@ def test_transfers_a_request_and_network_calls_a_block(granularity, layout, tran
     assert counts["bytes"] == NUM_REQUESTS * NUM_BLOCKS * hash_geometry(16).block_bytes
 
 
+@pytest.mark.parametrize(("granularity", "calls"), [("by_request", 2 * 32 * NUM_BLOCKS), ("packed", 1)])
+def test_a_simulated_model_s_kv_has_the_bytes_and_calls_of_its_geometry(granularity, calls):
+    words = ["tokens=workload", "geometry=llama3_8b", f"granularity={granularity}", "link=ethernet_10g"]
+    report = LocalCluster(load_config([*WORDS, *words, "workload.rate=0.001"])).run()
+    counts = report["transfers"]["p_to_d"]
+    token_bytes = 2 * 32 * 8 * 128 * 2
+    assert counts["bytes"] == NUM_REQUESTS * NUM_BLOCKS * 16 * token_bytes and counts["calls"] == calls * NUM_REQUESTS
+    link = load_config([*WORDS, *words]).link
+    lasting_s = calls * link.latency_s + NUM_BLOCKS * 16 * token_bytes / (link.gb_per_s * 1e9)
+    waited_s = report["phases_s"]["transfer"]["mean"] - lasting_s
+    assert 0 < waited_s < 5 * link.message_latency_s
+
+
 def test_by_layer_transfers_each_chunk():
     """Chunks of 32, 32 and 6 tokens: 2L transfers each; a block is still sent once."""
     counts = sent("granularity=by_layer", "sched.chunk_size=32")

@@ -220,6 +220,15 @@ def _capacity(cfg: RunConfig, engine: Engine) -> tuple[int, int]:
 
 
 def _geometry(cfg: RunConfig, engine: Engine) -> CacheGeometry:
+    simulated = cfg.geometry
+    if simulated is not None:
+        return CacheGeometry(
+            simulated.num_layers,
+            cfg.kvcache.block_size,
+            simulated.num_kv_heads,
+            simulated.head_dim,
+            getattr(torch, simulated.dtype),
+        )
     if engine.model is None:
         return hash_geometry(cfg.kvcache.block_size)
     return geometry(engine.model.config, cfg.kvcache.block_size, engine.model.dtype)

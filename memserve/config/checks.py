@@ -17,6 +17,7 @@ FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and t
 ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
+MAX_SIDE = 2**16  # of a simulated model's KV: layers, heads, elements
 SHORTEST_S = 1e-6  # of what is repeated until it is answered
 LINK = {  # what a link can be; a message on its way is repeated every transfer.retry_s
     "latency_s": (0.0, 3600.0),
@@ -40,6 +41,7 @@ def check_config(cfg: RunConfig) -> None:
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
     if cfg.channels > 1 and cfg.transport not in ("gloo", "nccl"):
         raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
+    _check_geometry(cfg)
     _check_capacity(cfg)
     has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
     if _class(cfg.preemption) == "SwapOut" and not has_dram:
@@ -59,6 +61,19 @@ def check_config(cfg: RunConfig) -> None:
     _check_tensor_parallel(cfg)
 
 
+def _check_geometry(cfg: RunConfig) -> None:
+    geometry = cfg.geometry
+    if geometry is None:
+        return
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        value = getattr(geometry, name)
+        _require(1 <= value <= MAX_SIDE, f"geometry.{name}", value, f"an integer from 1 to {MAX_SIDE}")
+    _require(geometry.dtype in DTYPES, "geometry.dtype", geometry.dtype, f"one of {', '.join(DTYPES)}")
+    if cfg.tokens != "workload":
+        raise ConfigError(f"geometry.num_layers={geometry.num_layers} contradicts tokens={cfg.tokens}, whose KV is "
+                          "stored as it is: expected tokens=workload, or geometry=own")  # fmt: skip
+
+
 def _check_capacity(cfg: RunConfig) -> None:
     """Each medium is given in blocks or in bytes."""
     kv = cfg.kvcache
@@ -73,8 +88,9 @@ def _check_capacity(cfg: RunConfig) -> None:
             parse_bytes(value)
         except ValueError as error:
             raise ConfigError(f"kvcache.{name}={error}") from error
-        if cfg.tokens == "workload":
-            raise ConfigError(f"kvcache.{name}={value} contradicts tokens=workload: its blocks have no bytes")
+        if cfg.tokens == "workload" and cfg.geometry is None:
+            raise ConfigError(f"kvcache.{name}={value} contradicts tokens=workload with geometry=own: its blocks have "
+                              "no bytes")  # fmt: skip
     if kv.hbm_bytes is not None and kv.num_hbm_blocks is not None:
         raise ConfigError(f"kvcache.hbm_bytes={kv.hbm_bytes} contradicts kvcache.num_hbm_blocks={kv.num_hbm_blocks}: "
                           "expected one of them, and null for the other")  # fmt: skip

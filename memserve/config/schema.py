@@ -45,6 +45,16 @@ class KVCacheConfig:
 
 
 @dataclass
+class GeometryConfig:
+    """What the KV of a model that is simulated would be: of one rank, where an instance has several."""
+
+    num_layers: int = MISSING
+    num_kv_heads: int = MISSING
+    head_dim: int = MISSING
+    dtype: str = MISSING
+
+
+@dataclass
 class SchedConfig:
     """Limits of the local scheduler, in tokens and requests."""
 
@@ -116,6 +126,7 @@ class RunConfig:
     cost_model: Any = MISSING
     model: ModelConfigNode = field(default_factory=ModelConfigNode)
     kvcache: KVCacheConfig = field(default_factory=KVCacheConfig)
+    geometry: GeometryConfig | None = None
     sched: SchedConfig = field(default_factory=SchedConfig)
     workload: Any = MISSING
     tracking: Any = MISSING

@@ -76,7 +76,7 @@ def lost(after_events, labels):
 )
 def test_one_of_several_may_die_at_any_moment_and_every_request_is_answered(name, victim, granularity):
     system = local(*CLUSTERS[name], f"granularity={granularity}")
-    for after_events in range(2, 160, 13):
+    for after_events in range(2, 160, 17):
         cluster = system.cluster()
         timelines = play(cluster, lost(after_events, [victim]))
         assert len(timelines) == len(expected())

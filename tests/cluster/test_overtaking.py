@@ -13,7 +13,7 @@ from cluster.test_lost_instances import CLUSTERS, assert_right, expected, local,
 from memserve.messages import Cancel
 from memserve.request import FinishReason
 
-SEEDS = range(7)
+SEEDS = range(5)
 GRANULARITIES = ("by_layer", "by_request", "packed")
 
 

@@ -1,0 +1,213 @@
+"""The paper's figures that a simulation can answer: what is run for each point of each curve, and what the paper has.
+
+Numbers of the paper (arXiv 2406.17565v3): those of its text as they stand there, those of drawings as read off them, to
+one or two per cent. Knows no command line and runs nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A value that is taken of each report: the keys that lead to it, and its unit (see format_figure)."""
+
+    label: str
+    path: tuple[str, ...]
+    unit: str = "seconds"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure. words: its options.  at: those of a point.  paper: by label, its values point by point."""
+
+    name: str
+    words: Sequence[str]
+    at: Callable[[float], Sequence[str]]
+    paper: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the text says of a curve against another at a point: the change of what is shown as `label`, in per cent."""
+
+    label: str
+    curve: str
+    base: str
+    point: float
+    percent: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """experiment: its word in configs/experiment/.  is_relative: values are shares of the curve's own at point 0."""
+
+    title: str
+    experiment: str
+    axis: str
+    points: Sequence[float]
+    shown: Sequence[Shown]
+    curves: Sequence[Curve]
+    claims: Sequence[Claim] = ()
+    is_relative: bool = False
+
+
+# Fig. 8, seconds at 1, 2 .. 5 requests/s an instance.
+FIG8: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
+    "sharegpt": {
+        "mean JCT": {
+            "PD": (4.31, 6.25, 10, 11.7, 12.4),
+            "PD-CC": (4.21, 5.7, 8.12, 10.8, 11.4),
+            "1P1D": (5.53, 10.4, 11.5, 11.8, 12.1),
+            "1P1D-CC": (5.2, 9.63, 10.8, 11.3, 11.5),
+            "1P2D": (4.76, 7.4, 8.27, 8.4, 8.67),
+            "1P2D-CC": (4.44, 6.19, 7.08, 7.12, 7.14),
+            "2P1D": (8.33, 11.5, 11.9, 12.3, 12.3),
+        },
+        "mean TTFT": {
+            "PD": (0.0451, 0.0517, 0.0625, 0.0687, 0.0695),
+            "PD-CC": (0.0528, 0.0553, 0.0631, 0.0735, 0.0764),
+            "1P1D": (0.0523, 0.0802, 0.104, 0.111, 0.112),
+            "1P1D-CC": (0.0458, 0.0607, 0.069, 0.0757, 0.0916),
+            "1P2D": (0.0979, 1.28, 1.78, 1.68, 1.62),
+            "1P2D-CC": (0.102, 0.523, 0.814, 0.787, 0.673),
+            "2P1D": (0.0449, 0.0462, 0.0435, 0.0466, 0.0466),
+        },
+    },
+    "loogle": {
+        "mean JCT": {
+            "PD": (0.312, 0.339, 0.383, 0.411, 0.46),
+            "PD-CC": (0.28, 0.297, 0.314, 0.34, 0.356),
+            "1P1D": (0.322, 0.353, 0.387, 0.433, 0.48),
+            "1P1D-CC": (0.285, 0.298, 0.322, 0.333, 0.35),
+            "2P1D": (0.31, 0.331, 0.356, 0.379, 0.412),
+            "2P1D-CC": (0.305, 0.319, 0.372, 0.375, 0.4),
+            "1P2D": (0.331, 0.374, 0.432, 0.509, 0.887),
+        },
+        "mean TTFT": {
+            "PD": (0.0672, 0.0708, 0.0754, 0.0789, 0.0854),
+            "PD-CC": (0.0434, 0.0445, 0.0458, 0.0482, 0.0482),
+            "1P1D": (0.0698, 0.0773, 0.0892, 0.107, 0.13),
+            "1P1D-CC": (0.0435, 0.0454, 0.052, 0.0528, 0.0569),
+            "2P1D": (0.0641, 0.0651, 0.0674, 0.0705, 0.0761),
+            "2P1D-CC": (0.0523, 0.0472, 0.0614, 0.0559, 0.0591),
+            "1P2D": (0.073, 0.0909, 0.118, 0.164, 0.479),
+        },
+    },
+}
+LATENCIES = [
+    Shown(f"{statistic} {name.upper()}", (f"{name}_s", statistic.lower()))
+    for name in ("jct", "ttft", "tpot")
+    for statistic in ("mean", "P99")
+]
+CLUSTERS = {
+    "PD": ("cluster=colocated_2", 2),
+    "1P1D": ("cluster=1p1d", 2),
+    "1P2D": ("cluster=1p2d", 3),
+    "2P1D": ("cluster=2p1d", 3),
+}
+
+
+def systems(workload: str, num_turns: int, sessions_each: int) -> list[Curve]:
+    """Fig. 8's, by its names: what ends in -CC caches contexts, as PD-Caching-3 where roles are apart."""
+    drawn = FIG8[workload]
+    return [
+        _system(name, num_turns, sessions_each, {label: curves[name] for label, curves in drawn.items()})
+        for name in drawn["mean JCT"]
+    ]
+
+
+def _system(name: str, num_turns: int, sessions_each: int, paper: Mapping[str, Sequence[float]]) -> Curve:
+    cluster, num_instances = CLUSTERS[name.removesuffix("-CC")]
+    if name.startswith("PD"):
+        words = [] if name.endswith("-CC") else ["index=none", "policy=least_load"]
+    else:
+        words = ["mode=pd_caching_3" if name.endswith("-CC") else "mode=pd_basic"]
+
+    def at(rate: float) -> list[str]:
+        """Requests a second and instance; so many sessions for each instance."""
+        sessions_a_second = rate * num_instances / num_turns
+        return [f"workload.rate={sessions_a_second!r}", f"workload.num_sessions={sessions_each * num_instances}"]
+
+    return Curve(name, [cluster, *words], at, paper)
+
+
+def granularities(
+    at: Callable[[float], Sequence[str]], paper: Mapping[str, Mapping[str, Sequence[float]]]
+) -> list[Curve]:
+    """The paper's three ways to send a prompt's KV, and ours."""
+    return [
+        Curve(name, ["layout=aggregated" if name == "by_request_agg" else "layout=discrete", f"granularity={name}"], at,
+              paper.get(name, {}))
+        for name in ("by_layer", "by_request", "by_request_agg", "packed")
+    ]  # fmt: skip
+
+
+def prompt_of(length: int) -> Callable[[float], list[str]]:
+    """Eleven prompts one after the other; the first computes what the other ten share, a percentage of each."""
+
+    def at(percent: float) -> list[str]:
+        shared = min(round(length * percent / 100), length - 1)
+        sharing = [f"workload.prefix_tokens={shared}", "workload.share_ratio=11"] if shared else []
+        return [f"workload.prompt_tokens={length - shared}", *sharing]
+
+    return at
+
+
+CACHED_PERCENT = {  # Fig. 13, block 16, batch 1, in HBM: TTFT cached / uncached in per cent at 10, 20 .. 100 % cached
+    512: (102, 100, 99, 100, 95, 95, 95, 96, 106, 95),
+    1024: (107, 104, 92, 89, 76, 74, 68, 67, 64, 65),
+    2048: (100, 92, 84, 78, 69, 68, 54, 46, 35, 35),
+    4096: (103, 94, 91, 86, 73, 60, 54, 49, 30, 23),
+}
+TTFT_BY_POLICY = {  # Fig. 15: P50 and P99 at share ratios 2 and 3
+    "round_robin": {"P50 TTFT": (0.0939, 0.1289), "P99 TTFT": (0.3166, 0.3159)},
+    "session_affinity": {"P50 TTFT": (0.0447, 0.0510), "P99 TTFT": (0.1258, 0.2132)},
+    "prompt_tree": {"P50 TTFT": (0.0426, 0.0411), "P99 TTFT": (0.1161, 0.0873)},
+    "cost_based": {},
+}
+RATES = (1, 2, 3, 4, 5)
+FIGURES = {
+    "fig8_sharegpt": Figure(
+        "Fig. 8, ShareGPT", "fig8_sharegpt", "requests/s an instance", RATES, LATENCIES,
+        systems("sharegpt", num_turns=3, sessions_each=100),
+        [Claim("mean JCT", "1P2D", "PD", 5, -30), Claim("P99 JCT", "1P2D", "PD", 4, -42),
+         Claim("mean JCT", "1P2D-CC", "1P2D", 5, -17), Claim("P99 JCT", "1P2D-CC", "1P2D", 5, -29),
+         Claim("mean TTFT", "1P2D-CC", "1P2D", 5, -58), Claim("P99 TTFT", "1P2D-CC", "1P2D", 5, -45)],
+    ),
+    "fig8_loogle": Figure(
+        "Fig. 8, LooGLE", "fig8_loogle", "requests/s an instance", RATES, LATENCIES,
+        systems("loogle", num_turns=5, sessions_each=60),
+        [Claim("mean JCT", "2P1D", "PD", 5, -10.3), Claim("mean JCT", "1P1D-CC", "1P1D", 5, -26.9),
+         Claim("P99 JCT", "1P1D-CC", "1P1D", 5, -22.5), Claim("mean TTFT", "1P1D-CC", "1P1D", 5, -56.2),
+         Claim("P99 TTFT", "1P1D-CC", "1P1D", 4, -45.2)],
+    ),
+    "fig11": Figure(
+        "Fig. 11a, one communicator: the KV of one prompt from P to D", "fig11", "tokens", (256, 512, 1024, 2048),
+        [Shown("transfer", ("phases_s", "transfer", "mean"))],
+        granularities(lambda tokens: [f"workload.prompt_tokens={tokens}"],
+                      {"by_request": {"transfer": (None, None, None, 0.102)},
+                       "by_request_agg": {"transfer": (None, None, None, 0.0193)}}),
+    ),
+    "fig12": Figure(
+        "Fig. 12: granularities under load", "fig12", "requests/s", (1, 5, 10, 15, 20, 25),
+        [Shown("mean JCT", ("jct_s", "mean")), Shown("second token", ("second_token_s", "mean"))],
+        granularities(lambda rate: [f"workload.rate={rate}"], {}),
+    ),
+    "fig13": Figure(
+        "Fig. 13: TTFT by what is cached, of the uncached", "fig13", "per cent cached", range(0, 101, 10),
+        [Shown("TTFT", ("ttft_s", "p50"), "share")],
+        [Curve(f"p{length}", [], prompt_of(length), {"TTFT": (1, *(p / 100 for p in percent))})
+         for length, percent in CACHED_PERCENT.items()],
+        is_relative=True,
+    ),
+    "fig15": Figure(
+        "Fig. 15: policies on 3P1D", "fig15", "share ratio", (2, 3),
+        [Shown("P50 TTFT", ("ttft_s", "p50")), Shown("P99 TTFT", ("ttft_s", "p99")),
+         Shown("hit ratio", ("hit_ratio",), "share")],
+        [Curve(policy, [f"policy={policy}"], lambda ratio: [f"workload.share_ratio={ratio}"], paper)
+         for policy, paper in TTFT_BY_POLICY.items()],
+        [Claim("P99 TTFT", "prompt_tree", "session_affinity", 2, -8),
+         Claim("P99 TTFT", "prompt_tree", "session_affinity", 3, -59)],
+    ),
+}  # fmt: skip

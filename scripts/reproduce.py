@@ -1,0 +1,188 @@
+"""Figures of the paper, simulated: each point of each curve in virtual time, and what the paper has beside it.
+
+python scripts/reproduce.py                          # names the figures
+python scripts/reproduce.py fig8_loogle fig15        # tables of what a figure shows, then what the text says of it
+python scripts/reproduce.py fig8_loogle --points 1,5 --curves PD,1P1D,1P1D-CC --out outputs/fig8
+python scripts/reproduce.py fig15 workload.rate=10   # other arguments are words of run.py and hold for all points
+
+A figure's options are in configs/experiment/, for run.py as +experiment=fig15; its curves in paper_figures.py.
+Durations come from the paper's own figures (cost_model=h800_llama2_13b, link=nvlink_h800), and what it does not say is
+chosen there: how curves relate can be compared, seconds at low load were fitted.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+from matplotlib.axes import Axes
+from paper_figures import FIGURES, Curve, Figure, Shown
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from memserve.cluster.local import LocalCluster
+from memserve.compose import load_config
+from memserve.metrics.progress import Progress
+from memserve.metrics.report import Report
+from memserve.metrics.table import format_figure
+
+Reports = dict[tuple[str, float], Report]  # by curve and point
+
+
+def narrowed(figure: Figure, curves: Sequence[str] | None, points: Sequence[float] | None) -> Figure:
+    """The same with these curves and points alone. Raises ValueError for a curve that it does not have."""
+    names = [curve.name for curve in figure.curves]
+    for name in curves or ():
+        if name not in names:
+            raise ValueError(f"--curves {name}: expected of {', '.join(names)}")
+    kept = [curve for curve in figure.curves if curves is None or curve.name in curves]
+    return dataclasses.replace(figure, curves=kept, points=figure.points if points is None else points)
+
+
+def play(figure: Figure, words: Sequence[str], out: Path | None) -> Reports:
+    """Every point's report. All points are composed and checked before the first one runs."""
+    points = sorted({*figure.points, *([0] if figure.is_relative else [])})
+    configured = {
+        (curve.name, point): load_config([f"+experiment={figure.experiment}", *curve.words, *curve.at(point), *words])
+        for curve in figure.curves
+        for point in points
+    }
+    reports = {}
+    for (curve, point), cfg in configured.items():
+        with Progress(f"{curve} at {point:g}") as progress:
+            where = None if out is None else out / f"{curve}-{point:g}"
+            reports[curve, point] = LocalCluster(cfg).run(where, progress=progress)
+    return reports
+
+
+def value_of(figure: Figure, reports: Reports, shown: Shown, curve: Curve, point: float) -> float | None:
+    value = _at(reports[curve.name, point], shown)
+    if not figure.is_relative or value is None:
+        return value
+    whole = _at(reports[curve.name, 0], shown)
+    return value / whole if whole else None
+
+
+def _at(report: Report, shown: Shown) -> float | None:
+    found: Any = report
+    for key in shown.path:
+        found = found[key]
+    return None if found is None else float(found)
+
+
+def paper_value(name: str, shown: Shown, curve: Curve, point: float) -> float | None:
+    """What the paper has there, if it has anything."""
+    values = curve.paper.get(shown.label)
+    points = list(FIGURES[name].points)
+    return values[points.index(point)] if values and point in points else None
+
+
+def table_of(name: str, figure: Figure, reports: Reports, shown: Shown) -> Table:
+    """A row for each point and a column for each curve: ours, and the paper's where there is one."""
+    table = Table(title=f"{figure.title}: {shown.label}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column(figure.axis, justify="right")
+    for curve in figure.curves:
+        table.add_column(curve.name, justify="right")
+    for point in figure.points:
+        cells = []
+        for curve in figure.curves:
+            ours = format_figure(value_of(figure, reports, shown, curve, point), shown.unit)
+            theirs = paper_value(name, shown, curve, point)
+            cells.append(ours if theirs is None else f"{ours} ({format_figure(theirs, shown.unit)})")
+        table.add_row(f"{point:g}", *cells)
+    return table
+
+
+def claims_of(figure: Figure, reports: Reports) -> Iterator[str]:
+    """What the paper's text says, and the same change here."""
+    for claim in figure.claims:
+        (shown,) = (s for s in figure.shown if s.label == claim.label)
+        if {(claim.curve, claim.point), (claim.base, claim.point)} <= set(reports):
+            ours, base = (_at(reports[curve, claim.point], shown) for curve in (claim.curve, claim.base))
+            change = f"{100 * (ours / base - 1):+.1f} %" if ours is not None and base else "-"
+            yield (f"{claim.label} of {claim.curve} against {claim.base} at {claim.point:g}: {change} "
+                   f"(paper: {claim.percent:+g} %)")  # fmt: skip
+
+
+def drawn(name: str, figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
+    """A panel for each thing shown: ours as lines, the paper's dashed in the same colour."""
+    picture = matplotlib.figure.Figure(figsize=(4.2 * len(figure.shown), 3.6), layout="constrained")
+    panels = picture.subplots(1, len(figure.shown), squeeze=False)[0]
+    for panel, shown in zip(panels, figure.shown, strict=True):
+        for number, curve in enumerate(figure.curves):
+            ours = [value_of(figure, reports, shown, curve, point) for point in figure.points]
+            theirs = [paper_value(name, shown, curve, point) for point in figure.points]
+            _line(panel, figure.points, ours, "o-", color=f"C{number}", label=curve.name)
+            _line(panel, figure.points, theirs, "x--", color=f"C{number}")
+        panel.set(title=shown.label, xlabel=figure.axis)
+        panel.set_ylim(bottom=0)
+    panels[0].legend(fontsize="small")
+    picture.suptitle(f"{figure.title} (dashed: the paper)")
+    return picture
+
+
+def _line(panel: Axes, points: Sequence[float], values: Sequence[float | None], *style: Any, **more: Any) -> None:
+    there = [(point, value) for point, value in zip(points, values, strict=True) if value is not None]
+    if there:
+        panel.plot(*zip(*there, strict=True), *style, **more)
+
+
+def reproduce(name: str, figure: Figure, words: Sequence[str], out: Path | None) -> None:
+    """Runs and prints it; out: a directory for its picture, its values and the output directory of every point."""
+    reports = play(figure, words, out)
+    console = Console(width=max(100, 20 + 20 * len(figure.curves)))
+    for shown in figure.shown:
+        console.print(table_of(name, figure, reports, shown))
+    for line in claims_of(figure, reports):
+        console.print(line, highlight=False)
+    if out is not None:
+        values = {
+            shown.label: {
+                curve.name: {
+                    f"{point:g}": {
+                        "ours": value_of(figure, reports, shown, curve, point),
+                        "paper": paper_value(name, shown, curve, point),
+                    }
+                    for point in figure.points
+                }
+                for curve in figure.curves
+            }
+            for shown in figure.shown
+        }
+        (out / "values.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        drawn(name, figure, reports).savefig(out / "figure.png", dpi=120)
+        print(f"written to {out}")
+
+
+def numbers(word: str) -> list[float]:
+    """For argparse's type=: whole ones stay whole, as some options must be."""
+    return [int(part) if part.isdecimal() else float(part) for part in word.split(",")]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curves", type=lambda word: word.split(","), help="these alone, joined by commas")
+    parser.add_argument("--points", type=numbers, help="these instead, joined by commas")
+    parser.add_argument("--out", type=Path, help="a directory; each figure gets one of its own in it")
+    parser.add_argument("words", nargs="*", help="figures, then words of run.py")
+    args = parser.parse_intermixed_args(argv)
+    names, words = [w for w in args.words if "=" not in w], [w for w in args.words if "=" in w]
+    if not names:
+        print("\n".join(f"{name}  {figure.title}" for name, figure in FIGURES.items()))
+    try:
+        for name in names:
+            if name not in FIGURES:
+                raise ValueError(f"{name}: expected of {', '.join(FIGURES)}, or a word of run.py with =")
+        for name in names:
+            reproduce(name, narrowed(FIGURES[name], args.curves, args.points), words, args.out and args.out / name)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,78 @@
+"""reproduce.py runs the paper's figures, puts the paper's values beside them, and refuses what there is not."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def reproduce(script):
+    return script("reproduce")
+
+
+@pytest.fixture
+def figures(script):
+    return script("paper_figures").FIGURES
+
+
+def test_a_figure_is_printed_beside_the_paper_s_and_written(reproduce, tmp_path, capsys):
+    short = ["workload.num_sessions=30", "--curves", "session_affinity,prompt_tree"]
+    reproduce.main(["fig15", *short, "--points", "2", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "Fig. 15: policies on 3P1D: P99 TTFT" in said and "(126 ms)" in said and "(116 ms)" in said
+    assert "P99 TTFT of prompt_tree against session_affinity at 2: " in said and "(paper: -8 %)" in said
+    assert "at 3:" not in said
+    values = json.loads((tmp_path / "fig15" / "values.json").read_text())
+    assert values["P50 TTFT"]["prompt_tree"]["2"]["paper"] == 0.0426
+    report = json.loads((tmp_path / "fig15" / "prompt_tree-2" / "report.json").read_text())
+    assert values["P50 TTFT"]["prompt_tree"]["2"]["ours"] == report["ttft_s"]["p50"]
+    assert (tmp_path / "fig15" / "figure.png").stat().st_size > 10_000
+
+
+def test_what_a_figure_shows_of_a_share_is_relative_to_the_curve_s_first_point(reproduce, figures):
+    figure = reproduce.narrowed(figures["fig13"], ["p1024"], [50])
+    reports = reproduce.play(figure, [], None)
+    (curve,), (shown,) = figure.curves, figure.shown
+    assert set(reports) == {("p1024", 0), ("p1024", 50)}
+    assert 0.3 < reproduce.value_of(figure, reports, shown, curve, 50) < 0.7
+    assert reproduce.paper_value("fig13", shown, curve, 50) == 0.76
+    assert reproduce.paper_value("fig13", shown, curve, 55) is None
+
+
+def test_the_times_of_fig_11_are_the_paper_s(reproduce, figures):
+    """The link is fitted to the two of them; that the bytes and calls are right is what makes it fit."""
+    figure = reproduce.narrowed(figures["fig11"], ["by_request", "by_request_agg"], [2048])
+    reports = reproduce.play(figure, [], None)
+    for curve in figure.curves:
+        ours = reproduce.value_of(figure, reports, figure.shown[0], curve, 2048)
+        assert ours == pytest.approx(reproduce.paper_value("fig11", figure.shown[0], curve, 2048), rel=0.02)
+
+
+def test_every_claim_is_of_a_curve_a_point_and_a_value_that_its_figure_has(figures):
+    for figure in figures.values():
+        names, labels = {curve.name for curve in figure.curves}, {shown.label for shown in figure.shown}
+        for claim in figure.claims:
+            assert {claim.curve, claim.base} <= names and claim.label in labels and claim.point in figure.points
+        for curve in figure.curves:
+            assert set(curve.paper) <= labels
+            assert all(len(values) == len(figure.points) for values in curve.paper.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["fig9"], "fig9: expected of fig8_sharegpt"),
+        (["fig15", "--curves", "tree"], "--curves tree: expected of round_robin"),
+        (["fig15", "--points", "two"], None),
+        (["fig15", "nonsense=1"], "nonsense"),
+    ],
+)
+def test_what_is_no_figure_curve_or_word_is_named(reproduce, words, named):
+    with pytest.raises(SystemExit, match=named):
+        reproduce.main(words)
+
+
+def test_without_a_figure_those_there_are_are_named(reproduce, figures, capsys):
+    reproduce.main([])
+    named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert named == list(figures)
