@@ -91,6 +91,10 @@ def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monke
     if word == "model=smollm2":
         request.getfixturevalue("smollm2_path")
         words = ["workload=synthetic", *SYNTHETIC, "workload.prompt_tokens=20"]
+    if word == "workload=trace":
+        path = tmp_path / "trace.csv"
+        path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.6805900,37,4\n" * 3)
+        words = ["exec=simulated", *SYNTHETIC, f"workload.path={path}"]
     if word == "cost_model=fitted":
         words = [*words, f"cost_model.path={cost_file(tmp_path)}"]
     report = run(word, *words)
@@ -190,6 +194,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["link.contention=maybe"], "link.contention='maybe': expected true or false"),
         (["exec=simulated", "cost_model.step_s=null"], "cost_model.step_s=None: expected a number"),
         (["workload.max_turns=1.5"], "workload.max_turns=1.5: expected an integer or null"),
+        (["workload=trace"], "workload.path: expected a value"),
         (["channels=2"], "channels=2 contradicts transport=in_process: expected gloo or nccl"),
         (["repeats=0"], "repeats=0"),
         (["model.compile=true", "model.fused_rows=-1"], "model.fused_rows=-1: expected an integer >= 0"),

@@ -57,7 +57,7 @@ def commands() -> list[str]:
     shown = {
         line for d in DOCS for line in re.findall(r"python scripts/run\.py([^`#\n]*)", d.read_text(encoding="utf-8"))
     }
-    return sorted(words.strip() for words in shown if "my_package" not in words)
+    return sorted(words.strip(" \\") for words in shown if "my_package" not in words)
 
 
 @pytest.mark.parametrize("words", commands())

@@ -8,6 +8,7 @@ from memserve.workload.docqa import DocumentQA
 from memserve.workload.player import PlayerCounts, SessionPlayer
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 from memserve.workload.synthetic import SyntheticWorkload
+from memserve.workload.trace import TraceWorkload
 
 __all__ = [
     "AgentWorkload",
@@ -23,6 +24,7 @@ __all__ = [
     "Session",
     "SessionPlayer",
     "SyntheticWorkload",
+    "TraceWorkload",
     "Turn",
     "Workload",
 ]

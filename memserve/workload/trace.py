@@ -1,0 +1,158 @@
+"""TraceWorkload: the requests of a production trace, at the trace's own times, a session of one turn each.
+
+A trace has lengths, no text. Where it says which blocks of text requests share (Mooncake's `hash_ids`), equal ids
+become equal tokens, so that prefixes are shared as they were:
+
+    # a prompt: [tokens of hash_ids[0] | of hash_ids[1] | .. | of the last one, up to input_length]
+
+Where it does not (Azure's), no two requests share anything.
+
+An answer's own tokens are no part of a later prompt: that one has what the trace's next prompt had.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memserve.clock import to_ns
+from memserve.request import SamplingParams
+from memserve.values import require_int, require_number
+from memserve.workload.conversations import BadConversation, parse_line, read_file
+from memserve.workload.lengths import MAX_TOKENS
+from memserve.workload.records import require_enough
+from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A line of a trace. ids: int64 [n] of the blocks of text that its prompt is made of, or None."""
+
+    time_s: float
+    num_prompt: int
+    num_output: int
+    ids: np.ndarray | None
+
+
+class TraceWorkload(Workload):
+    """Requests of a trace. Every constructor argument is a config option under `workload`.
+
+    path: JSON lines with `timestamp` (ms), `input_length`, `output_length` and `hash_ids` (Mooncake's format), or CSV
+        with TIMESTAMP, ContextTokens and GeneratedTokens (Azure's).
+    num_sessions: the first so many requests; None is all.
+    speedup: the trace's time runs so many times as fast; 2 doubles the rate.
+    hash_tokens: of a block of text that a hash id names (Mooncake's have 512).
+    max_output_tokens: most tokens of an answer; None: as many as the trace's.
+
+    Raises ValueError naming option, value and what is allowed; BadConversation for a line that is no request.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        num_sessions: int | None = None,
+        speedup: float = 1.0,
+        hash_tokens: int = 512,
+        max_output_tokens: int | None = None,
+    ) -> None:
+        self._path = Path(path)
+        self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
+        self._speedup = require_number("speedup", speedup, "a number in [1e-6, 1e6]", minimum=1e-6, maximum=1e6)
+        self._hash_tokens = require_int("hash_tokens", hash_tokens, 1, MAX_TOKENS)
+        self._most = None if max_output_tokens is None else require_int("max_output_tokens", max_output_tokens, 1)
+
+    def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
+        """See Workload. Of the tokenizer only its `vocab_size` is asked."""
+        require_int("seed", seed, 0)
+        requests = [request for request, _ in zip(self._requests(), self._numbers(), strict=False)]
+        require_enough(self._num_sessions, len(requests), f"{self._path} holds {len(requests)} requests")
+        first_s = min(request.time_s for request in requests)
+        return [
+            Session(
+                session_id=f"trace-{number:06d}",
+                arrival_ns=to_ns((request.time_s - first_s) / self._speedup),
+                turns=(self._turn(request, number, tokenizer.vocab_size, seed),),
+                suffix=np.empty(0, dtype=np.int32),
+            )
+            for number, request in enumerate(requests)
+        ]
+
+    def _numbers(self) -> range:
+        """Of the requests that are wanted."""
+        return range(MAX_TOKENS if self._num_sessions is None else self._num_sessions)
+
+    def _requests(self) -> Iterator[_Request]:
+        text = read_file("workload.path", self._path)
+        return self._of_csv(text) if text.startswith(AZURE[0].encode()) else self._of_json(text)
+
+    def _of_json(self, text: bytes) -> Iterator[_Request]:
+        for number, line in enumerate(text.split(b"\n"), start=1):
+            if line.strip():
+                where = f"{self._path}:{number}"
+                yield self._from_mooncake(where, parse_line(line, where))
+
+    def _from_mooncake(self, where: str, record: Any) -> _Request:
+        if not isinstance(record, dict) or any(name not in record for name in MOONCAKE):
+            raise BadConversation(f"{where}: expected an object with {', '.join(MOONCAKE)}")
+        ids = record["hash_ids"]
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**40 for i in ids):
+            raise BadConversation(f"{where}: 'hash_ids': expected a list of integers from 0")
+        num_prompt = _count(where, "input_length", record["input_length"])
+        if -(-num_prompt // self._hash_tokens) != len(ids):
+            raise BadConversation(f"{where}: input_length={num_prompt} with {len(ids)} hash_ids: expected one for each "
+                                  f"{self._hash_tokens} tokens begun; workload.hash_tokens says how many")  # fmt: skip
+        if type(record["timestamp"]) not in (int, float) or not 0 <= record["timestamp"] < 1e15:
+            raise BadConversation(f"{where}: timestamp={record['timestamp']!r}: expected milliseconds")
+        num_output = _count(where, "output_length", record["output_length"])
+        return _Request(record["timestamp"] / 1e3, num_prompt, num_output, np.asarray(ids, dtype=np.int64))
+
+    def _of_csv(self, text: bytes) -> Iterator[_Request]:
+        rows = csv.DictReader(text.decode("utf-8", errors="replace").splitlines())
+        if missing := [name for name in AZURE if name not in (rows.fieldnames or ())]:
+            raise BadConversation(f"{self._path}:1: no column {', '.join(missing)}: expected {', '.join(AZURE)}")
+        for row in rows:
+            where = f"{self._path}:{rows.line_num}"
+            try:
+                time_s = datetime.fromisoformat(row["TIMESTAMP"] or "").timestamp()
+            except ValueError as error:
+                raise BadConversation(f"{where}: TIMESTAMP={row['TIMESTAMP']!r}: expected a date and a time") from error
+            num_prompt, num_output = (_count(where, name, _whole(row[name])) for name in AZURE[1:])
+            yield _Request(time_s, num_prompt, num_output, ids=None)
+
+    def _turn(self, request: _Request, number: int, vocab_size: int, seed: int) -> Turn:
+        positions = np.arange(request.num_prompt, dtype=np.uint64)
+        if request.ids is None:
+            text, within = np.uint64(number), positions
+        else:
+            text = request.ids.astype(np.uint64)[positions // np.uint64(self._hash_tokens)]
+            within = positions % np.uint64(self._hash_tokens)
+        num_output = request.num_output if self._most is None else min(request.num_output, self._most)
+        params = SamplingParams(max_tokens=num_output, ignore_eos=True)
+        return Turn(_tokens(text, within, vocab_size, seed), params)
+
+
+def _tokens(text: np.ndarray | np.uint64, within: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:
+    """int32 [n] tokens, each a hash (splitmix64's finaliser) of the seed, the text it is in and its place within it."""
+    with np.errstate(over="ignore"):
+        mixed = text * np.uint64(0x9E3779B97F4A7C15) + (within + np.uint64(seed)) * np.uint64(0xD1342543DE82EF95)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return (mixed % np.uint64(vocab_size)).astype(np.int32)
+
+
+def _whole(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _count(where: str, name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_TOKENS:
+        raise BadConversation(f"{where}: {name}={value!r}: expected a number of tokens from 1 to {MAX_TOKENS}")
+    return value
