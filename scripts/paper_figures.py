@@ -147,6 +147,8 @@ def prompt_of(length: int) -> Callable[[float], list[str]]:
     """Eleven prompts one after the other; the first computes what the other ten share, a percentage of each."""
 
     def at(percent: float) -> list[str]:
+        if not 0 <= percent <= 100:
+            raise ValueError(f"{percent:g} per cent of a prompt: expected 0 to 100")
         shared = min(round(length * percent / 100), length - 1)
         sharing = [f"workload.prefix_tokens={shared}", "workload.share_ratio=11"] if shared else []
         return [f"workload.prompt_tokens={length - shared}", *sharing]

@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
                 raise ValueError(f"{name}: expected of {', '.join(FIGURES)}, or a word of run.py with =")
         for name in names:
             reproduce(name, narrowed(FIGURES[name], args.curves, args.points), words, args.out and args.out / name)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -65,6 +65,7 @@ def test_every_claim_is_of_a_curve_a_point_and_a_value_that_its_figure_has(figur
         (["fig15", "--curves", "tree"], "--curves tree: expected of round_robin"),
         (["fig15", "--points", "two"], None),
         (["fig15", "nonsense=1"], "nonsense"),
+        (["fig13", "--points", "120"], "120 per cent of a prompt: expected 0 to 100"),
     ],
 )
 def test_what_is_no_figure_curve_or_word_is_named(reproduce, words, named):
