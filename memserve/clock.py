@@ -5,6 +5,7 @@ ends at the very nanosecond at which n single steps would have ended. Reports co
 """
 
 import time
+from datetime import UTC, datetime, timedelta
 
 NS_PER_S = 1_000_000_000
 MAX_NS = 2**62  # 146 years; an int64 leaves as many to what comes after
@@ -22,6 +23,16 @@ def to_ns(seconds: float) -> int:
 def to_s(nanoseconds: int) -> float:
     """Integer nanoseconds to seconds."""
     return nanoseconds / NS_PER_S
+
+
+def date_ns(text: str) -> int:
+    """Nanoseconds since 1970 of a date and time in ISO 8601, to the microsecond; one without an offset is in UTC.
+
+    Raises ValueError for what is none.
+    """
+    date = datetime.fromisoformat(text)
+    date = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+    return (date - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1) * 1000
 
 
 def monotonic_ns() -> int:

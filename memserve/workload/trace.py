@@ -13,13 +13,13 @@ An answer's own tokens are no part of a later prompt: that one has what the trac
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memserve.clock import to_ns
+from memserve.clock import MAX_S, date_ns, to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_int, require_number
 from memserve.workload.conversations import BadConversation, parse_line, read_file
@@ -28,6 +28,7 @@ from memserve.workload.records import require_enough
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+LONGEST_MS = 1e3 * MAX_S
 MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
@@ -35,7 +36,7 @@ MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 class _Request:
     """A line of a trace. ids: int64 [n] of the blocks of text that its prompt is made of, or None."""
 
-    time_s: float
+    time_ns: int
     num_prompt: int
     num_output: int
     ids: np.ndarray | None
@@ -71,22 +72,18 @@ class TraceWorkload(Workload):
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Of the tokenizer only its `vocab_size` is asked."""
         require_int("seed", seed, 0)
-        requests = [request for request, _ in zip(self._requests(), self._numbers(), strict=False)]
+        requests = list(islice(self._requests(), self._num_sessions))
         require_enough(self._num_sessions, len(requests), f"{self._path} holds {len(requests)} requests")
-        first_s = min(request.time_s for request in requests)
+        first_ns = min(request.time_ns for request in requests)
         return [
             Session(
                 session_id=f"trace-{number:06d}",
-                arrival_ns=to_ns((request.time_s - first_s) / self._speedup),
+                arrival_ns=round((request.time_ns - first_ns) / self._speedup),
                 turns=(self._turn(request, number, tokenizer.vocab_size, seed),),
                 suffix=np.empty(0, dtype=np.int32),
             )
             for number, request in enumerate(requests)
         ]
-
-    def _numbers(self) -> range:
-        """Of the requests that are wanted."""
-        return range(MAX_TOKENS if self._num_sessions is None else self._num_sessions)
 
     def _requests(self) -> Iterator[_Request]:
         text = read_file("workload.path", self._path)
@@ -108,10 +105,11 @@ class TraceWorkload(Workload):
         if -(-num_prompt // self._hash_tokens) != len(ids):
             raise BadConversation(f"{where}: input_length={num_prompt} with {len(ids)} hash_ids: expected one for each "
                                   f"{self._hash_tokens} tokens begun; workload.hash_tokens says how many")  # fmt: skip
-        if type(record["timestamp"]) not in (int, float) or not 0 <= record["timestamp"] < 1e15:
-            raise BadConversation(f"{where}: timestamp={record['timestamp']!r}: expected milliseconds")
+        if type(record["timestamp"]) not in (int, float) or not 0 <= record["timestamp"] <= LONGEST_MS:
+            raise BadConversation(f"{where}: timestamp={record['timestamp']!r}: expected milliseconds from 0 to "
+                                  f"{LONGEST_MS:g}")  # fmt: skip
         num_output = _count(where, "output_length", record["output_length"])
-        return _Request(record["timestamp"] / 1e3, num_prompt, num_output, np.asarray(ids, dtype=np.int64))
+        return _Request(to_ns(record["timestamp"] / 1e3), num_prompt, num_output, np.asarray(ids, dtype=np.int64))
 
     def _of_csv(self, text: bytes) -> Iterator[_Request]:
         rows = csv.DictReader(text.decode("utf-8", errors="replace").splitlines())
@@ -120,11 +118,11 @@ class TraceWorkload(Workload):
         for row in rows:
             where = f"{self._path}:{rows.line_num}"
             try:
-                time_s = datetime.fromisoformat(row["TIMESTAMP"] or "").timestamp()
+                time_ns = date_ns(row["TIMESTAMP"] or "")
             except ValueError as error:
                 raise BadConversation(f"{where}: TIMESTAMP={row['TIMESTAMP']!r}: expected a date and a time") from error
             num_prompt, num_output = (_count(where, name, _whole(row[name])) for name in AZURE[1:])
-            yield _Request(time_s, num_prompt, num_output, ids=None)
+            yield _Request(time_ns, num_prompt, num_output, ids=None)
 
     def _turn(self, request: _Request, number: int, vocab_size: int, seed: int) -> Turn:
         positions = np.arange(request.num_prompt, dtype=np.uint64)
