@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from memserve.kvcache.layout import CacheGeometry
+from memserve.mixing import mix64
 from memserve.request import Request, ScheduledBatch, StepOutput
 
 _CHAIN = np.uint64(0x9E3779B97F4A7C15)  # A, odd: it has an inverse modulo 2**64
@@ -67,7 +68,7 @@ class HashRunner:
     def _next_token(self, request: Request, num_tokens: int) -> np.int32:
         kv = self._read(request, 0, num_tokens)
         total = np.sum(kv * self._weights.upto(num_tokens) * (self._offsets + np.uint64(1)), dtype=np.uint64)
-        return np.int32(_mix(total) % self._vocab_size)
+        return np.int32(np.uint64(mix64(int(total))) % self._vocab_size)
 
     def _read(self, request: Request, start: int, end: int) -> np.ndarray:
         """uint64 [L, 2, end - start]: the KV of tokens [start, end), read through the block table."""
@@ -95,11 +96,3 @@ class _Powers:
             steps[0] = 1
             self._values = np.cumprod(steps, dtype=np.uint64)
         return self._values[:n]
-
-
-def _mix(value: np.uint64) -> np.uint64:
-    """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): every input bit reaches every output bit."""
-    word = int(value)
-    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return np.uint64(word ^ (word >> 31))

@@ -19,12 +19,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure. words: its options.  at: those of a point.  paper: by label, its values point by point."""
+    """A line of a figure. words: its options.  at: those of a point.  paper: by label, its values at points."""
 
     name: str
     words: Sequence[str]
     at: Callable[[float], Sequence[str]]
-    paper: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    paper: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Figure:
-    """experiment: its word in configs/experiment/.  is_relative: values are shares of the curve's own at point 0."""
+    """name: its word, in configs/experiment/ too.  is_relative: values are shares of the curve's own at point 0."""
 
+    name: str
     title: str
-    experiment: str
     axis: str
     points: Sequence[float]
     shown: Sequence[Shown]
@@ -52,8 +52,8 @@ class Figure:
     is_relative: bool = False
 
 
-# Fig. 8, seconds at 1, 2 .. 5 requests/s an instance.
-FIG8: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
+RATES = (1, 2, 3, 4, 5)  # of Fig. 8, requests/s an instance
+FIG8: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {  # its curves, seconds
     "sharegpt": {
         "mean JCT": {
             "PD": (4.31, 6.25, 10, 11.7, 12.4),
@@ -108,16 +108,22 @@ CLUSTERS = {
 }
 
 
+def by_point(points: Sequence[float], values: Sequence[float]) -> dict[float, float]:
+    return dict(zip(points, values, strict=True))
+
+
 def systems(workload: str, num_turns: int, sessions_each: int) -> list[Curve]:
     """Fig. 8's, by its names: what ends in -CC caches contexts, as PD-Caching-3 where roles are apart."""
     drawn = FIG8[workload]
     return [
-        _system(name, num_turns, sessions_each, {label: curves[name] for label, curves in drawn.items()})
+        _system(
+            name, num_turns, sessions_each, {label: by_point(RATES, curves[name]) for label, curves in drawn.items()}
+        )
         for name in drawn["mean JCT"]
     ]
 
 
-def _system(name: str, num_turns: int, sessions_each: int, paper: Mapping[str, Sequence[float]]) -> Curve:
+def _system(name: str, num_turns: int, sessions_each: int, paper: Mapping[str, Mapping[float, float]]) -> Curve:
     cluster, num_instances = CLUSTERS[name.removesuffix("-CC")]
     if name.startswith("PD"):
         words = [] if name.endswith("-CC") else ["index=none", "policy=least_load"]
@@ -133,7 +139,7 @@ def _system(name: str, num_turns: int, sessions_each: int, paper: Mapping[str, S
 
 
 def granularities(
-    at: Callable[[float], Sequence[str]], paper: Mapping[str, Mapping[str, Sequence[float]]]
+    at: Callable[[float], Sequence[str]], paper: Mapping[str, Mapping[str, Mapping[float, float]]]
 ) -> list[Curve]:
     """The paper's three ways to send a prompt's KV, and ours."""
     return [
@@ -163,48 +169,47 @@ CACHED_PERCENT = {  # Fig. 13, block 16, batch 1, in HBM: TTFT cached / uncached
     4096: (103, 94, 91, 86, 73, 60, 54, 49, 30, 23),
 }
 TTFT_BY_POLICY = {  # Fig. 15: P50 and P99 at share ratios 2 and 3
-    "round_robin": {"P50 TTFT": (0.0939, 0.1289), "P99 TTFT": (0.3166, 0.3159)},
-    "session_affinity": {"P50 TTFT": (0.0447, 0.0510), "P99 TTFT": (0.1258, 0.2132)},
-    "prompt_tree": {"P50 TTFT": (0.0426, 0.0411), "P99 TTFT": (0.1161, 0.0873)},
+    "round_robin": {"P50 TTFT": {2: 0.0939, 3: 0.1289}, "P99 TTFT": {2: 0.3166, 3: 0.3159}},
+    "session_affinity": {"P50 TTFT": {2: 0.0447, 3: 0.0510}, "P99 TTFT": {2: 0.1258, 3: 0.2132}},
+    "prompt_tree": {"P50 TTFT": {2: 0.0426, 3: 0.0411}, "P99 TTFT": {2: 0.1161, 3: 0.0873}},
     "cost_based": {},
 }
-RATES = (1, 2, 3, 4, 5)
-FIGURES = {
-    "fig8_sharegpt": Figure(
-        "Fig. 8, ShareGPT", "fig8_sharegpt", "requests/s an instance", RATES, LATENCIES,
+_ALL = [
+    Figure(
+        "fig8_sharegpt", "Fig. 8, ShareGPT", "requests/s an instance", RATES, LATENCIES,
         systems("sharegpt", num_turns=3, sessions_each=100),
         [Claim("mean JCT", "1P2D", "PD", 5, -30), Claim("P99 JCT", "1P2D", "PD", 4, -42),
          Claim("mean JCT", "1P2D-CC", "1P2D", 5, -17), Claim("P99 JCT", "1P2D-CC", "1P2D", 5, -29),
          Claim("mean TTFT", "1P2D-CC", "1P2D", 5, -58), Claim("P99 TTFT", "1P2D-CC", "1P2D", 5, -45)],
     ),
-    "fig8_loogle": Figure(
-        "Fig. 8, LooGLE", "fig8_loogle", "requests/s an instance", RATES, LATENCIES,
+    Figure(
+        "fig8_loogle", "Fig. 8, LooGLE", "requests/s an instance", RATES, LATENCIES,
         systems("loogle", num_turns=5, sessions_each=60),
         [Claim("mean JCT", "2P1D", "PD", 5, -10.3), Claim("mean JCT", "1P1D-CC", "1P1D", 5, -26.9),
          Claim("P99 JCT", "1P1D-CC", "1P1D", 5, -22.5), Claim("mean TTFT", "1P1D-CC", "1P1D", 5, -56.2),
          Claim("P99 TTFT", "1P1D-CC", "1P1D", 4, -45.2)],
     ),
-    "fig11": Figure(
-        "Fig. 11a, one communicator: the KV of one prompt from P to D", "fig11", "tokens", (256, 512, 1024, 2048),
+    Figure(
+        "fig11", "Fig. 11a, one communicator: the KV of one prompt from P to D", "tokens", (256, 512, 1024, 2048),
         [Shown("transfer", ("phases_s", "transfer", "mean"))],
         granularities(lambda tokens: [f"workload.prompt_tokens={tokens}"],
-                      {"by_request": {"transfer": (None, None, None, 0.102)},
-                       "by_request_agg": {"transfer": (None, None, None, 0.0193)}}),
+                      {"by_request": {"transfer": {2048: 0.102}},
+                       "by_request_agg": {"transfer": {2048: 0.0193}}}),
     ),
-    "fig12": Figure(
-        "Fig. 12: granularities under load", "fig12", "requests/s", (1, 5, 10, 15, 20, 25),
+    Figure(
+        "fig12", "Fig. 12: granularities under load", "requests/s", (1, 5, 10, 15, 20, 25),
         [Shown("mean JCT", ("jct_s", "mean")), Shown("second token", ("second_token_s", "mean"))],
         granularities(lambda rate: [f"workload.rate={rate}"], {}),
     ),
-    "fig13": Figure(
-        "Fig. 13: TTFT by what is cached, of the uncached", "fig13", "per cent cached", range(0, 101, 10),
+    Figure(
+        "fig13", "Fig. 13: TTFT by what is cached, of the uncached", "per cent cached", range(0, 101, 10),
         [Shown("TTFT", ("ttft_s", "p50"), "share")],
-        [Curve(f"p{length}", [], prompt_of(length), {"TTFT": (1, *(p / 100 for p in percent))})
+        [Curve(f"p{length}", [], prompt_of(length), {"TTFT": by_point(range(10, 101, 10), [p / 100 for p in percent])})
          for length, percent in CACHED_PERCENT.items()],
         is_relative=True,
     ),
-    "fig15": Figure(
-        "Fig. 15: policies on 3P1D", "fig15", "share ratio", (2, 3),
+    Figure(
+        "fig15", "Fig. 15: policies on 3P1D", "share ratio", (2, 3),
         [Shown("P50 TTFT", ("ttft_s", "p50")), Shown("P99 TTFT", ("ttft_s", "p99")),
          Shown("hit ratio", ("hit_ratio",), "share")],
         [Curve(policy, [f"policy={policy}"], lambda ratio: [f"workload.share_ratio={ratio}"], paper)
@@ -212,4 +217,5 @@ FIGURES = {
         [Claim("P99 TTFT", "prompt_tree", "session_affinity", 2, -8),
          Claim("P99 TTFT", "prompt_tree", "session_affinity", 3, -59)],
     ),
-}  # fmt: skip
+]  # fmt: skip
+FIGURES = {figure.name: figure for figure in _ALL}

@@ -48,7 +48,7 @@ def play(figure: Figure, words: Sequence[str], out: Path | None) -> Reports:
     """Every point's report. All points are composed and checked before the first one runs."""
     points = sorted({*figure.points, *([0] if figure.is_relative else [])})
     configured = {
-        (curve.name, point): load_config([f"+experiment={figure.experiment}", *curve.words, *curve.at(point), *words])
+        (curve.name, point): load_config([f"+experiment={figure.name}", *curve.words, *curve.at(point), *words])
         for curve in figure.curves
         for point in points
     }
@@ -75,14 +75,12 @@ def _at(report: Report, shown: Shown) -> float | None:
     return None if found is None else float(found)
 
 
-def paper_value(name: str, shown: Shown, curve: Curve, point: float) -> float | None:
+def paper_value(shown: Shown, curve: Curve, point: float) -> float | None:
     """What the paper has there, if it has anything."""
-    values = curve.paper.get(shown.label)
-    points = list(FIGURES[name].points)
-    return values[points.index(point)] if values and point in points else None
+    return curve.paper.get(shown.label, {}).get(point)
 
 
-def table_of(name: str, figure: Figure, reports: Reports, shown: Shown) -> Table:
+def table_of(figure: Figure, reports: Reports, shown: Shown) -> Table:
     """A row for each point and a column for each curve: ours, and the paper's where there is one."""
     table = Table(title=f"{figure.title}: {shown.label}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column(figure.axis, justify="right")
@@ -92,7 +90,7 @@ def table_of(name: str, figure: Figure, reports: Reports, shown: Shown) -> Table
         cells = []
         for curve in figure.curves:
             ours = format_figure(value_of(figure, reports, shown, curve, point), shown.unit)
-            theirs = paper_value(name, shown, curve, point)
+            theirs = paper_value(shown, curve, point)
             cells.append(ours if theirs is None else f"{ours} ({format_figure(theirs, shown.unit)})")
         table.add_row(f"{point:g}", *cells)
     return table
@@ -109,14 +107,14 @@ def claims_of(figure: Figure, reports: Reports) -> Iterator[str]:
                    f"(paper: {claim.percent:+g} %)")  # fmt: skip
 
 
-def drawn(name: str, figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
+def drawn(figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
     """A panel for each thing shown: ours as lines, the paper's dashed in the same colour."""
     picture = matplotlib.figure.Figure(figsize=(4.2 * len(figure.shown), 3.6), layout="constrained")
     panels = picture.subplots(1, len(figure.shown), squeeze=False)[0]
     for panel, shown in zip(panels, figure.shown, strict=True):
         for number, curve in enumerate(figure.curves):
             ours = [value_of(figure, reports, shown, curve, point) for point in figure.points]
-            theirs = [paper_value(name, shown, curve, point) for point in figure.points]
+            theirs = [paper_value(shown, curve, point) for point in figure.points]
             _line(panel, figure.points, ours, "o-", color=f"C{number}", label=curve.name)
             _line(panel, figure.points, theirs, "x--", color=f"C{number}")
         panel.set(title=shown.label, xlabel=figure.axis)
@@ -132,12 +130,12 @@ def _line(panel: Axes, points: Sequence[float], values: Sequence[float | None], 
         panel.plot(*zip(*there, strict=True), *style, **more)
 
 
-def reproduce(name: str, figure: Figure, words: Sequence[str], out: Path | None) -> None:
+def reproduce(figure: Figure, words: Sequence[str], out: Path | None) -> None:
     """Runs and prints it; out: a directory for its picture, its values and the output directory of every point."""
     reports = play(figure, words, out)
     console = Console(width=max(100, 20 + 20 * len(figure.curves)))
     for shown in figure.shown:
-        console.print(table_of(name, figure, reports, shown))
+        console.print(table_of(figure, reports, shown))
     for line in claims_of(figure, reports):
         console.print(line, highlight=False)
     if out is not None:
@@ -146,7 +144,7 @@ def reproduce(name: str, figure: Figure, words: Sequence[str], out: Path | None)
                 curve.name: {
                     f"{point:g}": {
                         "ours": value_of(figure, reports, shown, curve, point),
-                        "paper": paper_value(name, shown, curve, point),
+                        "paper": paper_value(shown, curve, point),
                     }
                     for point in figure.points
                 }
@@ -155,7 +153,7 @@ def reproduce(name: str, figure: Figure, words: Sequence[str], out: Path | None)
             for shown in figure.shown
         }
         (out / "values.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        drawn(name, figure, reports).savefig(out / "figure.png", dpi=120)
+        drawn(figure, reports).savefig(out / "figure.png", dpi=120)
         print(f"written to {out}")
 
 
@@ -179,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
             if name not in FIGURES:
                 raise ValueError(f"{name}: expected of {', '.join(FIGURES)}, or a word of run.py with =")
         for name in names:
-            reproduce(name, narrowed(FIGURES[name], args.curves, args.points), words, args.out and args.out / name)
+            reproduce(narrowed(FIGURES[name], args.curves, args.points), words, args.out and args.out / name)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -24,6 +24,7 @@ FLOORS = [
         "timeline",
         "config",
         "jit",
+        "mixing",
     },  # 0: words, numbers, kernel launches
     {"transfer"},  # 1: moves and copies tensors; knows no KV
     {"kvcache"},  # 2: blocks

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from memserve.mixing import GOLDEN64, MASK64, mix64
 from memserve.request import SamplingParams, TokenLogprobs
 from memserve.transfer.block_copy import to_device
 
@@ -173,12 +174,6 @@ def _token_logprobs(logits_V: torch.Tensor, token_id: int, num_top: int) -> Toke
     return TokenLogprobs(token_id, float(logprobs_V[token_id]), dict(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-_MASK64 = (1 << 64) - 1
-
-
 def _mix(value: int) -> int:
-    """One step of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): 64 bits that depend on every bit of `value`."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
+    """One step of splitmix64: 64 bits that depend on every bit of `value`."""
+    return mix64((value + GOLDEN64) & MASK64)

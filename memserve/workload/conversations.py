@@ -91,12 +91,16 @@ def _bad(where: str, problem: str) -> BadConversation:
     return BadConversation(f"{where}: {problem}")
 
 
+def iter_lines(data: bytes, path: Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of each line that is not blank."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
 def _line_entries(data: bytes, path: Path) -> Iterator[tuple[str, object]]:
     """("file:line", value or error) of each line that is not blank."""
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
+    for where, line in iter_lines(data, path):
         try:
             yield where, parse_line(line, where)
         except BadConversation as error:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memserve.workload.conversations import BadConversation, parse_line, read_file, require_text
+from memserve.workload.conversations import BadConversation, iter_lines, parse_line, read_file, require_text
 
 
 def iter_records(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -14,10 +14,7 @@ def iter_records(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dic
     an earlier one's id.
     """
     seen: dict[str, str] = {}
-    for number, line in enumerate(read_file("workload.path", path).split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
+    for where, line in iter_lines(read_file("workload.path", path), path):
         record = parse_line(line, where)
         if not isinstance(record, dict):
             raise BadConversation(f"{where}: expected a JSON object, got {type(record).__name__}")

@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 
 from memserve.clock import MAX_S, date_ns, to_ns
+from memserve.mixing import GOLDEN64, mix64
 from memserve.request import SamplingParams
 from memserve.values import require_int, require_number
-from memserve.workload.conversations import BadConversation, parse_line, read_file
+from memserve.workload.conversations import BadConversation, iter_lines, parse_line, read_file
 from memserve.workload.lengths import MAX_TOKENS
 from memserve.workload.records import require_enough
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 LONGEST_MS = 1e3 * MAX_S
+_PLACE = np.uint64(0xD1342543DE82EF95)  # odd, so that no two places have one word
 MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
@@ -87,13 +89,9 @@ class TraceWorkload(Workload):
 
     def _requests(self) -> Iterator[_Request]:
         text = read_file("workload.path", self._path)
-        return self._of_csv(text) if text.startswith(AZURE[0].encode()) else self._of_json(text)
-
-    def _of_json(self, text: bytes) -> Iterator[_Request]:
-        for number, line in enumerate(text.split(b"\n"), start=1):
-            if line.strip():
-                where = f"{self._path}:{number}"
-                yield self._from_mooncake(where, parse_line(line, where))
+        if text.startswith(AZURE[0].encode()):
+            return self._of_csv(text)
+        return (self._from_mooncake(where, parse_line(line, where)) for where, line in iter_lines(text, self._path))
 
     def _from_mooncake(self, where: str, record: Any) -> _Request:
         if not isinstance(record, dict) or any(name not in record for name in MOONCAKE):
@@ -115,7 +113,7 @@ class TraceWorkload(Workload):
         rows = csv.DictReader(text.decode("utf-8", errors="replace").splitlines())
         if missing := [name for name in AZURE if name not in (rows.fieldnames or ())]:
             raise BadConversation(f"{self._path}:1: no column {', '.join(missing)}: expected {', '.join(AZURE)}")
-        for row in rows:
+        for row in _read(rows, self._path):
             where = f"{self._path}:{rows.line_num}"
             try:
                 time_ns = date_ns(row["TIMESTAMP"] or "")
@@ -137,13 +135,17 @@ class TraceWorkload(Workload):
 
 
 def _tokens(text: np.ndarray | np.uint64, within: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:
-    """int32 [n] tokens, each a hash (splitmix64's finaliser) of the seed, the text it is in and its place within it."""
-    with np.errstate(over="ignore"):
-        mixed = text * np.uint64(0x9E3779B97F4A7C15) + (within + np.uint64(seed)) * np.uint64(0xD1342543DE82EF95)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return (mixed % np.uint64(vocab_size)).astype(np.int32)
+    """int32 [n] tokens, each a hash of the seed, the text that it is in and its place within that."""
+    with np.errstate(over="ignore"):  # one text is a scalar, which warns where an array wraps
+        words = text * np.uint64(GOLDEN64) + (within + np.uint64(seed)) * _PLACE
+    return (mix64(words) % np.uint64(vocab_size)).astype(np.int32)
+
+
+def _read(rows: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str | Any]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise BadConversation(f"{path}:{rows.line_num + 1}: {error}") from error
 
 
 def _whole(text: str | None) -> int | str | None:

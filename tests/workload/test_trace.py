@@ -117,6 +117,7 @@ def test_a_line_that_is_no_request_is_named(mooncake, changed, named):
         ("2023-11-16 18:15:46,three,4", "csv:4: ContextTokens='three'"),
         ("2023-11-16 18:15:46,3", "csv:4: GeneratedTokens=None"),
         ("2023-11-16 18:15:46,-3,4", "ContextTokens='-3'"),
+        (f"{'9' * 200_000},3,4", "csv:4: field larger than"),
     ],
 )
 def test_a_row_that_is_no_request_is_named(azure, line, named):
