@@ -1,5 +1,6 @@
 """Fixtures that several test directories need. What is not there is skipped by a reason that says how to get it."""
 
+import gc
 import importlib.util
 from pathlib import Path
 
@@ -7,6 +8,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays until the end, and is not searched for garbage again; what comes is, less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(7_000)
 
 
 @pytest.fixture(autouse=True)
