@@ -29,6 +29,7 @@ from memserve.sched.preemption import Preemption
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.routing import Policy
+from memserve.sched.scaling import Scaling
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.transfer.link import LinkModel
 from memserve.workload.session import Workload
@@ -48,6 +49,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "granularity": Granularity,
     "link": LinkModel,
     "cost_model": CostModel,
+    "scaling": Scaling,
     "workload": Workload,
     "tracking": Tracking,
 }

@@ -35,7 +35,7 @@ from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.served import Served, check_stop, new_request, stop_strings
+from memserve.served import Served, adopted, check_stop, new_request, stop_strings
 
 
 class Instance:
@@ -84,6 +84,12 @@ class Instance:
     @property
     def num_unfinished(self) -> int:
         return len(self._served)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do here: no request, no message, no transfer, no swap under way."""
+        is_transferring = self.handoffs is not None and self.handoffs.transfers.num_open > 0
+        return not (self._served or self.has_inbox or is_transferring or self.pool.num_swapping)
 
     def receive(self, message: Message) -> None:
         """Takes a Dispatch, an Abort or a Redirect; it is read at the next `schedule`."""
@@ -290,10 +296,5 @@ class Instance:
         """A request whose prompt was prefilled elsewhere goes on here."""
         assert self.handoffs is not None
         request, stops = self.handoffs.take_over(word, arrival), stop_strings(self._tokenizer, word.params)
-        if stops is not None:
-            stops.ended_by(request.output_token_ids)
-        self._served[word.request_id] = Served(
-            request, arrival.received_ns, stops, prefill=arrival.ticket_id[0], prefill_end_ns=arrival.received_ns,
-            prefill_stats=word.stats, granted_ns=arrival.granted_ns, received_ns=arrival.received_ns,
-        )  # fmt: skip
+        self._served[word.request_id] = adopted(request, stops, arrival, word.stats)
         self.scheduler.adopt(request)

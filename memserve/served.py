@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from memserve.decisions import FetchRecord
+from memserve.kvcache.ticket import Arrival
 from memserve.messages import Dispatch, RequestStats, Tokens, pack_times, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
@@ -105,6 +106,16 @@ class Served:
             num_generated=request.num_generated,
             num_preemptions=request.num_preemptions,
         )
+
+
+def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, stats: RequestStats | None) -> Served:
+    """A request whose prompt was prefilled elsewhere. stats: of that instance."""
+    if stops is not None:
+        stops.ended_by(request.output_token_ids)
+    return Served(
+        request, arrival.received_ns, stops, prefill=arrival.ticket_id[0], prefill_end_ns=arrival.received_ns,
+        prefill_stats=stats, granted_ns=arrival.granted_ns, received_ns=arrival.received_ns,
+    )  # fmt: skip
 
 
 def new_request(message: Dispatch, engine_seed: int, max_tokens: int) -> Request:

@@ -9,6 +9,7 @@ import numpy as np
 from memserve.clock import monotonic_ns, to_ns, to_s
 from memserve.cluster.build import Engine
 from memserve.cluster.mailbox import AnyMessage, Mailbox
+from memserve.cluster.manager import ClusterManager
 from memserve.cluster.node_messages import (
     Alive,
     Broken,
@@ -34,6 +35,7 @@ from memserve.messages import Finished, Message, Tokens
 from memserve.metrics.progress import Progress
 from memserve.request import Role
 from memserve.sched.global_scheduler import CLIENT
+from memserve.sched.scaling import NoScaling
 from memserve.transfer.liveness import Watched
 from memserve.transfer.shared_memory import host_id
 from memserve.workload.player import SessionPlayer
@@ -65,6 +67,7 @@ class Controller:
         self._mailbox, self._labels = mailbox, [label for label, _ in roles]
         self._roster = roster
         self._scheduler = build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
+        self._members = ClusterManager(roles, NoScaling(), self._scheduler)
         self._client = SessionPlayer(sessions, engine.max_context, concurrency)
         self._stop_s = cfg.transfer.deadline_s + STOP_S
         self._processes: dict[int, list[Watched | None]] = {}  # of its ranks; None: on another host, without proof
@@ -95,7 +98,7 @@ class Controller:
             self._tell_all(Leave())
         left = [self._summaries[i] for i in sorted(self._summaries)]
         timelines = list(self._scheduler.timelines.values())
-        report = report_of(self._scheduler, left, self._client.counts, to_s(end_ns))
+        report = report_of(self._scheduler, self._members, left, self._client.counts, to_s(end_ns))
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}
         return Result(report, timelines, occupancy, activity_of(left, self._labels), threads, self._missing())
@@ -154,10 +157,10 @@ class Controller:
             case Stopped():
                 self._summaries[instance] = msgspec.msgpack.decode(message.summary, type=Summary)
             case Changed():
-                if not self._scheduler.index_changed(self._labels[instance], message.events):
+                if not self._scheduler.groups.index_changed(self._labels[instance], message.events):
                     self._mailbox.send(rank, WantSnapshot())
             case Held():
-                self._scheduler.index_snapshot(self._labels[instance], message.snapshot)
+                self._scheduler.groups.index_snapshot(self._labels[instance], message.snapshot)
             case Broken():
                 raise InstanceFailed(f"{self._labels[instance]} failed: {message.detail}")
             case LeftAlone():

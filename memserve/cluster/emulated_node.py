@@ -1,15 +1,20 @@
-"""Node: an instance in an emulated cluster, its timeline, and the step that it is in. Decides nothing."""
+"""Node: an instance in an emulated cluster, its timeline, and the step that it is in. Decides nothing.
 
-from dataclasses import dataclass, field
+begin: a batch, computed at once if its duration is measured -> catch_up, cut: of a macro-step -> end: commit
+"""
+
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from memserve.clock import MAX_S, to_s
+from memserve.clock import MAX_S, Stopwatch, to_s
+from memserve.cluster.step_time import StepTime, StepWatch
+from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
 from memserve.messages import PoolMessage
 from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
-from memserve.request import ScheduledBatch, StepOutput
+from memserve.request import LayerRun, ScheduledBatch, StepOutput
 
 
 @dataclass
@@ -47,11 +52,15 @@ class Step:
         return int(np.searchsorted(self.ends_ns, now_ns)) + 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
-    """An instance and its timeline. `busy_ns`: virtual time spent in steps."""
+    """An instance and its timeline. incarnation: its number in the cluster.  joined_ns: when it came.  busy_ns: virtual
+    time spent in steps.
+    """
 
     instance: Instance
+    incarnation: int = 0
+    joined_ns: int = 0
     busy_ns: int = 0
     step: Step | None = None
     begin_is_due: bool = False
@@ -66,12 +75,97 @@ class Node:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
         self.activity = Activity()
 
+    def begin(
+        self, batch: ScheduledBatch, now_ns: int, step_time: StepTime, watch: StepWatch, macro_steps: bool
+    ) -> int:
+        """A step is under way from now on; returns when it ends. watch: measures it since before it was scheduled."""
+        output: StepOutput | None = None
+        layers_ns: list[int] = []
+        if step_time.is_measured:
+            output = self._forward(batch, watch)
+            step_ns, layers_ns = watch.stop()
+            durations = [step_ns + self.commit_ns]
+            layers_ns = [now_ns + elapsed_ns for elapsed_ns in layers_ns]
+        else:
+            if macro_steps:
+                batch = replace(batch, num_steps=self.max_macro_steps(batch))
+            durations = step_time.durations_ns(batch)
+        self.step = Step.lasting(batch, now_ns, durations, output, layers_ns)
+        return int(self.step.ends_ns[-1])
+
+    def _forward(self, batch: ScheduledBatch, watch: StepWatch) -> StepOutput:
+        layers = LayerRun(self.instance.forward_by_layer(batch))
+        for _ in layers:
+            watch.layer_written()
+        return layers.output
+
+    def catch_up(self, now_ns: int) -> None:
+        """Those steps of a macro-step that have begun take their blocks, before anything else may take or free some."""
+        step = self.step
+        if step is not None and step.batch.num_steps > 1:
+            num_steps = min(step.num_begun(now_ns), step.batch.num_steps)
+            self.instance.scheduler.extend(replace(step.batch, num_steps=num_steps))
+
+    def cut(self, now_ns: int) -> int | None:
+        """Ends a macro-step at the first boundary that is not before now; returns when, or None if it did before."""
+        step = self.step
+        num_steps = 0 if step is None else step.num_begun(now_ns)
+        if step is None or num_steps >= step.batch.num_steps:
+            return None
+        step.batch = replace(step.batch, num_steps=num_steps)
+        step.ends_ns = step.ends_ns[:num_steps]
+        self.epoch += 1
+        return int(step.ends_ns[-1])
+
+    def end(self, now_ns: int) -> None:
+        """The step is over: its results are entered, and its messages left in the outbox."""
+        step, self.step = self.step, None
+        assert step is not None
+        if self.instance.handoffs is not None:
+            for layer, written_ns in enumerate(step.layers_ns):
+                self.instance.handoffs.layer_written(step.batch, layer, written_ns)
+            self.activity.sent(self.instance.handoffs.transfers.drain_sent())
+        self.busy_ns += now_ns - step.start_ns
+        if step.output is None:
+            self.instance.scheduler.extend(step.batch)
+            step.output = self.instance.forward(step.batch)
+        self.activity.step(step.batch, step.start_ns, now_ns)
+        watch = Stopwatch()
+        self.instance.commit(step.batch, step.output, step.ends_ns)
+        self.commit_ns = watch.stop_ns()
+        self.occupancy.offer(now_ns)
+
+    def resume(self, now_ns: int) -> list[tuple[int, int | tuple[int, PoolMessage]]]:
+        """Goes on after it was stopped; (kind, what) of the events that have come meanwhile."""
+        self.is_stopped, self.timer_ns = False, None
+        if self.step is not None:
+            self.step.ends_ns = np.maximum(self.step.ends_ns, now_ns)
+        deferred, self.deferred = self.deferred, []
+        return deferred
+
     def max_macro_steps(self, batch: ScheduledBatch) -> int:
         """As the local scheduler's; 1 while others wait for room here, which they are granted within steps."""
         handoffs = self.instance.handoffs
         if handoffs is not None and handoffs.transfers.has_waiting:
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it computes nothing and has nothing to do."""
+        return self.step is None and not self.is_stopped and self.instance.is_idle
+
+    def summary(self, now_ns: int, left_ns: int | None = None) -> Summary:
+        """Its books now, or when it has left."""
+        return summarize(
+            self.instance,
+            self.busy_ns,
+            self.occupancy,
+            self.activity,
+            now_ns,
+            joined_ns=self.joined_ns,
+            left_ns=left_ns,
+        )
 
     @property
     def next_time_ns(self) -> int | None:

@@ -5,6 +5,7 @@
 Each repeat starts from empty pools and plays the same sessions. A measured run is preceded by a warm-up before time 0.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,17 @@ from memserve.cluster.build import Engine, build_engine, build_instance, build_r
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.make import make
+from memserve.cluster.manager import ClusterManager
 from memserve.cluster.result import Result, finish_runs
-from memserve.cluster.summary import activity_of, report_of, summarize
+from memserve.cluster.summary import activity_of, report_of
 from memserve.cluster.warm_up import warm_up
-from memserve.cluster.wiring import build_global_scheduler, build_transport
+from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
+from memserve.sched.scaling import Scaling
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
@@ -41,6 +44,7 @@ class LocalCluster:
             raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
         self.cfg = cfg
         self._roles = build_roles(cfg)
+        self._scaling: Scaling = build_scaling(cfg, [role for _, role in self._roles])
         workload: Workload = make(cfg.workload)
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
@@ -62,18 +66,18 @@ class LocalCluster:
         if self._step_time.is_measured:
             self._warm_up()
         cluster, started_ns = self.cluster(), monotonic_ns()
-        player, nodes = cluster.client, cluster.nodes
+        player = cluster.client
         while cluster.advance():
             if progress is not None:
                 progress.update(player.counts.turns_ended, player.counts.num_turns, to_s(cluster.now_ns))
-        left = [node for node in nodes if not node.is_gone]
-        for node in left:
-            node.instance.check()
-        timelines = list(cluster.scheduler.timelines.values())
-        summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in left]
-        report = report_of(cluster.scheduler, summaries, player.counts, to_s(monotonic_ns() - started_ns))
+        for node in cluster.nodes:
+            if not node.is_gone:
+                node.instance.check()
+        timelines, summaries = list(cluster.scheduler.timelines.values()), cluster.summaries()
+        wall_s = to_s(monotonic_ns() - started_ns)
+        report = report_of(cluster.scheduler, cluster.members, summaries, player.counts, wall_s)
         occupancy = [sample for summary in summaries for sample in summary.occupancy]
-        return Result(report, timelines, occupancy, activity_of(summaries, [label for label, _ in self._roles]))
+        return Result(report, timelines, occupancy, activity_of(summaries, cluster.members.labels))
 
     def cluster(self) -> EmulatedCluster:
         """The cluster with empty pools before its first event, for who wants to drive it alone (`advance`)."""
@@ -94,6 +98,8 @@ class LocalCluster:
             self.cfg.macro_steps,
             transport,
             event_delay_ns=link.message_ns,
+            manager=ClusterManager(self._roles, self._scaling, scheduler),
+            build=partial(build_instance, self.cfg, self.engine, transport=transport),
         )
 
     def _instances(self, transport: Transport | None) -> list[Instance]:

@@ -11,7 +11,8 @@ from memserve.config.schema import RunConfig
 from memserve.metrics.activity import ActivitySpan
 from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
-from memserve.metrics.report import Report, median_of
+from memserve.metrics.repeats import median_of
+from memserve.metrics.report import Report
 from memserve.metrics.tracking import Tracking
 from memserve.timeline import RequestTimeline
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from memserve.cluster.manager import ClusterManager
 from memserve.instance import Instance
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.activity import Activity, ActivitySpan, Track, spans_of
@@ -27,9 +28,17 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def summarize(
-    instance: Instance, busy_ns: int, occupancy: Occupancy, activity: Activity, end_ns: int, num_threads: int = 0
+    instance: Instance,
+    busy_ns: int,
+    occupancy: Occupancy,
+    activity: Activity,
+    end_ns: int,
+    num_threads: int = 0,
+    *,
+    joined_ns: int = 0,
+    left_ns: int | None = None,
 ) -> Summary:
-    """busy_ns: time that it spent in steps.  end_ns: of the run."""
+    """busy_ns: time that it spent in steps.  end_ns: of the run.  joined_ns, left_ns: when it came and went."""
     pool, handoffs = instance.pool.stats(), instance.handoffs
     if handoffs is not None:
         activity.sent(handoffs.transfers.drain_sent())
@@ -48,6 +57,8 @@ def summarize(
         peak_waiting_handoffs=0 if handoffs is None else handoffs.peak_waiting,
         num_computed=instance.scheduler.counts.computed,
         num_generated=instance.scheduler.counts.generated,
+        joined_ns=joined_ns,
+        left_ns=left_ns,
     )
     return Summary(
         stats,
@@ -60,8 +71,14 @@ def summarize(
     )
 
 
-def report_of(scheduler: GlobalScheduler, summaries: Sequence[Summary], counts: PlayerCounts, wall_s: float) -> Report:
-    """The report of a run. summaries: of the instances that are left at its end."""
+def report_of(
+    scheduler: GlobalScheduler,
+    manager: ClusterManager,
+    summaries: Sequence[Summary],
+    counts: PlayerCounts,
+    wall_s: float,
+) -> Report:
+    """The report of a run. summaries: of the instances that are left at its end, or have left before."""
     return build_report(
         list(scheduler.timelines.values()),
         [summary.stats for summary in summaries],
@@ -71,7 +88,9 @@ def report_of(scheduler: GlobalScheduler, summaries: Sequence[Summary], counts: 
         p_to_d=_transfers(summaries, Role.PREFILL, Role.DECODE),
         d_to_p=_transfers(summaries, Role.DECODE, Role.PREFILL),
         between=_transfers(summaries, Role.COLOCATED, Role.COLOCATED),
-        tree_counts=scheduler.tree_counts(),
+        tree_counts=scheduler.groups.tree_counts(),
+        membership=manager.counts(),
+        stays_ns=manager.stays_ns(),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 

@@ -28,6 +28,7 @@ from memserve.sched.group import Group
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.routing import Policy
+from memserve.sched.scaling import Scaling
 from memserve.transfer.device import Gpu, NoDevice
 from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
@@ -118,6 +119,16 @@ def build_global_scheduler(
         recompute_failed=cfg.transfer.on_failure == "recompute",
         max_unfinished=cfg.cluster.max_unfinished,
     )
+
+
+def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
+    """Who comes and goes. Raises ConfigError for what a cluster that begins with these roles cannot do."""
+    scaling: Scaling = make(cfg.scaling)
+    try:
+        scaling.check(roles)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return scaling
 
 
 def follows_events(cfg: RunConfig) -> bool:

@@ -173,6 +173,9 @@ def _check_execution(cfg: RunConfig) -> None:
 def _check_distributed(cfg: RunConfig) -> None:
     if cfg.transport == "in_process":
         raise ConfigError("transport=in_process contradicts exec=distributed: expected gloo, nccl or mapped")
+    if _class(cfg.scaling) != "NoScaling":
+        raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts exec=distributed: its ranks are there from the "
+                          "start to the end; expected scaling=fixed")  # fmt: skip
     if cfg.tokens == "workload":
         raise ConfigError("tokens=workload contradicts exec=distributed: expected tokens=model or tokens=hash")
     if cfg.step_time != "measured":

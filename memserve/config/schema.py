@@ -128,5 +128,6 @@ class RunConfig:
     kvcache: KVCacheConfig = field(default_factory=KVCacheConfig)
     geometry: GeometryConfig | None = None
     sched: SchedConfig = field(default_factory=SchedConfig)
+    scaling: Any = MISSING
     workload: Any = MISSING
     tracking: Any = MISSING

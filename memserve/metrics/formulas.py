@@ -11,7 +11,7 @@
 A metric that a request does not have (no token, no second token, not finished) is None, never 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -114,12 +114,26 @@ def goodput(
     return ratio(good, num_requests)
 
 
-def makespan_s(timelines: Sequence[RequestTimeline]) -> float | None:
+def window_ns(timelines: Sequence[RequestTimeline]) -> tuple[int, int] | None:
     """From the first arrival to the last end of a request; None when none has ended."""
     ends_ns = [timeline.finished_ns for timeline in timelines if timeline.finished_ns is not None]
-    if not ends_ns:
+    return (min(timeline.arrival_ns for timeline in timelines), max(ends_ns)) if ends_ns else None
+
+
+def makespan_s(window: tuple[int, int] | None) -> float | None:
+    """Seconds of that window."""
+    return None if window is None else to_s(window[1] - window[0])
+
+
+def instance_s(window: tuple[int, int] | None, stays_ns: Iterable[tuple[int, int | None]]) -> float | None:
+    """Seconds of the window that instances were in the cluster, added up. stays_ns: since when, and until when, if they
+    have left or are gone.
+    """
+    if window is None:
         return None
-    return to_s(max(ends_ns) - min(timeline.arrival_ns for timeline in timelines))
+    first_ns, last_ns = window
+    whole = [(since_ns, last_ns if until_ns is None else until_ns) for since_ns, until_ns in stays_ns]
+    return to_s(sum(max(min(until_ns, last_ns) - max(since_ns, first_ns), 0) for since_ns, until_ns in whole))
 
 
 def ratio(part: float, whole: float | None) -> float | None:

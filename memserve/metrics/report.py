@@ -5,7 +5,7 @@ exist (no request finished, no second token) is null. Knows no files.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -25,6 +25,7 @@ STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 
 _NO_TRANSFERS = TransferCounts()
+_NOBODY_CAME = {"joined": 0, "left": 0, "lost": 0, "switched": 0}
 _NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
 
 
@@ -38,6 +39,7 @@ class InstanceStats:
     num_blocks: size of its pool.  peak_used_blocks: most blocks that anyone held at a time.  num_indexed_blocks: blocks
     in the index at the end.  peak_waiting_handoffs: most requests that waited at a time for a decode instance's room.
     num_computed, num_generated: all tokens that it prefilled and generated, whatever came of their requests.
+    joined_ns, left_ns: when it came and went, on the cluster's clock; None: it is there at the end.
     """
 
     id: str
@@ -54,6 +56,8 @@ class InstanceStats:
     peak_waiting_handoffs: int = 0
     num_computed: int = 0
     num_generated: int = 0
+    joined_ns: int = 0
+    left_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def build_report(
     quarantined_blocks: int = 0,
     tree_counts: Mapping[str, int] = _NO_TREES,
     near_ties: int = 0,
+    membership: Mapping[str, int] = _NOBODY_CAME,
+    stays_ns: Sequence[tuple[int, int | None]] | None = None,
     goodput_bounds: GoodputBounds | None = None,
 ) -> Report:
     """The report of one run.
@@ -86,10 +92,14 @@ def build_report(
     wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
     p_to_d, d_to_p: sent by prefill and by decode instances.  between: by colocated ones, to each other.
     tree_counts: of the global scheduler's prompt trees.
+    membership: instances that came and went.  stays_ns: from when until when each was there, those included of which
+    `instances` has no row; None: as the rows say.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
-    makespan_s = formulas.makespan_s(timelines)
-    rows = _instances(instances, timelines, makespan_s)
+    window = formulas.window_ns(timelines)
+    makespan_s = formulas.makespan_s(window)
+    rows = _instances(instances, timelines, window)
+    stays = [(stats.joined_ns, stats.left_ns) for stats in instances] if stays_ns is None else stays_ns
     tokens = _tokens(_begun(timelines))
     tokens |= {key: sum(row["tokens"][key] for row in rows) for key in ("computed_in_vain", "generated_in_vain")}
     return {
@@ -108,6 +118,7 @@ def build_report(
         "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p), "between": _transfers(between)},
         "fetches": _fetches(timelines),
         "instances": rows,
+        "membership": {**membership, "instance_s": formulas.instance_s(window, stays)},
         "skew": _skew(rows),
         "routing": routing_figures(timelines, rows, tree_counts),
         "preemptions": sum(row["preemptions"] for row in rows),
@@ -199,7 +210,7 @@ def _throughput(tokens: dict[str, int], num_succeeded: int, makespan_s: float | 
 
 
 def _instances(
-    instances: Sequence[InstanceStats], timelines: Sequence[RequestTimeline], makespan_s: float | None
+    instances: Sequence[InstanceStats], timelines: Sequence[RequestTimeline], window: tuple[int, int] | None
 ) -> list[Report]:
     """The rows of `instances`. The requests are walked once for all of them: both may be many."""
     begun = defaultdict[str, list[RequestStats]](list)
@@ -207,22 +218,24 @@ def _instances(
         for instance in {whole.instance, whole.decode_instance} - {""}:
             begun[instance].append(_part_of(instance, whole))
     refused = Counter(t.instance for t in timelines if t.stats is None or t.stats.first_scheduled_ns is None)
-    return [_instance(stats, begun[stats.id], refused[stats.id], makespan_s) for stats in instances]
+    return [_instance(stats, begun[stats.id], refused[stats.id], window) for stats in instances]
 
 
 def _instance(
-    stats: InstanceStats, begun: Sequence[RequestStats], num_refused: int, makespan_s: float | None
+    stats: InstanceStats, begun: Sequence[RequestStats], num_refused: int, window: tuple[int, int] | None
 ) -> Report:
     """One row: its own counts, and its part of the requests that it prefilled or decoded."""
     tokens = _tokens(begun)
     tokens |= _in_vain(stats, tokens)
     counts = asdict(stats)
-    busy_s = to_s(counts.pop("busy_ns"))
+    busy_s, joined_ns, left_ns = to_s(counts.pop("busy_ns")), counts.pop("joined_ns"), counts.pop("left_ns")
     return {
         "id": counts.pop("id"),
         "role": str(counts.pop("role")),
         "busy_s": busy_s,
-        "utilisation": formulas.ratio(busy_s, makespan_s),
+        "utilisation": formulas.ratio(busy_s, formulas.instance_s(window, [(joined_ns, left_ns)])),
+        "joined_s": to_s(joined_ns),
+        "left_s": None if left_ns is None else to_s(left_ns),
         "num_requests": len(begun) + num_refused,
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
@@ -269,32 +282,3 @@ def _skew(rows: Sequence[Report]) -> dict[str, float | None]:
         "num_requests": formulas.skew([row["num_requests"] for row in rows]),
         "computed_tokens": formulas.skew([row["tokens"]["computed"] for row in rows]),
     }
-
-
-def median_of(reports: Sequence[Report]) -> Report:
-    """Several runs of one configuration as one report: medians under the same keys, plus `repeats` and `spread`.
-
-    spread: the same tree with {"min", "max"} in place of each figure. A figure that some runs lack (null) is taken over
-    those that have it; a key that some lack (a reason under `failures`) counts as 0 there.
-    Raises ValueError when there is no report.
-    """
-    if not reports:
-        raise ValueError("reports=[]: expected at least one report")
-    medians = _combine(reports, lambda values: float(np.median(values)))
-    spread = _combine(reports, lambda values: {"min": min(values), "max": max(values)})
-    return {**medians, "repeats": len(reports), "spread": spread}
-
-
-def _combine(values: Sequence[Any], figure: Callable[[list[float]], Any]) -> Any:
-    """One tree in place of several alike: `figure` of the numbers at each place, strings kept."""
-    first = values[0]
-    if isinstance(first, dict):
-        keys = dict.fromkeys(key for value in values for key in value)
-        return {key: _combine([value.get(key, 0) for value in values], figure) for key in keys}
-    if isinstance(first, list):
-        return [_combine(items, figure) for items in zip(*values, strict=True)]
-    if isinstance(first, str):
-        assert all(value == first for value in values), "reports of different configurations"
-        return first
-    numbers = [value for value in values if value is not None]
-    return figure(numbers) if numbers else None

@@ -57,6 +57,7 @@ _COMPARED = (
     _Row("MB between colocated", ("transfers", "between", "bytes"), "mega"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
+    _Row("time of instances", ("membership", "instance_s"), "seconds"),
     _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
     _Row("requests, busiest / mean", ("routing", "skew_requests"), "number"),
     _Row("sent to the soonest", ("routing", "soonest_ratio"), "share"),
@@ -207,6 +208,7 @@ def _totals_table(report: Report) -> Table:
         "tokens generated": _count(tokens["generated"]),
         **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
+        **_membership_text(report["membership"]),
         "makespan": format_figure(report["makespan_s"], "seconds"),
         "wall time": format_figure(report["wall_s"], "seconds"),
     }
@@ -230,6 +232,12 @@ def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
     computed, generated = tokens["computed_in_vain"], tokens["generated_in_vain"]
     text = f"{_count(computed)} computed, {_count(generated)} generated"
     return {"tokens in vain": text} if computed or generated else {}
+
+
+def _membership_text(membership: Mapping[str, float]) -> dict[str, str]:
+    """Who came and went, and for how long instances were there together, if anybody did."""
+    changes = ", ".join(f"{_count(membership[key])} {key}" for key in ("joined", "left", "lost") if membership[key])
+    return {"instances": f"{changes}; {format_figure(membership['instance_s'], 'seconds')} in all"} if changes else {}
 
 
 def _transfer_texts(report: Report) -> dict[str, str]:
@@ -265,7 +273,7 @@ def _instance_table(report: Report) -> Table:
         table.add_column("most waiting", justify="right")
     for row in report["instances"]:
         table.add_row(
-            row["id"],
+            row["id"] + _stay_text(row),
             _count(row["num_requests"]),
             format_figure(row["busy_s"], "seconds"),
             format_figure(row["utilisation"], "share"),
@@ -277,6 +285,14 @@ def _instance_table(report: Report) -> Table:
             *([_count(row["peak_waiting_handoffs"])] if anybody_waited else []),
         )
     return table
+
+
+def _stay_text(row: Mapping[str, float | None]) -> str:
+    """From when until when an instance was there, if that was not always."""
+    joined_s, left_s = row["joined_s"], row["left_s"]
+    since = f"from {format_figure(joined_s, 'seconds')}" if joined_s else ""
+    until = f"to {format_figure(left_s, 'seconds')}" if left_s is not None else ""
+    return f" ({', '.join(filter(None, (since, until)))})" if since or until else ""
 
 
 def _count(value: float) -> str:

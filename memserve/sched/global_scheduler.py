@@ -3,6 +3,7 @@
     Submit -> policy -> Dispatch to an instance -> Tokens, ordered by index, repeats dropped -> client
     Cancel -> Abort to that instance; Finished from it ends the request -> client
     HandoffFailed -> Redirect to another decode instance, or the request again as its next attempt, or its failure
+    instance joins, drains -> it is named for requests, or for no more of them
     instance gone -> what was there is served again elsewhere, or fails by name
     first Tokens, Finished -> the prompt trees learn what the mode leaves where; index events, if they follow those
 
@@ -10,12 +11,10 @@ It is given the time and messages, and leaves (destination, message) pairs in an
 timeline, since every event of a request passes here.
 """
 
-from collections.abc import Sequence
+from collections import Counter
 
 import numpy as np
 
-from memserve.kvcache.errors import MissedEvents
-from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.messages import (
     CANCELLED,
     Abort,
@@ -27,14 +26,13 @@ from memserve.messages import (
     Redirect,
     Submit,
     Tokens,
-    pack_tokens,
     unpack_times,
     unpack_tokens,
 )
 from memserve.request import FinishReason, Role
-from memserve.sched.group import Assignment, Group, held_elsewhere
+from memserve.sched.group import Group, held_elsewhere
+from memserve.sched.groups import Groups
 from memserve.sched.modes import Colocated, Mode
-from memserve.sched.prompt_tree import Exact, counts_of
 from memserve.sched.routed import Routed
 from memserve.sched.routing import RouteRequest
 from memserve.timeline import RequestTimeline
@@ -63,9 +61,7 @@ class GlobalScheduler:
         max_unfinished: int | None = None,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
-        self.group, self.decode = group, decode
-        self._takers = Role.COLOCATED if decode is None else Role.PREFILL
-        self._mode = mode
+        self.groups = Groups(group, decode, mode)
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rng = rng
         self._live: dict[str, Routed] = {}
@@ -104,76 +100,58 @@ class GlobalScheduler:
         if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
             why = f"{num_unfinished} requests are unfinished: expected fewer than cluster.max_unfinished"
             self._end(routed, _failed(routed, FinishReason.REFUSED, why), now_ns)
-        elif (missing := self._missing_role()) is None:
+        elif (missing := self.groups.missing_role()) is None:
             self._dispatch(routed, now_ns)
         else:
             self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, f"no {missing} is left"), now_ns)
 
+    def instance_joined(self, label: str, incarnation: int, role: Role) -> None:
+        """A new instance takes requests, or decodes."""
+        self.groups.add(label, incarnation, role)
+
+    def instance_draining(self, label: str) -> None:
+        """An instance gets no new requests, and nothing is fetched from it; what it has goes on."""
+        self.groups.remove(label)
+
+    def loads(self) -> Counter[str]:
+        """Unfinished requests at each instance: at a prefill instance those without a first token, at a decode
+        instance those with one.
+        """
+        return Counter(label for routed in self._live.values() if (label := self.groups.whereabouts(routed)))
+
+    def is_needed(self, label: str) -> bool:
+        """Whether an unfinished request is at an instance, or will be."""
+        decode = self.groups.decode
+        if decode is not None and decode.num_requests(label):
+            return True
+        return bool(self.groups.takers.num_requests(label)) and self.loads()[label] > 0
+
     def instance_back(self, label: str) -> None:
         """An instance that was silent takes requests again. What it had is of attempts given up."""
-        self.group.restore(label)
-        if self.decode is not None:
-            self.decode.restore(label)
+        self.groups.restore(label)
 
     def instance_gone(self, label: str, now_ns: int) -> None:
         """An instance is gone, or silent for too long. What it says from now on is of attempts given up."""
-        row, decode_row = self.group.remove(label), None if self.decode is None else self.decode.remove(label)
+        self.groups.remove(label)
         for routed in list(self._live.values()):
-            is_decoding = self.decode is not None and routed.num_generated > 1  # it has left its first instance
-            lost = _is_at(routed.place, row) and not is_decoding
-            if lost or _is_at(routed.decode_place, decode_row):
+            if self.groups.is_at(routed, label):
                 self._abort(routed)
                 self._try_again(routed, FinishReason.INSTANCE_LOST, f"instance {label} is gone", now_ns)
-
-    def index_changed(self, label: str, events: Sequence[IndexEvent]) -> bool:
-        """What entered and left an instance's index; False asks for a snapshot, since something was missed."""
-        try:
-            for tree, row in self._followed(label):
-                tree.apply(row, events)
-        except MissedEvents:
-            return False
-        return True
-
-    def index_snapshot(self, label: str, snapshot: IndexSnapshot) -> None:
-        """All that an instance's index holds."""
-        for tree, row in self._followed(label):
-            tree.rebuild(row, snapshot)
-
-    def tree_counts(self) -> dict[str, int]:
-        """Of the prompt trees of all roles: blocks in them now, and those forgotten for space and for age."""
-        return counts_of([group.tree for group in (self.group, self.decode) if group is not None])
-
-    @property
-    def follows_events(self) -> bool:
-        """Whether it wants `index_changed` and `index_snapshot`."""
-        return isinstance(self.group.tree, Exact)
-
-    def _followed(self, label: str) -> list[tuple[Exact, int]]:
-        """The tree that follows an instance's index, and its row there; none if it is gone."""
-        groups = [group for group in (self.group, self.decode) if group is not None]
-        rows = [(group.tree, group.row_of(label)) for group in groups if group.is_here(label)]
-        return [(tree, row) for tree, row in rows if isinstance(tree, Exact) and row is not None]
-
-    def _missing_role(self) -> str | None:
-        """The kind of instance of which none is left, if one that is needed is."""
-        if not len(self.group.rows()):
-            return "instance that takes requests"
-        return "decode instance" if self.decode is not None and not len(self.decode.rows()) else None
 
     def _dispatch(self, routed: Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it."""
         m, timeline = routed.submit, routed.timeline
         request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
-        routed.starts(self.group.route(request, now_ns, self._rng))
+        routed.starts(self.groups.takers.route(request, now_ns, self._rng))
         assert routed.place is not None
         decode = None
-        if self.decode is not None:
-            routed.decode_place = self.decode.route(request, now_ns, self._rng)
-            decode = self.decode.incarnations[routed.decode_place.row]
-        timeline.dispatched_ns, timeline.instance = now_ns, self.group.labels[routed.place.row]
+        if self.groups.decode is not None:
+            routed.decode_place = self.groups.decode.route(request, now_ns, self._rng)
+            decode = self.groups.decode.incarnations[routed.decode_place.row]
+        timeline.dispatched_ns, timeline.instance = now_ns, self.groups.takers.labels[routed.place.row]
         timeline.num_promised = routed.place.num_cached
-        timeline.routes += [place.choice for _, place in self._places(routed)]
-        elsewhere = held_elsewhere([place for _, place in self._places(routed)])
+        timeline.routes += [place.choice for _, place in self.groups.places(routed)]
+        elsewhere = held_elsewhere([place for _, place in self.groups.places(routed)])
         dispatch = Dispatch(
             m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns, decode, elsewhere
         )
@@ -188,7 +166,7 @@ class GlobalScheduler:
     def _abort(self, routed: Routed) -> None:
         """Stops the present attempt wherever it may be."""
         abort = Abort(routed.submit.request_id, routed.timeline.attempt)
-        for group, place in self._places(routed):
+        for group, place in self.groups.places(routed):
             self._outbox.append((group.labels[place.row], abort))
 
     def _answer(self, message: Tokens | Finished, now_ns: int) -> None:
@@ -204,8 +182,8 @@ class GlobalScheduler:
     def _stream(self, routed: Routed, message: Tokens, now_ns: int) -> None:
         timeline = routed.timeline
         if routed.num_generated == 0 and routed.place is not None:
-            self.group.prefilled(routed.place)
-            self._learn(routed, self._takers, 1, now_ns)
+            self.groups.takers.prefilled(routed.place)
+            self.groups.learn(routed, self.groups.taking_role, 1, now_ns)
         routed.num_generated = message.index + len(message.token_ids) // 4
         num_known = timeline.num_output - message.index  # an earlier attempt came so far
         token_ids, times_ns = unpack_tokens(message.token_ids)[num_known:], unpack_times(message.times_ns)[num_known:]
@@ -216,9 +194,7 @@ class GlobalScheduler:
 
     def _finish(self, routed: Routed, message: Finished, now_ns: int) -> None:
         if FinishReason(message.reason).succeeded:
-            for role in self._mode.roles:
-                if role is not Role.DECODE or routed.num_generated > 1:  # one alone is the prefill's
-                    self._learn(routed, role, routed.num_generated, now_ns)
+            self.groups.learn_all(routed, now_ns)
         self._end(routed, message, now_ns)
 
     def _end(self, routed: Routed, message: Finished, now_ns: int) -> None:
@@ -226,26 +202,8 @@ class GlobalScheduler:
         timeline = routed.timeline
         timeline.finished_ns, timeline.reason, timeline.detail = now_ns, FinishReason(message.reason), message.detail
         timeline.stats = message.stats
-        self._give_up_rows(routed)
+        self.groups.forget(routed)
         self._outbox.append((CLIENT, message))
-
-    def _give_up_rows(self, routed: Routed) -> None:
-        for group, place in self._places(routed):
-            group.forget(place)
-        routed.place = routed.decode_place = None
-
-    def _places(self, routed: Routed) -> list[tuple[Group, Assignment]]:
-        """Where the present attempt is counted."""
-        both = ((self.group, routed.place), (self.decode, routed.decode_place))
-        return [(group, place) for group, place in both if group is not None and place is not None]
-
-    def _learn(self, routed: Routed, role: Role, num_generated: int, now_ns: int) -> None:
-        """The tree of a role learns what its instance has of the request after so many generated tokens."""
-        group, place = (self.decode, routed.decode_place) if role is Role.DECODE else (self.group, routed.place)
-        held = self._mode.held_after(routed.timeline.num_prompt, num_generated)[role]
-        if held and group is not None and place is not None:
-            generated = pack_tokens(routed.timeline.token_ids[:num_generated]) if num_generated > 1 else b""
-            group.tree.learn(place.row, (routed.submit.tokens + generated)[: 4 * held], now_ns)
 
     def _current(self, request_id: str, attempt: int) -> Routed | None:
         routed = self._live.get(request_id)
@@ -253,7 +211,7 @@ class GlobalScheduler:
 
     def _handoff_failed(self, message: HandoffFailed, now_ns: int) -> None:
         """Another decode instance, or another attempt, or the end."""
-        routed, decode = self._current(message.request_id, message.attempt), self.decode
+        routed, decode = self._current(message.request_id, message.attempt), self.groups.decode
         if routed is None:  # it was served all the same, or given up: nobody waits for it there
             self._outbox.append((message.instance, Abort(message.request_id, message.attempt)))
             return
@@ -280,16 +238,12 @@ class GlobalScheduler:
             self._end(routed, _failed(routed, *CANCELLED), now_ns)
             return
         more = self._recompute_failed and routed.timeline.attempt + 1 < MAX_ATTEMPTS
-        if not more or self._missing_role() is not None:
+        if not more or self.groups.missing_role() is not None:
             self._end(routed, _failed(routed, reason, detail), now_ns)
             return
-        self._give_up_rows(routed)
+        self.groups.forget(routed)
         routed.timeline.attempt += 1
         self._dispatch(routed, now_ns)
-
-
-def _is_at(place: Assignment | None, row: int | None) -> bool:
-    return place is not None and row is not None and place.row == row
 
 
 def _failed(routed: Routed, reason: FinishReason, detail: str) -> Finished:

@@ -18,6 +18,19 @@ LATELY = 16  # requests an instance
 NUM_SESSIONS = 65_536  # whose instance is remembered
 NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, and the first may be gone
 
+_ROW = np.dtype(  # what is counted of an instance
+    [
+        ("num_routed", np.int64),
+        ("num_requests", np.int64),
+        ("num_tokens", np.int64),
+        ("queued_work", np.int64),
+        ("queued_ns", np.int64),
+        ("num_lately", np.float64),
+        ("is_here", np.bool_),
+    ],
+    align=True,
+)
+
 
 @dataclass
 class Assignment:
@@ -46,8 +59,8 @@ def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
 
 class Group:
     """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them.  tree: what each
-    is believed to have cached.  num_routed_to: int64 [n], requests that each row was given.  cost_model: says in the
-    records what each choice costs, and what another would have; None where the group prefills nothing.
+    is believed to have cached.  cost_model: says in the records what each choice costs, and what another would have;
+    None where the group prefills nothing.
     """
 
     def __init__(
@@ -59,31 +72,45 @@ class Group:
         cost_model: CostModel | None = None,
     ) -> None:
         self.labels, self.incarnations, self.tree = list(labels), list(incarnations), tree
-        self.num_routed_to = np.zeros(len(labels), dtype=np.int64)
         self._policy, self._cost_model = policy, cost_model
-        self._num_requests = np.zeros(len(labels), dtype=np.int64)
-        self._num_tokens = np.zeros(len(labels), dtype=np.int64)
-        self._queued_work = np.zeros(len(labels), dtype=np.int64)
-        self._queued_ns = np.zeros(len(labels), dtype=np.int64)
-        self._num_lately = np.zeros(len(labels))
+        self._rows = _new_rows(len(labels))
         self._homes: OrderedDict[str, int] = OrderedDict()  # row of each session, the least recently used first
         self._num_routed = 0
-        self._is_here = np.ones(len(labels), dtype=bool)
 
     def row_of(self, label: str) -> int | None:
         """The row of an instance; None for one of another group."""
         return self.labels.index(label) if label in self.labels else None
 
-    def is_here(self, label: str) -> bool:
-        """Whether an instance is of this group and not gone."""
+    @property
+    def num_routed_to(self) -> np.ndarray:
+        """int64 [n]: requests that each row was given."""
+        counts: np.ndarray = self._rows["num_routed"]
+        return counts
+
+    def num_requests(self, label: str) -> int:
+        """Unfinished requests that an instance is named for; 0 for one of another group."""
         row = self.row_of(label)
-        return row is not None and bool(self._is_here[row])
+        return 0 if row is None else int(self._rows["num_requests"][row])
+
+    def is_here(self, label: str) -> bool:
+        """Whether an instance is of this group, and neither gone nor draining."""
+        row = self.row_of(label)
+        return row is not None and bool(self._rows["is_here"][row])
+
+    def add(self, label: str, incarnation: int) -> None:
+        """An instance joins, the last row, with nothing to do and nothing cached."""
+        self.labels = [*self.labels, label]  # another list: records of earlier choices keep theirs
+        self.incarnations.append(incarnation)
+        self.tree.add_row()
+        self._rows = np.append(self._rows, _new_rows(1))
 
     def remove(self, label: str) -> int | None:
-        """An instance is gone: nothing is routed to it any more, and what it had is forgotten. Returns its row."""
+        """An instance is gone, or drains: nothing is routed to it or fetched from it any more, and what it had cached
+        is forgotten. Returns its row.
+        """
         row = self.row_of(label)
         if row is not None:
-            self._is_here[row] = False
+            self._rows["is_here"][row] = False
             self.tree.purge(row)
         return row
 
@@ -91,11 +118,11 @@ class Group:
         """An instance that was taken for gone is there again."""
         row = self.row_of(label)
         if row is not None:
-            self._is_here[row] = True
+            self._rows["is_here"][row] = True
 
     def rows(self, tried: Collection[int] = ()) -> np.ndarray:
         """Who can take a request, without the rows that were tried: int64 [n]."""
-        can = self._is_here
+        can = self._rows["is_here"]
         if tried:
             can = can.copy()
             can[list(tried)] = False
@@ -106,12 +133,12 @@ class Group:
         home = np.flatnonzero(rows == self._homes.get(session_id, -1))
         return ClusterSnapshot(
             labels=self.labels if len(rows) == len(self.labels) else [self.labels[row] for row in rows],
-            num_requests=self._num_requests[rows],
-            num_tokens=self._num_tokens[rows],
+            num_requests=self._rows["num_requests"][rows],
+            num_tokens=self._rows["num_tokens"][rows],
             num_routed=self._num_routed,
             num_cached=num_cached,
-            queued_work=self._queued_work[rows],
-            num_lately=self._num_lately[rows],
+            queued_work=self._rows["queued_work"][rows],
+            num_lately=self._rows["num_lately"][rows],
             home=int(home[0]) if len(home) else None,
         )
 
@@ -130,9 +157,9 @@ class Group:
             )
         placement = self._assign(snapshot, rows, chosen, num_tokens)
         self._num_routed += not tried
-        self.num_routed_to[placement.row] += 1
-        self._num_lately *= 1 - 1 / (LATELY * len(self.labels))
-        self._num_lately[placement.row] += 1
+        self._rows["num_routed"][placement.row] += 1
+        self._rows["num_lately"] *= 1 - 1 / (LATELY * len(self.rows()))
+        self._rows["num_lately"][placement.row] += 1
         self._remember(request.session_id, placement.row)
         self._count(placement, 1)
         return placement
@@ -154,7 +181,7 @@ class Group:
             num_tokens,
             num_cached,
             snapshot.num_requests,
-            self._queued_ns[rows],
+            self._rows["queued_ns"][rows],
             None if costs is None else costs.exec_time_s,
         )
         work = self._policy.work(held, num_tokens - held)
@@ -164,8 +191,8 @@ class Group:
 
     def prefilled(self, placement: Assignment) -> None:
         """Its first token is there: it waits in no queue any more."""
-        self._queued_work[placement.row] -= placement.work
-        self._queued_ns[placement.row] -= placement.queued_ns
+        self._rows["queued_work"][placement.row] -= placement.work
+        self._rows["queued_ns"][placement.row] -= placement.queued_ns
         placement.work = placement.queued_ns = 0
 
     def forget(self, placement: Assignment) -> None:
@@ -178,7 +205,14 @@ class Group:
         return [Holding(self.incarnations[rows[i]], int(num_cached[i])) for i in order if num_cached[i]]
 
     def _count(self, placement: Assignment, sign: int) -> None:
-        self._num_requests[placement.row] += sign
-        self._num_tokens[placement.row] += sign * placement.num_tokens
-        self._queued_work[placement.row] += sign * placement.work
-        self._queued_ns[placement.row] += sign * placement.queued_ns
+        self._rows["num_requests"][placement.row] += sign
+        self._rows["num_tokens"][placement.row] += sign * placement.num_tokens
+        self._rows["queued_work"][placement.row] += sign * placement.work
+        self._rows["queued_ns"][placement.row] += sign * placement.queued_ns
+
+
+def _new_rows(num_rows: int) -> np.ndarray:
+    """Instances that are here and have nothing to do."""
+    rows = np.zeros(num_rows, dtype=_ROW)
+    rows["is_here"] = True
+    return rows

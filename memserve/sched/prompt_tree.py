@@ -33,6 +33,10 @@ class PromptIndex(ABC):
         self.num_evicted_blocks = self.num_expired_blocks = 0
         self._tree = SharedTree(num_rows, block_size)
 
+    def add_row(self) -> None:
+        """One more instance, the last row, of which nothing is believed yet."""
+        self._tree.add_row()
+
     def match(self, tokens: bytes, now_ns: int) -> np.ndarray:
         """How many of the tokens each instance has, from the first on: int64 [num_rows]."""
         return self._tree.match(tokens)
@@ -86,6 +90,10 @@ class Optimistic(PromptIndex):
         self._oldest: list[list[tuple[int, int, int, HolderNode]]] = [[] for _ in range(num_rows)]
         self._num_entries = 0
         self._first_ns = _NEVER  # nothing was seen before
+
+    def add_row(self) -> None:
+        super().add_row()
+        self._oldest.append([])
 
     def match(self, tokens: bytes, now_ns: int) -> np.ndarray:
         self._expire(now_ns - self._ttl_ns)
@@ -171,6 +179,10 @@ class Exact(PromptIndex):
     def __init__(self, num_rows: int, block_size: int) -> None:
         super().__init__(num_rows, block_size)
         self._seqs: list[int | None] = [0] * num_rows  # of the last event applied; None: only a snapshot helps
+
+    def add_row(self) -> None:
+        super().add_row()
+        self._seqs.append(0)
 
     def learn(self, row: int, tokens: bytes, now_ns: int) -> None:
         """Events say it better."""

@@ -49,6 +49,11 @@ class SharedTree:
         self.num_nodes = 0
         self._root = HolderNode(b"", None, 0)
 
+    def add_row(self) -> None:
+        """One more instance, the last row; it holds nothing yet."""
+        self.num_rows += 1
+        self.num_blocks.append(0)
+
     def match(self, path: bytes) -> np.ndarray:
         """Tokens of `path` that each row holds, from the first on: int64 [num_rows], whole blocks."""
         levels: list[tuple[int, int]] = []  # (who holds at least so much, bytes), where the holders change

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from memserve.clock import to_ns
-from memserve.metrics.formulas import Phases, goodput, makespan_s, measure, skew
+from memserve.metrics.formulas import Phases, goodput, instance_s, makespan_s, measure, skew, window_ns
 
 
 def test_latencies_follow_from_the_timestamps(make_timeline):
@@ -63,9 +63,16 @@ def test_goodput_counts_failures_as_misses_and_one_token_answers_by_ttft(
 
 def test_makespan_runs_from_the_first_arrival_to_the_last_end(make_timeline):
     late = make_timeline("b/0", arrival=3.0, finished=9.0)
-    assert makespan_s([make_timeline(arrival=0.25), late]) == 8.75
-    assert makespan_s([]) is None
-    assert makespan_s([make_timeline(finished=None, reason=None)]) is None
+    assert makespan_s(window_ns([make_timeline(arrival=0.25), late])) == 8.75
+    assert makespan_s(window_ns([])) is None
+    assert makespan_s(window_ns([make_timeline(finished=None, reason=None)])) is None
+
+
+def test_instance_seconds_are_those_between_the_first_arrival_and_the_last_end():
+    stays_s = [(0, None), (3, None), (0, 4), (11, None), (0, 1), (0, 40)]
+    stays_ns = [(since * 10**9, None if until is None else until * 10**9) for since, until in stays_s]
+    assert instance_s((2 * 10**9, 10 * 10**9), stays_ns) == 8 + 7 + 2 + 0 + 0 + 8
+    assert instance_s(None, stays_ns) is None
 
 
 def test_skew_is_one_when_even_and_the_count_when_all_is_on_one():

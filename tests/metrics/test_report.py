@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from memserve.kvcache.ticket import TransferCounts
-from memserve.metrics.report import GoodputBounds, InstanceStats, build_report, distribution, median_of
+from memserve.metrics.repeats import median_of
+from memserve.metrics.report import GoodputBounds, InstanceStats, build_report, distribution
 from memserve.request import FinishReason, Role
 
 INSTANCES = [

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from memserve.metrics.progress import Progress
-from memserve.metrics.report import GoodputBounds, InstanceStats, build_report, median_of
+from memserve.metrics.repeats import median_of
+from memserve.metrics.report import GoodputBounds, InstanceStats, build_report
 from memserve.metrics.table import format_figure, print_comparison, print_report
 from memserve.request import FinishReason, Role
 

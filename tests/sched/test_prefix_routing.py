@@ -79,7 +79,7 @@ def test_a_prefix_that_all_begin_with_does_not_draw_all_to_one_instance():
         scheduler = scheduler_of(policy, labels=("i-0", "i-1", "i-2", "i-3"))
         for i in range(60):
             serve(scheduler, f"r{i}", np.append(shared, 100 + i), [1], f"s{i}", now_ns=i)
-        return sorted(scheduler.group.num_routed_to.tolist())
+        return sorted(scheduler.groups.takers.num_routed_to.tolist())
 
     for policy in (CostBased(COSTS), BalancedPrefix()):
         assert spread(policy) == [0, 0, 0, 60]
@@ -121,14 +121,14 @@ def test_the_instance_of_a_session_is_forgotten_with_it_and_with_the_instance(mo
     for name, session in enumerate("aabcab"):
         serve(scheduler, str(name), np.arange(5), [1], session)
     assert seen == [None, 1, None, None, None, None]
-    scheduler.group.remove("i-1")
-    rows = scheduler.group.rows()
-    assert [scheduler.group.snapshot(rows, np.zeros(1), session).home for session in "ab"] == [None, 0]
+    scheduler.groups.takers.remove("i-1")
+    rows = scheduler.groups.takers.rows()
+    assert [scheduler.groups.takers.snapshot(rows, np.zeros(1), session).home for session in "ab"] == [None, 0]
 
 
 def test_each_choice_is_recorded_with_what_it_would_have_cost_elsewhere():
     scheduler = scheduler_of(CostBased(COSTS), tree=Optimistic(2, 4))
-    scheduler.group = group_of(["i-0", "i-1"], CostBased(COSTS), Optimistic(2, 4), COSTS)
+    scheduler.groups.takers = group_of(["i-0", "i-1"], CostBased(COSTS), Optimistic(2, 4), COSTS)
     label = serve(scheduler, "a", np.arange(12), [1])
     serve(scheduler, "b", np.arange(21), [1])
     [choice] = scheduler.timelines["b"].routes
@@ -213,7 +213,7 @@ def test_each_roles_tree_learns_what_the_mode_leaves_there(mode, at_prefill, at_
     scheduler = scheduler_of(PromptTree(), mode, decode, labels=("p-0",))
     serve(scheduler, "a", np.arange(12), np.arange(100, 106))
     path = pack_tokens(np.concatenate([np.arange(12), np.arange(100, 106)]))
-    assert scheduler.group.tree.match(path, 1).tolist() == [at_prefill]
+    assert scheduler.groups.takers.tree.match(path, 1).tolist() == [at_prefill]
     assert decode.tree.match(path, 1).tolist() == [at_decode]
 
 
@@ -222,7 +222,7 @@ def test_an_answer_of_one_token_teaches_the_decode_tree_nothing(mode):
     decode = group_of(["d-0"], LeastKV(), Optimistic(1, 4))
     scheduler = scheduler_of(PromptTree(), mode, decode, labels=("p-0",))
     serve(scheduler, "a", np.arange(12), [1])
-    assert scheduler.group.tree.num_blocks == 3 and decode.tree.num_blocks == 0
+    assert scheduler.groups.takers.tree.num_blocks == 3 and decode.tree.num_blocks == 0
 
 
 @pytest.mark.parametrize("most", [1, 9])
@@ -234,7 +234,7 @@ def test_the_decode_tree_believes_what_the_decode_instance_has(most):
     while cluster.advance():
         pass
     (pool,) = [node.instance.pool for node in cluster.nodes if node.instance.role is Role.DECODE]
-    assert cluster.scheduler.decode.tree.num_blocks == pool.index.num_blocks == (0 if most == 1 else 24)
+    assert cluster.scheduler.groups.decode.tree.num_blocks == pool.index.num_blocks == (0 if most == 1 else 24)
 
 
 def test_an_instance_that_is_gone_is_forgotten_in_the_trees():
@@ -243,12 +243,12 @@ def test_an_instance_that_is_gone_is_forgotten_in_the_trees():
     scheduler.instance_gone(label, 1)
     assert serve(scheduler, "b", np.arange(12), [1]) != label
     scheduler.instance_back(label)
-    assert scheduler.group.tree.match(pack_tokens(np.arange(12)), 2)[int(label[-1])] == 0
+    assert scheduler.groups.takers.tree.match(pack_tokens(np.arange(12)), 2)[int(label[-1])] == 0
 
 
 def test_queued_work_is_what_has_no_first_token_yet():
     scheduler = scheduler_of(CostBased(COSTS), labels=("i-0",))
-    group = scheduler.group
+    group = scheduler.groups.takers
 
     def work():
         return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64), "s").queued_work.tolist()
@@ -317,10 +317,10 @@ def test_placing_a_request_among_64_instances_asks_the_tree_once():
     tree = Counting(64, 4)
     scheduler = scheduler_of(PromptTree(), tree=tree, labels=[f"i-{i}" for i in range(64)])
     serve(scheduler, "a", np.arange(400), [1])
-    assert tree.num_matches == 1 and scheduler.group.num_routed_to.sum() == 1
+    assert tree.num_matches == 1 and scheduler.groups.takers.num_routed_to.sum() == 1
 
 
 def test_no_tree_leaves_load_alone_to_decide():
     scheduler = scheduler_of(LeastLoad(), tree=NoPromptTree(2, 4))
     serve(scheduler, "a", np.arange(12), [1])
-    assert scheduler.tree_counts() == {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
+    assert scheduler.groups.tree_counts() == {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}

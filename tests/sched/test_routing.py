@@ -58,8 +58,8 @@ def make(policy=None, labels=("i-0", "i-1"), **options):
 
 
 def load_of(scheduler):
-    rows = scheduler.group.rows()
-    return scheduler.group.snapshot(rows, np.zeros(len(rows), dtype=np.int64), "s")
+    rows = scheduler.groups.takers.rows()
+    return scheduler.groups.takers.snapshot(rows, np.zeros(len(rows), dtype=np.int64), "s")
 
 
 def test_tokens_and_the_end_pass_to_the_client_and_the_load_goes_back():

@@ -1,0 +1,57 @@
+"""EventQueue: what happens when, in virtual time. Knows the order; not what it means.
+
+At the same nanosecond: calls first, then what comes from other instances, timers, ends of steps, begins; then in order
+of creation.
+"""
+
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+from memserve.cluster.emulated_node import Node
+from memserve.messages import PoolMessage
+
+PEER, TIMER, END, BEGIN = 0, 1, 2, 3
+
+
+class Event(NamedTuple):
+    """Something that happens at a node. what: (sender, message) from a peer, else the node's epoch."""
+
+    time_ns: int
+    kind: int
+    number: int
+    node: Node
+    what: int | tuple[int, PoolMessage]
+
+
+class EventQueue:
+    """Events of nodes, and calls that somebody asked for."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._calls: list[tuple[int, int, Callable[[], None]]] = []
+        self._num_created = 0
+
+    @property
+    def next_call_ns(self) -> int | None:
+        return self._calls[0][0] if self._calls else None
+
+    @property
+    def next_event_ns(self) -> int | None:
+        return self._events[0].time_ns if self._events else None
+
+    def push(self, time_ns: int, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
+        """Something is to happen at a node."""
+        self._num_created += 1
+        heapq.heappush(self._events, Event(time_ns, kind, self._num_created, node, what))
+
+    def call_at(self, time_ns: int, call: Callable[[], None]) -> None:
+        """`call` is to be called, before anything else that happens then."""
+        self._num_created += 1
+        heapq.heappush(self._calls, (time_ns, self._num_created, call))
+
+    def pop_event(self) -> Event:
+        return heapq.heappop(self._events)
+
+    def pop_call(self) -> Callable[[], None]:
+        return heapq.heappop(self._calls)[2]

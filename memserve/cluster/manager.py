@@ -1,0 +1,180 @@
+"""ClusterManager: who is in the cluster (section 4.4). Sans-IO: decides nothing of when, and starts no process.
+
+    decided: starting -> joined: serving -> draining -> idle here and there: left [-> its successor, starting]
+    any of these -> gone: the driver has proof that the process has ended
+
+A scaling policy (sched/scaling.py) says what is to change; the driver performs it: it makes an instance that starts,
+says when that has joined, looks whether one that drains has nothing left to do, and says when it has left. Every
+instance has a number that is never used again, its incarnation, and a label made of its role and that number.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from memserve.request import Role
+from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.sched.scaling import Add, Change, ChangeRole, Crash, Drain, Load, Scaling, Standing
+
+
+@dataclass(eq=False)
+class Membership:
+    """An instance's time in the cluster, on its clock. standing: None when it has left or is gone.
+
+    joined_ns: None before.  ended_ns: when it left, or was found gone.  is_lost: it is gone.  successor: who is to come
+    in its place, in another role.
+    """
+
+    incarnation: int
+    label: str
+    role: Role
+    standing: Standing | None
+    joined_ns: int | None = None
+    ended_ns: int | None = None
+    is_lost: bool = False
+    successor: "Membership | None" = None
+
+
+@dataclass(frozen=True)
+class Starting:
+    """The driver is to make this instance, which joins after delay_ns."""
+
+    member: Membership
+    delay_ns: int
+
+
+class ClusterManager:
+    """roles: (label, role) of the instances that are there from the start.  scheduler: told who serves."""
+
+    def __init__(self, roles: Sequence[tuple[str, Role]], scaling: Scaling, scheduler: GlobalScheduler) -> None:
+        self.draining: list[Membership] = []
+        self.members = [Membership(i, label, role, Standing.SERVING, 0) for i, (label, role) in enumerate(roles)]
+        self._scaling, self._scheduler = scaling, scheduler
+        self._num_first = len(roles)
+        self._asked_ns: int | None = None
+        self._held: list[Membership] = []  # are to drain, and do when that leaves somebody of their role
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all that there ever were, by incarnation."""
+        return [member.label for member in self.members]
+
+    @property
+    def next_time_ns(self) -> int | None:
+        """When `decide` is due; None for never again."""
+        return self._scaling.next_time_ns(self._asked_ns)
+
+    def decide(self) -> list[Starting | Crash]:
+        """Asks the scaling policy, as of the time that it wanted, and begins what it says."""
+        due_ns = self.next_time_ns
+        assert due_ns is not None, "nothing is due"
+        self._asked_ns = due_ns
+        return self.begin(self._scaling.changes(self._loads(), due_ns), due_ns)
+
+    def begin(self, changes: Iterable[Change], now_ns: int) -> list[Starting | Crash]:
+        """Begins changes; what the driver is to do for them. Raises ValueError for an instance or a role that is none
+        of the cluster's. A drain that would leave nobody who serves in a role waits until somebody does.
+        """
+        orders = list[Starting | Crash]()
+        for change in changes:
+            match change:
+                case Add():
+                    orders.append(Starting(self._named(change.role), self._scaling.startup_ns))
+                case Crash():
+                    orders.append(Crash(self.member(change.label).label))
+                case Drain() | ChangeRole():
+                    orders += self._retire(change, now_ns)
+        return orders
+
+    def member(self, label: str) -> Membership:
+        """The instance of that name. Raises ValueError if it is not in the cluster."""
+        for member in self.members:
+            if member.label == label and member.standing is not None:
+                return member
+        here = ", ".join(member.label for member in self.members if member.standing is not None)
+        raise ValueError(f"instance {label!r} is not in the cluster: expected one of {here}")
+
+    def joined(self, member: Membership, now_ns: int) -> None:
+        """A starting instance is there: it gets requests from now on."""
+        assert member.standing is Standing.STARTING, f"{member.label} is {member.standing}"
+        member.standing, member.joined_ns = Standing.SERVING, now_ns
+        self._scheduler.instance_joined(member.label, member.incarnation, member.role)
+        held, self._held = self._held, []
+        for other in held:
+            self._drain(other)
+
+    def is_idle(self, member: Membership) -> bool:
+        """Whether no request is at a draining instance, or on its way there, as far as the global scheduler knows."""
+        return not self._scheduler.is_needed(member.label)
+
+    def left(self, member: Membership, now_ns: int) -> list[Starting]:
+        """A draining instance has gone, with nothing lost; what the driver is to start in its place."""
+        assert member.standing is Standing.DRAINING, f"{member.label} is {member.standing}"
+        return self._ended(member, now_ns)
+
+    def lost(self, label: str, now_ns: int) -> list[Starting]:
+        """There is proof that an instance's process has ended; whoever was to succeed it comes nevertheless."""
+        member = self.member(label)
+        self._scheduler.instance_gone(label, now_ns)
+        member.is_lost = True
+        return self._ended(member, now_ns)
+
+    def counts(self) -> dict[str, int]:
+        """Instances that came after the start, and those that have left, are gone, or came back in another role."""
+        joined = [member for member in self.members if member.joined_ns is not None]
+        returned = {id(member.successor) for member in self.members if member.successor is not None}
+        return {
+            "joined": sum(member.incarnation >= self._num_first for member in joined),
+            "left": sum(member.ended_ns is not None and not member.is_lost for member in joined),
+            "lost": sum(member.is_lost for member in joined),
+            "switched": sum(id(member) in returned for member in joined),
+        }
+
+    def stays_ns(self) -> list[tuple[int, int | None]]:
+        """From when until when each instance was in the cluster; None: it is still."""
+        return [(member.joined_ns, member.ended_ns) for member in self.members if member.joined_ns is not None]
+
+    def _ended(self, member: Membership, now_ns: int) -> list[Starting]:
+        """The successor starts, if there is one that is still wanted."""
+        if member in self.draining:
+            self.draining.remove(member)
+        member.standing, member.ended_ns = None, now_ns
+        successor = member.successor
+        if successor is None or successor.standing is None:
+            return []
+        return [Starting(successor, self._scaling.switch_ns)]
+
+    def _retire(self, change: Drain | ChangeRole, now_ns: int) -> list[Starting]:
+        """An instance is to drain, at once or when that leaves somebody; one that has not come yet never does."""
+        member = self.member(change.label)
+        if member.standing is Standing.DRAINING or member in self._held:
+            raise ValueError(f"instance {change.label!r} is to drain already: expected one that is to stay")
+        if isinstance(change, ChangeRole):
+            member.successor = self._named(change.role)
+        if member.standing is Standing.STARTING:
+            return self._ended(member, now_ns)
+        self._drain(member)
+        return []
+
+    def _drain(self, member: Membership) -> None:
+        if member.standing is not Standing.SERVING:
+            return  # it was lost while it waited for this
+        if not any(m.role == member.role and m is not member and m.standing is Standing.SERVING for m in self.members):
+            self._held.append(member)
+            return
+        member.standing = Standing.DRAINING
+        self.draining.append(member)
+        self._scheduler.instance_draining(member.label)
+
+    def _named(self, role: Role) -> Membership:
+        """An instance that is to come. Raises ValueError for a role that the cluster does not have."""
+        roles = {member.role for member in self.members}
+        if role not in roles:
+            raise ValueError(f"role {role}: expected one of the cluster's, {', '.join(sorted(roles))}")
+        number = len(self.members)
+        self.members.append(Membership(number, f"{role}-{number}", role, Standing.STARTING))
+        return self.members[-1]
+
+    def _loads(self) -> list[Load]:
+        num_at = self._scheduler.loads()
+        here = [(member, member.standing) for member in self.members if member.standing is not None]
+        return [Load(m.label, m.role, standing, num_at.get(m.label, 0)) for m, standing in here]

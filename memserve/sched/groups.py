@@ -1,0 +1,118 @@
+"""Groups: the instances by role as the global scheduler sees them (the tree types of section 6). Knows no message.
+
+`takers` get a request first: colocated or prefill instances. `decode`, if there is one, go on with it. What is said of
+an instance by its label concerns whichever group it is in.
+"""
+
+from collections.abc import Sequence
+
+from memserve.kvcache.errors import MissedEvents
+from memserve.kvcache.events import IndexEvent, IndexSnapshot
+from memserve.messages import pack_tokens
+from memserve.request import Role
+from memserve.sched.group import Assignment, Group
+from memserve.sched.modes import Mode
+from memserve.sched.prompt_tree import Exact, counts_of
+from memserve.sched.routed import Routed
+
+
+class Groups:
+    """takers, decode: see above.  mode: says what a request leaves in whose cache."""
+
+    def __init__(self, takers: Group, decode: Group | None, mode: Mode) -> None:
+        self.takers, self.decode = takers, decode
+        self.taking_role = Role.COLOCATED if decode is None else Role.PREFILL
+        self._mode = mode
+
+    @property
+    def all(self) -> list[Group]:
+        return [self.takers] if self.decode is None else [self.takers, self.decode]
+
+    def add(self, label: str, incarnation: int, role: Role) -> None:
+        """An instance joins."""
+        group = self.decode if role is Role.DECODE else self.takers
+        assert group is not None and role in (self.taking_role, Role.DECODE), f"nobody is {role} in this cluster"
+        group.add(label, incarnation)
+
+    def remove(self, label: str) -> None:
+        """An instance is gone, or drains: no request is routed to it any more."""
+        for group in self.all:
+            group.remove(label)
+
+    def restore(self, label: str) -> None:
+        """An instance that was taken for gone is there again."""
+        for group in self.all:
+            group.restore(label)
+
+    def missing_role(self) -> str | None:
+        """The kind of instance of which none is left, if one that is needed is."""
+        if not len(self.takers.rows()):
+            return "instance that takes requests"
+        return "decode instance" if self.decode is not None and not len(self.decode.rows()) else None
+
+    def places(self, routed: Routed) -> list[tuple[Group, Assignment]]:
+        """Where a request's present attempt is counted."""
+        both = ((self.takers, routed.place), (self.decode, routed.decode_place))
+        return [(group, place) for group, place in both if group is not None and place is not None]
+
+    def is_at(self, routed: Routed, label: str) -> bool:
+        """Whether a request is lost with an instance. One that decodes has left its first instance."""
+        is_decoding = self.decode is not None and routed.num_generated > 1
+        named = [group.labels[place.row] for group, place in self.places(routed)]
+        return label in (named[1:] if is_decoding else named)
+
+    def whereabouts(self, routed: Routed) -> str | None:
+        """The label of the instance at which a request waits or is computed: from its first token on, where it decodes.
+
+        None for one that has no instance.
+        """
+        named = [group.labels[place.row] for group, place in self.places(routed)]
+        return named[-1 if routed.num_generated else 0] if named else None
+
+    def forget(self, routed: Routed) -> None:
+        """A request's attempt has ended."""
+        for group, place in self.places(routed):
+            group.forget(place)
+        routed.place = routed.decode_place = None
+
+    def learn(self, routed: Routed, role: Role, num_generated: int, now_ns: int) -> None:
+        """The tree of a role learns what its instance has of a request after so many generated tokens."""
+        group, place = (self.decode, routed.decode_place) if role is Role.DECODE else (self.takers, routed.place)
+        held = self._mode.held_after(routed.timeline.num_prompt, num_generated)[role]
+        if held and group is not None and place is not None and group.is_here(group.labels[place.row]):
+            generated = pack_tokens(routed.timeline.token_ids[:num_generated]) if num_generated > 1 else b""
+            group.tree.learn(place.row, (routed.submit.tokens + generated)[: 4 * held], now_ns)
+
+    def learn_all(self, routed: Routed, now_ns: int) -> None:
+        """A request has been answered: so do the trees of all roles that had a part in it."""
+        for role in self._mode.roles:
+            if role is not Role.DECODE or routed.num_generated > 1:  # one alone is the prefill's
+                self.learn(routed, role, routed.num_generated, now_ns)
+
+    @property
+    def follow_events(self) -> bool:
+        """Whether they want `index_changed` and `index_snapshot`."""
+        return isinstance(self.takers.tree, Exact)
+
+    def index_changed(self, label: str, events: Sequence[IndexEvent]) -> bool:
+        """What entered and left an instance's index; False asks for a snapshot, since something was missed."""
+        try:
+            for tree, row in self._followed(label):
+                tree.apply(row, events)
+        except MissedEvents:
+            return False
+        return True
+
+    def index_snapshot(self, label: str, snapshot: IndexSnapshot) -> None:
+        """All that an instance's index holds."""
+        for tree, row in self._followed(label):
+            tree.rebuild(row, snapshot)
+
+    def tree_counts(self) -> dict[str, int]:
+        """Of the prompt trees of all roles: blocks in them now, and those forgotten for space and for age."""
+        return counts_of([group.tree for group in self.all])
+
+    def _followed(self, label: str) -> list[tuple[Exact, int]]:
+        """The tree that follows an instance's index, and its row there; none if it is gone."""
+        rows = [(group.tree, group.row_of(label)) for group in self.all if group.is_here(label)]
+        return [(tree, row) for tree, row in rows if isinstance(tree, Exact) and row is not None]

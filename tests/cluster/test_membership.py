@@ -1,0 +1,279 @@
+"""Instances that join, drain, crash and change their role while a cluster runs: no answer changes, nothing is lost."""
+
+import functools
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from memserve import LocalCluster, load_config
+from memserve.metrics.table import print_report
+from memserve.request import FinishReason, Role
+from memserve.sched.scaling import Add, ChangeRole, Crash, Drain
+
+WORKLOAD = [
+    "exec=simulated", "workload=synthetic", "workload.num_sessions=8", "workload.num_turns=3",
+    "workload.prompt_tokens=60", "workload.turn_tokens=20", "workload.max_output_tokens=12", "workload.rate=100",
+    "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5", "link.gb_per_s=0.001",
+    "workload.think_time_s=0.05",
+]  # fmt: skip
+CLUSTERS = {
+    "basic": ["cluster=1p2d", "mode=pd_basic"],
+    "caching 1": ["cluster=2p1d", "mode=pd_caching_1"],
+    "caching 2": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_2", "fetch=always"],
+    "caching 3": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_3", "policy=prompt_tree"],
+    "colocated": ["cluster=colocated_2", "policy=prompt_tree", "fetch=always"],
+}
+
+
+@functools.cache
+def local(*words):
+    return LocalCluster(load_config([*WORKLOAD, *words]))
+
+
+def play(cluster, act=lambda cluster: None):
+    while cluster.advance():
+        act(cluster)
+    return list(cluster.scheduler.timelines.values())
+
+
+@functools.cache
+def expected():
+    timelines = play(local("cluster=colocated_1", "index=none").cluster())
+    return {t.request_id: t.token_ids.tolist() for t in timelines}
+
+
+def assert_answered(timelines):
+    assert {t.request_id: t.token_ids.tolist() for t in timelines if t.succeeded} == expected()
+
+
+def nothing_is_left(cluster):
+    for node in cluster.nodes:
+        if not node.is_gone:
+            node.instance.check()
+            assert node.instance.is_idle
+            assert [h for h in node.instance.pool.allocator.holders() if h != ("index",)] == []
+    for group in cluster.scheduler.groups.all:
+        assert all(group.num_requests(label) == 0 for label in group.labels)
+        group.tree.check()
+
+
+def drawn(cluster, rng):
+    """A change that the cluster can do now, if chance finds one."""
+    here = [m for m in cluster.members.members if m.standing == "serving"]
+    roles = sorted({m.role for m in cluster.members.members})
+    one = here[int(rng.integers(len(here)))]
+    is_needed = sum(m.role == one.role for m in here) < 2
+    kind = int(rng.integers(4))
+    if kind == 0 or is_needed:
+        return Add(roles[int(rng.integers(len(roles)))]) if len(here) < 7 else None
+    if kind == 1:
+        return Drain(one.label)
+    if kind == 2 and len(roles) > 1:
+        return ChangeRole(one.label, roles[int(rng.integers(len(roles)))])
+    return None
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_whoever_comes_and_goes_every_request_is_answered_right(name, granularity):
+    system = local(*CLUSTERS[name], f"granularity={granularity}", "index_source=exact")
+    num_changes = num_left = 0
+    for seed in range(4):
+        cluster, rng = system.cluster(), np.random.default_rng(seed)
+        changes = []
+
+        def act(cluster, rng=rng, changes=changes):
+            if rng.random() < 0.12 and (change := drawn(cluster, rng)) is not None:
+                cluster.change(change)
+                changes.append(change)
+
+        timelines = play(cluster, act)
+        assert_answered(timelines)
+        nothing_is_left(cluster)
+        num_changes += len(changes)
+        num_left += cluster.members.counts()["left"]
+        assert all(t.attempt == 0 for t in timelines), "no request is computed twice for who leaves"
+    assert num_changes > 20 and num_left > 4
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_some_crash_meanwhile_and_what_fails_says_so(name):
+    system = local(*CLUSTERS[name], "granularity=by_layer")
+    num_lost = 0
+    for seed in range(4):
+        cluster, rng = system.cluster(), np.random.default_rng(seed)
+
+        def act(cluster, rng=rng):
+            if rng.random() < 0.1 and (change := drawn(cluster, rng)) is not None:
+                cluster.change(change)
+            there = [m for m in cluster.members.members if m.standing is not None]
+            one = there[int(rng.integers(len(there)))]
+            is_last = one.standing == "serving" and sum(m.role == one.role for m in there) < 2
+            if rng.random() < 0.02 and not is_last:
+                cluster.change(Crash(one.label))
+
+        for timeline in play(cluster, act):
+            if timeline.succeeded:
+                assert timeline.token_ids.tolist() == expected()[timeline.request_id]
+            else:
+                assert timeline.reason == FinishReason.INSTANCE_LOST and timeline.detail
+        nothing_is_left(cluster)
+        num_lost += cluster.members.counts()["lost"]
+    assert num_lost > 4
+
+
+def scheduled(*changes, words=(), **delays):
+    listed = ",".join("{" + ",".join(f"{key}:{value}" for key, value in change.items()) + "}" for change in changes)
+    delayed = [f"scaling.{key}={value}" for key, value in delays.items()]
+    return ["scaling=schedule", f"scaling.changes=[{listed}]", *delayed, *words]
+
+
+BUSY = ["workload.num_sessions=20", "workload.rate=200"]
+
+
+def rows_of(timelines):
+    return [(t.request_id, t.instance, t.finished_ns, t.token_times_ns.tolist(), t.stats) for t in timelines]
+
+
+@pytest.mark.parametrize("name", ["caching 3", "colocated"])
+def test_macro_steps_change_nothing_where_instances_come_and_go(name):
+    role = "colocated" if name == "colocated" else "decode"
+    first = 1 if name == "colocated" else 3
+    changes = [{"at_s": 0.05, "add": role}, {"at_s": 0.11, "drain": f"{role}-{first}"}, {"at_s": 0.2, "add": role}]
+    words = [*CLUSTERS[name], *BUSY, *scheduled(*changes, startup_s=0.03)]
+    runs = [LocalCluster(load_config([*WORKLOAD, *words, f"macro_steps={on}"])).cluster() for on in ("true", "false")]
+    macro, single = [rows_of(play(cluster)) for cluster in runs]
+    assert macro == single
+    assert [m.ended_ns for m in runs[0].members.members] == [m.ended_ns for m in runs[1].members.members]
+    assert runs[0].members.counts() == {"joined": 2, "left": 1, "lost": 0, "switched": 0}
+
+
+def test_who_joins_gets_requests_once_it_has_started_and_who_drains_gets_no_more():
+    changes = [{"at_s": 0.04, "add": "colocated"}, {"at_s": 0.1, "drain": "colocated-0"}]
+    words = [*BUSY, *scheduled(*changes, startup_s=0.02), "cluster=colocated_2", "policy=least_load"]
+    cluster = local(*words).cluster()
+    timelines = play(cluster)
+    first, _, new = cluster.members.members
+    dispatched = {
+        label: [t.dispatched_ns for t in timelines if t.instance == label] for label in cluster.members.labels
+    }
+    assert new.label == "colocated-2" and new.joined_ns == 60_000_000 <= min(dispatched["colocated-2"])
+    assert max(dispatched["colocated-0"]) <= 100_000_000 < first.ended_ns
+    finished = [t.finished_ns for t in timelines if t.instance == "colocated-0"]
+    assert first.ended_ns == max(finished), "it leaves when its last request has ended"
+
+
+def test_one_that_comes_back_in_another_role_has_a_new_name_and_an_empty_pool():
+    changes = [{"at_s": 0.1, "switch": "decode-3", "to": "prefill"}]
+    words = [*CLUSTERS["caching 3"], *BUSY, *scheduled(*changes, switch_s=0.05)]
+    cluster = local(*words).cluster()
+    timelines = play(cluster)
+    assert all(t.succeeded for t in timelines)
+    old, new = cluster.members.members[3:]
+    assert (new.label, new.role, new.joined_ns) == ("prefill-4", Role.PREFILL, old.ended_ns + 50_000_000)
+    assert cluster.members.counts() == {"joined": 1, "left": 1, "lost": 0, "switched": 1}
+    served = [t for t in timelines if t.instance == "prefill-4"]
+    assert served and min(t.dispatched_ns for t in served) >= new.joined_ns
+    assert [node.instance.label for node in cluster.nodes] == ["prefill-0", "prefill-1", "decode-2", "prefill-4"]
+
+
+def test_a_drain_that_would_leave_nobody_waits_until_another_serves():
+    changes = [{"at_s": 0.05, "add": "decode"}, {"at_s": 0.06, "drain": "decode-1"}]
+    cluster = local("cluster=1p1d", "mode=pd_caching_2", *BUSY, *scheduled(*changes, startup_s=0.2)).cluster()
+    timelines = play(cluster)
+    assert all(t.succeeded for t in timelines)
+    _, old, new = cluster.members.members
+    assert new.joined_ns == 250_000_000 < old.ended_ns
+
+
+def test_one_that_has_not_come_yet_may_be_sent_away_again():
+    changes = [{"at_s": 0.05, "add": "colocated"}, {"at_s": 0.06, "drain": "colocated-2"}]
+    cluster = local("cluster=colocated_2", *BUSY, *scheduled(*changes, startup_s=0.2)).cluster()
+    assert all(t.succeeded for t in play(cluster))
+    assert cluster.members.counts() == {"joined": 0, "left": 0, "lost": 0, "switched": 0}
+    assert len(cluster.nodes) == 2
+
+
+def test_what_has_crashed_may_be_replaced():
+    """In between nobody decodes: what comes then fails by name."""
+    changes = [{"at_s": 0.05, "crash": "decode-1"}, {"at_s": 0.05, "add": "decode"}]
+    cluster = local("cluster=1p1d", "mode=pd_caching_3", *BUSY, *scheduled(*changes, startup_s=0.01)).cluster()
+    timelines = play(cluster)
+    failed = [t for t in timelines if not t.succeeded]
+    assert failed and all(t.finished_ns < 60_000_000 and t.detail for t in failed)
+    assert any(t.succeeded and t.dispatched_ns >= 60_000_000 for t in timelines)
+    nothing_is_left(cluster)
+
+
+def test_the_report_has_who_came_and_went_and_the_time_they_were_there():
+    changes = [{"at_s": 0.1, "add": "colocated"}, {"at_s": 0.2, "drain": "colocated-0"},
+               {"at_s": 0.3, "crash": "colocated-1"}]  # fmt: skip
+    report = local("cluster=colocated_2", "policy=least_load", *BUSY, *scheduled(*changes)).run()
+    assert [row["id"] for row in report["instances"]] == ["colocated-0", "colocated-2"]
+    left, here = report["instances"]
+    assert (left["joined_s"], here["joined_s"], here["left_s"]) == (0.0, 0.1, None) and left["left_s"] > 0.2
+    assert 0 < left["utilisation"] <= 1 and 0 < here["utilisation"] <= 1
+    membership = report["membership"]
+    assert {key: membership[key] for key in ("joined", "left", "lost")} == {"joined": 1, "left": 1, "lost": 1}
+    assert membership["instance_s"] < 3 * report["makespan_s"]
+    out = io.StringIO()
+    print_report(report, console=Console(file=out, width=120))
+    lines = out.getvalue().splitlines()
+    assert any("1 joined, 1 left, 1 lost;" in line for line in lines)
+    assert any(line.strip().startswith("colocated-2 (from 100 ms)") for line in lines)
+
+
+def test_several_runs_of_which_each_had_its_own_instances_are_one_report():
+    words = ["scaling=by_load", "scaling.full.colocated=2", "scaling.max_instances=4", "scaling.interval_s=0.02"]
+    report = local("cluster=colocated_1", *BUSY, *words, "repeats=2").run()
+    assert report["repeats"] == 2 and report["membership"]["joined"] > 0
+    assert len({row["id"] for row in report["instances"]}) == len(report["instances"])
+
+
+def test_changes_of_what_is_not_there_are_refused():
+    cluster = local(*CLUSTERS["caching 3"]).cluster()
+    for change, said in [
+        (Drain("decode-9"), "instance 'decode-9' is not in the cluster: expected one of prefill-0"),
+        (Add(Role.COLOCATED), "role colocated: expected one of the cluster's, decode, prefill"),
+        (ChangeRole("decode-2", Role.COLOCATED), "role colocated: expected one"),
+        (Crash("prefill"), "instance 'prefill' is not in the cluster"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            cluster.change(change)
+    cluster.change(Drain("decode-2"))
+    with pytest.raises(ValueError, match="'decode-2' is to drain already"):
+        cluster.change(Drain("decode-2"))
+    assert_answered(play(cluster))
+    assert [m.label for m in cluster.members.members if m.standing is None] == ["decode-2"]
+
+
+def test_by_load_adds_while_there_is_much_to_do_and_drains_when_there_is_not():
+    words = ["scaling=by_load", "scaling.full.prefill=2", "scaling.full.decode=4", "scaling.max_instances=6",
+             "scaling.interval_s=0.02", "scaling.startup_s=0.01"]  # fmt: skip
+    cluster = local("cluster=1p1d", "mode=pd_caching_3", "workload.num_sessions=40", *BUSY[1:], *words).cluster()
+    most = [0]
+
+    def act(cluster):
+        here = [m for m in cluster.members.members if m.standing is not None]
+        most[0] = max(most[0], len(here))
+        assert len(here) <= 6 and {"prefill", "decode"} <= {m.role for m in here}
+
+    assert all(t.succeeded for t in play(cluster, act))
+    counts = cluster.members.counts()
+    assert most[0] > 3 and counts["left"] >= 2 and counts["lost"] == 0
+    nothing_is_left(cluster)
+
+
+def test_switch_roles_keeps_their_number_and_moves_who_is_needed_elsewhere():
+    words = ["scaling=switch_roles", "scaling.full.prefill=1", "scaling.full.decode=30", "scaling.interval_s=0.02"]
+    system = ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_caching_1", "workload.prompt_tokens=400"]
+    cluster = local(*system, "workload.num_sessions=40", "workload.rate=400", *words).cluster()
+
+    def act(cluster):
+        assert sum(m.standing is not None for m in cluster.members.members) in (4, 5)  # a successor has its name before
+
+    assert all(t.succeeded for t in play(cluster, act))
+    assert cluster.members.counts()["switched"] >= 1
+    nothing_is_left(cluster)

@@ -1,0 +1,132 @@
+"""Scaling policies alone: what they want of a cluster that they are told of."""
+
+import pytest
+
+from memserve.request import Role
+from memserve.sched.load_scaling import ByLoad, SwitchRoles
+from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, Load, NoScaling, Schedule, Standing
+
+P, D, C = Role.PREFILL, Role.DECODE, Role.COLOCATED
+FULL = {"colocated": 10, "prefill": 4, "decode": 10}
+
+
+def loads(*entries):
+    return [
+        Load(f"{role}-{number}", role, rest[0] if rest else Standing.SERVING, num_requests)
+        for number, (role, num_requests, *rest) in enumerate(entries)
+    ]
+
+
+def test_nobody_comes_and_goes_by_default():
+    assert NoScaling().next_time_ns(None) is None and NoScaling().changes(loads((C, 99)), 0) == []
+
+
+def test_a_schedule_is_kept_in_order_of_time_and_is_over_then():
+    schedule = Schedule([
+        {"at_s": 2, "switch": "decode-1", "to": "prefill"}, {"at_s": 1, "add": "decode"},
+        {"at_s": 2, "crash": "decode-2"}, {"at_s": 0, "drain": "prefill-0"},
+    ])  # fmt: skip
+    asked, times, changes = None, [], []
+    while (due := schedule.next_time_ns(asked)) is not None:
+        times.append(due)
+        changes += schedule.changes([], due)
+        asked = due
+    assert times == [0, 10**9, 2 * 10**9]
+    assert changes == [Drain("prefill-0"), Add(D), ChangeRole("decode-1", P), Crash("decode-2")]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("add", "expected a list of changes"),
+        ([{"at_s": 1}], "changes.0.={'at_s': 1}: expected at_s, and one of add, drain, crash, or switch with to"),
+        ([{"at_s": 1, "add": "decode", "drain": "decode-0"}], "expected at_s, and one of"),
+        ([{"add": "decode"}], "changes.0..at_s=None: expected seconds"),
+        ([{"at_s": -1, "add": "decode"}], "changes.0..at_s=-1: expected seconds"),
+        ([{"at_s": 1, "add": "decoder"}], "changes.0..add='decoder': expected one of colocated, prefill, decode"),
+        ([{"at_s": 1, "switch": "decode-0", "to": 3}], "changes.0..to='3': expected one of"),
+        ([{"at_s": 1, "drain": 7}], "changes.0..drain=7: expected the label of an instance"),
+        ([7], "changes.0.=7: expected at_s"),
+    ],
+)
+def test_a_change_that_is_none_is_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            [{"at_s": 1, "drain": "decode-7"}],
+            "drain decode-7: expected an instance that is there then, of prefill-0, decode-1, decode-2",
+        ),
+        ([{"at_s": 1, "drain": "prefill-0"}], "expected another prefill instance that stays"),
+        ([{"at_s": 1, "drain": "decode-1"}, {"at_s": 2, "drain": "decode-2"}], "another decode instance that stays"),
+        ([{"at_s": 1, "crash": "decode-1"}, {"at_s": 2, "drain": "decode-1"}], "an instance that is there then"),
+        ([{"at_s": 1, "add": "colocated"}], "add colocated: expected a role of the cluster's, decode, prefill"),
+        ([{"at_s": 1, "switch": "decode-2", "to": "colocated"}], "expected a role of the cluster's"),
+    ],
+)
+def test_a_schedule_that_the_cluster_cannot_keep_is_refused_before_it_runs(changes, said):
+    with pytest.raises(ValueError, match=said):
+        Schedule(changes).check([P, D, D])
+
+
+def test_a_schedule_may_name_whoever_came_by_it():
+    Schedule([
+        {"at_s": 1, "add": "decode"}, {"at_s": 2, "drain": "decode-3"},
+        {"at_s": 3, "switch": "decode-1", "to": "prefill"}, {"at_s": 4, "drain": "prefill-0"},
+        {"at_s": 5, "crash": "prefill-4"},
+    ]).check([P, D, D])  # fmt: skip
+
+
+def test_by_load_adds_as_many_as_the_requests_fill_and_no_more_than_allowed():
+    policy = ByLoad(FULL, max_instances=6)
+    assert policy.changes(loads((C, 10)), 0) == []
+    assert policy.changes(loads((C, 11)), 0) == [Add(C)]
+    assert policy.changes(loads((C, 35)), 0) == [Add(C)] * 3
+    assert policy.changes(loads((C, 99)), 0) == [Add(C)] * 5
+    assert policy.changes(loads((C, 30), (C, 0, Standing.STARTING)), 0) == [Add(C)]
+    assert policy.changes(loads((P, 5), (D, 25)), 0) == [Add(D)] * 2 + [Add(P)]
+
+
+def test_by_load_drains_the_emptiest_when_the_others_have_room_for_all():
+    policy = ByLoad(FULL, max_instances=6, slack=0.7)
+    assert policy.changes(loads((C, 4), (C, 2)), 0) == [Drain("colocated-1")]
+    assert policy.changes(loads((C, 4), (C, 3)), 0) == [], "7 of 10 are no less than .7"
+    assert policy.changes(loads((C, 0), (C, 0)), 0) == [Drain("colocated-1")], "of equals the last one"
+    assert policy.changes(loads((C, 0)), 0) == [], "one stays"
+    assert policy.changes(loads((C, 1), (C, 1), (C, 1, Standing.DRAINING)), 0) == [], "one after the other"
+
+
+def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full():
+    policy = SwitchRoles({"prefill": 4, "decode": 10})
+    assert policy.changes(loads((P, 5), (D, 3), (D, 2)), 0) == [ChangeRole("decode-2", P)]
+    assert policy.changes(loads((P, 4), (D, 3), (D, 2)), 0) == [], "4 are no more than full"
+    assert policy.changes(loads((P, 5), (D, 4), (D, 4)), 0) == [], "one could not do both their work"
+    assert policy.changes(loads((P, 5), (D, 3)), 0) == [], "one stays"
+    assert policy.changes(loads((P, 1), (P, 0), (D, 11)), 0) == [ChangeRole("prefill-1", D)]
+    assert policy.changes(loads((P, 5), (D, 3), (D, 2, Standing.DRAINING)), 0) == [], "one after the other"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ByLoad({"decoder": 1}, 4), "scaling.full=.*expected a number of requests for each of"),
+        (lambda: ByLoad({"decode": 0}, 4), "scaling.full.decode=0: expected a number > 0"),
+        (lambda: ByLoad(FULL, 0), "scaling.max_instances=0: expected an integer >= 1"),
+        (lambda: ByLoad(FULL, 4, slack=2), "scaling.slack=2: expected a number in"),
+        (lambda: ByLoad(FULL, 4, interval_s=0), "scaling.interval_s=0: expected seconds above 0"),
+        (lambda: ByLoad(FULL, 4, startup_s=-1), "scaling.startup_s=-1: expected seconds"),
+        (lambda: ByLoad(FULL, 1).check([C, C]), "scaling.max_instances=1: expected at least the 2"),
+        (
+            lambda: ByLoad({"decode": 1}, 4).check([P, D]),
+            "scaling.full={'decode': 1.0}: expected a number of requests for prefill too",
+        ),
+        (lambda: SwitchRoles(FULL).check([C]), "expected two roles"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
