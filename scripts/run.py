@@ -22,12 +22,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from memserve.cluster.controller import InstanceFailed
 from memserve.cluster.distributed import DistributedCluster, Interrupted
 from memserve.cluster.launch import find_place, is_under_torchrun, rank_of
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
 from memserve.cluster.sweep import run_point
+from memserve.cluster.turnover import InstanceFailed
 from memserve.compose import config_dir, load_config, resolve
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import FrameType
 
 from memserve.cluster.build import build_engine, build_roles
-from memserve.cluster.controller import Controller, InstanceFailed
+from memserve.cluster.controller import Controller
 from memserve.cluster.launch import Place, Torchrun, check_one_host
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
-from memserve.cluster.node import LeftEarly
-from memserve.cluster.node_messages import Broken, LeftAlone
+from memserve.cluster.node_messages import Broken, LeftAlone, LeftEarly
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
+from memserve.cluster.turnover import InstanceFailed
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
@@ -84,7 +84,14 @@ class DistributedCluster:
             if results and results[-1].missing:
                 raise InstanceFailed(f"repeat {number + 1} of {self.cfg.repeats}: {_listed(results[-1].missing)}")
             controller = Controller(
-                self.cfg, self._roles, Roster.of(self.cfg), self._mailbox, engine, sessions, workload.concurrency
+                self.cfg,
+                self._roles,
+                Roster.of(self.cfg),
+                self._mailbox,
+                engine,
+                sessions,
+                workload.concurrency,
+                number,
             )
             results.append(controller.run(progress))
         return results

@@ -141,7 +141,7 @@ class EmulatedCluster:
         if member.standing is not Standing.STARTING:
             return
         assert self.build is not None, "whoever changes a cluster says how to build its instances"
-        node = Node(self.build(member.label, member.role, member.incarnation), member.incarnation, self.now_ns)
+        node = Node(self.build(member.label, member.role, member.incarnation), member.incarnation)
         self.nodes.append(node)
         self._by_label[member.label] = self._by_incarnation[member.incarnation] = node
         self._feed.follow(node)
@@ -153,7 +153,7 @@ class EmulatedCluster:
             node = self._by_label[member.label]
             if node.is_idle and self.members.is_idle(member):
                 node.instance.check()
-                self._departed[member.incarnation] = node.summary(self.now_ns, self.now_ns)
+                self._departed[member.incarnation] = node.summary(self.now_ns)
                 self.nodes = [other for other in self.nodes if other is not node]
                 del self._by_label[member.label], self._by_incarnation[member.incarnation]
                 orders = self.members.left(member, self.now_ns)

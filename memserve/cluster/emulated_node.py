@@ -54,13 +54,10 @@ class Step:
 
 @dataclass(eq=False)
 class Node:
-    """An instance and its timeline. incarnation: its number in the cluster.  joined_ns: when it came.  busy_ns: virtual
-    time spent in steps.
-    """
+    """An instance and its timeline. incarnation: its number in the cluster.  busy_ns: virtual time spent in steps."""
 
     instance: Instance
     incarnation: int = 0
-    joined_ns: int = 0
     busy_ns: int = 0
     step: Step | None = None
     begin_is_due: bool = False
@@ -155,17 +152,9 @@ class Node:
         """Whether it computes nothing and has nothing to do."""
         return self.step is None and not self.is_stopped and self.instance.is_idle
 
-    def summary(self, now_ns: int, left_ns: int | None = None) -> Summary:
-        """Its books now, or when it has left."""
-        return summarize(
-            self.instance,
-            self.busy_ns,
-            self.occupancy,
-            self.activity,
-            now_ns,
-            joined_ns=self.joined_ns,
-            left_ns=left_ns,
-        )
+    def summary(self, now_ns: int) -> Summary:
+        """Its books now."""
+        return summarize(self.instance, self.busy_ns, self.occupancy, self.activity, now_ns)
 
     @property
     def next_time_ns(self) -> int | None:

@@ -80,10 +80,11 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
     needed = roster.world_size
     if world_size != needed:
         sizes = [roster.size(instance) for instance in range(len(roles))]
-        each = "one an instance" if needed == 1 + len(roles) else f"{sizes} for the instances (tensor_parallel)"
+        each = "one an instance" if sum(sizes) == len(roles) else f"{sizes} for the instances (tensor_parallel)"
+        spares = f", and {cfg.cluster.spares} spares" if cfg.cluster.spares else ""
         raise ConfigError(
             f"{world_size} ranks for cluster.roles={roles}: expected {needed}, one for "
-            f"the global scheduler and {each} (torchrun --nproc-per-node {needed})"
+            f"the global scheduler and {each}{spares} (torchrun --nproc-per-node {needed})"
         )
 
 
@@ -131,7 +132,7 @@ def check_one_host(store: Store, rank: int, world_size: int, host: str) -> None:
 def joined(place: Place, roster: Roster, device: torch.device) -> Iterator[Shard]:
     """This rank's share of its instance's model; while it lasts, torch's default group is that of the instance."""
     instance, part = roster.instance(place.rank), roster.part(place.rank)
-    size = roster.size(instance)
+    size = 1 if instance is None else roster.size(instance)
     if size == 1:
         yield WHOLE
         return

@@ -25,7 +25,6 @@ from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.sched.scaling import Scaling
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
@@ -44,7 +43,6 @@ class LocalCluster:
             raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
         self.cfg = cfg
         self._roles = build_roles(cfg)
-        self._scaling: Scaling = build_scaling(cfg, [role for _, role in self._roles])
         workload: Workload = make(cfg.workload)
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
@@ -90,6 +88,7 @@ class LocalCluster:
         scheduler = build_global_scheduler(self.cfg, self._roles, np.random.default_rng(self.cfg.seed))
         player = SessionPlayer(self._sessions, self.engine.max_context, self._concurrency)
         link: LinkModel = make(self.cfg.link)
+        scaling = build_scaling(self.cfg, [role for _, role in self._roles])
         return EmulatedCluster(
             nodes,
             scheduler,
@@ -98,7 +97,7 @@ class LocalCluster:
             self.cfg.macro_steps,
             transport,
             event_delay_ns=link.message_ns,
-            manager=ClusterManager(self._roles, self._scaling, scheduler),
+            manager=ClusterManager(self._roles, scaling, scheduler),
             build=partial(build_instance, self.cfg, self.engine, transport=transport),
         )
 

@@ -9,8 +9,9 @@ instance has a number that is never used again, its incarnation, and a label mad
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from memserve.metrics.report import InstanceStats
 from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.scaling import Add, Change, ChangeRole, Crash, Drain, Load, Scaling, Standing
@@ -128,6 +129,11 @@ class ClusterManager:
             "lost": sum(member.is_lost for member in joined),
             "switched": sum(id(member) in returned for member in joined),
         }
+
+    def dated(self, stats: InstanceStats) -> InstanceStats:
+        """An instance's counts, with when it came and went."""
+        (member,) = [member for member in self.members if member.label == stats.id]
+        return replace(stats, joined_ns=member.joined_ns or 0, left_ns=member.ended_ns)
 
     def stays_ns(self) -> list[tuple[int, int | None]]:
         """From when until when each instance was in the cluster; None: it is still."""

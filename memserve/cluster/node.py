@@ -2,7 +2,7 @@
 
     attach, warm up, learn rank 0's clock -> Ready .. Start
     receive -> schedule -> forward, layer by layer -> commit -> send        again and again, until
-    Stop -> finish transfers -> Stopped .. Leave
+    Stop -> finish transfers -> Stopped .. Leave, or Retire -> nothing left to do -> Left
 
 The loop never waits for a peer: transfers go on beside it, and an idle instance sleeps until something comes.
 """
@@ -17,48 +17,51 @@ import numpy as np
 from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.node_messages import (
+    BEAT_S,
     Alive,
+    Between,
     Changed,
     Gone,
     Held,
+    Joined,
     Leave,
+    Left,
+    LeftEarly,
     Ping,
     Pong,
     Process,
     Ready,
+    Retire,
     Start,
     Stop,
     Stopped,
     WantSnapshot,
 )
 from memserve.cluster.roster import CONTROLLER, Roster
-from memserve.cluster.summary import Summary, summarize
+from memserve.cluster.summary import summarize
 from memserve.instance import Instance
-from memserve.messages import Abort, Dispatch, PoolMessage, Redirect
+from memserve.messages import Abort, Dispatch, Redirect
 from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import LayerRun, ScheduledBatch, StepOutput
 from memserve.transfer.transport import Transport
 
 NUM_PINGS = 5
-BEAT_S = 0.5
 _IDLE_MS, _TRANSFERRING_MS, _PING_MS = 50, 1, 10_000
 _log = logging.getLogger("memserve")
 Kind = TypeVar("Kind", Start, Pong)
 
 
-class LeftEarly(RuntimeError):
-    """Rank 0 ended before the run did."""
-
-
 class InstanceLoop:
-    """An instance and its mail. roster: of the cluster.  transport: of its transfers, if its mode has any.
+    """An instance, its number in the cluster, and its mail. roster: of the cluster, of which this keeps what it hears.
 
-    stop_s: most time for transfers that are under way when the run ends.
+    transport: of its transfers, if its mode has any.  stop_s: most time for transfers that are under way when the run
+    ends.  early: what has come for it before.
     """
 
     def __init__(
         self,
+        incarnation: int,
         instance: Instance,
         mailbox: Mailbox,
         roster: Roster,
@@ -66,8 +69,9 @@ class InstanceLoop:
         *,
         stop_s: float,
         num_threads: int,
+        early: Sequence[tuple[int, AnyMessage]] = (),
     ) -> None:
-        self._roster = roster
+        self._incarnation, self._roster = incarnation, roster
         self._instance, self._mailbox, self._transport = instance, mailbox, transport
         self._stop_ns, self._num_threads = to_ns(stop_s), num_threads
         self._occupancy = Occupancy(instance.label, instance.pool)
@@ -75,13 +79,13 @@ class InstanceLoop:
         self._busy_ns = 0
         self._offset_ns = 0  # what is to be added to this process's clock
         self._stop: Stop | None = None
-        self._may_leave = False
-        self._early: list[tuple[int, AnyMessage]] = []  # came before the run had begun here
+        self._may_leave = self._is_to_drain = False
+        self._early = list(early)  # came before the run had begun here
 
-    def run(self, processes: Sequence[Process]) -> None:
-        """Until rank 0 says Leave. processes: of the instance's ranks.
+    def run(self, processes: Sequence[Process]) -> bool:
+        """Until rank 0 says Leave, or it has drained: then True. processes: of the instance's ranks.
 
-        Raises LeftEarly if that comes before the run has ended.
+        Raises LeftEarly if rank 0 says so before the run has ended.
         """
         self._learn_the_time()
         self._mailbox.send(CONTROLLER, Ready(list(processes)))
@@ -90,14 +94,21 @@ class InstanceLoop:
         self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
         while self._stop is None:
             self._step()
+            if self._is_to_drain and self._instance.is_idle:
+                self._mailbox.send(CONTROLLER, Left(self._summary(self._now_ns())))
+                return True
         self._finish_transfers(self._stop)
-        summary: Summary = summarize(
-            self._instance, self._busy_ns, self._occupancy, self._activity, self._stop.end_ns, self._num_threads
-        )
-        self._instance.check()
-        self._mailbox.send(CONTROLLER, Stopped(msgspec.msgpack.encode(summary)))
+        self._mailbox.send(CONTROLLER, Stopped(self._summary(self._stop.end_ns)))
         while not self._may_leave:
             self._step()
+        return False
+
+    def _summary(self, end_ns: int) -> bytes:
+        """The instance's books, which are checked."""
+        self._instance.check()
+        return msgspec.msgpack.encode(
+            summarize(self._instance, self._busy_ns, self._occupancy, self._activity, end_ns, self._num_threads)
+        )
 
     def _now_ns(self) -> int:
         """On the cluster's clock."""
@@ -175,8 +186,16 @@ class InstanceLoop:
         match message:
             case Dispatch() | Abort() | Redirect():
                 self._instance.receive(message)
+            case Between():
+                if message.target == self._incarnation:
+                    self._roster.assign(message.sender, sender)
+                    self._instance.receive_from_peer(message.sender, message.message, self._now_ns())
+            case Joined():
+                self._roster.assign(message.instance, message.rank)
             case Gone():
                 self._forget(message.instance)
+            case Retire():
+                self._is_to_drain = True
             case WantSnapshot():
                 self._mailbox.send(CONTROLLER, Held(self._instance.pool.follow()))
             case Stop():
@@ -185,8 +204,6 @@ class InstanceLoop:
                 self._may_leave = True
                 if self._stop is None:
                     raise LeftEarly("rank 0 ended before the run did")
-            case _ if isinstance(message, PoolMessage):
-                self._instance.receive_from_peer(self._roster.instance(sender), message, self._now_ns())
             case _:
                 raise TypeError(f"an instance takes no {type(message).__name__} while it runs")
 
@@ -203,7 +220,7 @@ class InstanceLoop:
         if events := self._instance.pool.drain_events():
             self._mailbox.send(CONTROLLER, Changed(events))
         for peer, message_to_peer in self._instance.drain_peer_outbox():
-            self._mailbox.send(self._roster.leader(peer), message_to_peer)
+            self._mailbox.send(self._roster.leader(peer), Between(self._incarnation, peer, message_to_peer))
 
     def _finish_transfers(self, stop: Stop) -> None:
         """What is on its way back arrives, or fails by its deadline."""

@@ -1,8 +1,18 @@
 """What the processes of a distributed cluster tell each other beside messages.py: who is there, the time, the end."""
 
+import os
+
 import msgspec
 
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
+from memserve.messages import PoolMessage
+from memserve.transfer.shared_memory import host_id
+
+BEAT_S = 0.5  # between two Alive
+
+
+class LeftEarly(RuntimeError):
+    """Rank 0 ended before the run did: Leave came before Stop."""
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -10,6 +20,11 @@ class Process(msgspec.Struct, frozen=True):
 
     host: str
     pid: int
+
+
+def this_process() -> Process:
+    """By which others see whether this process is still there."""
+    return Process(host_id(), os.getpid())
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -58,9 +73,50 @@ class Held(msgspec.Struct, frozen=True, tag=True):
 
 
 class Gone(msgspec.Struct, frozen=True, tag=True):
-    """There is proof that the process of this instance has ended."""
+    """This instance has left, or there is proof that its process has ended."""
 
     instance: int
+
+
+class Idle(msgspec.Struct, frozen=True, tag=True):
+    """A rank is no instance, and waits to become one, or for the end of this run (`run`: its number)."""
+
+    process: Process
+    run: int
+
+
+class Become(msgspec.Struct, frozen=True, tag=True):
+    """A waiting rank is to be this instance.  leaders: instances that are there, and the rank of each."""
+
+    instance: int
+    label: str
+    role: str
+    leaders: list[tuple[int, int]]
+
+
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """A rank is an instance from now on."""
+
+    instance: int
+    rank: int
+
+
+class Retire(msgspec.Struct, frozen=True, tag=True):
+    """No request is on its way to this instance any more: it is to leave as soon as it has nothing left to do."""
+
+
+class Left(msgspec.Struct, frozen=True, tag=True):
+    """An instance has left.  summary: msgpack of a `Summary`."""
+
+    summary: bytes
+
+
+class Between(msgspec.Struct, frozen=True, tag=True):
+    """A message of one pool for another.  sender, target: instances; a rank may have become another one meanwhile."""
+
+    sender: int
+    target: int
+    message: PoolMessage
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -126,6 +182,12 @@ NodeMessage = (
     | Pong
     | Start
     | Gone
+    | Idle
+    | Become
+    | Joined
+    | Retire
+    | Left
+    | Between
     | Stop
     | Stopped
     | Leave

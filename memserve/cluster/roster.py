@@ -1,13 +1,14 @@
 """Roster: which ranks make up which instance. Knows numbers alone.
 
 Rank 0 is the global scheduler and the client. Then come the instances in the order of `cluster.roles`, each with as
-many ranks as `cluster.tensor_parallel` says for its role, its leader first:
+many ranks as `cluster.tensor_parallel` says for its role, its leader first; then the spares, which wait to be one:
 
     roles=[prefill, decode], prefill 1, decode 2        rank 0 | prefill-0: 1 | decode-1: 2 (leader), 3
+
+An instance that comes later is a rank that was spare, or whose instance has left; its number is a new one.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from memserve.config.schema import RunConfig
 from memserve.kvcache.head_parts import endpoint_of
@@ -16,39 +17,51 @@ CONTROLLER = 0
 
 
 class Roster:
-    """sizes: ranks of each instance."""
+    """sizes: ranks of each instance that is there from the start.  num_spares: ranks beyond those."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self._sizes = list(sizes)
-        self._leaders = list(accumulate(self._sizes, initial=CONTROLLER + 1))
-        self._instances = [instance for instance, size in enumerate(self._sizes) for _ in range(size)]
+    def __init__(self, sizes: Sequence[int], num_spares: int = 0) -> None:
+        self._ranks: dict[int, range] = {}
+        for instance, size in enumerate(sizes):
+            first = self._ranks[instance - 1].stop if instance else CONTROLLER + 1
+            self._ranks[instance] = range(first, first + size)
+        self.world_size = CONTROLLER + 1 + sum(sizes) + num_spares
+        self._instances = {rank: instance for instance, ranks in self._ranks.items() for rank in ranks}
 
     @staticmethod
     def of(cfg: RunConfig) -> "Roster":
-        return Roster([getattr(cfg.cluster.tensor_parallel, role) for role in cfg.cluster.roles])
+        return Roster([getattr(cfg.cluster.tensor_parallel, role) for role in cfg.cluster.roles], cfg.cluster.spares)
 
-    @property
-    def world_size(self) -> int:
-        return 1 + len(self._instances)
+    def assign(self, instance: int, rank: int) -> None:
+        """A rank is an instance from now on, and not what it was before; nothing new of one that is known."""
+        if instance in self._ranks:
+            return
+        self._ranks[instance] = range(rank, rank + 1)
+        self._instances[rank] = instance
+
+    def release(self, instance: int) -> None:
+        """An instance has left: its rank is none any more."""
+        for rank in self._ranks[instance]:
+            del self._instances[rank]
 
     def leader(self, instance: int) -> int:
-        """The rank that speaks for an instance."""
-        return self._leaders[instance]
+        """The rank that speaks for an instance, or spoke for one that has left."""
+        return self._ranks[instance].start
 
     def ranks(self, instance: int) -> range:
-        return range(self._leaders[instance], self._leaders[instance + 1])
+        return self._ranks[instance]
 
     def size(self, instance: int) -> int:
-        return self._sizes[instance]
+        return len(self._ranks[instance])
 
-    def instance(self, rank: int) -> int:
-        """The instance of a rank other than rank 0."""
-        return self._instances[rank - 1]
+    def instance(self, rank: int) -> int | None:
+        """The instance of a rank; None for rank 0 and for one that is spare."""
+        return self._instances.get(rank)
 
     def part(self, rank: int) -> int:
-        """A rank's number in its instance; 0 for the leader."""
-        return rank - self._leaders[self.instance(rank)]
+        """A rank's number in its instance; 0 for the leader, and for a rank that may become one."""
+        instance = self.instance(rank)
+        return 0 if instance is None else rank - self.leader(instance)
 
     def endpoints(self, instance: int) -> list[int]:
-        """The transport's numbers of an instance's ranks."""
-        return [endpoint_of(instance, part) for part in range(self._sizes[instance])]
+        """The transport's numbers of an instance's ranks; of one that nobody has heard of it is one rank."""
+        return [endpoint_of(instance, part) for part in range(len(self._ranks.get(instance, range(1))))]

@@ -34,11 +34,8 @@ def summarize(
     activity: Activity,
     end_ns: int,
     num_threads: int = 0,
-    *,
-    joined_ns: int = 0,
-    left_ns: int | None = None,
 ) -> Summary:
-    """busy_ns: time that it spent in steps.  end_ns: of the run.  joined_ns, left_ns: when it came and went."""
+    """busy_ns: time that it spent in steps.  end_ns: of the run, or when it left."""
     pool, handoffs = instance.pool.stats(), instance.handoffs
     if handoffs is not None:
         activity.sent(handoffs.transfers.drain_sent())
@@ -57,8 +54,6 @@ def summarize(
         peak_waiting_handoffs=0 if handoffs is None else handoffs.peak_waiting,
         num_computed=instance.scheduler.counts.computed,
         num_generated=instance.scheduler.counts.generated,
-        joined_ns=joined_ns,
-        left_ns=left_ns,
     )
     return Summary(
         stats,
@@ -81,7 +76,7 @@ def report_of(
     """The report of a run. summaries: of the instances that are left at its end, or have left before."""
     return build_report(
         list(scheduler.timelines.values()),
-        [summary.stats for summary in summaries],
+        [manager.dated(summary.stats) for summary in summaries],
         wall_s=wall_s,
         turns_over_context=counts.turns_over_context,
         turns_not_sent=counts.turns_not_sent,

@@ -125,9 +125,13 @@ def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
     """Who comes and goes. Raises ConfigError for what a cluster that begins with these roles cannot do."""
     scaling: Scaling = make(cfg.scaling)
     try:
-        scaling.check(roles)
+        scaling.begin(roles)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    most, num_ranks = scaling.most_instances, len(roles) + cfg.cluster.spares
+    if cfg.exec == "distributed" and most is not None and most > num_ranks:
+        raise ConfigError(f"scaling.max_instances={most} contradicts cluster.spares={cfg.cluster.spares}: "
+                          f"expected {num_ranks} at most, or {most - len(roles)} spares")  # fmt: skip
     return scaling
 
 

@@ -59,6 +59,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_roles(cfg)
     _check_fetch(cfg)
     _check_tensor_parallel(cfg)
+    _check_scaling(cfg)
 
 
 def _check_geometry(cfg: RunConfig) -> None:
@@ -173,9 +174,6 @@ def _check_execution(cfg: RunConfig) -> None:
 def _check_distributed(cfg: RunConfig) -> None:
     if cfg.transport == "in_process":
         raise ConfigError("transport=in_process contradicts exec=distributed: expected gloo, nccl or mapped")
-    if _class(cfg.scaling) != "NoScaling":
-        raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts exec=distributed: its ranks are there from the "
-                          "start to the end; expected scaling=fixed")  # fmt: skip
     if cfg.tokens == "workload":
         raise ConfigError("tokens=workload contradicts exec=distributed: expected tokens=model or tokens=hash")
     if cfg.step_time != "measured":
@@ -215,6 +213,27 @@ def _check_fetch(cfg: RunConfig) -> None:
     decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
     if not decode_holds and sum(role != Role.DECODE.value for role in roles) < 2:
         raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
+
+
+def _check_scaling(cfg: RunConfig) -> None:
+    """Spare ranks are for whoever comes later; processes are of one rank then, and end by who started them."""
+    cluster, scales = cfg.cluster, _class(cfg.scaling) != "NoScaling"
+    _require(cluster.spares >= 0, "cluster.spares", cluster.spares, "an integer >= 0")
+    if cluster.spares and cfg.exec != "distributed":
+        raise ConfigError(
+            f"cluster.spares={cluster.spares} contradicts exec={cfg.exec}: expected exec=distributed, or 0"
+        )
+    if cluster.spares and not scales:
+        raise ConfigError(f"cluster.spares={cluster.spares} contradicts scaling=fixed: nobody would ever need them")
+    if not scales or cfg.exec != "distributed":
+        return
+    sizes = cluster.tensor_parallel
+    if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
+        raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts cluster.tensor_parallel above 1: "
+                          "who comes and goes is one rank")  # fmt: skip
+    if any("crash" in change for change in cfg.scaling.get("changes") or ()):
+        raise ConfigError("scaling.changes with crash contradicts exec=distributed: expected that whoever started the "
+                          "process kills it")  # fmt: skip
 
 
 def _class(node: Any) -> str:

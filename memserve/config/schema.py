@@ -87,10 +87,12 @@ class TensorParallelConfig:
 class ClusterConfig:
     """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around.
 
-    max_unfinished: requests that may be there at a time; None: no bound.
+    spares: further ranks, which wait to become instances.  max_unfinished: requests that may be there at a time; None:
+    no bound.
     """
 
     roles: list[str] = field(default_factory=list)
+    spares: int = 0
     tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
     silence_s: float = 10.0
     max_unfinished: int | None = None

@@ -1,5 +1,6 @@
 """Scaling policies that look at how many unfinished requests the instances of each role have."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class _Team:
 
     def pressure(self, num_instances: int) -> float:
         """How full so many instances would be; 1 is full."""
-        return self.num_requests / (num_instances * self.full)
+        return self.num_requests / (num_instances * self.full) if num_instances else math.inf
 
 
 class _ByRequests(Scaling):
@@ -49,19 +50,21 @@ class _ByRequests(Scaling):
             Role(role): require_number(f"scaling.full.{role}", value, "a number > 0", minimum=0, exclusive=True)
             for role, value in full.items()
         }
+        self._roles: list[Role] = []  # of the cluster
 
     def next_time_ns(self, last_ns: int | None) -> int | None:
         return self._interval_ns if last_ns is None else last_ns + self._interval_ns
 
-    def check(self, roles: Sequence[Role]) -> None:
+    def begin(self, roles: Sequence[Role]) -> None:
         for role in roles:
             if role not in self._full:
                 given = {str(known): number for known, number in self._full.items()}
                 raise ValueError(f"scaling.full={given}: expected a number of requests for {role} too")
+        self._roles = sorted(set(roles))
 
     def _teams(self, loads: Sequence[Load]) -> list[_Team]:
         teams = []
-        for role in sorted({load.role for load in loads}):
+        for role in self._roles:
             mine = [load for load in loads if load.role == role]
             counts = [sum(load.standing == standing for load in mine) for standing in Standing]
             serving = [load for load in mine if load.standing == Standing.SERVING]
@@ -87,12 +90,16 @@ class ByLoad(_ByRequests):
         self._max_instances = require_int("scaling.max_instances", max_instances, 1)
         self._slack = require_number("scaling.slack", slack, "a number in (0, 1]", minimum=0, maximum=1, exclusive=True)
 
-    def check(self, roles: Sequence[Role]) -> None:
-        super().check(roles)
+    def begin(self, roles: Sequence[Role]) -> None:
+        super().begin(roles)
         if len(roles) > self._max_instances:
             raise ValueError(
                 f"scaling.max_instances={self._max_instances}: expected at least the {len(roles)} of cluster.roles"
             )
+
+    @property
+    def most_instances(self) -> int | None:
+        return self._max_instances
 
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
         changes, num_free = list[Change](), self._max_instances - len(loads)
@@ -120,8 +127,8 @@ class SwitchRoles(_ByRequests):
         super().__init__(full, interval_s, 0.0, switch_s)
         self._slack = require_number("scaling.slack", slack, "a number in (0, 1]", minimum=0, maximum=1, exclusive=True)
 
-    def check(self, roles: Sequence[Role]) -> None:
-        super().check(roles)
+    def begin(self, roles: Sequence[Role]) -> None:
+        super().begin(roles)
         if len(set(roles)) < 2:
             raise ValueError(f"scaling=SwitchRoles with cluster.roles={[str(r) for r in roles]}: expected two roles")
 

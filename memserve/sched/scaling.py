@@ -99,9 +99,14 @@ class Scaling(ABC):
         will be, in the order in which they were named.
         """
 
-    def check(self, roles: Sequence[Role]) -> None:
-        """Raises ValueError for what cannot be done to a cluster that begins with instances of these roles."""
+    def begin(self, roles: Sequence[Role]) -> None:
+        """The cluster begins with instances of these roles. Raises ValueError for what cannot be done to it."""
         return
+
+    @property
+    def most_instances(self) -> int | None:
+        """Instances that there may be at a time, if it knows."""
+        return None
 
 
 class NoScaling(Scaling):
@@ -140,7 +145,7 @@ class Schedule(Scaling):
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
         return [change for time_ns, change in self._timed if time_ns == now_ns]
 
-    def check(self, roles: Sequence[Role]) -> None:
+    def begin(self, roles: Sequence[Role]) -> None:
         here = {f"{role}-{number}": role for number, role in enumerate(roles)}
         num_named = len(roles)
         for _, change in self._timed:

@@ -13,7 +13,7 @@ from child_process import own_environment
 from cluster.test_distributed import TESTS, WORKLOAD
 
 from memserve.cluster import distributed
-from memserve.cluster.controller import InstanceFailed
+from memserve.cluster.turnover import InstanceFailed
 from memserve.transfer.liveness import Watched
 
 LONG = [*WORKLOAD, "workload.num_sessions=500", "workload.rate=1"]

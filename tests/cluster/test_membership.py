@@ -277,3 +277,15 @@ def test_switch_roles_keeps_their_number_and_moves_who_is_needed_elsewhere():
     assert all(t.succeeded for t in play(cluster, act))
     assert cluster.members.counts()["switched"] >= 1
     nothing_is_left(cluster)
+
+
+def test_by_load_replaces_who_has_crashed():
+    """Meanwhile nobody serves: what comes then fails by name."""
+    words = ["scaling=by_load", "scaling.interval_s=0.05", "scaling.startup_s=0.02", "cluster=colocated_1"]
+    cluster = local(*BUSY, *words).cluster()
+    cluster.call_at(20_000_000, lambda: cluster.crash("colocated-0"))
+    timelines = play(cluster)
+    lost, new = cluster.members.members
+    assert lost.is_lost and new.joined_ns == 70_000_000
+    assert all(t.succeeded or t.finished_ns <= 70_000_000 for t in timelines) and any(t.succeeded for t in timelines)
+    nothing_is_left(cluster)

@@ -5,8 +5,8 @@ import pytest
 
 from memserve import load_config
 from memserve.cluster.build import build_engine, build_instance
-from memserve.cluster.node import InstanceLoop, LeftEarly
-from memserve.cluster.node_messages import Gone, Leave, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node import InstanceLoop
+from memserve.cluster.node_messages import Gone, Leave, LeftEarly, Ping, Pong, Ready, Start, Stop, Stopped
 from memserve.cluster.roster import Roster
 from memserve.messages import Dispatch, Finished, pack_tokens
 from memserve.request import Role, SamplingParams
@@ -42,7 +42,7 @@ def play(**answers):
     instance = build_instance(cfg, build_engine(cfg), "colocated-0", Role.COLOCATED, 0)
     defaults = {"Ping": lambda ping: [Pong(ping.sent_ns, 0)], "Finished": [Stop(10**12)], "Stopped": [Leave()]}
     mailbox = PlayedMailbox(**(defaults | answers))
-    InstanceLoop(instance, mailbox, Roster([1]), None, stop_s=1.0, num_threads=1).run([])
+    InstanceLoop(0, instance, mailbox, Roster([1]), None, stop_s=1.0, num_threads=1).run([])
     return mailbox.sent
 
 

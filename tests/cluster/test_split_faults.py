@@ -11,9 +11,9 @@ from cluster.survival import LIMIT_S, START_S, check, have_started, wait_for
 from cluster.test_distributed import WORKLOAD
 from cluster.test_tensor_parallel import DISTRIBUTED, expected, sizes
 
-from memserve.cluster.controller import InstanceFailed
 from memserve.cluster.distributed import check_ended
 from memserve.cluster.result import Result
+from memserve.cluster.turnover import InstanceFailed
 
 LASTING = [*WORKLOAD, "workload.num_sessions=60", "workload.rate=5"]
 NUM_RANKS = 8  # 1 and 2 are prefill-0, 3 and 4 prefill-1, 5 and 6 prefill-2, 7 is decode-3; the first of each leads

@@ -17,6 +17,12 @@ def loads(*entries):
     ]
 
 
+def asked(policy, *entries):
+    """What it says to a cluster of which these are left."""
+    policy.begin(sorted({role for role, *_ in entries}))
+    return policy.changes(loads(*entries), 0)
+
+
 def test_nobody_comes_and_goes_by_default():
     assert NoScaling().next_time_ns(None) is None and NoScaling().changes(loads((C, 99)), 0) == []
 
@@ -70,7 +76,7 @@ def test_a_change_that_is_none_is_refused(given, said):
 )
 def test_a_schedule_that_the_cluster_cannot_keep_is_refused_before_it_runs(changes, said):
     with pytest.raises(ValueError, match=said):
-        Schedule(changes).check([P, D, D])
+        Schedule(changes).begin([P, D, D])
 
 
 def test_a_schedule_may_name_whoever_came_by_it():
@@ -78,36 +84,45 @@ def test_a_schedule_may_name_whoever_came_by_it():
         {"at_s": 1, "add": "decode"}, {"at_s": 2, "drain": "decode-3"},
         {"at_s": 3, "switch": "decode-1", "to": "prefill"}, {"at_s": 4, "drain": "prefill-0"},
         {"at_s": 5, "crash": "prefill-4"},
-    ]).check([P, D, D])  # fmt: skip
+    ]).begin([P, D, D])  # fmt: skip
 
 
 def test_by_load_adds_as_many_as_the_requests_fill_and_no_more_than_allowed():
     policy = ByLoad(FULL, max_instances=6)
-    assert policy.changes(loads((C, 10)), 0) == []
-    assert policy.changes(loads((C, 11)), 0) == [Add(C)]
-    assert policy.changes(loads((C, 35)), 0) == [Add(C)] * 3
-    assert policy.changes(loads((C, 99)), 0) == [Add(C)] * 5
-    assert policy.changes(loads((C, 30), (C, 0, Standing.STARTING)), 0) == [Add(C)]
-    assert policy.changes(loads((P, 5), (D, 25)), 0) == [Add(D)] * 2 + [Add(P)]
+    assert asked(policy, (C, 10)) == []
+    assert asked(policy, (C, 11)) == [Add(C)]
+    assert asked(policy, (C, 35)) == [Add(C)] * 3
+    assert asked(policy, (C, 99)) == [Add(C)] * 5
+    assert asked(policy, (C, 30), (C, 0, Standing.STARTING)) == [Add(C)]
+    assert asked(policy, (P, 5), (D, 25)) == [Add(D)] * 2 + [Add(P)]
 
 
 def test_by_load_drains_the_emptiest_when_the_others_have_room_for_all():
     policy = ByLoad(FULL, max_instances=6, slack=0.7)
-    assert policy.changes(loads((C, 4), (C, 2)), 0) == [Drain("colocated-1")]
-    assert policy.changes(loads((C, 4), (C, 3)), 0) == [], "7 of 10 are no less than .7"
-    assert policy.changes(loads((C, 0), (C, 0)), 0) == [Drain("colocated-1")], "of equals the last one"
-    assert policy.changes(loads((C, 0)), 0) == [], "one stays"
-    assert policy.changes(loads((C, 1), (C, 1), (C, 1, Standing.DRAINING)), 0) == [], "one after the other"
+    assert asked(policy, (C, 4), (C, 2)) == [Drain("colocated-1")]
+    assert asked(policy, (C, 4), (C, 3)) == [], "7 of 10 are no less than .7"
+    assert asked(policy, (C, 0), (C, 0)) == [Drain("colocated-1")], "of equals the last one"
+    assert asked(policy, (C, 0)) == [], "one stays"
+    assert asked(policy, (C, 1), (C, 1), (C, 1, Standing.DRAINING)) == [], "one after the other"
+
+
+def test_who_is_lost_is_replaced():
+    policy = ByLoad(FULL, max_instances=6)
+    policy.begin([P, D])
+    assert policy.changes(loads((P, 0)), 0) == [Add(D)]
+    policy = SwitchRoles(FULL)
+    policy.begin([P, D])
+    assert policy.changes(loads((P, 1), (P, 1)), 0) == [ChangeRole("prefill-1", D)]
 
 
 def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full():
     policy = SwitchRoles({"prefill": 4, "decode": 10})
-    assert policy.changes(loads((P, 5), (D, 3), (D, 2)), 0) == [ChangeRole("decode-2", P)]
-    assert policy.changes(loads((P, 4), (D, 3), (D, 2)), 0) == [], "4 are no more than full"
-    assert policy.changes(loads((P, 5), (D, 4), (D, 4)), 0) == [], "one could not do both their work"
-    assert policy.changes(loads((P, 5), (D, 3)), 0) == [], "one stays"
-    assert policy.changes(loads((P, 1), (P, 0), (D, 11)), 0) == [ChangeRole("prefill-1", D)]
-    assert policy.changes(loads((P, 5), (D, 3), (D, 2, Standing.DRAINING)), 0) == [], "one after the other"
+    assert asked(policy, (P, 5), (D, 3), (D, 2)) == [ChangeRole("decode-2", P)]
+    assert asked(policy, (P, 4), (D, 3), (D, 2)) == [], "4 are no more than full"
+    assert asked(policy, (P, 5), (D, 4), (D, 4)) == [], "one could not do both their work"
+    assert asked(policy, (P, 5), (D, 3)) == [], "one stays"
+    assert asked(policy, (P, 1), (P, 0), (D, 11)) == [ChangeRole("prefill-1", D)]
+    assert asked(policy, (P, 5), (D, 3), (D, 2, Standing.DRAINING)) == [], "one after the other"
 
 
 @pytest.mark.parametrize(
@@ -119,12 +134,12 @@ def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full()
         (lambda: ByLoad(FULL, 4, slack=2), "scaling.slack=2: expected a number in"),
         (lambda: ByLoad(FULL, 4, interval_s=0), "scaling.interval_s=0: expected seconds above 0"),
         (lambda: ByLoad(FULL, 4, startup_s=-1), "scaling.startup_s=-1: expected seconds"),
-        (lambda: ByLoad(FULL, 1).check([C, C]), "scaling.max_instances=1: expected at least the 2"),
+        (lambda: ByLoad(FULL, 1).begin([C, C]), "scaling.max_instances=1: expected at least the 2"),
         (
-            lambda: ByLoad({"decode": 1}, 4).check([P, D]),
+            lambda: ByLoad({"decode": 1}, 4).begin([P, D]),
             "scaling.full={'decode': 1.0}: expected a number of requests for prefill too",
         ),
-        (lambda: SwitchRoles(FULL).check([C]), "expected two roles"),
+        (lambda: SwitchRoles(FULL).begin([C]), "expected two roles"),
     ],
 )
 def test_values_out_of_range_are_refused(make, said):

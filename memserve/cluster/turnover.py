@@ -1,0 +1,130 @@
+"""Turnover: which rank becomes which instance, in a cluster of processes. Decides nothing of who comes and goes.
+
+a rank waits -> it is to be an instance: Become -> Ready -> Joined to all, Start -> it serves
+an instance drains, and no request is on its way to it: Retire -> Left -> Gone to all; its rank waits
+"""
+
+import logging
+from collections.abc import Sequence
+
+from memserve.cluster.mailbox import AnyMessage, Mailbox
+from memserve.cluster.manager import ClusterManager, Membership, Starting
+from memserve.cluster.node_messages import Become, Gone, Joined, Retire, Start
+from memserve.cluster.roster import Roster
+from memserve.cluster.watch import Watch
+from memserve.sched.scaling import Crash, Standing
+
+_log = logging.getLogger("memserve")
+
+
+class InstanceFailed(RuntimeError):
+    """An instance's process has ended by an error, or does not answer."""
+
+
+class Vacancies:
+    """Instances that are to come, and the ranks that wait to be one. Knows who fits where; tells nobody."""
+
+    def __init__(self) -> None:
+        self.ranks: list[int] = []  # that wait
+        self._wanted: list[tuple[int, int, int | None]] = []  # (when, instance, the rank that it is to be)
+
+    def want(self, instance: int, due_ns: int, rank: int | None) -> None:
+        """An instance is to come from due_ns on. rank: that it is to be; None: any that waits."""
+        self._wanted.append((due_ns, instance, rank))
+
+    def filled(self, now_ns: int) -> list[tuple[int, int]]:
+        """(instance, rank) of those that can begin now; they are wanted, and wait, no longer."""
+        found = []
+        reserved = {rank for _, _, rank in self._wanted if rank is not None}
+        for entry in sorted(self._wanted, key=lambda entry: entry[:2]):
+            due_ns, instance, rank = entry
+            free = [r for r in self.ranks if (r not in reserved if rank is None else r == rank)]
+            if due_ns <= now_ns and free:
+                found.append((instance, free[0]))
+                self.ranks.remove(free[0])
+                self._wanted.remove(entry)
+        return found
+
+
+class Turnover:
+    """num_first: instances that are there from the start.
+
+    here: instances that have a rank, and have neither left nor gone.
+    """
+
+    def __init__(self, members: ClusterManager, roster: Roster, watch: Watch, mailbox: Mailbox, num_first: int) -> None:
+        self.here = set(range(num_first))
+        self.vacancies = Vacancies()
+        self._members, self._roster, self._watch, self._mailbox = members, roster, watch, mailbox
+        self._told: set[int] = set()  # instances that know that they are to leave
+
+    def proceed(self, now_ns: int) -> None:
+        """Who is to come, comes; who is to leave and has no request on its way to it is told to."""
+        while (due_ns := self._members.next_time_ns) is not None and due_ns <= now_ns:
+            self.perform(self._members.decide(), now_ns)
+        for member in self._members.draining:
+            if member.incarnation not in self._told and self._members.is_idle(member):
+                self._told.add(member.incarnation)
+                self._mailbox.send(self._roster.leader(member.incarnation), Retire())
+        self.vacancies.ranks = [rank for rank in self.vacancies.ranks if rank in self._watch.idle]
+        for instance, rank in self.vacancies.filled(now_ns):
+            if self._member(instance).standing is Standing.STARTING:
+                self._assign(instance, rank)
+            else:  # nobody wants it any more
+                self.vacancies.ranks.append(rank)
+
+    def perform(self, orders: Sequence[Starting | Crash], now_ns: int) -> None:
+        """Begins what the manager says. Raises InstanceFailed for a crash: processes belong to who started them."""
+        for order in orders:
+            if isinstance(order, Crash):
+                raise InstanceFailed(f"scaling: {order}: expected that whoever started the process kills it")
+            before = [m for m in self._members.members if m.successor is order.member and not m.is_lost]
+            rank = self._roster.leader(before[0].incarnation) if before else None
+            self.vacancies.want(order.member.incarnation, now_ns + order.delay_ns, rank)
+
+    def welcome(self, instance: int, rank: int, now_ns: int, epoch_ns: int, is_over: bool) -> None:
+        """A rank has become an instance: it serves, if it is still wanted. epoch_ns: time 0.  is_over: the run is."""
+        member = self._member(instance)
+        if member.standing is Standing.STARTING and not is_over:
+            self.tell(Joined(instance, rank))
+            self._members.joined(member, now_ns)
+            _log.info("%s has joined", member.label)
+        self._mailbox.send(rank, Start(epoch_ns))
+        if member.standing is None:
+            self._mailbox.send(rank, Retire())
+
+    def part_with(self, instance: int, rank: int, now_ns: int) -> None:
+        """An instance has left, with nothing lost."""
+        member = self._member(instance)
+        _log.info("%s has left", member.label)
+        self.here.discard(instance)
+        self._watch.left(instance, rank)
+        self._roster.release(instance)
+        self.tell(Gone(instance))
+        if member.standing is not None:
+            self.perform(self._members.left(member, now_ns), now_ns)
+
+    def lose(self, instance: int, now_ns: int) -> None:
+        """There is proof that an instance's process has ended."""
+        self.here.discard(instance)
+        self.tell(Gone(instance))
+        member = self._member(instance)
+        if member.standing is not None:
+            self.perform(self._members.lost(member.label, now_ns), now_ns)
+
+    def tell(self, message: AnyMessage, ranks: Sequence[int] = ()) -> None:
+        """Every instance that is here, and ranks beside."""
+        for rank in [*(self._roster.leader(instance) for instance in sorted(self.here)), *ranks]:
+            self._mailbox.send(rank, message)
+
+    def _assign(self, instance: int, rank: int) -> None:
+        """A waiting rank is to be an instance."""
+        leaders = [(other, self._roster.leader(other)) for other in sorted(self.here)]
+        self._roster.assign(instance, rank)
+        self.here.add(instance)
+        self._watch.becomes(rank, instance)
+        member = self._member(instance)
+        self._mailbox.send(rank, Become(instance, member.label, member.role, leaders))
+
+    def _member(self, instance: int) -> Membership:
+        return self._members.members[instance]

@@ -1,0 +1,137 @@
+"""Ranks that become instances, leave and come back as others, in real processes: every request is answered right."""
+
+import functools
+import json
+import signal
+import time
+
+import pytest
+from cluster.forked_ranks import Forked
+from cluster.survival import START_S, have_started, wait_for
+from cluster.test_membership import scheduled
+
+from memserve import LocalCluster, load_config
+from memserve.cluster.roster import Roster
+from memserve.cluster.turnover import Vacancies
+from memserve.cluster.wiring import build_scaling
+from memserve.config.checks import ConfigError
+from memserve.request import Role
+
+WORKLOAD = [
+    "workload=synthetic", "workload.num_sessions=24", "workload.num_turns=3", "workload.prompt_tokens=60",
+    "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2", "workload.max_output_tokens=12",
+    "workload.rate=10", "workload.think_time_s=0.1",
+]  # fmt: skip
+DISTRIBUTED = ["exec=distributed", "tokens=hash", "model.num_threads=1"]
+LIMIT_S = 200
+PD = ["cluster=1p1d", "mode=pd_caching_3", "index_source=exact", "policy=prompt_tree", "cluster.spares=1"]
+COMES_AND_GOES = scheduled(
+    {"at_s": 0.3, "add": "decode"}, {"at_s": 0.8, "drain": "decode-1"}, {"at_s": 1.2, "add": "prefill"},
+    {"at_s": 1.7, "switch": "prefill-0", "to": "decode"},
+)  # fmt: skip
+CASES = {
+    "gloo": [*PD, *COMES_AND_GOES, "transport=gloo", "granularity=by_layer", "repeats=2"],
+    "mapped": [*PD, *COMES_AND_GOES, "transport=mapped", "granularity=by_request", "fetch=always"],
+    "by load": ["cluster=colocated_1", "transport=gloo", "cluster.spares=2", "scaling=by_load", "policy=least_load",
+                "scaling.full.colocated=1", "scaling.max_instances=3", "scaling.interval_s=0.1"],
+}  # fmt: skip
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@functools.cache
+def expected():
+    cluster = LocalCluster(load_config(["exec=simulated", *WORKLOAD, "cluster=colocated_1", "index=none"]))
+    return {t.request_id: t.token_ids.tolist() for t in cluster.run_once().timelines}
+
+
+def test_whoever_comes_and_goes_every_request_is_answered_right(tmp_path):
+    ranks = Forked(tmp_path, [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in CASES.values()], 4)
+    try:
+        wait_for(ranks.ended, LIMIT_S, "all cases end", ranks)
+    finally:
+        ranks.kill()
+    assert ranks.codes() == [0] * 4, ranks.printed()
+    found = json.loads((tmp_path / "found.json").read_text())
+    for result in found:
+        assert result["tokens"] == expected() and result["missing"] == {}
+        report = result["report"]
+        assert report["num_failed"] == report["quarantined_blocks"] == report["membership"]["lost"] == 0
+        assert all(attempt == 0 for _, _, attempt in result["ends"].values())
+    first, second, mapped, by_load = [result["report"] for result in found]
+    for report in (first, second, mapped):
+        counts = {key: report["membership"][key] for key in ("joined", "left", "switched")}
+        assert counts == {"joined": 3, "left": 2, "switched": 1}
+        ids = [row["id"] for row in report["instances"]]
+        assert ids == ["prefill-0", "decode-1", "decode-2", "prefill-3", "decode-4"]
+        assert all(row["num_requests"] for row in report["instances"][2:4])
+    assert by_load["membership"]["joined"] >= 1
+
+
+def test_a_spare_takes_the_place_of_one_that_is_killed(tmp_path):
+    """Another spare was killed before: nobody is made of it."""
+    words = [*DISTRIBUTED, *WORKLOAD, *CASES["by load"], "scaling.full.colocated=1000"]
+    ranks = Forked(tmp_path, [(words, 4)], 4)
+    try:
+        wait_for(lambda: have_started(tmp_path, [1]), START_S, "the cluster starts", ranks)
+        ranks.signal(2, signal.SIGKILL)
+        time.sleep(0.5)
+        ranks.signal(1, signal.SIGKILL)
+        wait_for(ranks.ended, LIMIT_S, "the run ends", ranks)
+    finally:
+        ranks.kill()
+    assert ranks.codes() == [0, -signal.SIGKILL, -signal.SIGKILL, 0], ranks.printed()
+    (result,) = json.loads((tmp_path / "found.json").read_text())
+    assert result["missing"] == {"colocated-0": "gone"}
+    counts = {key: result["report"]["membership"][key] for key in ("joined", "left", "lost")}
+    assert counts == {"joined": 1, "left": 0, "lost": 1}
+    answered = {name: tokens for name, tokens in result["tokens"].items() if result["ends"][name][0] == "length"}
+    assert answered and all(tokens == expected()[name] for name, tokens in answered.items())
+    assert {reason for reason, *_ in result["ends"].values()} <= {"length", "instance_lost"}
+    (row,) = result["report"]["instances"]
+    assert row["id"] == "colocated-1" and row["joined_s"] > 0
+
+
+def refused(*words):
+    cfg = load_config([*DISTRIBUTED, "transport=gloo", *words])
+    build_scaling(cfg, [Role(role) for role in cfg.cluster.roles])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["scaling=by_load"], "scaling.max_instances=8 contradicts cluster.spares=0: expected 1 at most, or 7 spares"),
+        (["cluster.spares=1"], "cluster.spares=1 contradicts scaling=fixed"),
+        (["cluster.spares=-1"], "cluster.spares=-1: expected an integer >= 0"),
+        (scheduled({"at_s": 1, "crash": "colocated-0"}), "crash contradicts exec=distributed"),
+        (["cluster.spares=1", "scaling=schedule", "cluster.tensor_parallel.colocated=2", "tokens=model", "model=tiny"],
+         "scaling=Schedule contradicts cluster.tensor_parallel above 1"),
+        (["cluster.spares=1", "exec=simulated", "transport=in_process"], "cluster.spares=1 contradicts exec=simulated"),
+    ],
+)  # fmt: skip
+def test_what_processes_cannot_do_is_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        refused(*words)
+
+
+def test_ranks_that_wait_become_who_is_wanted_first():
+    vacancies = Vacancies()
+    vacancies.want(5, due_ns=20, rank=None)
+    vacancies.want(6, due_ns=10, rank=2)
+    assert vacancies.filled(15) == []
+    vacancies.ranks += [2, 3]
+    assert vacancies.filled(15) == [(6, 2)] and vacancies.ranks == [3], "nobody else gets a rank that is promised"
+    assert vacancies.filled(25) == [(5, 3)] and vacancies.filled(30) == []
+
+
+def test_a_rank_may_be_one_instance_after_another():
+    roster = Roster([1, 2], num_spares=1)
+    assert roster.world_size == 5 and roster.instance(4) is None and roster.part(4) == 0
+    roster.assign(2, 4)
+    assert (roster.instance(4), roster.leader(2), list(roster.ranks(2))) == (2, 4, [4])
+    roster.release(0)
+    roster.assign(3, 1)
+    assert (roster.instance(1), roster.leader(3), roster.leader(0)) == (3, 1, 1)
+    roster.assign(1, 9)
+    assert list(roster.ranks(1)) == [2, 3], "what is known stays"
+    assert len(roster.endpoints(77)) == 1, "one that nobody has heard of is one rank"
