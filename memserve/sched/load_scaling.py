@@ -1,6 +1,7 @@
 """Scaling policies that look at how many unfinished requests the instances of each role have."""
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,14 @@ ROLES = ", ".join(Role)
 
 @dataclass(frozen=True)
 class _Team:
-    """The instances of one role. full: requests that one of them is to have."""
+    """The instances of one role. most_lately: requests that they had at a time.  full: that one of them is to have."""
 
     role: Role
     serving: list[Load]
     num_starting: int
     num_draining: int
     num_requests: int
+    most_lately: float
     full: float
 
     @property
@@ -28,19 +30,37 @@ class _Team:
         """The instance that has the least to finish; of equals the one that came last."""
         return min(reversed(self.serving), key=lambda load: load.num_requests)
 
-    def pressure(self, num_instances: int) -> float:
-        """How full so many instances would be; 1 is full."""
-        return self.num_requests / (num_instances * self.full) if num_instances else math.inf
+    @property
+    def pressure(self) -> float:
+        """How full those that serve are; 1 is full."""
+        return self.num_requests / (len(self.serving) * self.full) if self.serving else math.inf
+
+    @property
+    def pressure_without_one(self) -> float:
+        """How full the others would have been, lately, with one less."""
+        num_left = len(self.serving) - 1
+        return self.most_lately / (num_left * self.full) if num_left > 0 else math.inf
 
 
 class _ByRequests(Scaling):
     """Looks every interval_s at how many unfinished requests the instances of each role have.
 
-    full: for each role, requests an instance is to have.
+    full: for each role, requests an instance is to have.  slack: an instance can be spared where the others would have
+    had less than this share of that all of the last window_s.
     """
 
-    def __init__(self, full: Mapping[str, float], interval_s: float, startup_s: float, switch_s: float) -> None:
+    def __init__(
+        self,
+        full: Mapping[str, float],
+        slack: float,
+        interval_s: float,
+        window_s: float,
+        startup_s: float = 0.0,
+        switch_s: float = 0.0,
+    ) -> None:
         super().__init__(startup_s, switch_s)
+        self._slack = require_number("scaling.slack", slack, "a number in (0, 1]", minimum=0, maximum=1, exclusive=True)
+        self._window_ns = to_ns(require_duration("scaling.window_s", window_s))
         self._interval_ns = to_ns(require_duration("scaling.interval_s", interval_s))
         if not self._interval_ns:
             raise ValueError(f"scaling.interval_s={interval_s!r}: expected seconds above 0")
@@ -50,7 +70,7 @@ class _ByRequests(Scaling):
             Role(role): require_number(f"scaling.full.{role}", value, "a number > 0", minimum=0, exclusive=True)
             for role, value in full.items()
         }
-        self._roles: list[Role] = []  # of the cluster
+        self._lately: dict[Role, deque[tuple[int, float]]] = {}  # of each role: (when, requests)
 
     def next_time_ns(self, last_ns: int | None) -> int | None:
         return self._interval_ns if last_ns is None else last_ns + self._interval_ns
@@ -60,22 +80,26 @@ class _ByRequests(Scaling):
             if role not in self._full:
                 given = {str(known): number for known, number in self._full.items()}
                 raise ValueError(f"scaling.full={given}: expected a number of requests for {role} too")
-        self._roles = sorted(set(roles))
+        self._lately = {role: deque([(0, roles.count(role) * self._full[role])]) for role in sorted(set(roles))}
 
-    def _teams(self, loads: Sequence[Load]) -> list[_Team]:
+    def _teams(self, loads: Sequence[Load], now_ns: int) -> list[_Team]:
         teams = []
-        for role in self._roles:
+        for role, lately in self._lately.items():
             mine = [load for load in loads if load.role == role]
             counts = [sum(load.standing == standing for load in mine) for standing in Standing]
             serving = [load for load in mine if load.standing == Standing.SERVING]
             num_requests = sum(load.num_requests for load in mine)
-            teams.append(_Team(role, serving, counts[0], counts[2], num_requests, self._full[role]))
+            lately.append((now_ns, num_requests))
+            while lately[0][0] < now_ns - self._window_ns:
+                lately.popleft()
+            most_lately = max(number for _, number in lately)
+            teams.append(_Team(role, serving, counts[0], counts[2], num_requests, most_lately, self._full[role]))
         return teams
 
 
 class ByLoad(_ByRequests):
-    """Adds instances of a role until nobody has more than `full` requests, and drains one where the others would have
-    less than `slack` of that; the rule of horizontal autoscalers. At most max_instances in all, at least one of a role.
+    """Adds instances of a role until nobody has more than `full` requests, and drains one that can be spared; the rule
+    of horizontal autoscalers, with their window. At most max_instances in all, at least one of a role.
     """
 
     def __init__(
@@ -84,11 +108,11 @@ class ByLoad(_ByRequests):
         max_instances: int,
         slack: float = 0.7,
         interval_s: float = 1.0,
+        window_s: float = 60.0,
         startup_s: float = 0.0,
     ) -> None:
-        super().__init__(full, interval_s, startup_s, 0.0)
+        super().__init__(full, slack, interval_s, window_s, startup_s=startup_s)
         self._max_instances = require_int("scaling.max_instances", max_instances, 1)
-        self._slack = require_number("scaling.slack", slack, "a number in (0, 1]", minimum=0, maximum=1, exclusive=True)
 
     def begin(self, roles: Sequence[Role]) -> None:
         super().begin(roles)
@@ -103,29 +127,32 @@ class ByLoad(_ByRequests):
 
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
         changes, num_free = list[Change](), self._max_instances - len(loads)
-        for team in self._teams(loads):
+        for team in self._teams(loads, now_ns):
             num_here = len(team.serving) + team.num_starting
-            num_wanted = max(1, -int(-team.num_requests // team.full))
-            num_added = min(max(num_wanted - num_here, 0), max(num_free, 0))
+            num_filled = max(1, math.ceil(team.num_requests / team.full))
+            num_added = min(max(num_filled - num_here, 0), max(num_free, 0))
             changes += [Add(team.role)] * num_added
             num_free -= num_added
             is_steady = not (num_added or team.num_starting or team.num_draining)
-            if is_steady and len(team.serving) > 1 and team.pressure(len(team.serving) - 1) < self._slack:
+            if is_steady and team.pressure_without_one < self._slack:
                 changes.append(Drain(team.fewest.label))
         return changes
 
 
 class SwitchRoles(_ByRequests):
-    """As many instances as there are, of which one changes its role when the other one is full: when the instances of a
-    role have more than `full` requests each, and those of another would, without one of them, have less than `slack` of
-    theirs. One at a time.
+    """As many instances as there are, of which one changes its role when those of another have more than `full`
+    requests each and it can be spared in its own. One at a time.
     """
 
     def __init__(
-        self, full: Mapping[str, float], slack: float = 0.7, interval_s: float = 1.0, switch_s: float = 0.0
+        self,
+        full: Mapping[str, float],
+        slack: float = 0.7,
+        interval_s: float = 1.0,
+        window_s: float = 10.0,
+        switch_s: float = 0.0,
     ) -> None:
-        super().__init__(full, interval_s, 0.0, switch_s)
-        self._slack = require_number("scaling.slack", slack, "a number in (0, 1]", minimum=0, maximum=1, exclusive=True)
+        super().__init__(full, slack, interval_s, window_s, switch_s=switch_s)
 
     def begin(self, roles: Sequence[Role]) -> None:
         super().begin(roles)
@@ -133,13 +160,11 @@ class SwitchRoles(_ByRequests):
             raise ValueError(f"scaling=SwitchRoles with cluster.roles={[str(r) for r in roles]}: expected two roles")
 
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
+        teams = self._teams(loads, now_ns)
         if any(load.standing != Standing.SERVING for load in loads):
             return []
-        teams = self._teams(loads)
         for needy in teams:
-            if needy.pressure(len(needy.serving)) > 1:
-                for donor in teams:
-                    num_left = len(donor.serving) - 1
-                    if donor is not needy and num_left and donor.pressure(num_left) < self._slack:
-                        return [ChangeRole(donor.fewest.label, needy.role)]
+            for donor in teams:
+                if donor is not needy and needy.pressure > 1 and donor.pressure_without_one < self._slack:
+                    return [ChangeRole(donor.fewest.label, needy.role)]
         return []

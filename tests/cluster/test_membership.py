@@ -251,7 +251,7 @@ def test_changes_of_what_is_not_there_are_refused():
 
 def test_by_load_adds_while_there_is_much_to_do_and_drains_when_there_is_not():
     words = ["scaling=by_load", "scaling.full.prefill=2", "scaling.full.decode=4", "scaling.max_instances=6",
-             "scaling.interval_s=0.02", "scaling.startup_s=0.01"]  # fmt: skip
+             "scaling.interval_s=0.02", "scaling.startup_s=0.01", "scaling.window_s=0.1"]  # fmt: skip
     cluster = local("cluster=1p1d", "mode=pd_caching_3", "workload.num_sessions=40", *BUSY[1:], *words).cluster()
     most = [0]
 
@@ -267,7 +267,13 @@ def test_by_load_adds_while_there_is_much_to_do_and_drains_when_there_is_not():
 
 
 def test_switch_roles_keeps_their_number_and_moves_who_is_needed_elsewhere():
-    words = ["scaling=switch_roles", "scaling.full.prefill=1", "scaling.full.decode=30", "scaling.interval_s=0.02"]
+    words = [
+        "scaling=switch_roles",
+        "scaling.full.prefill=1",
+        "scaling.full.decode=30",
+        "scaling.interval_s=0.02",
+        "scaling.window_s=0.05",
+    ]
     system = ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_caching_1", "workload.prompt_tokens=400"]
     cluster = local(*system, "workload.num_sessions=40", "workload.rate=400", *words).cluster()
 

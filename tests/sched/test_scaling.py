@@ -20,7 +20,7 @@ def loads(*entries):
 def asked(policy, *entries):
     """What it says to a cluster of which these are left."""
     policy.begin(sorted({role for role, *_ in entries}))
-    return policy.changes(loads(*entries), 0)
+    return policy.changes(loads(*entries), 1)
 
 
 def test_nobody_comes_and_goes_by_default():
@@ -98,7 +98,7 @@ def test_by_load_adds_as_many_as_the_requests_fill_and_no_more_than_allowed():
 
 
 def test_by_load_drains_the_emptiest_when_the_others_have_room_for_all():
-    policy = ByLoad(FULL, max_instances=6, slack=0.7)
+    policy = ByLoad(FULL, max_instances=6, slack=0.7, window_s=0)
     assert asked(policy, (C, 4), (C, 2)) == [Drain("colocated-1")]
     assert asked(policy, (C, 4), (C, 3)) == [], "7 of 10 are no less than .7"
     assert asked(policy, (C, 0), (C, 0)) == [Drain("colocated-1")], "of equals the last one"
@@ -106,17 +106,26 @@ def test_by_load_drains_the_emptiest_when_the_others_have_room_for_all():
     assert asked(policy, (C, 1), (C, 1), (C, 1, Standing.DRAINING)) == [], "one after the other"
 
 
+def test_an_instance_is_spared_only_when_it_was_not_needed_for_the_whole_window():
+    policy = ByLoad(FULL, max_instances=6, window_s=10)
+    policy.begin([C, C])
+    quiet, busy = loads((C, 1), (C, 1)), loads((C, 9), (C, 9))
+    said = [policy.changes(quiet if second != 8 else busy, second * 10**9) for second in range(1, 21)]
+    assert said[:18] == [[]] * 18, "not in the first ten seconds, nor in those after the eighth"
+    assert said[18] == [Drain("colocated-1")]
+
+
 def test_who_is_lost_is_replaced():
     policy = ByLoad(FULL, max_instances=6)
     policy.begin([P, D])
     assert policy.changes(loads((P, 0)), 0) == [Add(D)]
-    policy = SwitchRoles(FULL)
+    policy = SwitchRoles(FULL, window_s=0)
     policy.begin([P, D])
-    assert policy.changes(loads((P, 1), (P, 1)), 0) == [ChangeRole("prefill-1", D)]
+    assert policy.changes(loads((P, 1), (P, 1)), 1) == [ChangeRole("prefill-1", D)]
 
 
 def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full():
-    policy = SwitchRoles({"prefill": 4, "decode": 10})
+    policy = SwitchRoles({"prefill": 4, "decode": 10}, window_s=0)
     assert asked(policy, (P, 5), (D, 3), (D, 2)) == [ChangeRole("decode-2", P)]
     assert asked(policy, (P, 4), (D, 3), (D, 2)) == [], "4 are no more than full"
     assert asked(policy, (P, 5), (D, 4), (D, 4)) == [], "one could not do both their work"
@@ -133,6 +142,7 @@ def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full()
         (lambda: ByLoad(FULL, 0), "scaling.max_instances=0: expected an integer >= 1"),
         (lambda: ByLoad(FULL, 4, slack=2), "scaling.slack=2: expected a number in"),
         (lambda: ByLoad(FULL, 4, interval_s=0), "scaling.interval_s=0: expected seconds above 0"),
+        (lambda: ByLoad(FULL, 4, window_s=-1), "scaling.window_s=-1: expected seconds"),
         (lambda: ByLoad(FULL, 4, startup_s=-1), "scaling.startup_s=-1: expected seconds"),
         (lambda: ByLoad(FULL, 1).begin([C, C]), "scaling.max_instances=1: expected at least the 2"),
         (
