@@ -104,8 +104,8 @@ class Controller:
 
     def _have_stopped(self) -> bool:
         """Whether every instance has given its books, and every other rank waits."""
-        is_waiting = set(self._watch.idle) == set(self._turnover.vacancies.ranks)
-        return is_waiting and self._summaries.keys() >= self._turnover.here - self._watch.silent - self._watch.lost
+        all_wait = set(self._watch.idle) <= set(self._turnover.vacancies.ranks)
+        return all_wait and self._summaries.keys() >= self._turnover.here - self._watch.silent - self._watch.lost
 
     def _missing(self) -> dict[str, str]:
         """The instances that have not stopped, and why."""
@@ -124,9 +124,8 @@ class Controller:
             self._receive(100)
             self._look()
             if to_s(monotonic_ns() - began_ns) > limit_s:
-                late = self._turnover.here - (
-                    self._summaries.keys() if self._summaries else self._watch.processes.keys()
-                )
+                done = self._summaries.keys() if self._summaries else self._watch.processes.keys()
+                late = self._turnover.here - done
                 raise InstanceFailed(f"instances {sorted(late)} did not {what} within {limit_s:.0f} s")
 
     def _turn(self, progress: Progress | None) -> None:

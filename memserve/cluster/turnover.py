@@ -80,6 +80,8 @@ class Turnover:
                 raise InstanceFailed(f"scaling: {order}: expected that whoever started the process kills it")
             before = [m for m in self._members.members if m.successor is order.member and not m.is_lost]
             rank = self._roster.leader(before[0].incarnation) if before else None
+            if rank is None and not self.vacancies.ranks:
+                _log.warning("%s is to come, and waits for a rank", order.member.label)
             self.vacancies.want(order.member.incarnation, now_ns + order.delay_ns, rank)
 
     def welcome(self, instance: int, rank: int, now_ns: int, epoch_ns: int, is_over: bool) -> None:

@@ -71,11 +71,12 @@ class Watch:
         self.idle[rank] = self.processes.pop(instance)[0]
 
     def look(self) -> list[tuple[int, Finding]]:
-        """What is new of whom, now and then; idle ranks that are gone are forgotten."""
+        """What is new of whom, now and then; idle ranks that are gone are forgotten, once the run has begun."""
         if monotonic_ns() - self._looked_ns < WATCH_NS:
             return []
         self._looked_ns = monotonic_ns()
-        self.idle = {rank: process for rank, process in self.idle.items() if process is None or not process.is_gone}
+        if self._has_begun:
+            self.idle = {rank: process for rank, process in self.idle.items() if process is None or not process.is_gone}
         found = []
         for instance in sorted(self.processes.keys() - self.gone):
             ended = [process is not None and process.is_gone for process in self.processes[instance]]
