@@ -28,7 +28,7 @@ from memserve.sched.group import Group
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.routing import Policy
-from memserve.sched.scaling import Scaling
+from memserve.sched.scaling import Scaling, Schedule
 from memserve.transfer.device import Gpu, NoDevice
 from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
@@ -128,6 +128,9 @@ def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
         scaling.begin(roles)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if cfg.exec == "distributed" and isinstance(scaling, Schedule) and scaling.crashes:
+        raise ConfigError(f"scaling.changes: {scaling.crashes[0]} contradicts exec=distributed: expected that whoever "
+                          "started the process kills it")  # fmt: skip
     most, num_ranks = scaling.most_instances, len(roles) + cfg.cluster.spares
     if cfg.exec == "distributed" and most is not None and most > num_ranks:
         raise ConfigError(f"scaling.max_instances={most} contradicts cluster.spares={cfg.cluster.spares}: "

@@ -231,9 +231,6 @@ def _check_scaling(cfg: RunConfig) -> None:
     if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
         raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts cluster.tensor_parallel above 1: "
                           "who comes and goes is one rank")  # fmt: skip
-    if any("crash" in change for change in cfg.scaling.get("changes") or ()):
-        raise ConfigError("scaling.changes with crash contradicts exec=distributed: expected that whoever started the "
-                          "process kills it")  # fmt: skip
 
 
 def _class(node: Any) -> str:

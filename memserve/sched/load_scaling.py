@@ -5,12 +5,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from memserve.clock import to_ns
+from memserve.clock import LONGEST_S, to_ns
 from memserve.request import Role
 from memserve.sched.scaling import Add, Change, ChangeRole, Drain, Load, Scaling, Standing
 from memserve.values import require_duration, require_int, require_number
 
 ROLES = ", ".join(Role)
+SHORTEST_S = 0.001  # between looks
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class _ByRequests(Scaling):
         super().__init__(startup_s, switch_s)
         self._slack = require_number("scaling.slack", slack, "a number in (0, 1]", minimum=0, maximum=1, exclusive=True)
         self._window_ns = to_ns(require_duration("scaling.window_s", window_s))
-        self._interval_ns = to_ns(require_duration("scaling.interval_s", interval_s))
-        if not self._interval_ns:
-            raise ValueError(f"scaling.interval_s={interval_s!r}: expected seconds above 0")
+        allowed = f"seconds in [{SHORTEST_S:g}, {LONGEST_S:g}]"
+        require_number("scaling.interval_s", interval_s, allowed, minimum=SHORTEST_S, maximum=LONGEST_S)
+        self._interval_ns = to_ns(interval_s)
         if not isinstance(full, Mapping) or not set(full) <= set(Role):
             raise ValueError(f"scaling.full={full!r}: expected a number of requests for each of {ROLES}")
         self._full = {
@@ -155,9 +156,9 @@ class SwitchRoles(_ByRequests):
         super().__init__(full, slack, interval_s, window_s, switch_s=switch_s)
 
     def begin(self, roles: Sequence[Role]) -> None:
-        super().begin(roles)
         if len(set(roles)) < 2:
             raise ValueError(f"scaling=SwitchRoles with cluster.roles={[str(r) for r in roles]}: expected two roles")
+        super().begin(roles)
 
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
         teams = self._teams(loads, now_ns)

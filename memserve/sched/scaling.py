@@ -139,6 +139,10 @@ class Schedule(Scaling):
         timed = [_timed_change(number, change) for number, change in enumerate(changes)]
         self._timed = sorted(timed, key=lambda entry: entry[0])
 
+    @property
+    def crashes(self) -> list[Crash]:
+        return [change for _, change in self._timed if isinstance(change, Crash)]
+
     def next_time_ns(self, last_ns: int | None) -> int | None:
         return next((time_ns for time_ns, _ in self._timed if last_ns is None or time_ns > last_ns), None)
 

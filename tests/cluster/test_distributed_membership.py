@@ -101,9 +101,10 @@ def refused(*words):
     ("words", "said"),
     [
         (["scaling=by_load"], "scaling.max_instances=8 contradicts cluster.spares=0: expected 1 at most, or 7 spares"),
+        (["scaling=schedule", "scaling.changes=5"], "scaling.changes=5: expected a list of changes"),
         (["cluster.spares=1"], "cluster.spares=1 contradicts scaling=fixed"),
         (["cluster.spares=-1"], "cluster.spares=-1: expected an integer >= 0"),
-        (scheduled({"at_s": 1, "crash": "colocated-0"}), "crash contradicts exec=distributed"),
+        (scheduled({"at_s": 1, "crash": "colocated-0"}), "crash colocated-0 contradicts exec=distributed"),
         (["cluster.spares=1", "scaling=schedule", "cluster.tensor_parallel.colocated=2", "tokens=model", "model=tiny"],
          "scaling=Schedule contradicts cluster.tensor_parallel above 1"),
         (["cluster.spares=1", "exec=simulated", "transport=in_process"], "cluster.spares=1 contradicts exec=simulated"),

@@ -141,7 +141,7 @@ def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full()
         (lambda: ByLoad({"decode": 0}, 4), "scaling.full.decode=0: expected a number > 0"),
         (lambda: ByLoad(FULL, 0), "scaling.max_instances=0: expected an integer >= 1"),
         (lambda: ByLoad(FULL, 4, slack=2), "scaling.slack=2: expected a number in"),
-        (lambda: ByLoad(FULL, 4, interval_s=0), "scaling.interval_s=0: expected seconds above 0"),
+        (lambda: ByLoad(FULL, 4, interval_s=0), "scaling.interval_s=0: expected seconds in .0.001, "),
         (lambda: ByLoad(FULL, 4, window_s=-1), "scaling.window_s=-1: expected seconds"),
         (lambda: ByLoad(FULL, 4, startup_s=-1), "scaling.startup_s=-1: expected seconds"),
         (lambda: ByLoad(FULL, 1).begin([C, C]), "scaling.max_instances=1: expected at least the 2"),
@@ -149,7 +149,7 @@ def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full()
             lambda: ByLoad({"decode": 1}, 4).begin([P, D]),
             "scaling.full={'decode': 1.0}: expected a number of requests for prefill too",
         ),
-        (lambda: SwitchRoles(FULL).begin([C]), "expected two roles"),
+        (lambda: SwitchRoles({"prefill": 1}).begin([C]), "expected two roles"),
     ],
 )
 def test_values_out_of_range_are_refused(make, said):
