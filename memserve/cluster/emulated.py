@@ -119,6 +119,7 @@ class EmulatedCluster:
         Raises ValueError for an instance or a role that is none of the cluster's, or for an instance that drains.
         """
         self._perform(self.members.begin([change], self.now_ns))
+        self._see_off()
 
     def crash(self, label: str) -> None:
         """An instance's process dies now, with all it has; the others, and the global scheduler, get proof of it."""

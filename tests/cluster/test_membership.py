@@ -242,11 +242,22 @@ def test_changes_of_what_is_not_there_are_refused():
     ]:
         with pytest.raises(ValueError, match=said):
             cluster.change(change)
+    busy = []
+    while "decode-2" not in busy:
+        cluster.advance()
+        busy = [label for label, number in cluster.scheduler.loads().items() if number]
     cluster.change(Drain("decode-2"))
     with pytest.raises(ValueError, match="'decode-2' is to drain already"):
         cluster.change(Drain("decode-2"))
     assert_answered(play(cluster))
     assert [m.label for m in cluster.members.members if m.standing is None] == ["decode-2"]
+
+
+def test_an_idle_instance_leaves_as_soon_as_it_is_to_drain():
+    cluster = local("cluster=colocated_2").cluster()
+    assert_answered(play(cluster))
+    cluster.change(Drain("colocated-0"))
+    assert [node.instance.label for node in cluster.nodes] == ["colocated-1"]
 
 
 def test_by_load_adds_while_there_is_much_to_do_and_drains_when_there_is_not():
