@@ -11,7 +11,7 @@ _WAIT_MS = 1000
 
 
 class Spare:
-    """mailbox: of a rank.  early: what came after the last message that was taken."""
+    """mailbox: of a rank.  run: its number.  early: what came after the last `Become`."""
 
     def __init__(self, mailbox: Mailbox, run: int) -> None:
         self._mailbox, self._run = mailbox, run
@@ -34,6 +34,5 @@ class Spare:
                 if isinstance(message, Leave):
                     if not is_over:
                         raise LeftEarly("rank 0 ended before the run did")
-                    self.early = received[number + 1 :]
-                    return None
+                    return None  # nothing of the next run comes before this rank has said that it is there
                 is_over = is_over or isinstance(message, Stop)
