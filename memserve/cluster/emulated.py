@@ -33,8 +33,6 @@ from memserve.transfer.faults import MessageFaults
 from memserve.transfer.in_process import InProcess
 from memserve.workload.player import SessionPlayer
 
-Build = Callable[[str, Role, int], Instance]
-
 
 @dataclass
 class EmulatedCluster:
@@ -54,7 +52,7 @@ class EmulatedCluster:
     faults: MessageFaults | None = None
     event_delay_ns: int = 0  # of index events on their way to a global scheduler that follows them
     manager: ClusterManager | None = None
-    build: Build | None = None
+    build: Callable[[str, Role, int], Instance] | None = None
     now_ns: int = 0
     _queue: EventQueue = field(default_factory=EventQueue)
     _departed: dict[int, Summary] = field(default_factory=dict)
@@ -81,7 +79,7 @@ class EmulatedCluster:
             if self.scheduler.num_unfinished:
                 raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
             return False
-        first_ns, change_ns = min(times_ns), self.members.next_time_ns
+        first_ns, change_ns = min(times_ns), None if self._is_over else self.members.next_time_ns
         if change_ns is not None and change_ns <= first_ns:
             self.now_ns = max(self.now_ns, change_ns)
             self._perform(self.members.decide())
@@ -97,6 +95,10 @@ class EmulatedCluster:
         if self.members.draining:
             self._see_off()
         return True
+
+    @property
+    def _is_over(self) -> bool:
+        return self.client.done and not self.scheduler.num_unfinished
 
     def _next_event(self) -> None:
         event = self._queue.pop_event()
@@ -114,10 +116,7 @@ class EmulatedCluster:
         self._queue.call_at(max(time_ns, self.now_ns), call)
 
     def change(self, change: Change) -> None:
-        """Adds an instance, drains one, changes its role or crashes it, now (sched/scaling.py).
-
-        Raises ValueError for an instance or a role that is none of the cluster's, or for an instance that drains.
-        """
+        """Adds, drains, switches or crashes an instance now. Raises ValueError for one that is not there, or drains."""
         self._perform(self.members.begin([change], self.now_ns))
         self._see_off()
 
@@ -139,7 +138,7 @@ class EmulatedCluster:
 
     def _join(self, member: Membership) -> None:
         """An instance is there, unless nobody wants it any more."""
-        if member.standing is not Standing.STARTING:
+        if self._is_over or member.standing is not Standing.STARTING:
             return
         assert self.build is not None, "whoever changes a cluster says how to build its instances"
         node = Node(self.build(member.label, member.role, member.incarnation), member.incarnation)

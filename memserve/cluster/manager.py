@@ -32,6 +32,7 @@ class Membership:
     joined_ns: int | None = None
     ended_ns: int | None = None
     is_lost: bool = False
+    is_doomed: bool = False  # a crash was ordered
     successor: "Membership | None" = None
 
 
@@ -68,12 +69,24 @@ class ClusterManager:
         """Asks the scaling policy, as of the time that it wanted, and begins what it says."""
         due_ns = self.next_time_ns
         assert due_ns is not None, "nothing is due"
+        if self._asked_ns is not None and due_ns <= self._asked_ns:
+            name = type(self._scaling).__name__
+            raise ValueError(
+                f"{name} was asked at {self._asked_ns} ns and wants {due_ns} ns next: expected a later time"
+            )
         self._asked_ns = due_ns
-        return self.begin(self._scaling.changes(self._loads(), due_ns), due_ns)
+        changes = self._scaling.changes(self._loads(), due_ns)
+        return self.begin([change for change in changes if not self._comes_too_late(change)], due_ns)
+
+    def _comes_too_late(self, change: Change) -> bool:
+        """Whether it concerns an instance that has left, or was lost, before."""
+        ended = {member.label for member in self.members if member.standing is None}
+        return isinstance(change, Drain | ChangeRole | Crash) and change.label in ended
 
     def begin(self, changes: Iterable[Change], now_ns: int) -> list[Starting | Crash]:
         """Begins changes; what the driver is to do for them. Raises ValueError for an instance or a role that is none
-        of the cluster's. A drain that would leave nobody who serves in a role waits until somebody does.
+        of the cluster's. A drain that would leave nobody who serves in a role waits until somebody does, and a change
+        of role of an instance that is starting until it serves.
         """
         orders = list[Starting | Crash]()
         for change in changes:
@@ -81,9 +94,14 @@ class ClusterManager:
                 case Add():
                     orders.append(Starting(self._named(change.role), self._scaling.startup_ns))
                 case Crash():
-                    orders.append(Crash(self.member(change.label).label))
+                    member = self.member(change.label)
+                    member.is_doomed = True
+                    orders.append(Crash(member.label))
                 case Drain() | ChangeRole():
                     orders += self._retire(change, now_ns)
+                case _:
+                    name = type(self._scaling).__name__
+                    raise ValueError(f"{name} says {change!r}: expected Add, Drain, ChangeRole or Crash")
         return orders
 
     def member(self, label: str) -> Membership:
@@ -99,9 +117,13 @@ class ClusterManager:
         assert member.standing is Standing.STARTING, f"{member.label} is {member.standing}"
         member.standing, member.joined_ns = Standing.SERVING, now_ns
         self._scheduler.instance_joined(member.label, member.incarnation, member.role)
+        self.retry_held()
+
+    def retry_held(self) -> None:
+        """Somebody serves, or serves again: who waited for that drains."""
         held, self._held = self._held, []
-        for other in held:
-            self._drain(other)
+        for member in held:
+            self._drain(member)
 
     def is_idle(self, member: Membership) -> bool:
         """Whether no request is at a draining instance, or on its way there, as far as the global scheduler knows."""
@@ -156,20 +178,25 @@ class ClusterManager:
             raise ValueError(f"instance {change.label!r} is to drain already: expected one that is to stay")
         if isinstance(change, ChangeRole):
             member.successor = self._named(change.role)
-        if member.standing is Standing.STARTING:
+        elif member.standing is Standing.STARTING:
             return self._ended(member, now_ns)
         self._drain(member)
         return []
 
     def _drain(self, member: Membership) -> None:
-        if member.standing is not Standing.SERVING:
+        if member.standing is None:
             return  # it was lost while it waited for this
-        if not any(m.role == member.role and m is not member and m.standing is Standing.SERVING for m in self.members):
+        if member.standing is Standing.STARTING or not any(self._stands_in(other, member) for other in self.members):
             self._held.append(member)
             return
         member.standing = Standing.DRAINING
         self.draining.append(member)
         self._scheduler.instance_draining(member.label)
+
+    def _stands_in(self, other: Membership, member: Membership) -> bool:
+        """Whether another instance of the role serves, and is neither silent nor about to crash."""
+        serves = other.standing is Standing.SERVING and not other.is_doomed
+        return serves and other.role == member.role and other is not member and self._scheduler.is_here(other.label)
 
     def _named(self, role: Role) -> Membership:
         """An instance that is to come. Raises ValueError for a role that the cluster does not have."""
@@ -177,7 +204,7 @@ class ClusterManager:
         if role not in roles:
             raise ValueError(f"role {role}: expected one of the cluster's, {', '.join(sorted(roles))}")
         number = len(self.members)
-        self.members.append(Membership(number, f"{role}-{number}", role, Standing.STARTING))
+        self.members.append(Membership(number, f"{role}-{number}", Role(role), Standing.STARTING))
         return self.members[-1]
 
     def _loads(self) -> list[Load]:

@@ -94,7 +94,7 @@ class InstanceLoop:
         self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
         while self._stop is None:
             self._step()
-            if self._is_to_drain and self._instance.is_idle:
+            if self._stop is None and self._is_to_drain and self._instance.is_idle:
                 self._mailbox.send(CONTROLLER, Left(self._summary(self._now_ns())))
                 return True
         self._finish_transfers(self._stop)

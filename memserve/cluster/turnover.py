@@ -5,7 +5,7 @@ an instance drains, and no request is on its way to it: Retire -> Left -> Gone t
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.manager import ClusterManager, Membership, Starting
@@ -31,6 +31,11 @@ class Vacancies:
     def want(self, instance: int, due_ns: int, rank: int | None) -> None:
         """An instance is to come from due_ns on. rank: that it is to be; None: any that waits."""
         self._wanted.append((due_ns, instance, rank))
+
+    def only(self, ranks: Collection[int]) -> None:
+        """These ranks are left, idle or not: who was promised another takes any."""
+        self.ranks = [rank for rank in self.ranks if rank in ranks]
+        self._wanted = [(due_ns, i, rank if rank in ranks else None) for due_ns, i, rank in self._wanted]
 
     def filled(self, now_ns: int) -> list[tuple[int, int]]:
         """(instance, rank) of those that can begin now; they are wanted, and wait, no longer."""
@@ -66,7 +71,7 @@ class Turnover:
             if member.incarnation not in self._told and self._members.is_idle(member):
                 self._told.add(member.incarnation)
                 self._mailbox.send(self._roster.leader(member.incarnation), Retire())
-        self.vacancies.ranks = [rank for rank in self.vacancies.ranks if rank in self._watch.idle]
+        self.vacancies.only({*self._watch.idle, *(self._roster.leader(instance) for instance in self.here)})
         for instance, rank in self.vacancies.filled(now_ns):
             if self._member(instance).standing is Standing.STARTING:
                 self._assign(instance, rank)

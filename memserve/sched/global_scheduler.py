@@ -113,6 +113,10 @@ class GlobalScheduler:
         """An instance gets no new requests, and nothing is fetched from it; what it has goes on."""
         self.groups.remove(label)
 
+    def is_here(self, label: str) -> bool:
+        """Whether an instance is named for requests."""
+        return any(group.is_here(label) for group in self.groups.all)
+
     def loads(self) -> Counter[str]:
         """Unfinished requests at each instance: at a prefill instance those without a first token, at a decode
         instance those with one.

@@ -12,6 +12,8 @@ from memserve.values import require_duration, require_int, require_number
 
 ROLES = ", ".join(Role)
 SHORTEST_S = 0.001  # between looks
+LEAST_FULL = 1e-6
+MOST_INSTANCES = 2**14 - 1  # as many as addresses can name
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class _ByRequests(Scaling):
         if not isinstance(full, Mapping) or not set(full) <= set(Role):
             raise ValueError(f"scaling.full={full!r}: expected a number of requests for each of {ROLES}")
         self._full = {
-            Role(role): require_number(f"scaling.full.{role}", value, "a number > 0", minimum=0, exclusive=True)
+            Role(role): require_number(f"scaling.full.{role}", value, f"a number >= {LEAST_FULL:g}", minimum=LEAST_FULL)
             for role, value in full.items()
         }
         self._lately: dict[Role, deque[tuple[int, float]]] = {}  # of each role: (when, requests)
@@ -90,11 +92,12 @@ class _ByRequests(Scaling):
             counts = [sum(load.standing == standing for load in mine) for standing in Standing]
             serving = [load for load in mine if load.standing == Standing.SERVING]
             num_requests = sum(load.num_requests for load in mine)
+            while lately and lately[-1][1] <= num_requests:
+                lately.pop()  # so that the first one is the largest
             lately.append((now_ns, num_requests))
             while lately[0][0] < now_ns - self._window_ns:
                 lately.popleft()
-            most_lately = max(number for _, number in lately)
-            teams.append(_Team(role, serving, counts[0], counts[2], num_requests, most_lately, self._full[role]))
+            teams.append(_Team(role, serving, counts[0], counts[2], num_requests, lately[0][1], self._full[role]))
         return teams
 
 
@@ -113,7 +116,7 @@ class ByLoad(_ByRequests):
         startup_s: float = 0.0,
     ) -> None:
         super().__init__(full, slack, interval_s, window_s, startup_s=startup_s)
-        self._max_instances = require_int("scaling.max_instances", max_instances, 1)
+        self._max_instances = require_int("scaling.max_instances", max_instances, 1, MOST_INSTANCES)
 
     def begin(self, roles: Sequence[Role]) -> None:
         super().begin(roles)
@@ -127,11 +130,15 @@ class ByLoad(_ByRequests):
         return self._max_instances
 
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
+        teams = self._teams(loads, now_ns)
+        num_empty = sum(not team.serving and not team.num_starting for team in teams)
         changes, num_free = list[Change](), self._max_instances - len(loads)
-        for team in self._teams(loads, now_ns):
+        for team in sorted(teams, key=lambda team: bool(team.serving or team.num_starting)):  # the lost ones first
+            if not team.serving and not team.num_starting:
+                num_empty -= 1
             num_here = len(team.serving) + team.num_starting
             num_filled = max(1, math.ceil(team.num_requests / team.full))
-            num_added = min(max(num_filled - num_here, 0), max(num_free, 0))
+            num_added = min(max(num_filled - num_here, 0), max(num_free - num_empty, 0))
             changes += [Add(team.role)] * num_added
             num_free -= num_added
             is_steady = not (num_added or team.num_starting or team.num_draining)

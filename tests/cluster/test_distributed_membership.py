@@ -125,6 +125,14 @@ def test_ranks_that_wait_become_who_is_wanted_first():
     assert vacancies.filled(25) == [(5, 3)] and vacancies.filled(30) == []
 
 
+def test_who_was_promised_a_rank_that_is_gone_takes_any():
+    vacancies = Vacancies()
+    vacancies.want(6, due_ns=10, rank=2)
+    vacancies.ranks += [2, 3]
+    vacancies.only({3})
+    assert vacancies.filled(15) == [(6, 3)]
+
+
 def test_a_rank_may_be_one_instance_after_another():
     roster = Roster([1, 2], num_spares=1)
     assert roster.world_size == 5 and roster.instance(4) is None and roster.part(4) == 0

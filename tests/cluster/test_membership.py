@@ -10,7 +10,7 @@ from rich.console import Console
 from memserve import LocalCluster, load_config
 from memserve.metrics.table import print_report
 from memserve.request import FinishReason, Role
-from memserve.sched.scaling import Add, ChangeRole, Crash, Drain
+from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, NoScaling
 
 WORKLOAD = [
     "exec=simulated", "workload=synthetic", "workload.num_sessions=8", "workload.num_turns=3",
@@ -306,3 +306,58 @@ def test_by_load_replaces_who_has_crashed():
     assert lost.is_lost and new.joined_ns == 70_000_000
     assert all(t.succeeded or t.finished_ns <= 70_000_000 for t in timelines) and any(t.succeeded for t in timelines)
     nothing_is_left(cluster)
+
+
+def test_one_that_is_starting_changes_its_role_once_it_serves():
+    changes = [{"at_s": 0.05, "add": "decode"}, {"at_s": 0.06, "switch": "decode-2", "to": "prefill"}]
+    cluster = local("cluster=1p1d", "mode=pd_caching_2", *BUSY, *scheduled(*changes, startup_s=0.05)).cluster()
+    assert all(t.succeeded for t in play(cluster))
+    added, successor = cluster.members.members[2:]
+    assert added.joined_ns == 100_000_000 <= added.ended_ns == successor.joined_ns
+
+
+def test_a_drain_beside_a_crash_waits_for_who_replaces_it():
+    changes = [
+        {"at_s": 0.05, "add": "decode"},
+        {"at_s": 0.06, "crash": "decode-1"},
+        {"at_s": 0.06, "drain": "decode-2"},
+    ]
+    cluster = local("cluster=1p2d", "mode=pd_caching_2", *BUSY, *scheduled(*changes, startup_s=0.2)).cluster()
+    assert all(t.succeeded for t in play(cluster))
+    assert cluster.members.members[2].ended_ns > 250_000_000
+
+
+def test_a_schedule_passes_over_who_was_lost_before():
+    changes = [{"at_s": 0.06, "drain": "decode-1"}]
+    cluster = local("cluster=1p2d", "mode=pd_caching_2", *BUSY, *scheduled(*changes)).cluster()
+    cluster.call_at(50_000_000, lambda: cluster.crash("decode-1"))
+    assert all(t.succeeded for t in play(cluster))
+    assert cluster.members.counts()["lost"] == 1
+
+
+def test_nobody_comes_after_the_last_request_has_ended():
+    changes = [{"at_s": 0.05, "add": "colocated"}]
+    cluster = local("cluster=colocated_1", *BUSY, *scheduled(*changes, startup_s=100)).cluster()
+    play(cluster)
+    assert cluster.members.counts()["joined"] == 0 and len(cluster.nodes) == 1
+
+
+class NeverLater(NoScaling):
+    def next_time_ns(self, last_ns):
+        return 1000
+
+
+class Murmurs(NoScaling):
+    def next_time_ns(self, last_ns):
+        return 1000 if last_ns is None else None
+
+    def changes(self, loads, now_ns):
+        return ["drain colocated-0"]
+
+
+@pytest.mark.parametrize(("policy", "said"), [(NeverLater, "expected a later time"), (Murmurs, "expected Add, Drain")])
+def test_what_a_policy_of_one_s_own_must_not_do_is_said(policy, said):
+    cluster = local("cluster=colocated_2").cluster()
+    cluster.members._scaling = policy()
+    with pytest.raises(ValueError, match=f"{policy.__name__} .*{said}"):
+        play(cluster)

@@ -6,7 +6,7 @@ import pytest
 from memserve import load_config
 from memserve.cluster.build import build_engine, build_instance
 from memserve.cluster.node import InstanceLoop
-from memserve.cluster.node_messages import Gone, Leave, LeftEarly, Ping, Pong, Ready, Start, Stop, Stopped
+from memserve.cluster.node_messages import Gone, Leave, Left, LeftEarly, Ping, Pong, Ready, Retire, Start, Stop, Stopped
 from memserve.cluster.roster import Roster
 from memserve.messages import Dispatch, Finished, pack_tokens
 from memserve.request import Role, SamplingParams
@@ -58,3 +58,10 @@ def test_what_comes_together_with_the_start_is_served(came):
 def test_an_instance_that_is_sent_home_before_the_start_says_so():
     with pytest.raises(LeftEarly, match="rank 0 ended before the run began"):
         play(Ready=[Leave()])
+
+
+def test_an_instance_that_is_to_leave_when_the_run_ends_stops_with_it():
+    sent = play(Ready=[Start(0), Retire(), Stop(10**12)])
+    assert isinstance(sent[-1], Stopped) and not any(isinstance(message, Left) for message in sent)
+    sent = play(Ready=[Start(0), Retire()])
+    assert isinstance(sent[-1], Left)

@@ -124,6 +124,12 @@ def test_who_is_lost_is_replaced():
     assert policy.changes(loads((P, 1), (P, 1)), 1) == [ChangeRole("prefill-1", D)]
 
 
+def test_a_lost_role_comes_before_what_others_would_like():
+    policy = ByLoad({"prefill": 1, "decode": 1}, max_instances=3)
+    policy.begin([P, D])
+    assert policy.changes(loads((D, 9)), 1) == [Add(P), Add(D)]
+
+
 def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full():
     policy = SwitchRoles({"prefill": 4, "decode": 10}, window_s=0)
     assert asked(policy, (P, 5), (D, 3), (D, 2)) == [ChangeRole("decode-2", P)]
@@ -138,8 +144,8 @@ def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full()
     ("make", "said"),
     [
         (lambda: ByLoad({"decoder": 1}, 4), "scaling.full=.*expected a number of requests for each of"),
-        (lambda: ByLoad({"decode": 0}, 4), "scaling.full.decode=0: expected a number > 0"),
-        (lambda: ByLoad(FULL, 0), "scaling.max_instances=0: expected an integer >= 1"),
+        (lambda: ByLoad({"decode": 0}, 4), "scaling.full.decode=0: expected a number >= 1e-06"),
+        (lambda: ByLoad(FULL, 0), "scaling.max_instances=0: expected an integer in .1, 16383."),
         (lambda: ByLoad(FULL, 4, slack=2), "scaling.slack=2: expected a number in"),
         (lambda: ByLoad(FULL, 4, interval_s=0), "scaling.interval_s=0: expected seconds in .0.001, "),
         (lambda: ByLoad(FULL, 4, window_s=-1), "scaling.window_s=-1: expected seconds"),
