@@ -45,20 +45,19 @@ class Starting:
 
 
 class ClusterManager:
-    """roles: (label, role) of the instances that are there from the start.  scheduler: told who serves."""
+    """roles: (label, role) of the instances that are there from the start.  scheduler: told who serves.
+
+    members, labels: of all that there ever were, by incarnation.
+    """
 
     def __init__(self, roles: Sequence[tuple[str, Role]], scaling: Scaling, scheduler: GlobalScheduler) -> None:
         self.draining: list[Membership] = []
         self.members = [Membership(i, label, role, Standing.SERVING, 0) for i, (label, role) in enumerate(roles)]
+        self.labels = [label for label, _ in roles]
         self._scaling, self._scheduler = scaling, scheduler
         self._num_first = len(roles)
         self._asked_ns: int | None = None
         self._held: list[Membership] = []  # are to drain, and do when that leaves somebody of their role
-
-    @property
-    def labels(self) -> list[str]:
-        """Of all that there ever were, by incarnation."""
-        return [member.label for member in self.members]
 
     @property
     def next_time_ns(self) -> int | None:
@@ -204,7 +203,8 @@ class ClusterManager:
         if role not in roles:
             raise ValueError(f"role {role}: expected one of the cluster's, {', '.join(sorted(roles))}")
         number = len(self.members)
-        self.members.append(Membership(number, f"{role}-{number}", Role(role), Standing.STARTING))
+        self.labels.append(f"{role}-{number}")
+        self.members.append(Membership(number, self.labels[-1], Role(role), Standing.STARTING))
         return self.members[-1]
 
     def _loads(self) -> list[Load]:

@@ -104,15 +104,14 @@ class Group:
         self.tree.add_row()
         self._rows = np.append(self._rows, _new_rows(1))
 
-    def remove(self, label: str) -> int | None:
+    def remove(self, label: str) -> None:
         """An instance is gone, or drains: nothing is routed to it or fetched from it any more, and what it had cached
-        is forgotten. Returns its row.
+        is forgotten.
         """
         row = self.row_of(label)
         if row is not None:
             self._rows["is_here"][row] = False
             self.tree.purge(row)
-        return row
 
     def restore(self, label: str) -> None:
         """An instance that was taken for gone is there again."""
@@ -158,7 +157,7 @@ class Group:
         placement = self._assign(snapshot, rows, chosen, num_tokens)
         self._num_routed += not tried
         self._rows["num_routed"][placement.row] += 1
-        self._rows["num_lately"] *= 1 - 1 / (LATELY * len(self.rows()))
+        self._rows["num_lately"] *= 1 - 1 / (LATELY * np.count_nonzero(self._rows["is_here"]))
         self._rows["num_lately"][placement.row] += 1
         self._remember(request.session_id, placement.row)
         self._count(placement, 1)

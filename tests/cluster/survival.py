@@ -56,6 +56,17 @@ def wait_for(is_so, limit_s: float, what: str, ranks: Forked) -> None:
         time.sleep(0.05)
 
 
+def found_by(directory: Path, cases, num_ranks: int, limit_s: float) -> list[dict]:
+    """What rank 0 found in each run of the cases, [(words, ranks), ..], when all ranks have ended well."""
+    ranks = Forked(directory, cases, num_ranks)
+    try:
+        wait_for(ranks.ended, limit_s, "all cases end", ranks)
+    finally:
+        ranks.kill()
+    assert ranks.codes() == [0] * num_ranks, ranks.printed()
+    return json.loads((directory / "found.json").read_text())
+
+
 def have_started(directory: Path, leaders=range(1, NUM_RANKS)) -> bool:
     logs = [directory / f"found.json.rank-{rank}.log" for rank in leaders]
     return all(log.exists() and "starts" in log.read_text() for log in logs)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from child_process import own_environment
-from cluster.forked_ranks import Forked
-from cluster.survival import wait_for
+from cluster.survival import found_by
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.launch import check_world, find_place
@@ -67,13 +66,7 @@ def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
     chosen = list(cases(transport))
     distributed = ["exec=distributed", f"transport={transport}", "model.num_threads=1", *WORKLOAD]
     listed = [[[*distributed, f"tokens={tokens}", *words], ranks] for tokens, words, ranks in chosen]
-    ranks = Forked(tmp_path, listed, 4)
-    try:
-        wait_for(ranks.ended, LIMIT_S, "all cases end", ranks)
-    finally:
-        ranks.kill()
-    assert ranks.codes() == [0] * 4, ranks.printed()
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = found_by(tmp_path, listed, 4, LIMIT_S)
     for (tokens, words, _), result in zip(chosen, found, strict=True):
         assert result["tokens"] == expected(tokens), words
         report = result["report"]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from cluster.forked_ranks import Forked
-from cluster.survival import START_S, have_started, wait_for
+from cluster.survival import START_S, found_by, have_started, wait_for
 from cluster.test_membership import scheduled
 
 from memserve import LocalCluster, load_config
@@ -46,13 +46,8 @@ def expected():
 
 
 def test_whoever_comes_and_goes_every_request_is_answered_right(tmp_path):
-    ranks = Forked(tmp_path, [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in CASES.values()], 4)
-    try:
-        wait_for(ranks.ended, LIMIT_S, "all cases end", ranks)
-    finally:
-        ranks.kill()
-    assert ranks.codes() == [0] * 4, ranks.printed()
-    found = json.loads((tmp_path / "found.json").read_text())
+    cases = [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in CASES.values()]
+    found = found_by(tmp_path, cases, 4, LIMIT_S)
     for result in found:
         assert result["tokens"] == expected() and result["missing"] == {}
         report = result["report"]

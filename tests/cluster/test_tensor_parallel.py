@@ -10,7 +10,7 @@ import time
 
 import pytest
 from cluster.forked_ranks import Forked
-from cluster.survival import LIMIT_S, START_S, check, have_started, wait_for
+from cluster.survival import LIMIT_S, START_S, check, found_by, have_started, wait_for
 from cluster.test_distributed import WORKLOAD
 from torch.distributed import HashStore
 
@@ -56,13 +56,8 @@ def _expected(workload):
 
 
 def test_split_instances_answer_as_whole_ones_and_hand_over_both_ways_between_any_sizes(tmp_path):
-    ranks = Forked(tmp_path, [[[*DISTRIBUTED, *WORKLOAD, *words], ranks] for words, ranks in CASES], 7)
-    try:
-        wait_for(ranks.ended, LIMIT_S + START_S, "all cases end", ranks)
-    finally:
-        ranks.kill()
-    assert ranks.codes() == [0] * 7, ranks.printed()
-    for (words, _), result in zip(CASES, json.loads((tmp_path / "found.json").read_text()), strict=True):
+    cases = [[[*DISTRIBUTED, *WORKLOAD, *words], ranks] for words, ranks in CASES]
+    for (words, _), result in zip(CASES, found_by(tmp_path, cases, 7, LIMIT_S + START_S), strict=True):
         report = result["report"]
         assert result["tokens"] == expected(WORKLOAD), words
         assert report["num_failed"] == 0 and report["quarantined_blocks"] == 0
