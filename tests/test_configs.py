@@ -143,6 +143,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["exec=simulated", "step_time=measured"], "contradicts exec=simulated"),
         (["tokens=hash"], "tokens=hash contradicts exec=emulated"),
         (["exec=simulated", "tokens=model"], "tokens=model contradicts exec=simulated"),
+        (["cluster.patience_s=-1"], "cluster.patience_s=-1.0: expected seconds in [0, "),
         (["cluster.max_unfinished=0"], "cluster.max_unfinished=0: expected null or an integer >= 1"),
         (["fetch=always"], "fetch=always contradicts cluster.roles=['colocated']: no other instance caches"),
         (["macro_steps=true"], "macro_steps=true contradicts"),

@@ -66,6 +66,7 @@ class Controller:
         self._members = ClusterManager(roles, build_scaling(cfg, [role for _, role in roles]), self._scheduler)
         self._client = SessionPlayer(sessions, engine.max_context, concurrency)
         self._stop_s = cfg.transfer.deadline_s + STOP_S
+        self._waits = cfg.cluster.patience_s > 0  # for instances, where none is left
         self._num_ranks = len(roles) + cfg.cluster.spares
         self._watch = Watch(roster, cfg.cluster.silence_s)
         self._turnover = Turnover(self._members, roster, self._watch, mailbox, len(roles))
@@ -129,13 +130,15 @@ class Controller:
                 raise InstanceFailed(f"instances {sorted(late)} did not {what} within {limit_s:.0f} s")
 
     def _turn(self, progress: Progress | None) -> None:
-        times_ns = [t for t in (self._client.next_time_ns(), self._members.next_time_ns) if t is not None]
+        due_ns = (self._client.next_time_ns(), self._members.next_time_ns, self._scheduler.next_time_ns)
+        times_ns = [t for t in due_ns if t is not None]
         wait_ns = min(max(min(times_ns, default=WATCH_NS + self._now_ns()) - self._now_ns(), 0), WATCH_NS)
         self._receive(-(-wait_ns // 1_000_000))
         for submit in self._client.poll(self._now_ns()):
             self._scheduler.receive(submit, self._now_ns())
         self._look()
         self._turnover.proceed(self._now_ns())
+        self._scheduler.poll(self._now_ns())
         self._deliver()
         if progress is not None:
             counts = self._client.counts
@@ -198,7 +201,7 @@ class Controller:
         """An instance was silent, and gives a sign of life."""
         _log.warning("%s is back", self._label(instance))
         if self._member(instance).standing is Standing.SERVING:
-            self._scheduler.instance_back(self._label(instance))
+            self._scheduler.instance_back(self._label(instance), self._now_ns())
             self._members.retry_held()
 
     def _deliver(self) -> None:
@@ -235,7 +238,7 @@ class Controller:
 
     def _without(self, instance: int) -> None:
         """What it had is served elsewhere."""
-        if not (self._turnover.here - self._watch.broken or self._turnover.vacancies.ranks):
+        if not (self._turnover.here - self._watch.broken or self._turnover.vacancies.ranks or self._waits):
             raise InstanceFailed("every instance is gone")
         self._scheduler.instance_gone(self._label(instance), self._now_ns())
         self._deliver()

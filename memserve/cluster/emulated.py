@@ -9,9 +9,10 @@ leave at its virtual end, however long this process took to compute them:
 Between instances: a pool's messages take the link's message latency, its moves what the link model says, and a move's
 bytes are copied at the moment it arrives.
 
-At the same nanosecond: who comes and goes, calls, clients, then events (event_queue.py). Messages to and from the
-global scheduler take no virtual time. A macro-step (a batch repeated `num_steps` times) is computed only at its end,
-and a message that reaches the instance meanwhile cuts it at the next boundary between two of its steps.
+At the same nanosecond: who comes and goes, calls, clients, who has waited in vain for an instance, then events
+(event_queue.py). Messages to and from the global scheduler take no virtual time. A macro-step (a batch repeated
+`num_steps` times) is computed only at its end, and a message that reaches the instance meanwhile cuts it at the next
+boundary between two of its steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,8 +74,9 @@ class EmulatedCluster:
 
         Raises RuntimeError if requests are unfinished and nothing will ever happen to them.
         """
-        call_ns, client_ns, event_ns = self._queue.next_call_ns, self.client.next_time_ns(), self._queue.next_event_ns
-        times_ns = [time_ns for time_ns in (call_ns, client_ns, event_ns) if time_ns is not None]
+        call_ns, event_ns = self._queue.next_call_ns, self._queue.next_event_ns
+        client_ns, patience_ns = self.client.next_time_ns(), self.scheduler.next_time_ns
+        times_ns = [time_ns for time_ns in (call_ns, client_ns, patience_ns, event_ns) if time_ns is not None]
         if not times_ns:
             if self.scheduler.num_unfinished:
                 raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
@@ -83,18 +85,25 @@ class EmulatedCluster:
         if change_ns is not None and change_ns <= first_ns:
             self.now_ns = max(self.now_ns, change_ns)
             self._perform(self.members.decide())
-        elif first_ns == call_ns:
+        elif first_ns in (call_ns, client_ns, patience_ns):
             self.now_ns = max(self.now_ns, first_ns)
-            self._queue.pop_call()()
-        elif first_ns == client_ns:
-            self.now_ns = max(self.now_ns, first_ns)
-            for submit in self.client.poll(self.now_ns):
-                self._to_scheduler(submit)
+            self._happens(first_ns, call_ns, client_ns)
         else:
             self._next_event()
         if self.members.draining:
             self._see_off()
         return True
+
+    def _happens(self, first_ns: int, call_ns: int | None, client_ns: int | None) -> None:
+        """A call, what a client says, or the end of a wait for an instance: the first of them."""
+        if first_ns == call_ns:
+            self._queue.pop_call()()
+        elif first_ns == client_ns:
+            for submit in self.client.poll(self.now_ns):
+                self._to_scheduler(submit)
+        else:
+            self.scheduler.poll(self.now_ns)
+            self._from_scheduler()
 
     @property
     def _is_over(self) -> bool:
@@ -146,6 +155,7 @@ class EmulatedCluster:
         self._by_label[member.label] = self._by_incarnation[member.incarnation] = node
         self._feed.follow(node)
         self.members.joined(member, self.now_ns)
+        self._from_scheduler()
 
     def _see_off(self) -> None:
         """Draining instances that have nothing left to do leave."""
@@ -215,7 +225,7 @@ class EmulatedCluster:
         if wanted_ns and min(wanted_ns) <= time_ns:
             return True
         node.timer_ns = None
-        self._set_timer(node, min(wanted_ns, default=None))
+        self._queue.set_timer(node, min(wanted_ns, default=None), self.now_ns)
         return False
 
     def _poll(self, node: Node) -> None:
@@ -264,7 +274,7 @@ class EmulatedCluster:
         self._feed.send(node, self.now_ns)
         if self.transport is not None:
             self._send_to_peers(node, self.transport)
-        self._set_timer(node, node.next_time_ns)
+        self._queue.set_timer(node, node.next_time_ns, self.now_ns)
 
     def _send_to_peers(self, node: Node, transport: InProcess) -> None:
         """Puts a node's messages on the wire, and notes when anybody's moves want attention next."""
@@ -275,16 +285,7 @@ class EmulatedCluster:
                 for time_ns in times:
                     self._queue.push(time_ns, PEER, receiver, (node.incarnation, message))
         for endpoint, due_ns in transport.due_ns().items():
-            self._set_timer(self._by_incarnation[endpoint], due_ns)
-
-    def _set_timer(self, node: Node, time_ns: int | None) -> None:
-        """Polls a node at time_ns, or before."""
-        if time_ns is None:
-            return
-        time_ns = max(time_ns, self.now_ns)
-        if node.timer_ns is None or time_ns < node.timer_ns:
-            node.timer_ns = time_ns
-            self._queue.push(time_ns, TIMER, node, 0)
+            self._queue.set_timer(self._by_incarnation[endpoint], due_ns, self.now_ns)
 
     def _to_scheduler(self, message: Message) -> None:
         self.scheduler.receive(message, self.now_ns)

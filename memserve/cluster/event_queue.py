@@ -45,6 +45,15 @@ class EventQueue:
         self._num_created += 1
         heapq.heappush(self._events, Event(time_ns, kind, self._num_created, node, what))
 
+    def set_timer(self, node: Node, time_ns: int | None, now_ns: int) -> None:
+        """A node is to be looked at at time_ns, or before; None: for nothing."""
+        if time_ns is None:
+            return
+        time_ns = max(time_ns, now_ns)
+        if node.timer_ns is None or time_ns < node.timer_ns:
+            node.timer_ns = time_ns
+            self.push(time_ns, TIMER, node, 0)
+
     def call_at(self, time_ns: int, call: Callable[[], None]) -> None:
         """`call` is to be called, before anything else that happens then."""
         self._num_created += 1

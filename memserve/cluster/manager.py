@@ -115,7 +115,7 @@ class ClusterManager:
         """A starting instance is there: it gets requests from now on."""
         assert member.standing is Standing.STARTING, f"{member.label} is {member.standing}"
         member.standing, member.joined_ns = Standing.SERVING, now_ns
-        self._scheduler.instance_joined(member.label, member.incarnation, member.role)
+        self._scheduler.instance_joined(member.label, member.incarnation, member.role, now_ns)
         self.retry_held()
 
     def retry_held(self) -> None:

@@ -133,6 +133,8 @@ def _check_transfer(cfg: RunConfig) -> None:
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
     _require(1 <= silence_s <= LONGEST_S, "cluster.silence_s", silence_s, f"seconds in [1, {LONGEST_S:g}]")
+    patience_s = cfg.cluster.patience_s
+    _require(0 <= patience_s <= LONGEST_S, "cluster.patience_s", patience_s, f"seconds in [0, {LONGEST_S:g}]")
     bound = cfg.cluster.max_unfinished
     _require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks

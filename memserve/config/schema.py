@@ -88,7 +88,7 @@ class ClusterConfig:
     """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around.
 
     spares: further ranks, which wait to become instances.  max_unfinished: requests that may be there at a time; None:
-    no bound.
+    no bound.  patience_s: so long a request waits for an instance to come where none of a role is left.
     """
 
     roles: list[str] = field(default_factory=list)
@@ -96,6 +96,7 @@ class ClusterConfig:
     tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
     silence_s: float = 10.0
     max_unfinished: int | None = None
+    patience_s: float = 0.0
 
 
 @dataclass

@@ -5,6 +5,7 @@
     HandoffFailed -> Redirect to another decode instance, or the request again as its next attempt, or its failure
     instance joins, drains -> it is named for requests, or for no more of them
     instance gone -> what was there is served again elsewhere, or fails by name
+    no instance of a role is left -> a request waits for one, or fails by name
     first Tokens, Finished -> the prompt trees learn what the mode leaves where; index events, if they follow those
 
 It is given the time and messages, and leaves (destination, message) pairs in an outbox. It also keeps each request's
@@ -15,6 +16,7 @@ from collections import Counter
 
 import numpy as np
 
+from memserve.clock import to_s
 from memserve.messages import (
     CANCELLED,
     Abort,
@@ -35,6 +37,7 @@ from memserve.sched.groups import Groups
 from memserve.sched.modes import Colocated, Mode
 from memserve.sched.routed import Routed
 from memserve.sched.routing import RouteRequest
+from memserve.sched.unserved import Unserved
 from memserve.timeline import RequestTimeline
 
 CLIENT = "client"
@@ -48,6 +51,7 @@ class GlobalScheduler:
     decode: the decode instances that prefill instances hand over to, if they do.  mode: says what a request leaves in
     whose cache.  recompute_failed: a request whose hand-off failed, or whose instance is gone, is served again, up to
     MAX_ATTEMPTS times; else it fails.  max_unfinished: a request that comes when so many are there is refused.
+    patience_ns: so long a request waits for an instance to come where none of a role is left.
     """
 
     def __init__(
@@ -59,17 +63,31 @@ class GlobalScheduler:
         mode: Mode = _COLOCATED,
         recompute_failed: bool = True,
         max_unfinished: int | None = None,
+        patience_ns: int = 0,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
         self.groups = Groups(group, decode, mode)
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rng = rng
         self._live: dict[str, Routed] = {}
+        self._unserved = Unserved(patience_ns)
         self._outbox: list[tuple[str, Message]] = []
 
     @property
     def num_unfinished(self) -> int:
         return len(self._live)
+
+    @property
+    def next_time_ns(self) -> int | None:
+        """When `poll` is due; None: by itself nothing happens."""
+        return self._unserved.next_time_ns
+
+    def poll(self, now_ns: int) -> None:
+        """Requests that have waited for an instance for as long as they may fail."""
+        for request_id in self._unserved.expired(now_ns):
+            routed, patience_s = self._live[request_id], to_s(self._unserved.patience_ns)
+            why = f"no {self.groups.missing_role()} is left, and none came within cluster.patience_s={patience_s:g}"
+            self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, why), now_ns)
 
     def receive(self, message: Message, now_ns: int) -> None:
         """Takes one message from a client or an instance."""
@@ -77,7 +95,7 @@ class GlobalScheduler:
             case Submit():
                 self._submit(message, now_ns)
             case Cancel():
-                self._cancel(message)
+                self._cancel(message, now_ns)
             case Tokens() | Finished():
                 self._answer(message, now_ns)
             case HandoffFailed():
@@ -100,14 +118,16 @@ class GlobalScheduler:
         if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
             why = f"{num_unfinished} requests are unfinished: expected fewer than cluster.max_unfinished"
             self._end(routed, _failed(routed, FinishReason.REFUSED, why), now_ns)
-        elif (missing := self.groups.missing_role()) is None:
-            self._dispatch(routed, now_ns)
+        elif self._may_serve:
+            self._serve(routed, now_ns)
         else:
-            self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, f"no {missing} is left"), now_ns)
+            why = f"no {self.groups.missing_role()} is left"
+            self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, why), now_ns)
 
-    def instance_joined(self, label: str, incarnation: int, role: Role) -> None:
-        """A new instance takes requests, or decodes."""
+    def instance_joined(self, label: str, incarnation: int, role: Role, now_ns: int) -> None:
+        """A new instance takes requests, or decodes; who has waited for one is served."""
         self.groups.add(label, incarnation, role)
+        self._serve_waiting(now_ns)
 
     def instance_draining(self, label: str) -> None:
         """An instance gets no new requests, and nothing is fetched from it; what it has goes on."""
@@ -130,9 +150,10 @@ class GlobalScheduler:
             return True
         return bool(self.groups.takers.num_requests(label)) and self.loads()[label] > 0
 
-    def instance_back(self, label: str) -> None:
+    def instance_back(self, label: str, now_ns: int) -> None:
         """An instance that was silent takes requests again. What it had is of attempts given up."""
         self.groups.restore(label)
+        self._serve_waiting(now_ns)
 
     def instance_gone(self, label: str, now_ns: int) -> None:
         """An instance is gone, or silent for too long. What it says from now on is of attempts given up."""
@@ -141,6 +162,24 @@ class GlobalScheduler:
             if self.groups.is_at(routed, label):
                 self._abort(routed)
                 self._try_again(routed, FinishReason.INSTANCE_LOST, f"instance {label} is gone", now_ns)
+
+    @property
+    def _may_serve(self) -> bool:
+        """Whether there is somebody for a request, or it may wait for one."""
+        return self._unserved.patience_ns > 0 or self.groups.missing_role() is None
+
+    def _serve(self, routed: Routed, now_ns: int) -> None:
+        """Sends a request out, or lets it wait where nobody is left."""
+        if self.groups.missing_role() is None:
+            self._dispatch(routed, now_ns)
+        else:
+            self._unserved.add(routed.submit.request_id, now_ns)
+
+    def _serve_waiting(self, now_ns: int) -> None:
+        """Somebody has come: if nobody is missing any more, all that wait are sent out."""
+        if self.groups.missing_role() is None:
+            for request_id in self._unserved.drain():
+                self._dispatch(self._live[request_id], now_ns)
 
     def _dispatch(self, routed: Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it."""
@@ -161,10 +200,14 @@ class GlobalScheduler:
         )
         self._outbox.append((timeline.instance, dispatch))
 
-    def _cancel(self, message: Cancel) -> None:
+    def _cancel(self, message: Cancel, now_ns: int) -> None:
         routed = self._live.get(message.request_id)
-        if routed is not None:  # else it ended while the client was asking
-            routed.is_cancelled = True
+        if routed is None:
+            return  # it ended while the client was asking
+        routed.is_cancelled = True
+        if message.request_id in self._unserved:
+            self._end(routed, _failed(routed, *CANCELLED), now_ns)
+        else:
             self._abort(routed)
 
     def _abort(self, routed: Routed) -> None:
@@ -203,6 +246,7 @@ class GlobalScheduler:
 
     def _end(self, routed: Routed, message: Finished, now_ns: int) -> None:
         del self._live[message.request_id]
+        self._unserved.discard(message.request_id)
         timeline = routed.timeline
         timeline.finished_ns, timeline.reason, timeline.detail = now_ns, FinishReason(message.reason), message.detail
         timeline.stats = message.stats
@@ -242,12 +286,12 @@ class GlobalScheduler:
             self._end(routed, _failed(routed, *CANCELLED), now_ns)
             return
         more = self._recompute_failed and routed.timeline.attempt + 1 < MAX_ATTEMPTS
-        if not more or self.groups.missing_role() is not None:
+        if not more or not self._may_serve:
             self._end(routed, _failed(routed, reason, detail), now_ns)
             return
         self.groups.forget(routed)
         routed.timeline.attempt += 1
-        self._dispatch(routed, now_ns)
+        self._serve(routed, now_ns)
 
 
 def _failed(routed: Routed, reason: FinishReason, detail: str) -> Finished:

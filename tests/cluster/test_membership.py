@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from memserve import LocalCluster, load_config
+from memserve.messages import Cancel, Submit, pack_tokens
 from memserve.metrics.table import print_report
-from memserve.request import FinishReason, Role
+from memserve.request import FinishReason, Role, SamplingParams
 from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, NoScaling
 
 WORKLOAD = [
@@ -131,6 +132,12 @@ def scheduled(*changes, words=(), **delays):
 
 
 BUSY = ["workload.num_sessions=20", "workload.rate=200"]
+
+
+@functools.cache
+def expected_when_busy():
+    timelines = play(local("cluster=colocated_1", "index=none", *BUSY).cluster())
+    return {t.request_id: t.token_ids.tolist() for t in timelines}
 
 
 def rows_of(timelines):
@@ -306,6 +313,44 @@ def test_by_load_replaces_who_has_crashed():
     assert lost.is_lost and new.joined_ns == 70_000_000
     assert all(t.succeeded or t.finished_ns <= 70_000_000 for t in timelines) and any(t.succeeded for t in timelines)
     nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize(("victim", "words"), [
+    ("colocated-0", ["cluster=colocated_1"]),
+    ("prefill-0", ["cluster=1p1d", "mode=pd_caching_3", "index_source=exact", "policy=prompt_tree"]),
+    ("decode-1", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer"]),
+])  # fmt: skip
+def test_where_nobody_is_left_requests_wait_for_who_comes(victim, words):
+    changes = [{"at_s": 0.05, "crash": victim}, {"at_s": 0.05, "add": victim.split("-")[0]}]
+    words = [*words, *BUSY, *scheduled(*changes, startup_s=0.3)]
+    cluster = local(*words, "cluster.patience_s=1").cluster()
+    timelines = play(cluster)
+    assert {t.request_id: t.token_ids.tolist() for t in timelines} == expected_when_busy()
+    waited = [t for t in cluster.scheduler.timelines.values() if 50_000_000 < t.arrival_ns < 350_000_000]
+    assert waited and all(t.dispatched_ns >= 350_000_000 for t in waited)
+    nothing_is_left(cluster)
+
+
+def test_who_waits_for_an_instance_in_vain_fails_by_name_when_its_time_is_up():
+    words = ["cluster=1p1d", "mode=pd_basic", *BUSY, *scheduled({"at_s": 0.05, "crash": "decode-1"})]
+    cluster = local(*words, "cluster.patience_s=0.2").cluster()
+    failed = [t for t in play(cluster) if not t.succeeded]
+    assert failed
+    for timeline in failed:
+        assert timeline.reason == FinishReason.INSTANCE_LOST
+        assert timeline.detail == "no decode instance is left, and none came within cluster.patience_s=0.2"
+        assert timeline.finished_ns == max(timeline.arrival_ns, 50_000_000) + 200_000_000
+    nothing_is_left(cluster)
+
+
+def test_a_request_that_waits_for_an_instance_can_be_cancelled():
+    scheduler = local("cluster=colocated_1", "cluster.patience_s=5").cluster().scheduler
+    scheduler.instance_gone("colocated-0", 0)
+    scheduler.receive(Submit("a", "s", pack_tokens(np.arange(9)), SamplingParams(max_tokens=2), 0), 0)
+    assert scheduler.drain_outbox() == [] and scheduler.num_unfinished == 1
+    scheduler.receive(Cancel("a"), 1)
+    ((destination, finished),) = scheduler.drain_outbox()
+    assert (destination, finished.reason) == ("client", "aborted") and scheduler.next_time_ns is None
 
 
 def test_one_that_is_starting_changes_its_role_once_it_serves():

@@ -242,7 +242,7 @@ def test_an_instance_that_is_gone_is_forgotten_in_the_trees():
     label = serve(scheduler, "a", np.arange(12), [1])
     scheduler.instance_gone(label, 1)
     assert serve(scheduler, "b", np.arange(12), [1]) != label
-    scheduler.instance_back(label)
+    scheduler.instance_back(label, 2)
     assert scheduler.groups.takers.tree.match(pack_tokens(np.arange(12)), 2)[int(label[-1])] == 0
 
 
