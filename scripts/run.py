@@ -7,6 +7,12 @@ python scripts/run.py -m index=none,radix workload.rate=1,2,4    # a sweep: a pr
 torchrun --nproc-per-node 3 scripts/run.py exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped
 torchrun --nproc-per-node 4 scripts/run.py exec=distributed model=tiny cluster=1p1d mode=pd_basic transport=gloo \
     cluster.tensor_parallel.decode=2                             # a decode instance of two ranks
+
+Each member of a cluster can be started by itself; one that fails is then started again, and rejoins:
+
+python scripts/run.py $WORDS cluster.store=$STORE cluster.member=scheduler
+torchrun --standalone --nproc-per-node 1 --max-restarts 3 scripts/run.py $WORDS cluster.store=$STORE cluster.member=0
+torchrun --standalone --nproc-per-node 1 --max-restarts 3 scripts/run.py $WORDS cluster.store=$STORE cluster.member=1
 """
 
 import gc
@@ -23,9 +29,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from memserve.cluster.distributed import DistributedCluster, Interrupted
-from memserve.cluster.launch import find_place, is_under_torchrun, rank_of
+from memserve.cluster.launch import RunOver, find_place, is_first, is_under_torchrun
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
+from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.sweep import run_point
 from memserve.cluster.turnover import InstanceFailed
 from memserve.compose import config_dir, load_config, resolve
@@ -78,6 +85,11 @@ def play(cfg: RunConfig, output_dir: Path) -> Report:
 def control(cfg: RunConfig, output_dir: Path) -> Report:
     """Rank 0 of a distributed cluster."""
     place = find_place(cfg)
+    if place.rank != CONTROLLER:
+        raise ValueError(f"cluster.member={cfg.cluster.member}: expected on the command line itself")
+    if cfg.cluster.store is not None:
+        members = ", ".join(map(str, range(len(cfg.cluster.roles) + cfg.cluster.spares)))
+        print(f"waits at {cfg.cluster.store} for cluster.member={members}", flush=True)
     place.store.set("output_dir", str(output_dir.resolve()))
     log_to(output_dir / "rank-0.log")
     with Progress() as progress:
@@ -95,9 +107,14 @@ def serve(words: list[str]) -> None:
         place = find_place(cfg)
         log_to(Path(place.store.get("output_dir").decode()) / f"rank-{place.rank}.log")
         DistributedCluster(cfg, place).run()
-    except (LeftEarly, GroupBroken) as error:
+    except RunOver as error:
+        print(error)  # and torchrun need not try again
+    except LeftEarly as error:
         logging.error("%s", error)
-        sys.exit(1)  # rank 0 says why
+        sys.exit(0 if cfg.cluster.store is not None else 1)  # rank 0 says why
+    except GroupBroken as error:
+        logging.error("%s", error)
+        sys.exit(1)
     except Interrupted as interrupted:
         logging.error("%s", interrupted)
         sys.exit(interrupted.status)
@@ -111,7 +128,7 @@ def log_to(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if rank_of():
-        serve(sys.argv[1:])
-    else:
+    if is_first(sys.argv[1:]):
         main()
+    else:
+        serve(sys.argv[1:])

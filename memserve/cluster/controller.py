@@ -22,7 +22,8 @@ from memserve.cluster.node_messages import (
     Ping,
     Pong,
     Ready,
-    Start,
+    Restarted,
+    Resume,
     Stop,
     Stopped,
     WantSnapshot,
@@ -31,7 +32,7 @@ from memserve.cluster.result import Result
 from memserve.cluster.roster import Roster
 from memserve.cluster.summary import Summary, activity_of, report_of
 from memserve.cluster.turnover import InstanceFailed, Turnover
-from memserve.cluster.watch import WATCH_NS, Finding, Watch, watched
+from memserve.cluster.watch import WATCH_NS, Finding, Watch
 from memserve.cluster.wiring import build_global_scheduler, build_scaling
 from memserve.config.schema import RunConfig
 from memserve.messages import Finished, Message, Tokens
@@ -67,9 +68,11 @@ class Controller:
         self._client = SessionPlayer(sessions, engine.max_context, concurrency)
         self._stop_s = cfg.transfer.deadline_s + STOP_S
         self._waits = cfg.cluster.patience_s > 0  # for instances, where none is left
-        self._num_ranks = len(roles) + cfg.cluster.spares
+        self._num_members = len(roles) + cfg.cluster.spares
+        self._come_alone = cfg.cluster.store is not None  # and may be started again
         self._watch = Watch(roster, cfg.cluster.silence_s)
         self._turnover = Turnover(self._members, roster, self._watch, mailbox, len(roles))
+        self._ready = set[int]()
         self._summaries: dict[int, Summary] = {}
         self._epoch_ns = 0
         self._is_over = False
@@ -77,12 +80,10 @@ class Controller:
     def run(self, progress: Progress | None) -> Result:
         """Until every request has ended and every instance has stopped. Raises InstanceFailed when one breaks."""
         try:
-            self._until(
-                lambda: len(self._watch.processes) + len(self._watch.idle) == self._num_ranks, READY_S, "get ready"
-            )
+            self._until(self._are_all_here, READY_S, "get ready")
             self._epoch_ns = monotonic_ns()
             self._watch.begin()
-            self._turnover.tell(Start(self._epoch_ns))
+            self._turnover.begin(self._epoch_ns)
             while not (self._client.done and not self._scheduler.num_unfinished):
                 self._turn(progress)
             end_ns, self._is_over = self._now_ns(), True
@@ -103,31 +104,38 @@ class Controller:
     def _label(self, instance: int) -> str:
         return self._member(instance).label
 
+    def _are_all_here(self) -> bool:
+        """Whether every instance can begin, and every other rank waits."""
+        here = self._turnover.here
+        return self._ready >= here and len(here) + len(self._watch.idle) == self._num_members
+
     def _have_stopped(self) -> bool:
         """Whether every instance has given its books, and every other rank waits."""
         all_wait = set(self._watch.idle) <= set(self._turnover.vacancies.ranks)
         return all_wait and self._summaries.keys() >= self._turnover.here - self._watch.silent - self._watch.lost
 
     def _missing(self) -> dict[str, str]:
-        """The instances that have not stopped, and why."""
-        return {
+        """The instances that have not stopped, and ranks that are no instance and gone; why."""
+        return dict.fromkeys((f"spare rank {rank}" for rank in sorted(self._watch.gone_idle)), "gone") | {
             member.label: "gone" if member.incarnation in self._watch.lost else "silent"
             for member in self._members.members
             if member.joined_ns is not None and member.incarnation not in self._summaries
         }
 
     def _now_ns(self) -> int:
-        return monotonic_ns() - self._epoch_ns
+        return monotonic_ns() - self._epoch_ns if self._epoch_ns else 0
 
     def _until(self, is_done: Callable[[], bool], limit_s: float, what: str) -> None:
         began_ns = monotonic_ns()
         while not is_done():
             self._receive(100)
             self._look()
+            if not self._is_over:
+                self._turnover.fill(0)
             if to_s(monotonic_ns() - began_ns) > limit_s:
-                done = self._summaries.keys() if self._summaries else self._watch.processes.keys()
-                late = self._turnover.here - done
-                raise InstanceFailed(f"instances {sorted(late)} did not {what} within {limit_s:.0f} s")
+                late = self._turnover.here - (self._summaries.keys() if self._is_over else self._ready)
+                named = ", ".join(self._label(instance) for instance in sorted(late)) or "those that wait to be one"
+                raise InstanceFailed(f"instances did not {what} within {limit_s:.0f} s: {named}")
 
     def _turn(self, progress: Progress | None) -> None:
         due_ns = (self._client.next_time_ns(), self._members.next_time_ns, self._scheduler.next_time_ns)
@@ -146,6 +154,12 @@ class Controller:
 
     def _receive(self, timeout_ms: int) -> None:
         for sender, message in self._mailbox.receive(timeout_ms):
+            if isinstance(message, Restarted):
+                self._take_in(sender)
+                continue
+            if isinstance(message, Idle):
+                self._let_wait(sender, message)
+                continue
             instance, is_back = self._roster.instance(sender), self._watch.heard(sender)
             if instance is None:
                 self._take_from_idle(sender, message)
@@ -155,22 +169,46 @@ class Controller:
             self._take(sender, instance, message)
         self._deliver()
 
+    def _take_in(self, rank: int) -> None:
+        """A process is there in the place of one that is gone, of which it is proof."""
+        instance = self._roster.instance(rank)
+        self._turnover.replace(rank)
+        if instance is not None and instance in self._turnover.here:
+            self._lose(instance)
+        _log.warning("rank %d is there again", rank)
+        self._mailbox.reconnect(rank)
+        self._mailbox.send(rank, Resume(self._run))
+
+    def _let_wait(self, rank: int, message: Idle) -> None:
+        """A rank that is no instance, until it is one or the run ends; one that waits in a run that is over goes on."""
+        if message.run == self._run:
+            self._turnover.wait(rank, message.process)
+        if message.run != self._run or self._is_over:
+            self._mailbox.send(rank, Stop(0))
+        if message.run != self._run:
+            self._mailbox.send(rank, Leave())
+
     def _take_from_idle(self, rank: int, message: AnyMessage) -> None:
         """Of a rank that is no instance. What it says as one that has gone comes too late."""
-        if isinstance(message, Idle) and message.run == self._run:
-            self._watch.idle[rank] = watched(message.process)
-            self._turnover.vacancies.ranks.append(rank)
-        elif isinstance(message, Broken):
+        if isinstance(message, Broken) and not self._goes_on_without(f"spare rank {rank}", message.detail):
             raise InstanceFailed(f"spare rank {rank} failed: {message.detail}")
+
+    def _goes_on_without(self, name: str, detail: str) -> bool:
+        """Whether one that ends by an error ends itself alone: once the run has begun, where each was started alone."""
+        if self._come_alone and self._epoch_ns:
+            _log.error("%s failed: %s", name, detail)
+            return True
+        return False
 
     def _take(self, rank: int, instance: int, message: AnyMessage) -> None:
         match message:
-            case Alive() | Idle():
+            case Alive():
                 pass
             case Ping():
                 self._mailbox.send(rank, Pong(message.sent_ns, monotonic_ns()))
             case Ready():
                 self._watch.arrived(instance, message.processes)
+                self._ready.add(instance)
                 if self._epoch_ns:
                     self._turnover.welcome(instance, rank, self._now_ns(), self._epoch_ns, self._is_over)
             case Stopped():
@@ -183,10 +221,9 @@ class Controller:
                     self._mailbox.send(rank, WantSnapshot())
             case Held():
                 self._scheduler.groups.index_snapshot(self._label(instance), message.snapshot)
-            case Broken():
-                raise InstanceFailed(f"{self._label(instance)} failed: {message.detail}")
-            case LeftAlone():
-                if not self._epoch_ns:
+            case Broken() | LeftAlone():
+                goes_on = self._goes_on_without(self._label(instance), message.detail)
+                if not goes_on and (isinstance(message, Broken) or not self._epoch_ns):
                     raise InstanceFailed(f"{self._label(instance)} failed: {message.detail}")
                 if instance not in self._watch.lost:
                     self._watch.broken.add(instance)
@@ -233,12 +270,15 @@ class Controller:
 
     def _lose(self, instance: int) -> None:
         _log.warning("%s is gone", self._label(instance))
+        if not self._epoch_ns and not self._come_alone:
+            raise InstanceFailed(f"{self._label(instance)} is gone before the run has begun")
         self._turnover.lose(instance, self._now_ns())
         self._without(instance)
 
     def _without(self, instance: int) -> None:
         """What it had is served elsewhere."""
-        if not (self._turnover.here - self._watch.broken or self._turnover.vacancies.ranks or self._waits):
+        turnover = self._turnover
+        if not (turnover.here - self._watch.broken or turnover.vacancies.ranks or turnover.returning or self._waits):
             raise InstanceFailed("every instance is gone")
         self._scheduler.instance_gone(self._label(instance), self._now_ns())
         self._deliver()

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 3 scripts/run.py exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped
 
 Rank 0 plays the client and routes (controller.py); the others are instances, of one rank each or of several
-(member.py, roster.py). Time is the machine's.
+(member.py, roster.py). Time is the machine's. Where each member was started by itself (`cluster.store=`), the store is
+rank 0's: it stays until the others have left, and they end when it is gone.
 """
 
 import signal
@@ -13,7 +14,9 @@ from types import FrameType
 
 from memserve.cluster.build import build_engine, build_roles
 from memserve.cluster.controller import Controller
-from memserve.cluster.launch import Place, Torchrun, check_one_host
+from memserve.cluster.farewell import Farewell
+from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
+from memserve.cluster.launch import Place, own_torchrun
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
@@ -46,10 +49,19 @@ class DistributedCluster:
     def __init__(self, cfg: RunConfig, place: Place) -> None:
         self.cfg, self._place = cfg, place
         self._roles = build_roles(cfg)
-        if cfg.transport == "mapped":
-            check_one_host(place.store, place.rank, place.world_size, host_id())
-        self._mailbox = Mailbox(place.rank, place.store, place.host)
-        self._torchrun = Torchrun()
+        self._neighbours = self._meet()
+        self._mailbox = Mailbox(place.rank, place.store, place.host, place.birth)
+        self._torchrun = own_torchrun()
+
+    def _meet(self) -> list[int]:
+        """The ranks on this rank's host, it among them; none for rank 0."""
+        place = self._place
+        if place.rank == CONTROLLER and self.cfg.transport != "mapped":
+            return []  # it need not wait for them
+        hosts = hosts_of(place.store, place.rank, place.world_size, host_id())
+        if self.cfg.transport == "mapped":
+            check_one_host(hosts)
+        return [] if place.rank == CONTROLLER else neighbours(hosts, place.rank)
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report | None:
         """Plays the workload `repeats` times. Rank 0 returns the report and writes `output_dir`; others return None.
@@ -73,15 +85,23 @@ class DistributedCluster:
 
     def play(self, progress: Progress | None = None) -> list[Result]:
         """The runs, each from empty pools: their results on rank 0, none on the others. Once in a cluster's life."""
-        if self._place.rank != CONTROLLER:
+        farewell = Farewell.of(self.cfg, self._place, self._mailbox)
+        try:
+            if self._place.rank == CONTROLLER:
+                return self._control(progress)
             self._serve()
             return []
+        finally:
+            farewell.say()
+
+    def _control(self, progress: Progress | None) -> list[Result]:
+        """Rank 0's part of `play`."""
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
         sessions = workload.sessions(engine.tokenizer, self.cfg.seed)
         results: list[Result] = []
         for number in range(self.cfg.repeats):
-            if results and results[-1].missing:
+            if results and results[-1].missing and self.cfg.cluster.store is None:  # nobody starts them again
                 raise InstanceFailed(f"repeat {number + 1} of {self.cfg.repeats}: {_listed(results[-1].missing)}")
             controller = Controller(
                 self.cfg,
@@ -109,7 +129,7 @@ class DistributedCluster:
     def _serve(self) -> None:
         """An instance's rank; rank 0 learns why it ends."""
         try:
-            Member(self.cfg, self._place, self._mailbox).serve()
+            Member(self.cfg, self._place, self._mailbox, self._neighbours).serve()
         except LeftEarly:
             raise  # rank 0 knows
         except GroupBroken as error:

@@ -1,77 +1,71 @@
-"""Launch: which rank this process is, as torchrun says, and whether that fits the configuration. Starts no process.
+"""Launch: which rank this process is, and whether that fits the configuration. Starts no process.
 
-Which rank is what is roster.py's. A store that all ranks reach comes from torchrun.
+    one torchrun for all     RANK is its rank, and torchrun's store that of all
+    one for each instance    cluster.member says which instance it is, RANK which rank of it; rank 0 has the store
+
+Which rank is what is roster.py's.
 """
 
-import logging
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch does not list it
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from memserve.cluster.agreement import check_agreed
+from memserve.cluster.lifeline import Torchrun
 from memserve.cluster.mailbox import PATIENCE, own_host
-from memserve.cluster.roster import Roster
-from memserve.config.checks import ConfigError
+from memserve.cluster.roster import CONTROLLER, Roster
+from memserve.config.checks import SCHEDULER, ConfigError
 from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, GroupShard, Shard
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
-_LOOK_S = 0.5  # between looks at the parent
-_log = logging.getLogger("memserve")
+_REBIRTH = timedelta(seconds=10)  # for rank 0 to answer who was started again: it was there before
+
+
+class RunOver(RuntimeError):
+    """This process was started again, and the run has ended meanwhile."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One process of the cluster. store: of all of them.  local_ranks: how many share this host.  host: its address."""
+    """One process of the cluster. store: of all of them.  host: its address, as the others reach it.
+
+    birth: how many processes were this rank before.  team: the store of its instance's ranks, if they have their own.
+    """
 
     rank: int
     world_size: int
-    local_rank: int
-    local_ranks: int
     store: Store
     host: str
+    birth: int = 0
+    team: Store | None = None
+
+    def team_store(self, instance: int | None) -> Store:
+        """What the ranks of an instance tell each other."""
+        return PrefixStore(f"instance/{instance}", self.team or self.store)
 
 
 def is_under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
-def rank_of(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's rank; 0 where nobody says so."""
-    return int(environment.get("RANK", "0"))
+def own_torchrun(environment: Mapping[str, str] = os.environ) -> Torchrun:
+    """What started this process, if it was torchrun."""
+    return Torchrun(os.getppid() if "TORCHELASTIC_RUN_ID" in environment else None)
 
 
-class Torchrun:
-    """What started this process. Knows when it is gone: killed, without ending its ranks.
-
-    A rank that was started without torchrun may outlive who started it.
-    """
-
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self._process = os.getppid() if "TORCHELASTIC_RUN_ID" in environment else None
-
-    @property
-    def is_gone(self) -> bool:
-        return self._process is not None and os.getppid() != self._process
-
-    def end_with(self) -> None:
-        """Once it is gone, this process gets a SIGTERM."""
-        if self._process is not None:
-            threading.Thread(target=self._outlive, name="torchrun's end", daemon=True).start()
-
-    def _outlive(self) -> None:
-        while not self.is_gone:
-            threading.Event().wait(_LOOK_S)
-        _log.error("torchrun, process %d, is gone", self._process)
-        os.kill(os.getpid(), signal.SIGTERM)
+def is_first(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a process that was started with these words is rank 0, as far as they and torchrun say."""
+    members = [word.partition("=")[2] for word in words if word.startswith("cluster.member=")]
+    return int(environment.get("RANK", "0")) == 0 and (not members or members[-1] in (SCHEDULER, "null"))
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:
@@ -89,7 +83,16 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
 
 
 def find_place(cfg: RunConfig) -> Place:
-    """Where this process is. Raises ConfigError without torchrun, or for a number of ranks that does not fit."""
+    """Where this process is. Collective: waits for rank 0.
+
+    Raises ConfigError without torchrun, for a number of ranks that does not fit, where there is no store, and for
+    options that are not rank 0's; RunOver where this process was started again and rank 0 is there no more.
+    """
+    return _place_among_all(cfg) if cfg.cluster.store is None else _place_of_member(cfg)
+
+
+def _place_among_all(cfg: RunConfig) -> Place:
+    """One torchrun has started all ranks, or one on each host."""
     if not is_under_torchrun():
         needed = Roster.of(cfg).world_size
         raise ConfigError(f"exec=distributed: expected torchrun --nproc-per-node {needed} scripts/run.py ...")
@@ -101,42 +104,47 @@ def find_place(cfg: RunConfig) -> Place:
     except (RuntimeError, OSError, KeyError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(f"no store at {address} (torchrun's --master-addr and --master-port): {error}") from error
-    return Place(
-        rank,
-        world_size,
-        int(os.environ.get("LOCAL_RANK", rank)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        store,
-        host,
-    )
+    check_agreed(cfg, store, rank)
+    return Place(rank, world_size, store, host)
 
 
-def check_one_host(store: Store, rank: int, world_size: int, host: str) -> None:
-    """For transport=mapped: raises ConfigError, on every rank, where instances are on several hosts. Rank 0 has none.
-
-    Collective. host: this rank's, see `shared_memory.host_id`.
-    """
-    store.set(f"host/{rank}", host)
-    keys = [f"host/{other}" for other in range(1, world_size)]
-    store.wait(keys, PATIENCE)
-    hosts = [store.get(key).decode() for key in keys]
-    for other, theirs in enumerate(hosts, 1):
-        if theirs != hosts[0]:
-            raise ConfigError(
-                f"transport=mapped: rank 1 is on host {hosts[0]!r}, rank {other} on {theirs!r}: "
-                "expected all instances on one, or transport=gloo"
-            )
+def _place_of_member(cfg: RunConfig) -> Place:
+    """This process, or this torchrun, was started for one member of the cluster."""
+    member, address, roster = cfg.cluster.member, str(cfg.cluster.store), Roster.of(cfg)
+    ranks = range(1) if member == SCHEDULER else roster.ranks_of_member(int(str(member)))
+    size, part = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size != len(ranks):
+        raise ConfigError(
+            f"{size} ranks for cluster.member={member}: expected {len(ranks)} (torchrun --nproc-per-node {len(ranks)})"
+        )
+    host, _, port = address.rpartition(":")
+    was_there = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    is_master = ranks[part] == CONTROLLER
+    try:
+        store = TCPStore(
+            host, int(port), is_master=is_master, wait_for_workers=False, timeout=_REBIRTH if was_there else PATIENCE
+        )
+        own = own_host(host, int(port))
+    except (RuntimeError, OSError) as error:
+        if was_there and not is_master:
+            raise RunOver(f"nobody is at cluster.store={address} any more: {error}") from error
+        raise ConfigError(f"cluster.store={address}: no store there: {error}") from error
+    store.set_timeout(PATIENCE)
+    check_agreed(cfg, store, ranks[part])
+    team = next(iter(rendezvous("env://")))[0] if size > 1 else None
+    return Place(ranks[part], roster.world_size, store, own, store.add(f"births/{ranks[part]}", 1) - 1, team)
 
 
 @contextmanager
-def joined(place: Place, roster: Roster, device: torch.device) -> Iterator[Shard]:
-    """This rank's share of its instance's model; while it lasts, torch's default group is that of the instance."""
-    instance, part = roster.instance(place.rank), roster.part(place.rank)
-    size = 1 if instance is None else roster.size(instance)
+def joined(team: Store, size: int, part: int, device: torch.device) -> Iterator[Shard]:
+    """This rank's share of its instance's model; while it lasts, torch's default group is that of the instance.
+
+    team: of its ranks, of which there are `size`, and this is number `part`.
+    """
     if size == 1:
         yield WHOLE
         return
-    store = PrefixStore(f"tensor_parallel/{instance}", place.store)
+    store = PrefixStore("tensor_parallel", team)
     store.set(f"here/{part}", "")
     store.wait([f"here/{other}" for other in range(size)], PATIENCE)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -146,21 +154,3 @@ def joined(place: Place, roster: Roster, device: torch.device) -> Iterator[Shard
         yield GroupShard(dist.group.WORLD)
     finally:
         dist.destroy_process_group()
-
-
-def choose_device(place: Place) -> None:
-    """`model.device=cuda` means a GPU of the rank's own, as far as the host has them; then they share in turn."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device((place.local_rank - (place.rank == place.local_rank)) % torch.cuda.device_count())
-
-
-def set_threads(cfg: RunConfig, place: Place) -> int:
-    """Threads of this rank's process: model.num_threads, or an equal share of the host's CPUs. Returns them.
-
-    torchrun sets OMP_NUM_THREADS=1 for everybody, which would be a slow surprise.
-    """
-    num_ranks = max(1, place.local_ranks - (place.rank < place.local_ranks))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = cfg.model.num_threads or max(1, usable // num_ranks)
-    torch.set_num_threads(num_threads)
-    return num_threads

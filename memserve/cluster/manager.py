@@ -21,8 +21,8 @@ from memserve.sched.scaling import Add, Change, ChangeRole, Crash, Drain, Load, 
 class Membership:
     """An instance's time in the cluster, on its clock. standing: None when it has left or is gone.
 
-    joined_ns: None before.  ended_ns: when it left, or was found gone.  is_lost: it is gone.  successor: who is to come
-    in its place, in another role.
+    joined_ns: None before.  ended_ns: when it left, or was found gone.  is_lost: it is gone.  is_leaving: it drains, or
+    did.  successor: who is to come in its place, in another role.
     """
 
     incarnation: int
@@ -32,6 +32,7 @@ class Membership:
     joined_ns: int | None = None
     ended_ns: int | None = None
     is_lost: bool = False
+    is_leaving: bool = False
     is_doomed: bool = False  # a crash was ordered
     successor: "Membership | None" = None
 
@@ -102,6 +103,13 @@ class ClusterManager:
                     name = type(self._scaling).__name__
                     raise ValueError(f"{name} says {change!r}: expected Add, Drain, ChangeRole or Crash")
         return orders
+
+    def comes_back(self, incarnation: int) -> Membership | None:
+        """Another process is there in the place of a lost instance's: it is to start, as a new instance of that role;
+        None where the lost one was to leave.
+        """
+        before = self.members[incarnation]
+        return None if before.is_leaving else self._named(before.role)
 
     def member(self, label: str) -> Membership:
         """The instance of that name. Raises ValueError if it is not in the cluster."""
@@ -188,7 +196,7 @@ class ClusterManager:
         if member.standing is Standing.STARTING or not any(self._stands_in(other, member) for other in self.members):
             self._held.append(member)
             return
-        member.standing = Standing.DRAINING
+        member.standing, member.is_leaving = Standing.DRAINING, True
         self.draining.append(member)
         self._scheduler.instance_draining(member.label)
 

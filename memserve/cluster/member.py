@@ -5,7 +5,7 @@
     follower    follow the warm-up; each run: attach its own memory, meet the leader, follow until it says stop
 
 An instance of one rank is a leader without followers. A rank whose instance has left waits to become another one, as a
-spare rank does from the start (spare.py).
+spare rank does from the start (spare.py), and as a process does that is there in the place of one that is gone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,14 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from memserve.cluster.build import Engine, RankPart, build_engine, build_instance, build_part, build_roles
-from memserve.cluster.launch import Place, choose_device, joined, set_threads
+from memserve.cluster.hosts import choose_device, set_threads
+from memserve.cluster.launch import Place, joined
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.node import InstanceLoop
 from memserve.cluster.node_messages import BEAT_S, Alive, Become, LeftEarly, Process, this_process
 from memserve.cluster.parallel_transport import ParallelTransport, TransferHand
 from memserve.cluster.roster import CONTROLLER, Roster
-from memserve.cluster.spare import Spare
+from memserve.cluster.spare import Spare, resumed_run
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_process_transport, follows_events
 from memserve.cluster.worker import Followers, Hand, IdleHand, follow, meet
@@ -33,43 +34,61 @@ from memserve.model.parallel import LEADER, GroupBroken, Shard
 from memserve.model.runner import ModelRunner
 from memserve.request import Role
 from memserve.transfer.transport import Transport
+from memserve.transfer.wire import NO_LIMIT
 
 
 class Member:
-    """mailbox: this rank's in the cluster."""
+    """mailbox: this rank's in the cluster.  neighbours: the ranks on this host, it among them."""
 
-    def __init__(self, cfg: RunConfig, place: Place, mailbox: Mailbox) -> None:
-        self._cfg, self._place, self._mailbox = cfg, place, mailbox
+    def __init__(self, cfg: RunConfig, place: Place, mailbox: Mailbox, neighbours: Sequence[int]) -> None:
+        self._cfg, self._place, self._mailbox, self._neighbours = cfg, place, mailbox, neighbours
         roster = Roster.of(cfg)
         self._instance, self._part = roster.instance(place.rank), roster.part(place.rank)  # at the start of a run
         self._size = 1 if self._instance is None else roster.size(self._instance)
+        self._team = place.team_store(self._instance)
 
     def serve(self) -> None:
         """All runs. Raises LeftEarly when rank 0 ends before they do, GroupBroken when another rank has gone."""
-        num_threads = set_threads(self._cfg, self._place)
-        choose_device(self._place)
-        with joined(self._place, Roster.of(self._cfg), torch.device(self._cfg.model.device)) as shard:
+        num_threads = set_threads(self._cfg, self._neighbours)
+        choose_device(self._neighbours, self._place.rank)
+        with joined(self._team, self._size, self._part, torch.device(self._cfg.model.device)) as shard:
             engine = build_engine(self._cfg, shard=shard)
-            for number in range(self._cfg.repeats):
-                if self._part == LEADER:
-                    self._lead(number, engine, shard, num_threads)
-                else:
-                    self._follow(number, engine, shard)
+            if self._part == LEADER:
+                self._lead_all(engine, shard, num_threads)
+            else:
+                self._follow_all(engine, shard)
 
-    def _lead(self, number: int, engine: Engine, shard: Shard, num_threads: int) -> None:
-        """A run: what this rank is at its start, and what it becomes when that has left."""
-        if number == 0:
-            label, role = build_roles(self._cfg)[self._instance or 0]
-            with self._followers(shard, engine) as followers:
-                warm_up(build_instance(self._cfg, engine, label, role, 0, followers=followers, in_real_time=True))
+    def _lead_all(self, engine: Engine, shard: Shard, num_threads: int) -> None:
+        label, role = build_roles(self._cfg)[self._instance or 0]
+        with self._followers(shard, engine) as followers:
+            warm_up(build_instance(self._cfg, engine, label, role, 0, followers=followers, in_real_time=True))
+        is_reborn = self._place.birth > 0
+        first = resumed_run(self._mailbox) if is_reborn else 0
+        runs = range(0) if first is None else range(first, self._cfg.repeats)
+        self._tell_team("runs", [*runs])
+        for number in runs:
+            assigned = None if is_reborn and number == first else self._first_assignment()
+            self._lead(number, assigned, engine, shard, num_threads)
+
+    def _follow_all(self, engine: Engine, shard: Shard) -> None:
+        _until_stopped(build_part(self._cfg, engine), IdleHand())
+        for number in self._hear_from_leader("runs"):
+            for instance in self._hear_from_leader(f"instance/{number}"):
+                self._follow(number, instance, engine, shard)
+
+    def _lead(self, number: int, assigned: Become | None, engine: Engine, shard: Shard, num_threads: int) -> None:
+        """A run. assigned: what this rank is at its start; it may become something else when that has left."""
         spare, roster = Spare(self._mailbox, number), Roster.of(self._cfg)
-        assigned = self._first_assignment()
-        while assigned is not None or (assigned := spare.wait()) is not None:
+        assigned = assigned or spare.wait()
+        self._tell_team(f"instance/{number}", [] if assigned is None else [assigned.instance])
+        while assigned is not None:
             for instance, rank in assigned.leaders:
                 roster.assign(instance, rank)
+                self._mailbox.reconnect(rank)
             if not self._be(assigned, roster, number, engine, shard, num_threads, spare.early):
                 return
-            assigned, spare.early = None, []
+            spare.early = []
+            assigned = spare.wait()
 
     def _first_assignment(self) -> Become | None:
         """What this rank is when a run begins; None for a spare one."""
@@ -106,19 +125,28 @@ class Member:
             )  # fmt: skip
             return loop.run(processes)
 
-    def _follow(self, number: int, engine: Engine, shard: Shard) -> None:
-        if number == 0:
-            _until_stopped(build_part(self._cfg, engine), IdleHand())
+    def _follow(self, number: int, instance: int, engine: Engine, shard: Shard) -> None:
+        """A run, in which this rank is a part of that instance."""
+        self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
         part = build_part(self._cfg, engine)
         self._team_store(number).set(f"process/{self._part}", msgspec.json.encode(this_process()).decode())
-        with self._hand(number, part) as hand:
+        with self._hand(number, instance, part) as hand:
             meet(shard, _device(engine))
-            self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
             _until_stopped(part, hand)
 
     def _team_store(self, number: int) -> PrefixStore:
         """What the ranks of this instance tell each other in a run."""
-        return PrefixStore(f"instance/{self._instance}/{number}", self._place.store)
+        return PrefixStore(f"run/{number}", self._team)
+
+    def _tell_team(self, key: str, numbers: Sequence[int]) -> None:
+        """Lets the followers know, if there are any."""
+        if self._size > 1:
+            self._team.set(key, msgspec.json.encode(list(numbers)).decode())
+
+    def _hear_from_leader(self, key: str) -> list[int]:
+        """Waits for it as long as it takes: whoever ends the leader ends this rank too."""
+        self._team.wait([key], NO_LIMIT)
+        return msgspec.json.decode(self._team.get(key), type=list[int])
 
     def _others(self, number: int) -> list[Process]:
         """The followers' processes, once they have met their leader."""
@@ -165,14 +193,13 @@ class Member:
                 team.close()
 
     @contextmanager
-    def _hand(self, number: int, part: RankPart) -> Iterator[Hand]:
+    def _hand(self, number: int, instance: int, part: RankPart) -> Iterator[Hand]:
         """A follower's part in its instance's transfers."""
         transport = self._own_transport(number)
         if transport is None:
             yield IdleHand()
             return
-        assert self._instance is not None, "a follower has a leader"
-        endpoint = endpoint_of(self._instance, self._part)
+        endpoint = endpoint_of(instance, self._part)
         transport.attach(endpoint, part.memories)
         team = Mailbox(self._part, self._team_store(number), self._place.host)
         hand = TransferHand(transport, endpoint, team)

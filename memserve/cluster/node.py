@@ -192,6 +192,7 @@ class InstanceLoop:
                     self._instance.receive_from_peer(message.sender, message.message, self._now_ns())
             case Joined():
                 self._roster.assign(message.instance, message.rank)
+                self._mailbox.reconnect(message.rank)
             case Gone():
                 self._forget(message.instance)
             case Retire():

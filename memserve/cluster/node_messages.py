@@ -85,6 +85,18 @@ class Idle(msgspec.Struct, frozen=True, tag=True):
     run: int
 
 
+class Restarted(msgspec.Struct, frozen=True, tag=True):
+    """A process is this rank in the place of one that is gone, and asks which run it has come into."""
+
+    process: Process
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """The run that a process has come into: it is to be `Idle` there."""
+
+    run: int
+
+
 class Become(msgspec.Struct, frozen=True, tag=True):
     """A waiting rank is to be this instance.  leaders: instances that are there, and the rank of each."""
 
@@ -183,6 +195,8 @@ NodeMessage = (
     | Start
     | Gone
     | Idle
+    | Restarted
+    | Resume
     | Become
     | Joined
     | Retire

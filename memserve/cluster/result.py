@@ -22,7 +22,7 @@ class Result:
     """One run: its report, every request's timeline in order of submission, the pools and what was done, instance by
     instance.
 
-    missing: instances that were not there at the end, and why: "gone", with proof, or "silent", without.
+    missing: instances and spare ranks that were not there at the end, and why: "gone", with proof, or else "silent".
     """
 
     report: Report

@@ -24,24 +24,37 @@ class Roster:
         for instance, size in enumerate(sizes):
             first = self._ranks[instance - 1].stop if instance else CONTROLLER + 1
             self._ranks[instance] = range(first, first + size)
-        self.world_size = CONTROLLER + 1 + sum(sizes) + num_spares
+        self._first_spare = CONTROLLER + 1 + sum(sizes)
+        self.world_size = self._first_spare + num_spares
         self._instances = {rank: instance for instance, ranks in self._ranks.items() for rank in ranks}
 
     @staticmethod
     def of(cfg: RunConfig) -> "Roster":
         return Roster([getattr(cfg.cluster.tensor_parallel, role) for role in cfg.cluster.roles], cfg.cluster.spares)
 
+    def ranks_of_member(self, number: int) -> range:
+        """The ranks of who is started by itself: of an instance that is there from the start, or a spare one."""
+        if number in self._ranks:
+            return self._ranks[number]
+        rank = self._first_spare + number - len(self._ranks)
+        return range(rank, rank + 1)
+
     def assign(self, instance: int, rank: int) -> None:
-        """A rank is an instance from now on, and not what it was before; nothing new of one that is known."""
+        """A rank, with those that were with it from the start, is an instance from now on, and not what it was before;
+        nothing new of one that is known.
+        """
         if instance in self._ranks:
             return
-        self._ranks[instance] = range(rank, rank + 1)
-        self._instances[rank] = instance
+        self._ranks[instance] = next(
+            (ranks for ranks in self._ranks.values() if ranks.start == rank), range(rank, rank + 1)
+        )
+        self._instances |= dict.fromkeys(self._ranks[instance], instance)
 
     def release(self, instance: int) -> None:
-        """An instance has left: its rank is none any more."""
+        """An instance has left, or is gone: its ranks are none any more."""
         for rank in self._ranks[instance]:
-            del self._instances[rank]
+            if self._instances.get(rank) == instance:
+                del self._instances[rank]
 
     def leader(self, instance: int) -> int:
         """The rank that speaks for an instance, or spoke for one that has left."""

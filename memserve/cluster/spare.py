@@ -4,7 +4,18 @@ Idle -> Become: an instance -> drained, Left -> Idle -> ... -> Stop, Leave
 """
 
 from memserve.cluster.mailbox import AnyMessage, Mailbox
-from memserve.cluster.node_messages import BEAT_S, Alive, Become, Idle, Leave, LeftEarly, Stop, this_process
+from memserve.cluster.node_messages import (
+    BEAT_S,
+    Alive,
+    Become,
+    Idle,
+    Leave,
+    LeftEarly,
+    Restarted,
+    Resume,
+    Stop,
+    this_process,
+)
 from memserve.cluster.roster import CONTROLLER
 
 _WAIT_MS = 1000
@@ -36,3 +47,16 @@ class Spare:
                         raise LeftEarly("rank 0 ended before the run did")
                     return None  # nothing of the next run comes before this rank has said that it is there
                 is_over = is_over or isinstance(message, Stop)
+
+
+def resumed_run(mailbox: Mailbox) -> int | None:
+    """For a process in the place of one that is gone: the number of the run that it has come into; None for none any
+    more.
+    """
+    mailbox.send(CONTROLLER, Restarted(this_process()))
+    while True:
+        for _, message in mailbox.receive(_WAIT_MS):
+            if isinstance(message, Resume):
+                return message.run
+            if isinstance(message, Leave):
+                return None

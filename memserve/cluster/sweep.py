@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from memserve.cluster.roster import Roster
 from memserve.compose import resolve, to_yaml
+from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.report import Report
 from memserve.metrics.table import print_points
@@ -76,6 +77,10 @@ def _launcher(cfg: RunConfig) -> list[str]:
     """What starts a script for this configuration."""
     if cfg.exec != "distributed":
         return [sys.executable]
+    if cfg.cluster.store is not None:
+        raise ConfigError(
+            f"cluster.store={cfg.cluster.store} contradicts a sweep: expected one torchrun for each point"
+        )
     num_ranks = Roster.of(cfg).world_size
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 

@@ -2,6 +2,7 @@
 
 a rank waits -> it is to be an instance: Become -> Ready -> Joined to all, Start -> it serves
 an instance drains, and no request is on its way to it: Retire -> Left -> Gone to all; its rank waits
+a process is there in the place of one that is gone: its rank waits, and is an instance of the same role again
 """
 
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.manager import ClusterManager, Membership, Starting
-from memserve.cluster.node_messages import Become, Gone, Joined, Retire, Start
+from memserve.cluster.node_messages import Become, Gone, Joined, Process, Retire, Start
 from memserve.cluster.roster import Roster
 from memserve.cluster.watch import Watch
 from memserve.sched.scaling import Crash, Standing
@@ -31,6 +32,11 @@ class Vacancies:
     def want(self, instance: int, due_ns: int, rank: int | None) -> None:
         """An instance is to come from due_ns on. rank: that it is to be; None: any that waits."""
         self._wanted.append((due_ns, instance, rank))
+
+    @property
+    def wants_any(self) -> bool:
+        """Whether somebody is to come who has no rank."""
+        return any(rank is None for _, _, rank in self._wanted)
 
     def only(self, ranks: Collection[int]) -> None:
         """These ranks are left, idle or not: who was promised another takes any."""
@@ -62,6 +68,15 @@ class Turnover:
         self.vacancies = Vacancies()
         self._members, self._roster, self._watch, self._mailbox = members, roster, watch, mailbox
         self._told: set[int] = set()  # instances that know that they are to leave
+        self.returning: dict[int, int] = {}  # of ranks that are there again, and do not wait yet, what they were
+
+    def begin(self, epoch_ns: int) -> None:
+        """Everybody is ready: the run begins. epoch_ns: time 0."""
+        starting = [i for i in sorted(self.here) if self._member(i).standing is Standing.STARTING]
+        for instance in sorted(self.here.difference(starting)):
+            self._mailbox.send(self._roster.leader(instance), Start(epoch_ns))
+        for instance in starting:  # in the place of those that ended before
+            self.welcome(instance, self._roster.leader(instance), 0, epoch_ns, is_over=False)
 
     def proceed(self, now_ns: int) -> None:
         """Who is to come, comes; who is to leave and has no request on its way to it is told to."""
@@ -71,6 +86,10 @@ class Turnover:
             if member.incarnation not in self._told and self._members.is_idle(member):
                 self._told.add(member.incarnation)
                 self._mailbox.send(self._roster.leader(member.incarnation), Retire())
+        self.fill(now_ns)
+
+    def fill(self, now_ns: int) -> None:
+        """Ranks that wait become who is wanted."""
         self.vacancies.only({*self._watch.idle, *(self._roster.leader(instance) for instance in self.here)})
         for instance, rank in self.vacancies.filled(now_ns):
             if self._member(instance).standing is Standing.STARTING:
@@ -88,6 +107,26 @@ class Turnover:
             if rank is None and not self.vacancies.ranks:
                 _log.warning("%s is to come, and waits for a rank", order.member.label)
             self.vacancies.want(order.member.incarnation, now_ns + order.delay_ns, rank)
+
+    def replace(self, rank: int) -> None:
+        """A process is there in the place of one that is gone, and was an instance or waited to be one."""
+        instance = self._roster.instance(rank)
+        if instance is None:
+            self._watch.idle.pop(rank, None)
+            return
+        self._watch.is_replaced(instance)
+        self._roster.release(instance)
+        self.returning[rank] = instance
+
+    def wait(self, rank: int, process: Process) -> None:
+        """A rank waits to be an instance. One that was before is so again, unless somebody else is wanted."""
+        self._watch.waits(rank, process)
+        self.vacancies.ranks = [other for other in self.vacancies.ranks if other != rank] + [rank]
+        before = self.returning.pop(rank, None)
+        if before is None or self.vacancies.wants_any:
+            return
+        if (member := self._members.comes_back(before)) is not None:
+            self.vacancies.want(member.incarnation, 0, rank)
 
     def welcome(self, instance: int, rank: int, now_ns: int, epoch_ns: int, is_over: bool) -> None:
         """A rank has become an instance: it serves, if it is still wanted. epoch_ns: time 0.  is_over: the run is."""
@@ -120,9 +159,10 @@ class Turnover:
             self.perform(self._members.lost(member.label, now_ns), now_ns)
 
     def tell(self, message: AnyMessage, ranks: Sequence[int] = ()) -> None:
-        """Every instance that is here, and ranks beside."""
+        """Every instance that is here, and ranks beside; not one whose process has not come yet."""
         for rank in [*(self._roster.leader(instance) for instance in sorted(self.here)), *ranks]:
-            self._mailbox.send(rank, message)
+            if self._mailbox.reaches(rank):
+                self._mailbox.send(rank, message)
 
     def _assign(self, instance: int, rank: int) -> None:
         """A waiting rank is to be an instance."""

@@ -27,13 +27,13 @@ class Watch:
     """roster: says which ranks an instance has.
 
     processes: of each instance's ranks, its leader's first; None where it is on another host: there is no proof.
-    idle: of ranks that are no instance.  gone, broken, silent: instances of which that was found.
+    idle: of ranks that are no instance.  gone, broken, silent: instances of which that was found.  gone_idle: ranks.
     """
 
     def __init__(self, roster: Roster, silence_s: float) -> None:
         self.processes: dict[int, list[Watched | None]] = {}
         self.idle: dict[int, Watched | None] = {}
-        self.gone, self.broken, self.silent = set[int](), set[int](), set[int]()
+        self.gone, self.broken, self.silent, self.gone_idle = set[int](), set[int](), set[int](), set[int]()
         self._roster, self._silence_ns = roster, to_ns(silence_s)
         self._heard_ns: dict[int, int] = {}  # by rank; since the start, when all were there
         self._has_begun = False
@@ -58,13 +58,25 @@ class Watch:
         self.silent.discard(instance)
         return True
 
+    def waits(self, rank: int, process: Process) -> None:
+        """A rank is no instance, and this is its process."""
+        self.idle[rank] = watched(process)
+        self.gone_idle.discard(rank)
+
     def arrived(self, instance: int, processes: Sequence[Process]) -> None:
         """An instance tells its processes."""
         self.processes[instance] = [watched(process) for process in processes]
 
     def becomes(self, rank: int, instance: int) -> None:
-        """An idle rank is to be an instance."""
+        """An idle rank is to be an instance, with those that belong to it."""
         self.processes[instance] = [self.idle.pop(rank)]
+        if self._has_begun:
+            self._heard_ns |= dict.fromkeys(self._roster.ranks(instance), monotonic_ns())
+
+    def is_replaced(self, instance: int) -> None:
+        """Another process has come in the place of an instance's, which is gone therefore."""
+        self.silent.discard(instance)
+        self.gone.add(instance)
 
     def left(self, instance: int, rank: int) -> None:
         """An instance is none any more; its rank is idle."""
@@ -76,7 +88,9 @@ class Watch:
             return []
         self._looked_ns = monotonic_ns()
         if self._has_begun:
-            self.idle = {rank: process for rank, process in self.idle.items() if process is None or not process.is_gone}
+            gone = {rank for rank, process in self.idle.items() if process is not None and process.is_gone}
+            self.gone_idle |= gone
+            self.idle = {rank: process for rank, process in self.idle.items() if rank not in gone}
         found = []
         for instance in sorted(self.processes.keys() - self.gone):
             ended = [process is not None and process.is_gone for process in self.processes[instance]]

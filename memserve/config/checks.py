@@ -15,6 +15,7 @@ CHOICES = {
 }
 FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and their words
 ON_FAILURE = ("recompute", "fail")
+SCHEDULER = "scheduler"  # the member of a cluster that is no instance
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
 MAX_SIDE = 2**16  # of a simulated model's KV: layers, heads, elements
@@ -60,6 +61,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_fetch(cfg)
     _check_tensor_parallel(cfg)
     _check_scaling(cfg)
+    _check_member(cfg)
 
 
 def _check_geometry(cfg: RunConfig) -> None:
@@ -233,6 +235,24 @@ def _check_scaling(cfg: RunConfig) -> None:
     if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
         raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts cluster.tensor_parallel above 1: "
                           "who comes and goes is one rank")  # fmt: skip
+
+
+def _check_member(cfg: RunConfig) -> None:
+    """Where each member of the cluster is started by itself, it is told which one it is, and where the others meet."""
+    store, member = cfg.cluster.store, cfg.cluster.member
+    if (store is None) != (member is None):
+        raise ConfigError(f"cluster.store={store} and cluster.member={member}: expected both, or neither")
+    if store is None or member is None:
+        return
+    if cfg.exec != "distributed":
+        raise ConfigError(f"cluster.store={store} contradicts exec={cfg.exec}: expected exec=distributed")
+    host, _, port = store.rpartition(":")
+    is_port = port.isdecimal() and 1 <= int(port) <= 65535
+    _require(bool(host) and is_port, "cluster.store", store, "HOST:PORT, a port of rank 0's machine")
+    last = len(cfg.cluster.roles) + cfg.cluster.spares - 1
+    is_number = member.isdecimal() and int(member) <= last
+    _require(is_number or member == SCHEDULER, "cluster.member", member,
+             f"{SCHEDULER}, or the number of an instance or of a spare from 0 to {last}")  # fmt: skip
 
 
 def _class(node: Any) -> str:

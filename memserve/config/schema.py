@@ -88,7 +88,8 @@ class ClusterConfig:
     """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around.
 
     spares: further ranks, which wait to become instances.  max_unfinished: requests that may be there at a time; None:
-    no bound.  patience_s: so long a request waits for an instance to come where none of a role is left.
+    no bound.  patience_s: so long a request waits for an instance to come where none of a role is left.  store, member:
+    where each member of the cluster is started by itself, the address at which they meet, and which one this is.
     """
 
     roles: list[str] = field(default_factory=list)
@@ -97,6 +98,8 @@ class ClusterConfig:
     silence_s: float = 10.0
     max_unfinished: int | None = None
     patience_s: float = 0.0
+    store: str | None = None
+    member: str | None = None
 
 
 @dataclass

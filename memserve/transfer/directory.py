@@ -57,16 +57,27 @@ class Directory:
         self._known: dict[int, Endpoint] = {}
 
     def publish(self, number: int, endpoint: Endpoint) -> None:
-        """Raises ValueError for a number that was ever used, and for a device that somebody else uses."""
+        """Raises ValueError for a number that was ever used, and for a device that somebody has who has not ended."""
         if self._store.add(f"taken/{number}", 1) > 1:
             raise ValueError(f"endpoint {number} is attached already: expected a number never used before")
-        if endpoint.device and self._store.add(f"device/{endpoint.device}", 1) > 1:
-            raise ValueError(f"endpoint {number} uses {endpoint.device}, as another does: expected a device of its own")
         self._store.set(f"endpoint/{number}", msgspec.json.encode(endpoint).decode())
         assert self._store.check(
             [f"endpoint/{number}"]
         )  # a TCPStore's set returns before others see it; the next does not
         self._known[number] = endpoint
+        if endpoint.device and self._others_on(endpoint.device, number):
+            self.give_back_device(number)
+            raise ValueError(f"endpoint {number} uses {endpoint.device}, as another does: expected a device of its own")
+
+    def give_back_device(self, number: int) -> None:
+        """An endpoint does not use its device any more."""
+        self._store.set(f"given back/{number}", "")
+
+    def _others_on(self, device: str, number: int) -> list[int]:
+        """Enters `number` among those who use a device; the others, as far as they still do."""
+        cast(Any, self._store).append(f"device/{device}", f"{number} ")  # torch's stubs leave it out
+        users = {int(word) for word in self._store.get(f"device/{device}").split()} - {number}
+        return [user for user in users if not self._store.check([f"given back/{user}"]) and self.is_running(user)]
 
     def knows(self, number: int) -> bool:
         """Whether an endpoint is attached."""

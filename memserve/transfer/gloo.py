@@ -132,6 +132,8 @@ class Gloo(Transport):
         self._listener.join(_LEAVING_S)
         for end in (*ends, *self._outlets.values()):
             end.join(_LEAVING_S)
+        with suppress(RuntimeError):
+            self._directory.give_back_device(self._own)
 
     def _new_outlet(self, own: int, peer: int) -> Outlet:
         def open_wire() -> Wire:

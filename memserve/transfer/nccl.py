@@ -4,6 +4,7 @@ A peer's death breaks the gloo group, and whoever then detaches it aborts a call
 staged through the device. Knows no KV. Not run between two devices so far: see the docs for what has been run where.
 """
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import cast
@@ -14,6 +15,7 @@ from torch.distributed.distributed_c10d import Store, Work
 
 from memserve.transfer.directory import Endpoint
 from memserve.transfer.gloo import Gloo
+from memserve.transfer.liveness import started_at
 from memserve.transfer.shared_memory import host_id
 from memserve.transfer.wire import NO_LIMIT, CallGroup, GlooCarrier, WireBroken
 
@@ -68,4 +70,5 @@ class Nccl(Gloo):
 
     def _described(self, memories: Sequence[torch.Tensor | None]) -> Endpoint:
         uuid = torch.cuda.get_device_properties(self._device).uuid
-        return Endpoint(host_id(), 0, super()._described(memories).memories, f"GPU {uuid}")
+        pid, published = os.getpid(), super()._described(memories).memories
+        return Endpoint(host_id(), pid, published, f"GPU {uuid}", started_at(pid))

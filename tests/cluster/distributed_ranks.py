@@ -13,15 +13,18 @@ from memserve.cluster.launch import find_place
 
 
 def play(cases, out):
-    """cases: [(config, world size), ..], the largest world the launch's own.  out: the file for what rank 0 found."""
+    """cases: [(config, world size), ..], the largest world the launch's own; None: all of it.  out: the file for what
+    rank 0 found.
+    """
     faulthandler.register(signal.SIGUSR1)  # where it hangs, for whoever waits for it in vain
-    place = find_place(max(cases, key=lambda case: case[1])[0])
+    place = find_place(max(cases, key=lambda case: case[1] or 0)[0])
     logging.basicConfig(filename=f"{out}.rank-{place.rank}.log", level=logging.INFO)
     found = []
     for number, (cfg, world_size) in enumerate(cases):
+        world_size = world_size or place.world_size
         if place.rank >= world_size:
             continue
-        store = PrefixStore(f"case/{number}", place.store)
+        store = PrefixStore(f"case/{number}", place.store) if len(cases) > 1 else place.store
         for result in DistributedCluster(cfg, replace(place, world_size=world_size, store=store)).play():
             tokens = {t.request_id: t.token_ids.tolist() for t in result.timelines}
             ends = {t.request_id: [str(t.reason), t.detail, t.attempt] for t in result.timelines}

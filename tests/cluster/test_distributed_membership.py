@@ -77,7 +77,7 @@ def test_a_spare_takes_the_place_of_one_that_is_killed(tmp_path):
         ranks.kill()
     assert ranks.codes() == [0, -signal.SIGKILL, -signal.SIGKILL, 0], ranks.printed()
     (result,) = json.loads((tmp_path / "found.json").read_text())
-    assert result["missing"] == {"colocated-0": "gone"}
+    assert result["missing"] == {"spare rank 2": "gone", "colocated-0": "gone"}
     counts = {key: result["report"]["membership"][key] for key in ("joined", "left", "lost")}
     assert counts == {"joined": 1, "left": 0, "lost": 1}
     answered = {name: tokens for name, tokens in result["tokens"].items() if result["ends"][name][0] == "length"}

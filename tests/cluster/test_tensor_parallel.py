@@ -16,7 +16,8 @@ from torch.distributed import HashStore
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.build import build_engine
-from memserve.cluster.launch import check_one_host, check_world
+from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
+from memserve.cluster.launch import check_world
 from memserve.cluster.roster import Roster
 from memserve.config.checks import ConfigError
 
@@ -133,6 +134,8 @@ def test_mapped_over_two_hosts_is_refused_by_both_names():
     store = HashStore()
     for rank, host in enumerate(["anywhere", "host A", "host A", "host B"]):
         store.set(f"host/{rank}", host)
+    hosts = hosts_of(store, 2, 4, "host A")
+    assert neighbours(hosts, 2) == [1, 2] and neighbours(hosts, 3) == [3]
     with pytest.raises(ConfigError, match="rank 1 is on host 'host A', rank 3 on 'host B'.*or transport=gloo"):
-        check_one_host(store, 2, 4, "host A")
-    check_one_host(store, 3, 4, "host A")
+        check_one_host(hosts)
+    check_one_host(hosts_of(store, 3, 4, "host A"))

@@ -1,0 +1,159 @@
+"""Members that are started one by one: where they meet, what they agree on, who is who after a new start."""
+
+import socket
+from contextlib import closing
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore
+
+from memserve import load_config
+from memserve.cluster.agreement import check_agreed
+from memserve.cluster.launch import RunOver, find_place, is_first
+from memserve.cluster.mailbox import Mailbox
+from memserve.cluster.manager import ClusterManager
+from memserve.cluster.node_messages import Alive, Leave, Retire
+from memserve.cluster.roster import Roster
+from memserve.cluster.turnover import Vacancies
+from memserve.cluster.wiring import build_global_scheduler
+from memserve.config.checks import ConfigError
+from memserve.request import Role
+from memserve.sched.scaling import Drain, NoScaling, Standing
+
+DISTRIBUTED = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_basic", "transport=gloo"]
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+
+
+def member(name, store="127.0.0.1:29999", *words):
+    return load_config([*DISTRIBUTED, *words, f"cluster.store={store}", f"cluster.member={name}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cluster.store=h:1"], "cluster.store=h:1 and cluster.member=None: expected both, or neither"),
+        (["cluster.member=0"], "cluster.store=None and cluster.member=0: expected both, or neither"),
+        (["cluster.store=h", "cluster.member=0"], "cluster.store='h': expected HOST:PORT"),
+        (["cluster.store=h:0", "cluster.member=0"], "cluster.store='h:0': expected HOST:PORT"),
+        (["cluster.store=:9", "cluster.member=0"], "cluster.store=':9': expected HOST:PORT"),
+        (["cluster.store=h:65536", "cluster.member=0"], "cluster.store='h:65536': expected HOST:PORT"),
+        (["cluster.store=h:1", "cluster.member=2"], "cluster.member='2': expected scheduler, or .* from 0 to 1"),
+        (["cluster.store=h:1", "cluster.member=-1"], "cluster.member='-1': expected scheduler"),
+        (["cluster.store=h:1", "cluster.member=decode-1"], "cluster.member='decode-1': expected scheduler"),
+    ],
+)
+def test_who_is_started_alone_is_told_who_it_is_and_where_the_others_meet(words, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config([*DISTRIBUTED, *words])
+
+
+def test_a_cluster_of_one_process_has_no_members_to_start():
+    with pytest.raises(ConfigError, match="cluster.store=h:1 contradicts exec=simulated: expected exec=distributed"):
+        load_config(["exec=simulated", "cluster.store=h:1", "cluster.member=0"])
+
+
+def test_rank_0_is_the_scheduler_or_torchrun_s_first():
+    assert is_first([], {}) and is_first(["cluster.member=scheduler"], {}) and is_first([], {"RANK": "0"})
+    assert not is_first(["cluster.member=0"], {"RANK": "0"}) and not is_first([], {"RANK": "1"})
+    assert is_first(["cluster.member=1", "cluster.member=scheduler"], {}), "the last word counts"
+
+
+def test_members_have_the_ranks_that_their_place_in_the_cluster_says():
+    roster = Roster([1, 2], num_spares=2)
+    assert [list(roster.ranks_of_member(number)) for number in range(4)] == [[1], [2, 3], [4], [5]]
+    roster.release(1)
+    assert roster.instance(2) is roster.instance(3) is None
+    roster.assign(7, 2)
+    assert list(roster.ranks(7)) == [2, 3] and roster.instance(3) == 7, "who belonged together does again"
+    roster.release(1)
+    assert roster.instance(2) == 7, "what it was before is over"
+
+
+def test_a_member_of_several_ranks_needs_a_torchrun_that_starts_as_many(monkeypatch):
+    words = ["tokens=model", "model=tiny", "cluster.tensor_parallel.decode=2"]
+    with pytest.raises(ConfigError, match=r"1 ranks for cluster.member=1: expected 2 \(torchrun --nproc-per-node 2\)"):
+        find_place(member(1, "127.0.0.1:29999", *words))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 ranks for cluster.member=0: expected 1"):
+        find_place(member(0, "127.0.0.1:29999", *words))
+
+
+def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted():
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        store = f"127.0.0.1:{probe.getsockname()[1]}"
+    first = find_place(member("scheduler", store))
+    assert (first.rank, first.world_size, first.birth) == (0, 3, 0)
+    places = [find_place(member(name, store)) for name in (1, 0, 1)]
+    assert [(place.rank, place.birth) for place in places] == [(2, 0), (1, 0), (2, 1)]
+    with pytest.raises(ConfigError, match=f"cluster.store={store}: no store there"):
+        find_place(member("scheduler", store))
+
+
+def test_who_is_started_again_and_finds_nobody_need_not_be_started_again(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr("memserve.cluster.launch._REBIRTH", timedelta(seconds=1))
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        with pytest.raises(RunOver, match="nobody is at cluster.store=127.0.0.1"):
+            find_place(member(0, f"127.0.0.1:{probe.getsockname()[1]}"))
+
+
+def test_members_that_were_given_other_words_are_refused_by_the_options_names():
+    store = HashStore()
+    check_agreed(load_config([*DISTRIBUTED, "workload.rate=3"]), store, 0)
+    check_agreed(load_config([*DISTRIBUTED, "workload.rate=3", "model.num_threads=1"]), store, 1)
+    with pytest.raises(ConfigError, match=r"rank 2: workload.rate=2 \(the scheduler has 3\): expected the sched"):
+        check_agreed(load_config([*DISTRIBUTED, "workload.rate=2"]), store, 2)
+    with pytest.raises(ConfigError, match=r"index\._target_='memserve.kvcache.index.NullIndex' \(the scheduler has"):
+        check_agreed(load_config([*DISTRIBUTED, "workload.rate=3", "index=none"]), store, 1)
+
+
+def test_what_an_earlier_process_of_a_rank_has_said_is_dropped_once_a_later_one_is_heard():
+    store = HashStore()
+    boxes = [Mailbox(0, store, "127.0.0.1"), Mailbox(1, store, "127.0.0.1")]
+    try:
+        assert boxes[0].reaches(1) and not boxes[0].reaches(2)
+        boxes[0].send(1, Alive())
+        assert boxes[1].receive(5000) == [(0, Alive())]
+        boxes.append(Mailbox(1, store, "127.0.0.1", birth=1))
+        boxes[2].send(0, Alive())
+        assert boxes[0].receive(5000) == [(1, Alive())]
+        boxes[1].send(0, Leave())  # it is late
+        assert boxes[0].receive(300) == []
+        boxes[0].send(1, Leave())
+        assert boxes[2].receive(300) == [] and boxes[1].receive(5000) == [(0, Leave())]
+        boxes[0].reconnect(1)
+        boxes[0].send(1, Retire())
+        assert boxes[2].receive(5000) == [(0, Retire())] and boxes[1].receive(0) == []
+    finally:
+        for box in boxes:
+            box.close()
+
+
+def test_who_was_lost_comes_back_in_its_role_but_not_who_was_to_leave():
+    roles = [("colocated-0", Role.COLOCATED), ("colocated-1", Role.COLOCATED), ("colocated-2", Role.COLOCATED)]
+    cfg = load_config(["exec=simulated", "cluster.roles=[colocated,colocated,colocated]"])
+    members = ClusterManager(roles, NoScaling(), build_global_scheduler(cfg, roles, rng=None))
+    members.begin([Drain("colocated-1")], 0)
+    for label in ("colocated-0", "colocated-1"):
+        members.lost(label, 1)
+    back = members.comes_back(0)
+    assert (back.label, back.role, back.standing) == ("colocated-3", Role.COLOCATED, Standing.STARTING)
+    assert members.comes_back(1) is None
+    members.joined(back, 5)
+    assert members.counts() == {"joined": 1, "left": 0, "lost": 2, "switched": 0}
+
+
+def test_somebody_is_wanted_who_has_no_rank():
+    vacancies = Vacancies()
+    vacancies.want(3, 0, rank=2)
+    assert not vacancies.wants_any
+    vacancies.only({1})
+    assert vacancies.wants_any, "the rank that it was promised is gone"
