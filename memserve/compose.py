@@ -3,13 +3,15 @@
 `load_config(["index=none", "workload.rate=2"])` is what `scripts/run.py index=none workload.rate=2` runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -73,13 +75,25 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides={overrides!r}: expected a list of strings")
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with _hydra_apart():
             composed = compose("run", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
     return resolve(composed)
+
+
+@contextmanager
+def _hydra_apart() -> Iterator[None]:
+    """Our configuration directory is Hydra's; a Hydra in which the caller runs is as it was, afterwards."""
+    callers, name = GlobalHydra.instance().hydra, JobRuntime.instance().get("name")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = callers
+        JobRuntime.instance().set("name", name)
 
 
 def resolve(composed: DictConfig) -> RunConfig:
@@ -97,6 +111,9 @@ def resolve(composed: DictConfig) -> RunConfig:
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
     for name, kind in TARGETS.items():
+        if not isinstance(merged[name], DictConfig):
+            group = "policy@decode_policy" if name == "decode_policy" else name
+            raise ConfigError(f"{name}={merged[name]!r}: expected {group}= and a word of its group")
         node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
         given = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
         check_target(name, given, kind)

@@ -220,7 +220,7 @@ class ScheduledBatch:
     Blocks for those tokens are in the requests' block tables already. A request whose chunk reaches its last token
     (`samples`) gets a new token. `num_steps` > 1 (decode only, every num_new is 1) repeats the step that many times,
     each sampled token becoming the next input; the blocks cover all of them.
-    `num_swapped_blocks` moved between HBM and DRAM to make the batch possible.
+    `num_swapped_blocks` were moved between HBM and DRAM since the last batch, while this one waited.
     """
 
     requests: list[Request]

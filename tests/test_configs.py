@@ -1,12 +1,17 @@
 """Every word in configs/ composes and runs three requests; every bad word is refused by name."""
 
+import re
+
 import msgspec
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobRuntime
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from memserve import LocalCluster, load_config
-from memserve.cluster.costs import subject_of
+from memserve.cluster.costs import build_cost_model, subject_of
 from memserve.compose import config_dir
 from memserve.config.checks import ConfigError
 from memserve.sched.cost_model.fitted import CostFile, Provenance
@@ -146,6 +151,10 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["cluster.patience_s=-1"], "cluster.patience_s=-1.0: expected seconds in [0, "),
         (["cluster.max_unfinished=0"], "cluster.max_unfinished=0: expected null or an integer >= 1"),
         (["fetch=always"], "fetch=always contradicts cluster.roles=['colocated']: no other instance caches"),
+        (
+            ["decode_policy=least_kv"],
+            "decode_policy='least_kv': expected policy@decode_policy= and a word of its group",
+        ),
         (["macro_steps=true"], "macro_steps=true contradicts"),
         (["seed=x"], "seed='x': expected an integer$"),
         (["transfer.retry_s=null"], "transfer.retry_s=None: expected a number$"),
@@ -263,3 +272,33 @@ def test_triton_on_a_cpu_is_refused_before_anything_runs():
     words = ["model=tiny", "model.attention=triton", *SMALL]
     with pytest.raises(ValueError, match=r"attention='triton' on cpu: expected a CUDA device"):
         run(*words)
+
+
+class Costs(OperatorCostModel):
+    """A cost model of a user's own."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__([0, 1], [seconds, seconds], *[0.0] * 7)
+
+
+def test_a_class_in_the_place_of_one_with_options_begins_without_them_when_the_group_is_taken_out():
+    path = f"{Costs.__module__}.Costs"
+    said = f"seconds; without the options of the class that it replaces: ~cost_model '+cost_model={{_target_: {path}}}'"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(["exec=simulated", f"cost_model._target_={path}"])
+    words = ["exec=simulated", "~cost_model", f"+cost_model={{_target_: {path}, seconds: 0.5}}"]
+    assert build_cost_model(load_config(words), None).exec_time_s(0, 9) == 0.5
+
+
+def test_fetching_takes_others_who_cache_or_who_may_come():
+    assert load_config(["exec=simulated", "fetch=always", "scaling=by_load", "cluster=colocated_1"])
+
+
+def test_hydra_of_whoever_calls_is_left_as_it_was(tmp_path):
+    (tmp_path / "own.yaml").write_text("a: 1")
+    with initialize_config_dir(str(tmp_path), version_base="1.3", job_name="theirs"):
+        load_config(["exec=simulated"])
+        with pytest.raises(ConfigError):
+            load_config(["nonsense=1"])
+        assert compose("own").a == 1 and JobRuntime.instance().get("name") == "theirs"
+    assert not GlobalHydra.instance().is_initialized()

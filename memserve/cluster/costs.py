@@ -25,6 +25,7 @@ def build_cost_model(cfg: RunConfig, model: Llama | None) -> CostModel:
     Raises ConfigError for costs of another machine or model.
     """
     costs: CostModel = make(cfg.cost_model)
+    costs.block_size = cfg.kvcache.block_size
     try:
         costs.check(subject_of(cfg, model))
     except ValueError as error:

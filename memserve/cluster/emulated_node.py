@@ -62,11 +62,13 @@ class Node:
     step: Step | None = None
     begin_is_due: bool = False
     epoch: int = 0  # grows when a step's end moves, so that its old end event is ignored
-    commit_ns: int = 0  # measured cost of the last commit, charged to the next step
+    carried_ns: int = 0  # measured cost of the last commit, and of swaps without a step, charged to the next step
     timer_ns: int | None = None  # the next time at which its swaps or transfers want to be polled
     is_gone: bool = False
     is_stopped: bool = False
     deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
+
+    _num_waited: int = 0  # blocks that were swapped before it was looked for a step the last time
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
@@ -78,10 +80,11 @@ class Node:
         """A step is under way from now on; returns when it ends. watch: measures it since before it was scheduled."""
         output: StepOutput | None = None
         layers_ns: list[int] = []
+        self._num_waited = self.instance.pool.num_waited
         if step_time.is_measured:
             output = self._forward(batch, watch)
             step_ns, layers_ns = watch.stop()
-            durations = [step_ns + self.commit_ns]
+            durations, self.carried_ns = [step_ns + self.carried_ns], 0
             layers_ns = [now_ns + elapsed_ns for elapsed_ns in layers_ns]
         else:
             if macro_steps:
@@ -89,6 +92,16 @@ class Node:
             durations = step_time.durations_ns(batch)
         self.step = Step.lasting(batch, now_ns, durations, output, layers_ns)
         return int(self.step.ends_ns[-1])
+
+    def pass_over(self, now_ns: int, step_time: StepTime, watch: StepWatch) -> None:
+        """There is nothing to compute. What was swapped nevertheless, in measured time, is the next step's to pay.
+
+        By a cost model it is a part of that step's duration anyway.
+        """
+        num_waited, self._num_waited = self.instance.pool.num_waited - self._num_waited, self.instance.pool.num_waited
+        if step_time.is_measured and num_waited:
+            self.carried_ns += watch.stop()[0]
+        self.occupancy.offer(now_ns)
 
     def _forward(self, batch: ScheduledBatch, watch: StepWatch) -> StepOutput:
         layers = LayerRun(self.instance.forward_by_layer(batch))
@@ -129,7 +142,7 @@ class Node:
         self.activity.step(step.batch, step.start_ns, now_ns)
         watch = Stopwatch()
         self.instance.commit(step.batch, step.output, step.ends_ns)
-        self.commit_ns = watch.stop_ns()
+        self.carried_ns += watch.stop_ns()
         self.occupancy.offer(now_ns)
 
     def resume(self, now_ns: int) -> list[tuple[int, int | tuple[int, PoolMessage]]]:

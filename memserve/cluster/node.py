@@ -157,7 +157,7 @@ class InstanceLoop:
         now_ns = self._now_ns()
         self._activity.step(batch, began_ns, now_ns)
         self._instance.commit(batch, output, np.array([now_ns], dtype=np.int64))
-        self._busy_ns += self._now_ns() - began_ns
+        self._busy_ns += now_ns - began_ns
         if self._instance.handoffs is not None:
             self._activity.sent(self._instance.handoffs.transfers.drain_sent())
         self._occupancy.offer(self._now_ns())

@@ -215,7 +215,8 @@ def _check_fetch(cfg: RunConfig) -> None:
     if mode == "PDBasic":
         raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected fetch=never")
     decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
-    if not decode_holds and sum(role != Role.DECODE.value for role in roles) < 2:
+    more_may_come = _class(cfg.scaling) != "NoScaling"
+    if not (decode_holds or more_may_come) and sum(role != Role.DECODE.value for role in roles) < 2:
         raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
 
 

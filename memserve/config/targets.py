@@ -27,10 +27,18 @@ def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object
     hints = get_type_hints(target.__init__)
     for key, value in arguments.items():
         if key not in parameters and not takes_all:
-            raise ConfigError(f"{name}.{key}={value!r}: {path} takes {', '.join(parameters) or 'nothing'}")
+            takes = ", ".join(parameters) or "nothing"
+            raise ConfigError(f"{name}.{key}={value!r}: {path} takes {takes}{_instead(name, path)}")
         _check_type(f"{name}.{key}", value, hints.get(key))
         if isinstance(value, Mapping) and "_target_" in value:
             check_target(f"{name}.{key}", value)
+
+
+def _instead(name: str, path: str) -> str:
+    """How a class that is not ours is named without the options of the one that it replaces."""
+    if "." in name or path.startswith("memserve."):
+        return ""
+    return f"; without the options of the class that it replaces: ~{name} '+{name}={{_target_: {path}}}'"
 
 
 def _imported(name: str, path: str) -> Any:

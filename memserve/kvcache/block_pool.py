@@ -76,6 +76,11 @@ class BlockPool:
         return self._swaps.num_out + self._swaps.num_in
 
     @property
+    def num_waited(self) -> int:
+        """Of these, the blocks for whose copies somebody waited: all, unless copies go on beside compute."""
+        return self._swaps.num_waited
+
+    @property
     def num_swapping(self) -> int:
         """Swaps that have not ended."""
         return len(self._swaps.open)

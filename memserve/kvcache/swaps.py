@@ -61,7 +61,9 @@ class Swap:
 
 
 class Swaps:
-    """The swaps of one pool. num_out, num_in: blocks moved down and up since it was made."""
+    """The swaps of one pool. num_out, num_in: blocks moved down and up since it was made.  num_waited: of these, those
+    for whose copies somebody waited.
+    """
 
     def __init__(self, allocator: Allocator, index: Index, engine: CopyEngine) -> None:
         self._allocator, self._index, self._engine = allocator, index, engine
@@ -69,6 +71,7 @@ class Swaps:
         self.open: list[Swap] = []
         self.num_out = 0
         self.num_in = 0
+        self.num_waited = 0
 
     @property
     def next_time_ns(self) -> int | None:
@@ -99,7 +102,7 @@ class Swaps:
     def end_due(self, now_ns: int) -> None:
         """Ends what has been copied."""
         for swap in [swap for swap in self.open if swap.copy.has_ended(now_ns)]:
-            self.end(swap)
+            self._end(swap)
 
     def end_all(self, which: Callable[[Swap], bool] = lambda swap: True) -> bool:
         """Waits for the open swaps that `which` picks; whether there were any."""
@@ -113,19 +116,23 @@ class Swaps:
 
         Raises what the copy failed with, once nothing is held for it any more.
         """
-        if swap.has_ended:
-            return
+        if not swap.has_ended:
+            self.num_waited += self._end(swap)
+
+    def _end(self, swap: Swap) -> int:
+        """Returns how many blocks have moved."""
         try:
             swap.copy.finish()
         except Exception as error:
             swap.failed = f"the copy failed: {error!r}"
             self._close(swap)
             raise
-        self._hand_over(swap)
+        num_moved = self._hand_over(swap)
         self._close(swap)
+        return num_moved
 
-    def _hand_over(self, swap: Swap) -> None:
-        """Whoever wants the blocks gets the new ones for the old ones."""
+    def _hand_over(self, swap: Swap) -> int:
+        """Whoever wants the blocks gets the new ones for the old ones. Returns how many these are."""
         a, counts = self._allocator, self._allocator.refcounts[swap.sources]
         cached = (counts & 1) == 1
         if swap.holder == INDEX:
@@ -143,6 +150,7 @@ class Swaps:
             self.num_out += num_kept
         else:
             self.num_in += num_kept
+        return num_kept
 
     def _close(self, swap: Swap) -> None:
         """Nothing is held for the swap any more, and who waits for its end is told."""

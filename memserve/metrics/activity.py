@@ -56,7 +56,7 @@ class Activity:
     def step(self, batch: ScheduledBatch, start_ns: int, end_ns: int) -> None:
         """A batch that has been computed and not committed yet."""
         computed = zip(batch.requests, batch.num_new, strict=True)
-        num_prefill = sum(num_new for request, num_new in computed if request.num_computed < request.num_prompt)
+        num_prefill = sum(num_new for request, num_new in computed if request.num_computed < request.prefill_end)
         figures = {
             "requests": len(batch.requests),
             "prefill_tokens": num_prefill,

@@ -55,15 +55,12 @@ class LocalScheduler:
         self.room = WaitingRoom(queue)
         self.running: list[Request] = []
         self.counts = SchedulerCounts()
-        self._preemption = preemption
-        self._swap = swap
-        self._token_budget = token_budget
-        self._chunk_size = chunk_size or token_budget
-        self._max_running = max_running
-        self._swap_ahead_blocks = swap_ahead_blocks
-        self._publishes = publishes
-        self._holds_admitted = holds_admitted
+        self._preemption, self._swap = preemption, swap
+        self._token_budget, self._chunk_size = token_budget, chunk_size or token_budget
+        self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
+        self._publishes, self._holds_admitted = publishes, holds_admitted
         self._admitted: list[Request] = []
+        self._num_waited = 0  # blocks that were swapped up to the last batch
 
     @property
     def num_unfinished(self) -> int:
@@ -74,8 +71,8 @@ class LocalScheduler:
         self.room.waiting.append(request)
 
     def schedule(self) -> ScheduledBatch | None:
-        """This step's batch, blocks included, or None when there is nothing to do."""
-        batch, budget, num_swapped = ScheduledBatch([], []), self._token_budget, self.pool.num_swapped
+        """This step's batch, blocks included, or None when there is nothing to do. It pays for swaps since the last."""
+        batch, budget = ScheduledBatch([], []), self._token_budget
         for request in self._in_turn():
             if budget == 0:
                 break
@@ -89,7 +86,10 @@ class LocalScheduler:
                 break
         self._drop_preempted(batch)
         self.pool.swap_ahead(self._swap_ahead_blocks)
-        return replace(batch, num_swapped_blocks=self.pool.num_swapped - num_swapped) if batch.requests else None
+        if not batch.requests:
+            return None
+        before, self._num_waited = self._num_waited, self.pool.num_waited
+        return replace(batch, num_swapped_blocks=self._num_waited - before)
 
     def commit(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Enters what the forward computed: borders move, new tokens are appended, full prompt blocks are indexed."""

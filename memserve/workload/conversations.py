@@ -80,7 +80,8 @@ def iter_conversations(path: Path) -> Iterator[Conversation | BadConversation]:
 def read_file(option: str, path: Path) -> bytes:
     """The file's bytes without a byte order mark. Raises ValueError naming option and path if it cannot be read."""
     if not path.is_file():
-        raise ValueError(f"{option}={str(path)!r}: no such file")
+        what = "is a directory: expected a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{option}={str(path)!r}: {what}")
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:

@@ -89,7 +89,7 @@ class TraceWorkload(Workload):
 
     def _requests(self) -> Iterator[_Request]:
         text = read_file("workload.path", self._path)
-        if text.startswith(AZURE[0].encode()):
+        if _begins_as_csv(text):
             return self._of_csv(text)
         return (self._from_mooncake(where, parse_line(line, where)) for where, line in iter_lines(text, self._path))
 
@@ -132,6 +132,12 @@ class TraceWorkload(Workload):
         num_output = request.num_output if self._most is None else min(request.num_output, self._most)
         params = SamplingParams(max_tokens=num_output, ignore_eos=True)
         return Turn(_tokens(text, within, vocab_size, seed), params)
+
+
+def _begins_as_csv(text: bytes) -> bool:
+    """Whether the first line names a column of Azure's, in whatever order and quotes."""
+    first = text.partition(b"\n")[0].decode("utf-8", errors="replace")
+    return bool(set(AZURE) & {cell.strip().strip('"') for cell in first.split(",")})
 
 
 def _tokens(text: np.ndarray | np.uint64, within: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ SIMULATED = ["exec=simulated", "workload.num_sessions=5", "workload.max_turns=3"
 
 def request(num_prompt, num_computed):
     made = Request("r", list(range(num_prompt)), SamplingParams())
-    made.num_computed = num_computed
+    made.num_computed, made.prefill_end = num_computed, num_prompt
     return made
 
 
@@ -47,6 +47,36 @@ def test_a_full_track_is_told_more_coarsely_and_loses_nothing(num_steps):
 def test_a_track_of_fewer_than_two_spans_is_refused():
     with pytest.raises(ValueError, match="max_spans=1: expected an integer >= 2"):
         Activity(max_spans=1)
+
+
+@pytest.mark.parametrize("words", [
+    ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_layer"],
+    ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request"],
+    ["cluster=colocated_2", "policy=prompt_tree", "fetch=always"],
+    ["cluster=colocated_1", "preemption=swap"],
+], ids=lambda words: words[-1])  # fmt: skip
+def test_every_swapped_block_is_paid_for_by_a_step_whoever_it_was_swapped_for(words):
+    """For a peer, for a request that waits for a grant, or for one that was preempted, too."""
+    tiers = ["kvcache.num_hbm_blocks=80", "kvcache.num_dram_blocks=400", "cost_model.swap_block_s=1"]
+    load = ["workload=synthetic", "workload.num_sessions=24", "workload.num_turns=3", "workload.rate=4",
+            "workload.prompt_tokens=120", "workload.max_output_tokens=30"]  # fmt: skip
+    result = LocalCluster(load_config(["exec=simulated", *load, *tiers, *words])).run_once()
+    for row in result.report["instances"]:
+        steps = [span for span in result.activity if not span.to and span.instance == row["id"]]
+        num_swapped = sum(span.figures["swapped_blocks"] for span in steps)
+        assert num_swapped == row["num_swapped_out_blocks"] + row["num_swapped_in_blocks"] > 0
+        assert num_swapped <= row["busy_s"] <= 1.1 * num_swapped
+
+
+def test_what_is_computed_anew_after_a_preemption_is_prefill():
+    load = ["workload=synthetic", "workload.num_sessions=16", "workload.rate=20", "workload.prompt_tokens=64",
+            "workload.max_output_tokens=300", "kvcache.num_hbm_blocks=50"]  # fmt: skip
+    result = LocalCluster(load_config(["exec=simulated", *load])).run_once()
+    figures = [span.figures for span in result.activity]
+    num_decode, (row,) = sum(f["decode_tokens"] for f in figures), result.report["instances"]
+    assert row["preemptions"] > 0
+    assert sum(f["prefill_tokens"] for f in figures) == row["num_computed"]
+    assert num_decode <= row["num_generated"] <= num_decode + 16 + row["preemptions"]
 
 
 def test_a_runs_activity_adds_up_to_its_report(tmp_path):

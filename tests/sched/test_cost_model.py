@@ -179,6 +179,25 @@ def test_a_file_of_this_machine_is_the_model_that_was_fitted(write):
     assert FittedCostModel(path, level="arch").exec_time_s(0, 10) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("words", [["cost_model=fixed"], ["cost_model=fitted"], ["cost_model=h800_llama2_13b"]])
+def test_swaps_cost_as_much_for_each_token_whatever_the_size_of_blocks(words, write):
+    path = [f"cost_model.path={write(here())}"] if words == ["cost_model=fitted"] else []
+    costs = [
+        build_cost_model(load_config(["exec=simulated", *words, *path, f"kvcache.block_size={size}"]), None)
+        for size in (1, 16, 64)
+    ]
+    assert costs[1].swap_time_s(2) == costs[1].swap_block_s * 2 > 0
+    for other, num_blocks in ((costs[0], 32), (costs[2], 0.5)):
+        assert other.swap_time_s(num_blocks) == pytest.approx(costs[1].swap_time_s(2))
+
+
+def test_the_block_that_a_swap_s_price_is_of_can_be_another(write):
+    words = ["exec=simulated", "kvcache.block_size=64", "cost_model.swap_block_s=0.5"]
+    assert build_cost_model(load_config([*words, "cost_model.swap_block_tokens=64"]), None).swap_time_s(3) == 1.5
+    with pytest.raises(ValueError, match="cost_model.swap_block_tokens=0: expected an integer >= 1"):
+        build_cost_model(load_config([*words, "cost_model.swap_block_tokens=0"]), None)
+
+
 @pytest.mark.parametrize(
     "changes", [{"machine": "abacus"}, {"cores": 900}, {"threads": 901}], ids=["machine", "cores", "threads"]
 )

@@ -156,6 +156,6 @@ def test_empty_files_hold_nothing_and_missing_ones_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "empty.json").write_bytes(b" [ ]\n")
     assert read(tmp_path / "empty.jsonl") == read(tmp_path / "empty.json") == []
-    for name in ("nowhere.jsonl", "."):
-        with pytest.raises(ValueError, match="no such file"):
+    for name, what in (("nowhere.jsonl", "no such file"), (".", "is a directory: expected a file")):
+        with pytest.raises(ValueError, match=what):
             read(tmp_path / name)

@@ -126,6 +126,16 @@ def test_a_row_that_is_no_request_is_named(azure, line, named):
         TraceWorkload(azure).sessions(Tokenizer, 0)
 
 
+@pytest.mark.parametrize("header", ['"TIMESTAMP","ContextTokens","GeneratedTokens"', CSV.partition("\n")[0]])
+def test_columns_are_found_by_name_in_any_order_and_quotes(azure, header):
+    rows = [line.split(",") for line in CSV.splitlines()[1:]]
+    names, order = header.split(","), (1, 0, 2)
+    text = "\n".join(",".join(row[i] for i in order) for row in [names, *rows])
+    expected = [(s.arrival_ns, len(s.turns[0].tokens)) for s in TraceWorkload(azure).sessions(Tokenizer, 0)]
+    Path(azure).write_text(text)
+    assert [(s.arrival_ns, len(s.turns[0].tokens)) for s in TraceWorkload(azure).sessions(Tokenizer, 0)] == expected
+
+
 def test_a_file_that_is_no_trace_is_named(tmp_path):
     texts = {"TIMESTAMP,Tokens\n": "no column ContextTokens", "[1]\n": "expected an object", "nonsense\n": "trace:1"}
     for text, named in texts.items():

@@ -30,13 +30,19 @@ class Subject(msgspec.Struct, frozen=True):
     tensor_parallel: int = 1
 
 
+SWAP_BLOCK_TOKENS = 16  # of the block that swap_block_s is of, unless it is said
+
+
 class CostModel(ABC):
     """Predicts seconds. x cached tokens and y new ones of a prompt are exec(x, y) in this package.
 
-    swap_block_s: of a block moved between HBM and DRAM.
+    swap_block_s: of a block of swap_block_tokens tokens moved between HBM and DRAM.  block_size: tokens of the run's
+    blocks, which who builds the model sets; until then they are those.
     """
 
     swap_block_s: float
+    swap_block_tokens: int = SWAP_BLOCK_TOKENS
+    block_size: int | None = None
 
     @overload
     def exec_time_s(self, num_cached: int, num_new: int) -> float: ...
@@ -69,8 +75,9 @@ class CostModel(ABC):
         """
 
     def swap_time_s(self, num_blocks: int) -> float:
-        """Seconds to move blocks between HBM and DRAM, before a step."""
-        return self.swap_block_s * num_blocks
+        """Seconds to move blocks of the run between HBM and DRAM, before a step: so many for each of their tokens."""
+        size = self.swap_block_tokens if self.block_size is None else self.block_size
+        return self.swap_block_s * num_blocks * size / self.swap_block_tokens
 
     def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
         """Nanoseconds of each of the batch's `num_steps` steps, at least 1; what was swapped comes before the first."""

@@ -77,7 +77,7 @@ class FittedCostModel(CostModel):
             raise ValueError(
                 f"cost_model.path={path}: its {level}-level costs are none of this version's ({error})"
             ) from error
-        self.swap_block_s = self.model.swap_block_s
+        self.swap_block_s, self.swap_block_tokens = self.model.swap_block_s, self.file.provenance.block_size
 
     def check(self, subject: Subject) -> None:
         """Raises ValueError naming the first thing in which the file differs from what is about to run."""

@@ -4,22 +4,31 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import ScheduledBatch
-from memserve.sched.cost_model.base import CostModel, require_seconds
+from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, require_seconds
+from memserve.values import require_int
 
 
 class FixedCostModel(CostModel):
     """step_s + prefill_token_s * prefill tokens + decode_token_s * decode tokens, for each step of a batch.
 
-    Before the first step comes swap_block_s for each block moved between HBM and DRAM. A request that computes one
-    token and samples from it counts as a decode token. Seconds; none may be negative.
+    Before the first step comes swap_block_s for every swap_block_tokens tokens moved between HBM and DRAM. A request
+    that computes one token and samples from it counts as a decode token. Seconds; none may be negative.
     """
 
-    def __init__(self, step_s: float, prefill_token_s: float, decode_token_s: float, swap_block_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        step_s: float,
+        prefill_token_s: float,
+        decode_token_s: float,
+        swap_block_s: float = 0.0,
+        swap_block_tokens: int = SWAP_BLOCK_TOKENS,
+    ) -> None:
         costs = {"step_s": step_s, "prefill_token_s": prefill_token_s, "decode_token_s": decode_token_s}
         require_seconds(**costs, swap_block_s=swap_block_s)
         if not any(costs.values()):
             raise ValueError(f"cost_model={costs}: time would stand still, expected a cost above 0")
-        self.swap_block_s = swap_block_s
+        require_int("cost_model.swap_block_tokens", swap_block_tokens, 1)
+        self.swap_block_s, self.swap_block_tokens = swap_block_s, swap_block_tokens
         self._step_s, self._prefill_token_s, self._decode_token_s = step_s, prefill_token_s, decode_token_s
 
     def _one_s(self, num_cached: int, num_new: int) -> float:
@@ -41,5 +50,5 @@ class FixedCostModel(CostModel):
             to_ns(self._step_s) + num_prefill * to_ns(self._prefill_token_s) + num_decode * to_ns(self._decode_token_s)
         )
         times = [max(step, 1)] * batch.num_steps
-        times[0] += batch.num_swapped_blocks * to_ns(self.swap_block_s)
+        times[0] += to_ns(self.swap_time_s(batch.num_swapped_blocks))
         return times
