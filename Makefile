@@ -6,7 +6,7 @@
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
 # make fuzz    random operations on the block pool against a brute-force model, for MINUTES=5, with fresh seeds
 # make compile-all  every Triton kernel compiled for sm_80 and sm_90, without a GPU: registers, spills, shared memory
-# make survive real processes killed and stopped at random moments of SEEDS=50 runs; answers right or failures named
+# make survive real processes killed, stopped, started again at random moments of SEEDS=50 runs; answers right or failures named
 # make clean   removes caches and build products; keeps .venv and outputs/
 
 .PHONY: setup demo test tests lint style types bench fuzz compile-all survive clean

@@ -277,8 +277,8 @@ class Controller:
 
     def _without(self, instance: int) -> None:
         """What it had is served elsewhere."""
-        turnover = self._turnover
-        if not (turnover.here - self._watch.broken or turnover.vacancies.ranks or turnover.returning or self._waits):
+        turnover, may_come = self._turnover, self._waits or not self._epoch_ns
+        if not (turnover.here - self._watch.broken or turnover.vacancies.ranks or turnover.returning or may_come):
             raise InstanceFailed("every instance is gone")
         self._scheduler.instance_gone(self._label(instance), self._now_ns())
         self._deliver()

@@ -12,7 +12,7 @@ from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.launch import Place
 from memserve.cluster.lifeline import StoreLine
 from memserve.cluster.mailbox import Mailbox
-from memserve.cluster.node_messages import Idle, Leave, Process, Restarted, Stop, this_process
+from memserve.cluster.node_messages import Idle, Leave, Process, Restarted, Stop
 from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.watch import watched
 from memserve.config.schema import RunConfig
@@ -47,7 +47,6 @@ class Guest(Farewell):
 
     def __init__(self, place: Place) -> None:
         self._place, self._line = place, StoreLine(place.store)
-        place.store.set(f"process/{place.rank}", msgspec.json.encode(this_process()).decode())
 
     def say(self) -> None:
         self._line.cut()
@@ -77,7 +76,5 @@ class LastToLeave(Farewell):
         num_births = store.add(f"births/{rank}", 0)
         if not num_births or store.check([f"left/{rank}/{num_births - 1}"]):
             return True
-        if not store.check([f"process/{rank}"]):
-            return False
         process = watched(msgspec.json.decode(store.get(f"process/{rank}"), type=Process))
         return process is not None and process.is_gone

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch does not list it
@@ -21,7 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 from memserve.cluster.agreement import check_agreed
 from memserve.cluster.lifeline import Torchrun
 from memserve.cluster.mailbox import PATIENCE, own_host
+from memserve.cluster.node_messages import Process, this_process
 from memserve.cluster.roster import CONTROLLER, Roster
+from memserve.cluster.watch import watched
 from memserve.config.checks import SCHEDULER, ConfigError
 from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, GroupShard, Shard
@@ -132,7 +135,21 @@ def _place_of_member(cfg: RunConfig) -> Place:
     store.set_timeout(PATIENCE)
     check_agreed(cfg, store, ranks[part])
     team = next(iter(rendezvous("env://")))[0] if size > 1 else None
-    return Place(ranks[part], roster.world_size, store, own, store.add(f"births/{ranks[part]}", 1) - 1, team)
+    return Place(ranks[part], roster.world_size, store, own, _birth(store, ranks[part], str(member)), team)
+
+
+def _birth(store: Store, rank: int, member: str) -> int:
+    """How many processes were this rank before; from now on it is this one, whose number is under process/RANK.
+
+    Raises ConfigError while the one before runs, as far as this host can tell.
+    """
+    if store.check([f"process/{rank}"]):
+        before = msgspec.json.decode(store.get(f"process/{rank}"), type=Process)
+        process = watched(before)
+        if process is not None and not process.is_gone:
+            raise ConfigError(f"cluster.member={member}: process {before.pid} is that: expected one that has ended")
+    store.set(f"process/{rank}", msgspec.json.encode(this_process()).decode())
+    return store.add(f"births/{rank}", 1) - 1
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import msgspec
 
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.messages import PoolMessage
+from memserve.transfer.liveness import started_at
 from memserve.transfer.shared_memory import host_id
 
 BEAT_S = 0.5  # between two Alive
@@ -16,15 +17,18 @@ class LeftEarly(RuntimeError):
 
 
 class Process(msgspec.Struct, frozen=True):
-    """By which others see whether a process is still there. host: see `shared_memory.host_id`."""
+    """By which others see whether a process is still there. host: see `shared_memory.host_id`.  started: see
+    `liveness.started_at`.
+    """
 
     host: str
     pid: int
+    started: str
 
 
 def this_process() -> Process:
     """By which others see whether this process is still there."""
-    return Process(host_id(), os.getpid())
+    return Process(host_id(), os.getpid(), started_at(os.getpid()))
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -114,4 +114,4 @@ class Watch:
 
 def watched(process: Process) -> Watched | None:
     """By which a process's end is seen; None on another host."""
-    return Watched(process.pid) if process.host == host_id() else None
+    return Watched(process.pid, process.started) if process.host == host_id() else None

@@ -71,13 +71,8 @@ class BlockPool:
         return self.allocator.num_free if self.allocator.num_dram_blocks else self.num_available
 
     @property
-    def num_swapped(self) -> int:
-        """Blocks moved between the media, both ways."""
-        return self._swaps.num_out + self._swaps.num_in
-
-    @property
     def num_waited(self) -> int:
-        """Of these, the blocks for whose copies somebody waited: all, unless copies go on beside compute."""
+        """Blocks moved between the media, both ways, while somebody waited: all, unless copies go on beside compute."""
         return self._swaps.num_waited
 
     @property

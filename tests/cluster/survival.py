@@ -1,7 +1,8 @@
 """Real processes that are killed or stopped at random moments of a run; what must hold afterwards.
 
-One seed is one cluster of two prefill and two decode instances that loses one of each, or has them stopped for longer
-than a transfer's deadline, or for good. Used by test_survival.py, and by `make survive` with many seeds:
+One seed is one cluster of two prefill and two decode instances. It loses one of each, or has them stopped for longer
+than a transfer's deadline, or for good; or any of them are killed, while they load, serve or end, and started again.
+Used by test_survival.py, and by `make survive` with many seeds:
 
     python tests/cluster/survival.py --seeds 50
 """
@@ -15,9 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from cluster.forked_members import ForkedMembers
 from cluster.forked_ranks import Forked
 
 from memserve import LocalCluster, load_config
+from memserve.sched.global_scheduler import MAX_ATTEMPTS
 
 WORKLOAD = [
     "workload=synthetic", "workload.num_sessions=16", "workload.num_turns=3", "workload.prompt_tokens=400",
@@ -93,6 +96,27 @@ def survive(seed: int, transport: str, directory: Path) -> dict[str, object]:
     return {"fates": [f"rank {victim} {fate} at {at_s:.1f} s" for at_s, victim, fate in sorted(fates)], "ends": ends}
 
 
+def survive_restarts(seed: int, transport: str, directory: Path) -> dict[str, object]:
+    """The same where victims are started again, in one run or two: none fails, unless it may have been lost thrice."""
+    rng = random.Random(seed)
+    words = [*CLUSTER, *WORKLOAD, f"transport={transport}", f"granularity={rng.choice(GRANULARITIES)}"]
+    words += ["cluster.patience_s=60", f"repeats={rng.choice((1, 1, 2))}"]
+    kills = sorted((rng.uniform(0.0, 2 * LASTS_S), rng.randrange(1, NUM_RANKS)) for _ in range(rng.randint(1, 5)))
+    members = ForkedMembers(directory, words, [1] * NUM_RANKS, pause_s=rng.choice((0.0, 0.3, 1.0)))
+    begins = (directory / "pids.json").exists if rng.random() < 0.3 else lambda: have_started(directory)
+    try:
+        wait_for(begins, START_S, "the cluster starts", members)
+        befall([(at_s, victim, "killed") for at_s, victim in kills], members)
+        wait_for(members.ended, LIMIT_S, "all end", members)
+    finally:
+        members.kill()
+    assert members.codes() == [0] * NUM_RANKS, members.printed()
+    ends = [check(result, expected()) for result in json.loads((directory / "found.json").read_text())]
+    may_fail = NAMED if len(kills) >= MAX_ATTEMPTS else ()
+    assert all(set(counts) <= {"length", "stop", "new attempts", *may_fail} for counts in ends), ends
+    return {"kills": [f"rank {victim} at {at_s:.1f} s" for at_s, victim in kills], "ends": ends}
+
+
 def befall(fates: list[tuple[float, int, str]], ranks: Forked) -> None:
     began = time.monotonic()
     wakes: list[tuple[float, int]] = []
@@ -127,7 +151,8 @@ def main() -> None:
     for seed in range(args.first, args.first + args.seeds):
         transport = ("mapped", "gloo")[seed % 2]
         with tempfile.TemporaryDirectory() as directory:
-            print(f"seed {seed}, {transport}: {survive(seed, transport, Path(directory))}", flush=True)
+            play = (survive, survive_restarts)[seed // 2 % 2]
+            print(f"seed {seed}, {transport}: {play(seed, transport, Path(directory))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Members that are started one by one: where they meet, what they agree on, who is who after a new start."""
 
+import os
 import socket
 from contextlib import closing
 from datetime import timedelta
@@ -12,13 +13,14 @@ from memserve.cluster.agreement import check_agreed
 from memserve.cluster.launch import RunOver, find_place, is_first
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.manager import ClusterManager
-from memserve.cluster.node_messages import Alive, Leave, Retire
+from memserve.cluster.node_messages import Alive, Leave, Process, Retire
 from memserve.cluster.roster import Roster
 from memserve.cluster.turnover import Vacancies
 from memserve.cluster.wiring import build_global_scheduler
 from memserve.config.checks import ConfigError
 from memserve.request import Role
 from memserve.sched.scaling import Drain, NoScaling, Standing
+from memserve.transfer.shared_memory import host_id
 
 DISTRIBUTED = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_basic", "transport=gloo"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
@@ -84,7 +86,8 @@ def test_a_member_of_several_ranks_needs_a_torchrun_that_starts_as_many(monkeypa
         find_place(member(0, "127.0.0.1:29999", *words))
 
 
-def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted():
+def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(monkeypatch):
+    monkeypatch.setattr("memserve.cluster.launch.this_process", lambda: Process(host_id(), 2**22 + 1, ""))
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         store = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -94,6 +97,11 @@ def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(
     assert [(place.rank, place.birth) for place in places] == [(2, 0), (1, 0), (2, 1)]
     with pytest.raises(ConfigError, match=f"cluster.store={store}: no store there"):
         find_place(member("scheduler", store))
+    monkeypatch.undo()
+    assert find_place(member(1, store)).birth == 2
+    with pytest.raises(ConfigError, match=f"cluster.member=1: process {os.getpid()} is that: expected one that has e"):
+        find_place(member(1, store))
+    assert find_place(member(0, store)).birth == 1, "nobody was counted"
 
 
 def test_who_is_started_again_and_finds_nobody_need_not_be_started_again(monkeypatch):

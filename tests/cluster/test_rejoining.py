@@ -95,7 +95,8 @@ def test_members_end_when_the_scheduler_is_killed(tmp_path):
 
 
 def test_who_ends_by_an_error_of_its_own_is_started_again_too(tmp_path):
-    words = [*PATIENT, "cluster=colocated_2", "transport=gloo", "queue._target_=cluster.failing.FailsOnce"]
+    words = [*PATIENT, "workload.rate=2", "cluster=colocated_2", "transport=gloo"]
+    words += ["queue._target_=cluster.failing.FailsOnce"]
     words += [f"+queue.marker={tmp_path / 'failed'}", "+queue.after=10"]
     members = ForkedMembers(tmp_path, words, [1, 1, 1])
     (result,) = play(members, (1, 2), lambda: None)

@@ -146,7 +146,10 @@ def broken(engine):
 
 def assert_nothing_moved(pool, tokens, addrs):
     assert pool.match(tokens).addrs.tolist() == addrs.tolist() and contents(pool, addrs) == [1, 2, 3, 4]
-    assert pool.blocks.num_swapping == pool.blocks.num_swapped == 0 and pool.stats().num_free_dram == 4
+    assert (
+        pool.blocks.num_swapping == pool.blocks.num_waited == pool.stats().num_swapped_in == 0
+        and pool.stats().num_free_dram == 4
+    )
     assert list(pool.blocks.allocator.holders()) == [("index",)]
     pool.check()
 
