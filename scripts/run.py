@@ -27,6 +27,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from torch.distributed import DistError
 
 from memserve.cluster.distributed import DistributedCluster, Interrupted
 from memserve.cluster.launch import RunOver, find_place, is_first, is_under_torchrun
@@ -118,7 +119,7 @@ def serve(words: list[str]) -> None:
     except Interrupted as interrupted:
         logging.error("%s", interrupted)
         sys.exit(interrupted.status)
-    except (ValueError, MemoryError) as error:
+    except (ValueError, MemoryError, DistError) as error:
         sys.exit(f"error: {error}")
 
 

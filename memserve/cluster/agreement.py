@@ -15,7 +15,10 @@ from memserve.compose import to_dict
 from memserve.config.checks import ConfigError
 from memserve.config.schema import RunConfig
 
-MAY_DIFFER = ("cluster.member", "cluster.store", "model.path", "model.num_threads", "tracking")
+MAY_DIFFER = (
+    "cluster.member", "cluster.store", "cost_model.path", "model.num_threads", "model.path", "tracking",
+    "workload.path",
+)  # fmt: skip
 _KEY = "configuration"
 
 

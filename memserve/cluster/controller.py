@@ -172,11 +172,12 @@ class Controller:
     def _take_in(self, rank: int) -> None:
         """A process is there in the place of one that is gone, of which it is proof."""
         instance = self._roster.instance(rank)
+        for other in [rank] if instance is None else self._roster.ranks(instance):
+            self._mailbox.reconnect(other)
         self._turnover.replace(rank)
         if instance is not None and instance in self._turnover.here:
             self._lose(instance)
         _log.warning("rank %d is there again", rank)
-        self._mailbox.reconnect(rank)
         self._mailbox.send(rank, Resume(self._run))
 
     def _let_wait(self, rank: int, message: Idle) -> None:
@@ -190,15 +191,15 @@ class Controller:
 
     def _take_from_idle(self, rank: int, message: AnyMessage) -> None:
         """Of a rank that is no instance. What it says as one that has gone comes too late."""
-        if isinstance(message, Broken) and not self._goes_on_without(f"spare rank {rank}", message.detail):
+        if isinstance(message, Broken) and not self._goes_on_without(f"spare rank {rank}", message):
             raise InstanceFailed(f"spare rank {rank} failed: {message.detail}")
 
-    def _goes_on_without(self, name: str, detail: str) -> bool:
-        """Whether one that ends by an error ends itself alone: once the run has begun, where each was started alone."""
-        if self._come_alone and self._epoch_ns:
-            _log.error("%s failed: %s", name, detail)
+    def _goes_on_without(self, name: str, message: Broken | LeftAlone) -> bool:
+        """Whether one that ends does so alone. Where each was started alone, it does: but for an error at the start."""
+        if self._come_alone and (self._epoch_ns or self._run or isinstance(message, LeftAlone)):
+            _log.error("%s failed: %s", name, message.detail)
             return True
-        return False
+        return isinstance(message, LeftAlone) and self._epoch_ns > 0
 
     def _take(self, rank: int, instance: int, message: AnyMessage) -> None:
         match message:
@@ -222,8 +223,7 @@ class Controller:
             case Held():
                 self._scheduler.groups.index_snapshot(self._label(instance), message.snapshot)
             case Broken() | LeftAlone():
-                goes_on = self._goes_on_without(self._label(instance), message.detail)
-                if not goes_on and (isinstance(message, Broken) or not self._epoch_ns):
+                if not self._goes_on_without(self._label(instance), message):
                     raise InstanceFailed(f"{self._label(instance)} failed: {message.detail}")
                 if instance not in self._watch.lost:
                     self._watch.broken.add(instance)
@@ -265,14 +265,15 @@ class Controller:
     def _break(self, instance: int) -> None:
         """One of its ranks is gone: it serves nobody any more, and is to end. Nobody frees what it may still write."""
         _log.warning("%s has lost a rank", self._label(instance))
-        self._mailbox.send(self._roster.leader(instance), Leave())
+        if self._mailbox.reaches(self._roster.leader(instance)):
+            self._mailbox.send(self._roster.leader(instance), Leave())
         self._without(instance)
 
     def _lose(self, instance: int) -> None:
         _log.warning("%s is gone", self._label(instance))
         if not self._epoch_ns and not self._come_alone:
             raise InstanceFailed(f"{self._label(instance)} is gone before the run has begun")
-        self._turnover.lose(instance, self._now_ns())
+        self._turnover.lose(instance, self._now_ns(), has_begun=self._epoch_ns > 0)
         self._without(instance)
 
     def _without(self, instance: int) -> None:

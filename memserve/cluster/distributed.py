@@ -9,6 +9,7 @@ rank 0's: it stays until the others have left, and they end when it is gone.
 
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -92,7 +93,8 @@ class DistributedCluster:
             self._serve()
             return []
         finally:
-            farewell.say()
+            with suppress(Interrupted):  # what was played is there
+                farewell.say()
 
     def _control(self, progress: Progress | None) -> list[Result]:
         """Rank 0's part of `play`."""
@@ -101,8 +103,11 @@ class DistributedCluster:
         sessions = workload.sessions(engine.tokenizer, self.cfg.seed)
         results: list[Result] = []
         for number in range(self.cfg.repeats):
-            if results and results[-1].missing and self.cfg.cluster.store is None:  # nobody starts them again
-                raise InstanceFailed(f"repeat {number + 1} of {self.cfg.repeats}: {_listed(results[-1].missing)}")
+            missing = dict(results[-1].missing) if results else {}
+            if self.cfg.cluster.store is not None:  # those that are gone come again
+                missing = {label: why for label, why in missing.items() if why == "silent"}
+            if missing:
+                raise InstanceFailed(f"repeat {number + 1} of {self.cfg.repeats}: {_listed(missing)}")
             controller = Controller(
                 self.cfg,
                 self._roles,

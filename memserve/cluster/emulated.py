@@ -237,11 +237,11 @@ class EmulatedCluster:
 
     def _begin(self, node: Node) -> None:
         node.begin_is_due = False
-        watch = self.step_time.watch()
+        watch = node.look_for_work(self.step_time)
         batch = node.instance.schedule(self.now_ns)
         self._send(node)
         if batch is None:
-            node.pass_over(self.now_ns, self.step_time, watch)
+            node.occupancy.offer(self.now_ns)
             return
         ends_ns = node.begin(batch, self.now_ns, self.step_time, watch, self.macro_steps)
         self._queue.push(ends_ns, END, node, node.epoch)

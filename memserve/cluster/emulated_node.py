@@ -68,7 +68,7 @@ class Node:
     is_stopped: bool = False
     deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
 
-    _num_waited: int = 0  # blocks that were swapped before it was looked for a step the last time
+    _paid_ns: int = 0  # of the pool's waited_ns, what is in the duration of a step
 
     def __post_init__(self) -> None:
         self.occupancy = Occupancy(self.instance.label, self.instance.pool)
@@ -80,10 +80,10 @@ class Node:
         """A step is under way from now on; returns when it ends. watch: measures it since before it was scheduled."""
         output: StepOutput | None = None
         layers_ns: list[int] = []
-        self._num_waited = self.instance.pool.num_waited
         if step_time.is_measured:
             output = self._forward(batch, watch)
             step_ns, layers_ns = watch.stop()
+            self._paid_ns = self.instance.pool.waited_ns
             durations, self.carried_ns = [step_ns + self.carried_ns], 0
             layers_ns = [now_ns + elapsed_ns for elapsed_ns in layers_ns]
         else:
@@ -93,15 +93,19 @@ class Node:
         self.step = Step.lasting(batch, now_ns, durations, output, layers_ns)
         return int(self.step.ends_ns[-1])
 
-    def pass_over(self, now_ns: int, step_time: StepTime, watch: StepWatch) -> None:
-        """There is nothing to compute. What was swapped nevertheless, in measured time, is the next step's to pay.
+    def look_for_work(self, step_time: StepTime) -> StepWatch:
+        """Times a step from now on, if there is one."""
+        self._carry_swaps()
+        return step_time.watch()
+
+    def _carry_swaps(self) -> None:
+        """What was swapped beside steps, for a peer, say, is the next one's to pay, in measured time.
 
         By a cost model it is a part of that step's duration anyway.
         """
-        num_waited, self._num_waited = self.instance.pool.num_waited - self._num_waited, self.instance.pool.num_waited
-        if step_time.is_measured and num_waited:
-            self.carried_ns += watch.stop()[0]
-        self.occupancy.offer(now_ns)
+        waited_ns = self.instance.pool.waited_ns
+        self.carried_ns += waited_ns - self._paid_ns
+        self._paid_ns = waited_ns
 
     def _forward(self, batch: ScheduledBatch, watch: StepWatch) -> StepOutput:
         layers = LayerRun(self.instance.forward_by_layer(batch))
@@ -140,9 +144,11 @@ class Node:
             self.instance.scheduler.extend(step.batch)
             step.output = self.instance.forward(step.batch)
         self.activity.step(step.batch, step.start_ns, now_ns)
+        self._carry_swaps()
         watch = Stopwatch()
         self.instance.commit(step.batch, step.output, step.ends_ns)
         self.carried_ns += watch.stop_ns()
+        self._paid_ns = self.instance.pool.waited_ns
         self.occupancy.offer(now_ns)
 
     def resume(self, now_ns: int) -> list[tuple[int, int | tuple[int, PoolMessage]]]:

@@ -11,7 +11,7 @@ import msgspec
 from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.launch import Place
 from memserve.cluster.lifeline import StoreLine
-from memserve.cluster.mailbox import Mailbox
+from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.node_messages import Idle, Leave, Process, Restarted, Stop
 from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.watch import watched
@@ -73,7 +73,7 @@ class LastToLeave(Farewell):
     def _has_left(self, rank: int) -> bool:
         """Whether a rank's latest process has said so, or is gone; or none ever came."""
         store = self._place.store
-        num_births = store.add(f"births/{rank}", 0)
+        num_births = store.add(births_of(rank), 0)
         if not num_births or store.check([f"left/{rank}/{num_births - 1}"]):
             return True
         process = watched(msgspec.json.decode(store.get(f"process/{rank}"), type=Process))

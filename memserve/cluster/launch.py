@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from memserve.cluster.agreement import check_agreed
 from memserve.cluster.lifeline import Torchrun
-from memserve.cluster.mailbox import PATIENCE, own_host
+from memserve.cluster.mailbox import PATIENCE, births_of, own_host
 from memserve.cluster.node_messages import Process, this_process
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.watch import watched
@@ -149,7 +149,7 @@ def _birth(store: Store, rank: int, member: str) -> int:
         if process is not None and not process.is_gone:
             raise ConfigError(f"cluster.member={member}: process {before.pid} is that: expected one that has ended")
     store.set(f"process/{rank}", msgspec.json.encode(this_process()).decode())
-    return store.add(f"births/{rank}", 1) - 1
+    return store.add(births_of(rank), 1) - 1
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from typing import Any, cast
 
 from torch.distributed.distributed_c10d import Store
 
+from memserve.cluster.mailbox import births_of
+from memserve.cluster.roster import CONTROLLER
+
 _LOOK_S = 0.5
 _log = logging.getLogger("memserve")
 
@@ -58,7 +61,7 @@ class StoreLine:
     def _outlive(self) -> None:
         while not self._is_cut.wait(_LOOK_S):
             try:
-                self._store.check(["births/0"])
+                self._store.check([births_of(CONTROLLER)])
             except RuntimeError as error:
                 if not self._is_cut.is_set():
                     _log.error("rank 0 is gone: %s", error)

@@ -58,8 +58,14 @@ class Mailbox:
         """Whether a rank has a mailbox by now; `send` waits until it has."""
         return rank in self._outgoing or self._store.check([_address(rank)])
 
+    def reconnect_all(self) -> None:
+        """As `reconnect`, for every rank that something was sent to."""
+        for rank in list(self._outgoing):
+            self.reconnect(rank)
+
     def reconnect(self, rank: int) -> None:
-        """Another process may be this rank by now: what is sent from now on goes there."""
+        """Another process may be this rank by now: what is sent from now on goes there, and only that one is heard."""
+        self._births[rank] = max(self._births.get(rank, 0), self._store.add(births_of(rank), 0) - 1)
         if rank in self._outgoing and self._store.get(_address(rank)).decode() != self._addresses[rank]:
             self._outgoing.pop(rank).close(linger=0)
 
@@ -108,6 +114,11 @@ class Mailbox:
         outgoing.setsockopt(zmq.LINGER, _LINGER_MS)
         outgoing.connect(self._addresses[rank])
         return outgoing
+
+
+def births_of(rank: int) -> str:
+    """The key under which the store counts the processes that are or were a rank."""
+    return f"births/{rank}"
 
 
 def _address(rank: int) -> str:

@@ -22,7 +22,8 @@ class Membership:
     """An instance's time in the cluster, on its clock. standing: None when it has left or is gone.
 
     joined_ns: None before.  ended_ns: when it left, or was found gone.  is_lost: it is gone.  is_leaving: it drains, or
-    did.  successor: who is to come in its place, in another role.
+    did, or was called off.  is_replaced: it is lost, and somebody has come for it, or is to.  successor: who is to come
+    in its place, in another role.
     """
 
     incarnation: int
@@ -33,6 +34,7 @@ class Membership:
     ended_ns: int | None = None
     is_lost: bool = False
     is_leaving: bool = False
+    is_replaced: bool = False
     is_doomed: bool = False  # a crash was ordered
     successor: "Membership | None" = None
 
@@ -92,6 +94,7 @@ class ClusterManager:
         for change in changes:
             match change:
                 case Add():
+                    self._replace_a_lost(change.role)
                     orders.append(Starting(self._named(change.role), self._scaling.startup_ns))
                 case Crash():
                     member = self.member(change.label)
@@ -106,10 +109,13 @@ class ClusterManager:
 
     def comes_back(self, incarnation: int) -> Membership | None:
         """Another process is there in the place of a lost instance's: it is to start, as a new instance of that role;
-        None where the lost one was to leave.
+        None where the lost one was to leave, or somebody else has come for it.
         """
         before = self.members[incarnation]
-        return None if before.is_leaving else self._named(before.role)
+        if before.is_leaving or before.is_replaced:
+            return None
+        before.is_replaced = True
+        return self._named(before.role)
 
     def member(self, label: str) -> Membership:
         """The instance of that name. Raises ValueError if it is not in the cluster."""
@@ -141,19 +147,26 @@ class ClusterManager:
         assert member.standing is Standing.DRAINING, f"{member.label} is {member.standing}"
         return self._ended(member, now_ns)
 
-    def lost(self, label: str, now_ns: int) -> list[Starting]:
-        """There is proof that an instance's process has ended; whoever was to succeed it comes nevertheless."""
+    def lost(self, label: str, now_ns: int, has_begun: bool = True) -> list[Starting]:
+        """There is proof that an instance's process has ended; whoever was to succeed it comes nevertheless.
+
+        has_begun: the run; one that is lost before was never in it.
+        """
         member = self.member(label)
         self._scheduler.instance_gone(label, now_ns)
-        member.is_lost = True
+        member.is_lost, member.is_replaced = True, member.successor is not None
+        member.joined_ns = member.joined_ns if has_begun else None
         return self._ended(member, now_ns)
 
     def counts(self) -> dict[str, int]:
         """Instances that came after the start, and those that have left, are gone, or came back in another role."""
         joined = [member for member in self.members if member.joined_ns is not None]
+        num_in_place = sum(
+            m.is_lost and m.joined_ns is None for m in self.members[: self._num_first]
+        )  # since the start
         returned = {id(member.successor) for member in self.members if member.successor is not None}
         return {
-            "joined": sum(member.incarnation >= self._num_first for member in joined),
+            "joined": sum(member.incarnation >= self._num_first for member in joined) - num_in_place,
             "left": sum(member.ended_ns is not None and not member.is_lost for member in joined),
             "lost": sum(member.is_lost for member in joined),
             "switched": sum(id(member) in returned for member in joined),
@@ -186,6 +199,7 @@ class ClusterManager:
         if isinstance(change, ChangeRole):
             member.successor = self._named(change.role)
         elif member.standing is Standing.STARTING:
+            member.is_leaving = True
             return self._ended(member, now_ns)
         self._drain(member)
         return []
@@ -204,6 +218,12 @@ class ClusterManager:
         """Whether another instance of the role serves, and is neither silent nor about to crash."""
         serves = other.standing is Standing.SERVING and not other.is_doomed
         return serves and other.role == member.role and other is not member and self._scheduler.is_here(other.label)
+
+    def _replace_a_lost(self, role: Role) -> None:
+        """Somebody comes: for one that is lost, if one of the role is and nobody has come for it."""
+        lost = (m for m in self.members if m.is_lost and m.role == role and not (m.is_leaving or m.is_replaced))
+        if (member := next(lost, None)) is not None:
+            member.is_replaced = True
 
     def _named(self, role: Role) -> Membership:
         """An instance that is to come. Raises ValueError for a role that the cluster does not have."""

@@ -79,8 +79,11 @@ class Member:
     def _lead(self, number: int, assigned: Become | None, engine: Engine, shard: Shard, num_threads: int) -> None:
         """A run. assigned: what this rank is at its start; it may become something else when that has left."""
         spare, roster = Spare(self._mailbox, number), Roster.of(self._cfg)
-        assigned = assigned or spare.wait()
-        self._tell_team(f"instance/{number}", [] if assigned is None else [assigned.instance])
+        self._mailbox.reconnect_all()  # who has come since in the place of another was not told to all
+        try:
+            assigned = assigned or spare.wait()
+        finally:
+            self._tell_team(f"instance/{number}", [] if assigned is None else [assigned.instance])
         while assigned is not None:
             for instance, rank in assigned.leaders:
                 roster.assign(instance, rank)

@@ -33,11 +33,6 @@ class Vacancies:
         """An instance is to come from due_ns on. rank: that it is to be; None: any that waits."""
         self._wanted.append((due_ns, instance, rank))
 
-    @property
-    def wants_any(self) -> bool:
-        """Whether somebody is to come who has no rank."""
-        return any(rank is None for _, _, rank in self._wanted)
-
     def only(self, ranks: Collection[int]) -> None:
         """These ranks are left, idle or not: who was promised another takes any."""
         self.ranks = [rank for rank in self.ranks if rank in ranks]
@@ -119,13 +114,12 @@ class Turnover:
         self.returning[rank] = instance
 
     def wait(self, rank: int, process: Process) -> None:
-        """A rank waits to be an instance. One that was before is so again, unless somebody else is wanted."""
+        """A rank waits to be an instance. One that was before is so again, unless somebody has come in its place."""
         self._watch.waits(rank, process)
         self.vacancies.ranks = [other for other in self.vacancies.ranks if other != rank] + [rank]
         before = self.returning.pop(rank, None)
-        if before is None or self.vacancies.wants_any:
-            return
-        if (member := self._members.comes_back(before)) is not None:
+        member = None if before is None else self._members.comes_back(before)
+        if member is not None:
             self.vacancies.want(member.incarnation, 0, rank)
 
     def welcome(self, instance: int, rank: int, now_ns: int, epoch_ns: int, is_over: bool) -> None:
@@ -150,13 +144,13 @@ class Turnover:
         if member.standing is not None:
             self.perform(self._members.left(member, now_ns), now_ns)
 
-    def lose(self, instance: int, now_ns: int) -> None:
-        """There is proof that an instance's process has ended."""
+    def lose(self, instance: int, now_ns: int, has_begun: bool) -> None:
+        """There is proof that an instance's process has ended. has_begun: the run, so that it was in it."""
         self.here.discard(instance)
         self.tell(Gone(instance))
         member = self._member(instance)
         if member.standing is not None:
-            self.perform(self._members.lost(member.label, now_ns), now_ns)
+            self.perform(self._members.lost(member.label, now_ns, has_begun), now_ns)
 
     def tell(self, message: AnyMessage, ranks: Sequence[int] = ()) -> None:
         """Every instance that is here, and ranks beside; not one whose process has not come yet."""

@@ -232,6 +232,9 @@ def _check_scaling(cfg: RunConfig) -> None:
         raise ConfigError(f"cluster.spares={cluster.spares} contradicts scaling=fixed: nobody would ever need them")
     if not scales or cfg.exec != "distributed":
         return
+    if cluster.store is not None and _class(cfg.scaling) == "Schedule":
+        raise ConfigError(f"scaling=schedule contradicts cluster.store={cluster.store}: who rejoins has a new number, "
+                          "and what is scheduled goes by numbers")  # fmt: skip
     sizes = cluster.tensor_parallel
     if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
         raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts cluster.tensor_parallel above 1: "

@@ -58,10 +58,8 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks in HBM that `alloc` could hand out now: free, or held by the index alone.
-
-        The latter can go only from the leaves up, so this holds as long as whoever holds a cached block also holds the
-        cached blocks before it, as every request does.
+        """Blocks in HBM that `alloc` could hand out now: free, or held by the index alone. These go from the leaves up:
+        whoever holds a cached block is to hold those before it, as every request does.
         """
         return self.allocator.num_free + self.allocator.num_index_only
 
@@ -74,6 +72,11 @@ class BlockPool:
     def num_waited(self) -> int:
         """Blocks moved between the media, both ways, while somebody waited: all, unless copies go on beside compute."""
         return self._swaps.num_waited
+
+    @property
+    def waited_ns(self) -> int:
+        """How long they did on the machine's clock, where blocks are copied at once."""
+        return self._swaps.waited_ns
 
     @property
     def num_swapping(self) -> int:
@@ -260,9 +263,7 @@ class BlockPool:
         return len(gone)
 
     def follow(self) -> IndexSnapshot:
-        """What the index holds now. From the first call on its changes are recorded for `drain_events`; a follower
-        that missed some calls again.
-        """
+        """What the index holds; from now on changes are recorded for `drain_events`. Who missed some calls it again."""
         self.index.log = self._events
         return self._events.snapshot(self.index.iter_prefixes())
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from memserve.clock import to_ns
+from memserve.clock import Stopwatch, to_ns
 from memserve.transfer.side_stream import beside
 
 
@@ -50,7 +50,12 @@ class Copy(ABC):
 
 
 class CopyEngine(ABC):
-    """Starts copies; they end in the order in which they were started."""
+    """Starts copies; they end in the order in which they were started.
+
+    waited_ns: on the machine's clock, how long those who started copies have waited in `start`.
+    """
+
+    waited_ns: int = 0
 
     @abstractmethod
     def start(self, source: np.ndarray, target: np.ndarray, now_ns: int) -> Copy:
@@ -75,7 +80,9 @@ class AtOnce(CopyEngine):
         self._copier = copier
 
     def start(self, source: np.ndarray, target: np.ndarray, now_ns: int) -> Copy:
+        watch = Stopwatch()
         self._copier.copy(source, target)
+        self.waited_ns += watch.stop_ns()
         return NOTHING_TO_WAIT_FOR
 
 

@@ -74,6 +74,11 @@ class Swaps:
         self.num_waited = 0
 
     @property
+    def waited_ns(self) -> int:
+        """See CopyEngine."""
+        return self._engine.waited_ns
+
+    @property
     def next_time_ns(self) -> int | None:
         """When the first ends, if anything is known of that."""
         return min((m.copy.due_ns for m in self.open if m.copy.due_ns is not None), default=None)

@@ -11,15 +11,14 @@ from torch.distributed import HashStore
 from memserve import load_config
 from memserve.cluster.agreement import check_agreed
 from memserve.cluster.launch import RunOver, find_place, is_first
-from memserve.cluster.mailbox import Mailbox
+from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.node_messages import Alive, Leave, Process, Retire
 from memserve.cluster.roster import Roster
-from memserve.cluster.turnover import Vacancies
 from memserve.cluster.wiring import build_global_scheduler
 from memserve.config.checks import ConfigError
 from memserve.request import Role
-from memserve.sched.scaling import Drain, NoScaling, Standing
+from memserve.sched.scaling import Add, Drain, NoScaling, Standing
 from memserve.transfer.shared_memory import host_id
 
 DISTRIBUTED = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_basic", "transport=gloo"]
@@ -140,6 +139,12 @@ def test_what_an_earlier_process_of_a_rank_has_said_is_dropped_once_a_later_one_
         boxes[0].reconnect(1)
         boxes[0].send(1, Retire())
         assert boxes[2].receive(5000) == [(0, Retire())] and boxes[1].receive(0) == []
+        store.add(births_of(1), 3)
+        boxes.append(Mailbox(1, store, "127.0.0.1", birth=2))
+        boxes[0].reconnect_all()
+        boxes[2].send(0, Alive())  # it is late, and the one after it has said nothing yet
+        boxes[0].send(1, Retire())
+        assert boxes[3].receive(5000) == [(0, Retire())] and boxes[0].receive(300) == []
     finally:
         for box in boxes:
             box.close()
@@ -159,9 +164,33 @@ def test_who_was_lost_comes_back_in_its_role_but_not_who_was_to_leave():
     assert members.counts() == {"joined": 1, "left": 0, "lost": 2, "switched": 0}
 
 
-def test_somebody_is_wanted_who_has_no_rank():
-    vacancies = Vacancies()
-    vacancies.want(3, 0, rank=2)
-    assert not vacancies.wants_any
-    vacancies.only({1})
-    assert vacancies.wants_any, "the rank that it was promised is gone"
+def test_who_was_lost_does_not_come_back_beside_who_has_come_for_it():
+    roles = [(f"{role}-{i}", role) for i, role in enumerate([Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE])]
+    cfg = load_config(["exec=simulated", "cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_1"])
+    members = ClusterManager(roles, NoScaling(), build_global_scheduler(cfg, roles, rng=None))
+    members.lost("decode-2", 1)
+    (starting,) = members.begin([Add(Role.DECODE)], 2)
+    assert members.comes_back(2) is None, "a policy has replaced it"
+    members.begin([Drain(starting.member.label)], 3)
+    members.lost("prefill-1", 4)
+    assert members.comes_back(1).label == "prefill-5"
+    members.begin([Add(Role.PREFILL)], 5)
+    assert members.comes_back(1) is None, "it is back, and the policy wants one more"
+
+
+def test_who_ends_before_the_run_has_begun_was_never_in_it():
+    roles = [("colocated-0", Role.COLOCATED), ("colocated-1", Role.COLOCATED)]
+    cfg = load_config(["exec=simulated", "cluster=colocated_2"])
+    members = ClusterManager(roles, NoScaling(), build_global_scheduler(cfg, roles, rng=None))
+    members.lost("colocated-1", 0, has_begun=False)
+    members.joined(members.comes_back(1), 0)
+    assert members.counts() == {"joined": 0, "left": 0, "lost": 0, "switched": 0}
+    assert members.stays_ns() == [(0, None), (0, None)]
+
+
+def test_a_schedule_of_names_is_refused_where_names_shift():
+    words = ["cluster.spares=1", "scaling=schedule", "cluster.store=h:1", "cluster.member=0"]
+    with pytest.raises(
+        ConfigError, match="scaling=schedule contradicts cluster.store=h:1: who rejoins has a new number"
+    ):
+        load_config([*DISTRIBUTED, *words])
