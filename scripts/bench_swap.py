@@ -88,7 +88,7 @@ class Turn:
         """The prompts come once to be computed, and once to be measured; what ran is aborted then."""
         self.come_back(prompts, 0)
         pool, start_ns = self._instance.pool, monotonic_ns()
-        num_swapped = pool.num_swapped
+        before = pool.stats()
         ttft_s = self.come_back(prompts, 1)
         seconds = to_s(monotonic_ns() - start_ns)
         running = [name for name in self._times_ns if name.startswith("running")]
@@ -98,7 +98,9 @@ class Turn:
             self._instance.receive(Abort(name, 0))
         self._step()
         p50, p99 = np.percentile(gaps_s, (50, 99))
-        moved = (pool.num_swapped - num_swapped) / len(prompts)
+        after = pool.stats()
+        num_moved = after.num_swapped_out + after.num_swapped_in - before.num_swapped_out - before.num_swapped_in
+        moved = num_moved / len(prompts)
         return Figure(way, float(p50), float(p99), sum(map(len, times)) / seconds, median(ttft_s), moved)
 
     def _submit(self, name: str, prompt: np.ndarray, params: SamplingParams) -> None:
