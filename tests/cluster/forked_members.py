@@ -11,6 +11,7 @@ import socket
 import time
 import traceback
 from contextlib import closing, suppress
+from datetime import timedelta
 
 import torch
 from cluster import distributed_ranks
@@ -18,7 +19,7 @@ from cluster.forked_ranks import Forked, write
 from forking import forking
 
 from memserve import load_config
-from memserve.cluster import watch
+from memserve.cluster import launch, watch
 from memserve.cluster.launch import RunOver
 
 RESTARTS, PAUSE_S = 3, 0.5
@@ -77,6 +78,7 @@ class Member:
                      "TORCHELASTIC_RESTART_COUNT": self._num_restarts}  # fmt: skip
             os.environ.update({name: str(value) for name, value in place.items()})
         code = 1
+        launch._REBIRTH = timedelta(seconds=2)  # all is on this host
         try:
             if self._abroad and self._name == "scheduler":
                 watch.host_id = lambda: "elsewhere"
