@@ -1,6 +1,7 @@
 """A Python process of its own, for what is decided when one starts: Triton's interpreter, or a stand-in for a GPU."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,14 @@ def own_environment(*folders: Path, **more: str) -> dict[str, str]:
     told = os.environ.get("PYTHONPATH", "")
     path = os.pathsep.join(filter(None, map(str, (*folders, ROOT, told))))
     return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def free_port() -> int:
+    """Of this host, for somebody who listens there at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def run_child(command: list[str], *folders: Path, **environment: str) -> str:

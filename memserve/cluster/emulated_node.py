@@ -67,7 +67,6 @@ class Node:
     is_gone: bool = False
     is_stopped: bool = False
     deferred: list[tuple[int, int | tuple[int, PoolMessage]]] = field(default_factory=list)  # events while stopped
-
     _paid_ns: int = 0  # of the pool's waited_ns, what is in the duration of a step
 
     def __post_init__(self) -> None:

@@ -6,13 +6,11 @@ rank 0   waits for those, a moment; whoever is started again meanwhile learns th
 
 from abc import ABC, abstractmethod
 
-import msgspec
-
 from memserve.clock import monotonic_ns, to_ns
-from memserve.cluster.launch import Place
+from memserve.cluster.launch import Place, process_of
 from memserve.cluster.lifeline import StoreLine
 from memserve.cluster.mailbox import Mailbox, births_of
-from memserve.cluster.node_messages import Idle, Leave, Process, Restarted, Stop
+from memserve.cluster.node_messages import Idle, Leave, Restarted, Stop
 from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.watch import watched
 from memserve.config.schema import RunConfig
@@ -76,5 +74,5 @@ class LastToLeave(Farewell):
         num_births = store.add(births_of(rank), 0)
         if not num_births or store.check([f"left/{rank}/{num_births - 1}"]):
             return True
-        process = watched(msgspec.json.decode(store.get(f"process/{rank}"), type=Process))
+        process = watched(process_of(store, rank))
         return process is not None and process.is_gone

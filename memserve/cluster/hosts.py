@@ -25,8 +25,9 @@ def hosts_of(store: Store, rank: int, world_size: int, host: str) -> dict[int, s
     """
     store.set(f"host/{rank}", host)
     others, began_ns = range(CONTROLLER + 1, world_size), monotonic_ns()
-    while late := [other for other in others if not store.check([f"host/{other}"])]:
+    while not store.check([f"host/{other}" for other in others]):
         if to_s(monotonic_ns() - began_ns) > PATIENCE.total_seconds():
+            late = [other for other in others if not store.check([f"host/{other}"])]
             raise ConfigError(f"ranks {late} have not come within {PATIENCE.total_seconds():.0f} s")
         threading.Event().wait(_LOOK_S)  # not in the store, where no signal is heeded
     return {other: store.get(f"host/{other}").decode() for other in others}

@@ -144,12 +144,17 @@ def _birth(store: Store, rank: int, member: str) -> int:
     Raises ConfigError while the one before runs, as far as this host can tell.
     """
     if store.check([f"process/{rank}"]):
-        before = msgspec.json.decode(store.get(f"process/{rank}"), type=Process)
+        before = process_of(store, rank)
         process = watched(before)
         if process is not None and not process.is_gone:
             raise ConfigError(f"cluster.member={member}: process {before.pid} is that: expected one that has ended")
     store.set(f"process/{rank}", msgspec.json.encode(this_process()).decode())
     return store.add(births_of(rank), 1) - 1
+
+
+def process_of(store: Store, rank: int) -> Process:
+    """The latest process that is or was a rank, of a member that was started by itself."""
+    return msgspec.json.decode(store.get(f"process/{rank}"), type=Process)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import logging
 import os
 import signal
 import threading
-from typing import Any, cast
 
 from torch.distributed.distributed_c10d import Store
 
 from memserve.cluster.mailbox import births_of
 from memserve.cluster.roster import CONTROLLER
+from memserve.transfer.store import own_connection
 
 _LOOK_S = 0.5
 _log = logging.getLogger("memserve")
@@ -44,13 +44,10 @@ class Torchrun:
 
 
 class StoreLine:
-    """The store, which is a part of rank 0's process: once it does not answer this process gets a SIGTERM, until `cut`.
-
-    store: with a connection of its own that can be cloned.
-    """
+    """The store, a part of rank 0's process: once it does not answer, and `cut` was not called, a SIGTERM comes."""
 
     def __init__(self, store: Store) -> None:
-        self._store = cast(Store, cast(Any, store).clone())  # torch's stubs leave the method out
+        self._store = own_connection(store)
         self._is_cut = threading.Event()
         threading.Thread(target=self._outlive, name="rank 0's end", daemon=True).start()
 

@@ -9,7 +9,6 @@ Knows no move; how a memory is reached is the transport's business.
 """
 
 import math
-from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from memserve.transfer.device import DeviceHandle
 from memserve.transfer.liveness import Watched
+from memserve.transfer.store import append
 from memserve.transfer.transport import Move
 
 
@@ -75,7 +75,7 @@ class Directory:
 
     def _others_on(self, device: str, number: int) -> list[int]:
         """Enters `number` among those who use a device; the others, as far as they still do."""
-        cast(Any, self._store).append(f"device/{device}", f"{number} ")  # torch's stubs leave it out
+        append(self._store, f"device/{device}", f"{number} ")
         users = {int(word) for word in self._store.get(f"device/{device}").split()} - {number}
         return [user for user in users if not self._store.check([f"given back/{user}"]) and self.is_running(user)]
 
@@ -98,7 +98,7 @@ class Directory:
 
     def enter(self, number: int, own: int) -> bool:
         """Announces that `own` maps memory of `number`; False, and nothing is announced, once that has shut."""
-        cast(Any, self._store).append(f"visitors/{number}", f"{own} ")  # torch's stubs leave it out
+        append(self._store, f"visitors/{number}", f"{own} ")
         if self._store.check([f"shut/{number}"]):
             self.leave(number, own)
             return False

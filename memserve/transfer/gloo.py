@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from memserve.transfer.directory import Directory, Endpoint, Memory
 from memserve.transfer.pair import Inlet, Outlet, PairEnd
+from memserve.transfer.store import own_connection
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
 from memserve.transfer.wire import NO_LIMIT, RECEIVER, SENDER, GlooCarrier, Wire
 
@@ -137,7 +137,7 @@ class Gloo(Transport):
 
     def _new_outlet(self, own: int, peer: int) -> Outlet:
         def open_wire() -> Wire:
-            store = _own_connection(self._store)
+            store = own_connection(self._store)
             epoch = self._leave_notice(store, peer, f"{own} {self._channels}")
             return self._wire(store, f"{own}-{peer}/{epoch}", SENDER, self._channels)
 
@@ -145,7 +145,7 @@ class Gloo(Transport):
 
     def _new_inlet(self, source: int, epoch: int, channels: int) -> Inlet:
         def open_wire() -> Wire:
-            return self._wire(_own_connection(self._store), f"{source}-{self._own}/{epoch}", RECEIVER, channels)
+            return self._wire(own_connection(self._store), f"{source}-{self._own}/{epoch}", RECEIVER, channels)
 
         return Inlet(f"{self._kind} from {source}", open_wire, self._memories)
 
@@ -160,7 +160,7 @@ class Gloo(Transport):
 
     def _listen(self) -> None:
         """Answers each sender that leaves a notice by the other end of its pair."""
-        store, number = _own_connection(self._store), 0
+        store, number = own_connection(self._store), 0
         try:
             while True:
                 number += 1
@@ -175,8 +175,3 @@ class Gloo(Transport):
                         self._inlets.setdefault(source, []).append(self._new_inlet(source, number, channels))
         except Exception as error:  # whoever polls is told
             self._failure = error
-
-
-def _own_connection(store: Store) -> Store:
-    """A thread that waits in a store keeps everybody else of its connection waiting too."""
-    return cast(Store, cast(Any, store).clone())  # torch's stubs leave the method out

@@ -7,13 +7,13 @@ the latest processes. `sizes` are the ranks of each member, the scheduler's firs
 import json
 import os
 import signal
-import socket
 import time
 import traceback
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
+from child_process import free_port
 from cluster import distributed_ranks
 from cluster.forked_ranks import Forked, write
 from forking import forking
@@ -91,12 +91,6 @@ class Member:
             traceback.print_exc()
         finally:
             os._exit(code)
-
-
-def free_port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main(directory, words, sizes, pause_s, abroad):

@@ -8,11 +8,11 @@ null while they run, in codes.json.
 import json
 import os
 import signal
-import socket
 import traceback
 from contextlib import suppress
 
 import torch
+from child_process import free_port
 from cluster import distributed_ranks
 from forking import forking
 
@@ -81,9 +81,7 @@ def fork_rank(rank, num_ranks, port, cases, directory):
 def main(num_ranks, cases, directory):
     torch.set_num_threads(1)
     composed = [(load_config(words), world_size) for words, world_size in cases]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = [fork_rank(rank, num_ranks, port, composed, directory) for rank in range(num_ranks)]
     write(directory / "pids.json", pids)
     codes = [None] * num_ranks

@@ -1,11 +1,10 @@
 """Members that are started one by one: where they meet, what they agree on, who is who after a new start."""
 
 import os
-import socket
-from contextlib import closing
 from datetime import timedelta
 
 import pytest
+from child_process import free_port
 from torch.distributed import HashStore
 
 from memserve import load_config
@@ -87,9 +86,7 @@ def test_a_member_of_several_ranks_needs_a_torchrun_that_starts_as_many(monkeypa
 
 def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(monkeypatch):
     monkeypatch.setattr("memserve.cluster.launch.this_process", lambda: Process(host_id(), 2**22 + 1, ""))
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        store = f"127.0.0.1:{probe.getsockname()[1]}"
+    store = f"127.0.0.1:{free_port()}"
     first = find_place(member("scheduler", store))
     assert (first.rank, first.world_size, first.birth) == (0, 3, 0)
     places = [find_place(member(name, store)) for name in (1, 0, 1)]
@@ -106,10 +103,8 @@ def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(
 def test_who_is_started_again_and_finds_nobody_need_not_be_started_again(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setattr("memserve.cluster.launch._REBIRTH", timedelta(seconds=1))
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        with pytest.raises(RunOver, match="nobody is at cluster.store=127.0.0.1"):
-            find_place(member(0, f"127.0.0.1:{probe.getsockname()[1]}"))
+    with pytest.raises(RunOver, match="nobody is at cluster.store=127.0.0.1"):
+        find_place(member(0, f"127.0.0.1:{free_port()}"))
 
 
 def test_members_that_were_given_other_words_are_refused_by_the_options_names():

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from child_process import own_environment
+from child_process import free_port, own_environment
 from cluster import test_tensor_parallel
-from cluster.forked_members import ForkedMembers, found, free_port, log_of
+from cluster.forked_members import ForkedMembers, found, log_of
 from cluster.survival import LIMIT_S, START_S, wait_for
 from cluster.test_clean_ends import children, wait_until
 from cluster.test_distributed import TESTS

@@ -3,12 +3,11 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
-from child_process import own_environment
+from child_process import free_port, own_environment
 from cluster.test_distributed import LIMIT_S, TESTS, WORKLOAD, expected
 
 NAMESPACES = (f"memserve-{os.getpid()}-a", f"memserve-{os.getpid()}-b")
@@ -46,10 +45,7 @@ def two_hosts():
             yield ADDRESSES[0], 29701, prefixes
     except NoNamespaces as error:
         print(f"on loopback: {error}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        yield "127.0.0.1", port, ((), ())
+        yield "127.0.0.1", free_port(), ((), ())
 
 
 class NoNamespaces(Exception):

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, require_seconds
-from memserve.values import require_int
+from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel
 
 MIN_S = 1e-9  # a surface may dip below zero between its points; time may not
 
@@ -23,11 +22,9 @@ class ArchCostModel(CostModel):
     def __init__(
         self, surface: Sequence[float], swap_block_s: float = 0.0, swap_block_tokens: int = SWAP_BLOCK_TOKENS
     ) -> None:
-        require_seconds(swap_block_s=swap_block_s)
-        require_int("cost_model.swap_block_tokens", swap_block_tokens, 1)
         if len(surface) != 6 or not np.isfinite(surface).all():
             raise ValueError(f"cost_model.surface={list(surface)}: expected 6 finite numbers")
-        self.swap_block_s, self.swap_block_tokens = swap_block_s, swap_block_tokens
+        self._price_swaps(swap_block_s, swap_block_tokens)
         self._surface = [float(c) for c in surface]
 
     def arguments(self) -> dict[str, object]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import ScheduledBatch
-from memserve.values import require_duration
+from memserve.values import require_duration, require_int
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -73,6 +73,12 @@ class CostModel(ABC):
 
         num_more: int64 [S], tokens by which each request has grown since: a batch that is repeated.
         """
+
+    def _price_swaps(self, swap_block_s: float, swap_block_tokens: int) -> None:
+        """Keeps the price. Raises ValueError for one that is none."""
+        require_seconds(swap_block_s=swap_block_s)
+        require_int("cost_model.swap_block_tokens", swap_block_tokens, 1)
+        self.swap_block_s, self.swap_block_tokens = swap_block_s, swap_block_tokens
 
     def swap_time_s(self, num_blocks: int) -> float:
         """Seconds to move blocks of the run between HBM and DRAM, before a step: so many for each of their tokens."""

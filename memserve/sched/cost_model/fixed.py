@@ -5,7 +5,6 @@ import numpy as np
 from memserve.clock import to_ns
 from memserve.request import ScheduledBatch
 from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, require_seconds
-from memserve.values import require_int
 
 
 class FixedCostModel(CostModel):
@@ -24,11 +23,10 @@ class FixedCostModel(CostModel):
         swap_block_tokens: int = SWAP_BLOCK_TOKENS,
     ) -> None:
         costs = {"step_s": step_s, "prefill_token_s": prefill_token_s, "decode_token_s": decode_token_s}
-        require_seconds(**costs, swap_block_s=swap_block_s)
+        require_seconds(**costs)
         if not any(costs.values()):
             raise ValueError(f"cost_model={costs}: time would stand still, expected a cost above 0")
-        require_int("cost_model.swap_block_tokens", swap_block_tokens, 1)
-        self.swap_block_s, self.swap_block_tokens = swap_block_s, swap_block_tokens
+        self._price_swaps(swap_block_s, swap_block_tokens)
         self._step_s, self._prefill_token_s, self._decode_token_s = step_s, prefill_token_s, decode_token_s
 
     def _one_s(self, num_cached: int, num_new: int) -> float:

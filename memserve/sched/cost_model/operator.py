@@ -54,18 +54,17 @@ class OperatorCostModel(CostModel):
         terms = (
             causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, prefill_request_s, decode_request_s, mixed_s,
         )  # fmt: skip
-        require_seconds(**dict(zip(TERMS, terms, strict=True)), swap_block_s=swap_block_s)
+        require_seconds(**dict(zip(TERMS, terms, strict=True)))
         for name, points in (("tokens", tokens), ("linear_s", linear_s)):
             if not isinstance(points, Sequence) or isinstance(points, str):
                 raise ValueError(f"cost_model.{name}={points!r}: expected a list")
-        require_int("cost_model.swap_block_tokens", swap_block_tokens, 1)
         for number in tokens:
             require_int("cost_model.tokens", number, 0)
         if len(tokens) < 2 or len(tokens) != len(linear_s) or any(b <= a for a, b in pairwise(tokens)):
             raise ValueError(f"cost_model.tokens={list(tokens)}: expected two or more rising numbers, as many linear_s")
         for seconds in linear_s:
             require_seconds(linear_s=seconds)
-        self.swap_block_s, self.swap_block_tokens = swap_block_s, swap_block_tokens
+        self._price_swaps(swap_block_s, swap_block_tokens)
         self._terms = terms
         self._tokens, self._linear_s = list(tokens), list(linear_s)
         steps = zip(pairwise(tokens), pairwise(linear_s), strict=True)
