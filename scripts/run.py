@@ -29,7 +29,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch.distributed import DistError
 
-from memserve.cluster.distributed import DistributedCluster, Interrupted
+from memserve.cluster.distributed import DistributedCluster
+from memserve.cluster.interruption import Interrupted
 from memserve.cluster.launch import RunOver, find_place, is_first, is_under_torchrun
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
@@ -105,6 +106,8 @@ def serve(words: list[str]) -> None:
         cfg = load_config([word for word in words if not word.startswith("hydra.")])
         if cfg.exec != "distributed":
             sys.exit(0)  # rank 0 says why
+        if cfg.cluster.store is not None:
+            print(f"cluster.member={cfg.cluster.member} looks for the scheduler at {cfg.cluster.store}", flush=True)
         place = find_place(cfg)
         log_to(Path(place.store.get("output_dir").decode()) / f"rank-{place.rank}.log")
         DistributedCluster(cfg, place).run()

@@ -11,12 +11,12 @@ import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from memserve.cluster.build import build_engine, build_roles
 from memserve.cluster.controller import Controller
 from memserve.cluster.farewell import Farewell
 from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
+from memserve.cluster.interruption import Interrupted, ended_at_once, heed_signals, leave
 from memserve.cluster.launch import Place, own_torchrun
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
@@ -31,14 +31,6 @@ from memserve.metrics.report import Report
 from memserve.model.parallel import GroupBroken
 from memserve.transfer.shared_memory import host_id
 from memserve.workload.session import Workload
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM has come; no Exception, so that nobody takes it for a failure of what it interrupts."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.status = 128 + signum
 
 
 class DistributedCluster:
@@ -59,7 +51,8 @@ class DistributedCluster:
         place = self._place
         if place.rank == CONTROLLER and self.cfg.transport != "mapped":
             return []  # it need not wait for them
-        hosts = hosts_of(place.store, place.rank, place.world_size, host_id())
+        with ended_at_once():
+            hosts = hosts_of(place.store, place.rank, place.world_size, host_id())
         if self.cfg.transport == "mapped":
             check_one_host(hosts)
         return [] if place.rank == CONTROLLER else neighbours(hosts, place.rank)
@@ -79,7 +72,7 @@ class DistributedCluster:
             return report
         except InstanceFailed:
             if self._torchrun.is_gone:  # the others have noticed first
-                _leave(signal.SIGTERM)
+                leave(signal.SIGTERM)
             raise
         finally:
             self._mailbox.close()
@@ -127,8 +120,7 @@ class DistributedCluster:
         """
         roster, rank = Roster.of(self.cfg), self._place.rank
         follows = rank != CONTROLLER and roster.part(rank) > 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_DFL if follows else _leave)
+        heed_signals(has_nothing=follows)
         self._torchrun.end_with()
 
     def _serve(self) -> None:
@@ -154,10 +146,3 @@ def check_ended(results: Sequence[Result], output_dir: str | Path | None) -> Non
 
 def _listed(missing: Mapping[str, str]) -> str:
     return ", ".join(f"{label} is {why}" for label, why in missing.items())
-
-
-def _leave(signum: int, frame: FrameType | None = None) -> None:
-    """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(signum)

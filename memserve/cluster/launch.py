@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from memserve.cluster.agreement import check_agreed
+from memserve.cluster.interruption import ended_at_once
 from memserve.cluster.lifeline import Torchrun
 from memserve.cluster.mailbox import PATIENCE, births_of, own_host
 from memserve.cluster.node_messages import Process, this_process
@@ -91,7 +92,8 @@ def find_place(cfg: RunConfig) -> Place:
     Raises ConfigError without torchrun, for a number of ranks that does not fit, where there is no store, and for
     options that are not rank 0's; RunOver where this process was started again and rank 0 is there no more.
     """
-    return _place_among_all(cfg) if cfg.cluster.store is None else _place_of_member(cfg)
+    with ended_at_once():
+        return _place_among_all(cfg) if cfg.cluster.store is None else _place_of_member(cfg)
 
 
 def _place_among_all(cfg: RunConfig) -> Place:
@@ -168,9 +170,10 @@ def joined(team: Store, size: int, part: int, device: torch.device) -> Iterator[
         return
     store = PrefixStore("tensor_parallel", team)
     store.set(f"here/{part}", "")
-    store.wait([f"here/{other}" for other in range(size)], PATIENCE)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=part, world_size=size, timeout=_IDLE)
+    with ended_at_once():
+        store.wait([f"here/{other}" for other in range(size)], PATIENCE)
+        dist.init_process_group(backend, store=store, rank=part, world_size=size, timeout=_IDLE)
     try:
         assert dist.group.WORLD is not None, "it was made above"
         yield GroupShard(dist.group.WORLD)

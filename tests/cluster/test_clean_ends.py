@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from child_process import own_environment
+from child_process import free_port, own_environment
 from cluster.test_distributed import TESTS, WORKLOAD
 
 from memserve.cluster import distributed
+from memserve.cluster.interruption import Interrupted
 from memserve.cluster.turnover import InstanceFailed
 from memserve.transfer.liveness import Watched
 
@@ -75,6 +76,21 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(s
     assert not [path for path in Path("/dev/shm").iterdir() if any(mark in path.name for mark in marks)]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_member_that_waits_for_the_scheduler_ends_when_it_is_told_to(signum, tmp_path):
+    words = ["exec=distributed", *WHOLE, f"cluster.store=127.0.0.1:{free_port()}", "cluster.member=0"]
+    command = [sys.executable, str(TESTS.parent / "scripts" / "run.py"), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=own_environment(), cwd=tmp_path) as run:
+        try:
+            assert run.stdout is not None and "looks for the scheduler at 127.0.0.1" in run.stdout.readline()
+            time.sleep(1.0)  # it waits below Python by now
+            run.send_signal(signum)
+            assert run.wait(ENDS_S) == -signum
+        finally:
+            run.kill()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("torchrun_is_gone", [False, True])
 def test_instances_that_end_because_torchrun_is_gone_are_no_failure_of_theirs(torchrun_is_gone, monkeypatch) -> None:
     """They may notice before rank 0 does."""
@@ -86,10 +102,10 @@ def test_instances_that_end_because_torchrun_is_gone_are_no_failure_of_theirs(to
         raise InstanceFailed("every instance is gone")
 
     def leave(signum: int) -> None:
-        raise distributed.Interrupted(signum)
+        raise Interrupted(signum)
 
     monkeypatch.setattr(cluster, "_heed_signals", lambda: None)
     monkeypatch.setattr(cluster, "play", play)
-    monkeypatch.setattr(distributed, "_leave", leave)
-    with pytest.raises(distributed.Interrupted if torchrun_is_gone else InstanceFailed):
+    monkeypatch.setattr(distributed, "leave", leave)
+    with pytest.raises(Interrupted if torchrun_is_gone else InstanceFailed):
         cluster.run()

@@ -1,0 +1,51 @@
+"""Interruption: what SIGINT and SIGTERM do to a process of the cluster. Knows no message and no rank.
+
+while it waits for others in a store     they end it: no handler runs below Python, and it has nothing yet
+while it is a part of the cluster        Interrupted is raised in it, once
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM has come; no Exception, so that nobody takes it for a failure of what it interrupts."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.status = 128 + signum
+
+
+def leave(signum: int, frame: FrameType | None = None) -> None:
+    """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(signum)
+
+
+def heed_signals(*, has_nothing: bool) -> None:
+    """From now on they raise Interrupted. has_nothing: to clean up, so that they just end the process."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_DFL if has_nothing else leave)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Meanwhile they just end the process, but for one that is ignored: of a background job, say."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which handles none
+        return
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    heeded = {signum: handler for signum, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for signum in heeded:
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for signum, handler in heeded.items():
+            signal.signal(signum, handler)
