@@ -1,5 +1,6 @@
 """Summary: what an instance has to say at a run's end, and the report of all of them. The same in every execution."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -16,10 +17,10 @@ from memserve.workload.player import PlayerCounts
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One instance's books at the end.  num_threads: of its process."""
+    """One instance's books at the end. sent: to each other one, by its number.  num_threads: of its process."""
 
     stats: InstanceStats
-    sent: TransferCounts
+    sent: dict[int, TransferCounts]
     num_overtaken: int
     num_quarantined: int
     occupancy: list[Sample]
@@ -57,7 +58,7 @@ def summarize(
     )
     return Summary(
         stats,
-        TransferCounts() if handoffs is None else handoffs.transfers.counts,
+        {} if handoffs is None else dict(handoffs.transfers.counts_by_peer),
         0 if handoffs is None else handoffs.num_overtaken,
         0 if handoffs is None else handoffs.transfers.num_quarantined,
         occupancy.samples(end_ns),
@@ -74,15 +75,16 @@ def report_of(
     wall_s: float,
 ) -> Report:
     """The report of a run. summaries: of the instances that are left at its end, or have left before."""
+    transfers = _transfers(summaries, [member.role for member in manager.members])
     return build_report(
         list(scheduler.timelines.values()),
         [manager.dated(summary.stats) for summary in summaries],
         wall_s=wall_s,
         turns_over_context=counts.turns_over_context,
         turns_not_sent=counts.turns_not_sent,
-        p_to_d=_transfers(summaries, Role.PREFILL, Role.DECODE),
-        d_to_p=_transfers(summaries, Role.DECODE, Role.PREFILL),
-        between=_transfers(summaries, Role.COLOCATED, Role.COLOCATED),
+        p_to_d=transfers[Role.PREFILL, Role.DECODE],
+        d_to_p=transfers[Role.DECODE, Role.PREFILL],
+        between=sum((transfers[role, role] for role in Role), TransferCounts()),
         tree_counts=scheduler.groups.tree_counts(),
         membership=manager.counts(),
         stays_ns=manager.stays_ns(),
@@ -95,12 +97,12 @@ def activity_of(summaries: Iterable[Summary], labels: Sequence[str]) -> list[Act
     return [span for summary in summaries for span in spans_of(summary.stats.id, summary.tracks, labels)]
 
 
-def _transfers(summaries: Iterable[Summary], sender: Role, receiver: Role) -> TransferCounts:
-    """What the instances of a role have sent, together. Those of the other know what came too late."""
-    total = TransferCounts()
+def _transfers(summaries: Iterable[Summary], roles: Sequence[Role]) -> dict[tuple[Role, Role], TransferCounts]:
+    """What was sent, by the roles of sender and receiver. roles: of all instances that there ever were, by number."""
+    totals: defaultdict[tuple[Role, Role], TransferCounts] = defaultdict(TransferCounts)
     for summary in summaries:
-        if summary.stats.role == sender:
-            total += summary.sent
-        if summary.stats.role == receiver:
-            total.overtaken += summary.num_overtaken
-    return total
+        for peer, counts in summary.sent.items():
+            totals[Role(summary.stats.role), roles[peer]] += counts
+        if summary.num_overtaken:  # the receiver knows, and what is given back comes from where it was decoded
+            totals[Role.DECODE, Role(summary.stats.role)].overtaken += summary.num_overtaken
+    return totals

@@ -6,7 +6,7 @@ The source blocks are held by ("transfer", own incarnation, n) from `start` unti
 ("quarantine", own incarnation, n) after the ticket has failed.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 import numpy as np
@@ -33,7 +33,7 @@ class Sending:
     def __init__(
         self, pool: BlockPool, transport: Transport, granularity: Granularity, timeouts: Timeouts, send: Send
     ) -> None:
-        self.counts = TransferCounts()
+        self.counts_by_peer: defaultdict[int, TransferCounts] = defaultdict(TransferCounts)
         self.tickets: dict[tuple[int, int], Outgoing] = {}
         self._pool, self._transport, self._granularity = pool, transport, granularity
         self._timeouts, self._send = timeouts, send
@@ -105,7 +105,7 @@ class Sending:
         """A posted move is complete."""
         out = self.tickets[arrived.move_id[:2]]
         out.arrived(arrived)
-        self.counts.elapsed_ns += arrived.ended_ns - arrived.begun_ns
+        self.counts_by_peer[out.peer].elapsed_ns += arrived.ended_ns - arrived.begun_ns
         self._check_drained(out, now_ns)
 
     def let_time_pass(self, now_ns: int) -> None:
@@ -169,15 +169,15 @@ class Sending:
                 self._post(out, now_ns)
             case Action.SUCCEED:
                 self._end(out, TicketState.DONE, "")
-                self.counts.tokens += out.num_tokens
+                self.counts_by_peer[out.peer].tokens += out.num_tokens
             case Action.FAIL:
                 self._end(out, TicketState.FAILED, reason)
                 if out.state is SenderState.DRAINING:
                     out.holder = self._pool.allocator.rename(out.holder, ("quarantine", *ticket_id))
                 if reason.startswith(DECLINED):
-                    self.counts.declined += 1
+                    self.counts_by_peer[out.peer].declined += 1
                 else:
-                    self.counts.failed += 1
+                    self.counts_by_peer[out.peer].failed += 1
             case Action.RELEASE:
                 self._pool.release_all(out.holder)
                 del self.tickets[ticket_id]
@@ -208,7 +208,7 @@ class Sending:
             out.posted[layer] = stretch.stop
             missing = Stretch(max(stretch.start, out.first_block), stretch.stop, stretch.layer)
             if missing.start < missing.stop:
-                self.counts.transfers += self._granularity.transfers_per_stretch
+                self.counts_by_peer[out.peer].transfers += self._granularity.transfers_per_stretch
                 self._post_stretch(out, missing, ready_ns)
 
     def _post_stretch(self, out: Outgoing, stretch: Stretch, ready_ns: int) -> None:
@@ -236,8 +236,9 @@ class Sending:
         out.num_parts += 1
         out.num_under_way += 1
         out.num_bytes += move.num_bytes
-        self.counts.bytes += move.num_bytes
-        self.counts.calls += move.num_calls
+        counts = self.counts_by_peer[out.peer]
+        counts.bytes += move.num_bytes
+        counts.calls += move.num_calls
 
     def _check_drained(self, out: Outgoing, now_ns: int) -> None:
         everything = out.state is SenderState.DRAINING or bool((out.posted == len(out.blocks)).all())

@@ -5,7 +5,7 @@ that comes twice changes nothing. Knows no request; whoever called is told by ti
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -65,7 +65,12 @@ class Transfers:
     @property
     def counts(self) -> TransferCounts:
         """What this pool has sent."""
-        return self._sending.counts
+        return sum(self.counts_by_peer.values(), TransferCounts())
+
+    @property
+    def counts_by_peer(self) -> Mapping[int, TransferCounts]:
+        """What it has sent to each other instance."""
+        return self._sending.counts_by_peer
 
     @property
     def num_open(self) -> int:

@@ -90,7 +90,7 @@ def build_report(
     timelines: every request that was submitted. Latencies are of those that succeeded; token counts of the attempts by
     which requests ended, where an instance began them; what instances computed beside that was in vain.
     wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
-    p_to_d, d_to_p: sent by prefill and by decode instances.  between: by colocated ones, to each other.
+    p_to_d, d_to_p: sent by prefill instances to decode instances, and back.  between: by those of one role.
     tree_counts: of the global scheduler's prompt trees.
     membership: instances that came and went.  stays_ns: from when until when each was there, those included of which
     `instances` has no row; None: as the rows say.

@@ -53,8 +53,8 @@ _COMPARED = (
     _Row("tokens D -> P", ("transfers", "d_to_p", "tokens"), "count"),
     _Row("MB D -> P", ("transfers", "d_to_p", "bytes"), "mega"),
     _Row("network calls D -> P", ("transfers", "d_to_p", "calls"), "count"),
-    _Row("tokens between colocated", ("transfers", "between", "tokens"), "count"),
-    _Row("MB between colocated", ("transfers", "between", "bytes"), "mega"),
+    _Row("tokens within a role", ("transfers", "between", "tokens"), "count"),
+    _Row("MB within a role", ("transfers", "between", "bytes"), "mega"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("time of instances", ("membership", "instance_s"), "seconds"),
@@ -241,7 +241,7 @@ def _membership_text(membership: Mapping[str, float]) -> dict[str, str]:
 
 
 def _transfer_texts(report: Report) -> dict[str, str]:
-    """What moved each way and between colocated instances, where anything did or should have."""
+    """What moved each way and between instances of one role, where anything did or should have."""
     texts = {}
     for label, key in (("P -> D", "p_to_d"), ("D -> P", "d_to_p"), ("between", "between")):
         counts = report["transfers"][key]

@@ -26,6 +26,14 @@ def test_fetches_between_colocated_instances_are_transfers_between_them():
     assert any("between" in line and f"{num_fetched:,} tokens" in line for line in out.getvalue().splitlines())
 
 
+def test_what_prefill_instances_fetch_from_each_other_is_no_hand_off():
+    words = ["cluster=3p1d", "mode=pd_caching_1", "index_source=exact", "policy=round_robin", "transfer.retry_s=10"]
+    reports = [LocalCluster(load_config([*SHARING, *words, f"fetch={fetch}"])).run() for fetch in ("never", "always")]
+    ways, num_fetched = [report["transfers"] for report in reports], reports[1]["tokens"]["fetched"]
+    assert [way["between"]["tokens"] for way in ways] == [0, num_fetched] and num_fetched > 0
+    assert ways[0]["p_to_d"]["tokens"] == ways[1]["p_to_d"]["tokens"] > 0
+
+
 @pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
 @pytest.mark.parametrize("on_failure", ["recompute", "fail"])
 def test_every_token_that_was_computed_is_in_the_report(granularity, on_failure):
