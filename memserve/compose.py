@@ -16,7 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from memserve.config.checks import ConfigError, check_config
+from memserve.config.checks import check_config
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.config.targets import check_target
 from memserve.kvcache.eviction import Eviction

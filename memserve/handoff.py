@@ -4,7 +4,8 @@
                                                                   -> FAILED: kept until it is redirected or aborted
     decode instance    arrival -> a Request with its blocks -> local scheduler -> finished -> given back (PD-Caching-3)
 
-What travels as `private` beside the KV is one of the two words below or that of a fetch (fetches.py), as msgpack.
+What travels as `private` beside the KV is one of the two words below or that of a fetch (fetches.py) or of a bequest
+(bequest.py), as msgpack.
 """
 
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from memserve.bequest import Bequeathed, Bequest
 from memserve.fetches import FetchedKV, Fetches
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
@@ -45,7 +47,7 @@ class GivenBack(msgspec.Struct, frozen=True, tag=True):
     session_id: str
 
 
-Word = HandedOver | GivenBack | FetchedKV
+Word = HandedOver | GivenBack | FetchedKV | Bequeathed
 _words: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
 
 
@@ -61,11 +63,12 @@ class _Handoff:
 class Handoffs:
     """The transfers of one instance's requests. mode: says what is sent where, and what is indexed."""
 
-    def __init__(self, transfers: Transfers, mode: Mode, fetches: Fetches) -> None:
-        self.transfers, self.fetches = transfers, fetches
+    def __init__(self, transfers: Transfers, mode: Mode, fetches: Fetches, bequest: Bequest) -> None:
+        self.transfers, self.fetches, self.bequest = transfers, fetches, bequest
         self.num_overtaken = 0
         self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode = mode
+        self._inherited: list[bytes] = []
         self._on_the_way: dict[str, _Handoff] = {}
         self._aborted: OrderedDict[tuple[str, int], None] = OrderedDict()
 
@@ -183,6 +186,7 @@ class Handoffs:
         ended = self.transfers.poll(now_ns)
         for ticket in ended:
             self.fetches.ended(ticket)
+            self.bequest.ended(ticket, now_ns)
         return ended
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
@@ -194,16 +198,23 @@ class Handoffs:
         """(incarnation, message) pairs to deliver."""
         return self.transfers.drain_outbox() + self.fetches.drain_outbox()
 
+    def drain_inherited(self) -> list[bytes]:
+        """Tokens, as int32 bytes, whose KV an instance that leaves has given to this one since the last call."""
+        inherited, self._inherited = self._inherited, []
+        return inherited
+
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
         times = (self.transfers.next_time_ns(), self.fetches.next_time_ns())
         return min((t for t in times if t is not None), default=None)
 
     def read(self, arrival: Arrival) -> Word:
-        """What came with an arrival; a fetch is over with it."""
+        """What came with an arrival; a fetch is over with it, and what was inherited is to be told."""
         word = _words.decode(arrival.private)
         if isinstance(word, FetchedKV):
             self.fetches.arrived(word, arrival)
+        elif isinstance(word, Bequeathed):
+            self._inherited.append(pack_tokens(arrival.tokens))
         return word
 
     def take_over(self, word: HandedOver, arrival: Arrival) -> Request:

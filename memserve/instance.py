@@ -26,6 +26,7 @@ from memserve.messages import (
     Dispatch,
     Finished,
     HandoffFailed,
+    Inherited,
     Message,
     PoolMessage,
     Redirect,
@@ -115,8 +116,7 @@ class Instance:
         if self.handoffs is None:
             return
         for ticket in self.handoffs.poll(now_ns):
-            request = self.handoffs.ended(ticket)
-            if request is not None:
+            if (request := self.handoffs.ended(ticket)) is not None:
                 self._handed_off(request, ticket)
         for request in self.scheduler.running:
             request.on_hold = request.on_hold and not self.handoffs.granted(request)
@@ -166,8 +166,7 @@ class Instance:
             served = self._served[request.request_id]
             logprobs = output.logprobs[row] if output.logprobs else None
             self._outbox.append(served.generated(output.token_ids[row], times_ns, logprobs))
-            reason = served.ended(output.token_ids[row], self._eos_token_ids)
-            if reason is not None:
+            if (reason := served.ended(output.token_ids[row], self._eos_token_ids)) is not None:
                 self._finish(served, reason, "", ended_ns)
             elif served.decode is not None:
                 self._hand_off(served, ended_ns)
@@ -176,7 +175,8 @@ class Instance:
     def drain_outbox(self) -> list[Message]:
         """Messages for the global scheduler since the last call."""
         out, self._outbox = self._outbox, []
-        return out
+        inherited = [] if self.handoffs is None else self.handoffs.drain_inherited()
+        return [*out, *(Inherited(self.label, tokens) for tokens in inherited)]
 
     def drain_peer_outbox(self) -> list[tuple[int, PoolMessage]]:
         """(incarnation, message) pairs for other instances since the last call."""

@@ -9,6 +9,7 @@
 | `Tokens`   | instance -> global scheduler -> client | new tokens, with the time of each                            |
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
 | `HandoffFailed` | instance -> global scheduler      | the attempt's KV did not reach its decode instance           |
+| `Inherited` | instance -> global scheduler          | an instance that leaves has left KV to this one              |
 | `Redirect` | global scheduler -> instance           | hand the attempt to another decode instance                  |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
 | `Grant`    | receiving pool -> sending pool         | where it goes, and what is held already                      |
@@ -131,6 +132,13 @@ class HandoffFailed(msgspec.Struct, frozen=True, tag=True):
     instance: str
     refused: bool
     reason: str
+
+
+class Inherited(msgspec.Struct, frozen=True, tag=True):
+    """The KV of these tokens is cached here from now on."""
+
+    instance: str
+    tokens: bytes
 
 
 class Redirect(msgspec.Struct, frozen=True, tag=True):
@@ -268,7 +276,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 PoolMessage = (
     Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck | Reserve | Reserved | Release | Released | Fetch
 )
-Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffFailed | Redirect | PoolMessage
+Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffFailed | Redirect | Inherited | PoolMessage
 
 
 def pack_tokens(tokens: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from memserve import LocalCluster, load_config
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.cost_model.operator import OperatorCostModel
 from memserve.sched.prefix_routing import BalancedPrefix, CostBased, PromptTree

@@ -13,7 +13,7 @@ from omegaconf.errors import ReadonlyConfigError
 from memserve import LocalCluster, load_config
 from memserve.cluster.costs import build_cost_model, subject_of
 from memserve.compose import config_dir
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.sched.cost_model.fitted import CostFile, Provenance
 from memserve.sched.cost_model.operator import OperatorCostModel
 

@@ -30,7 +30,7 @@ FLOORS = [
     {"kvcache"},  # 2: blocks
     {"model"},  # 3: tensors
     {"sched"},  # 4: decides; names no tensor
-    {"instance", "handoff", "fetches", "served", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
+    {"instance", "handoff", "fetches", "bequest", "served", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
     {"compose", "cluster", "llm", "scripts"},  # 6: drivers
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
@@ -42,7 +42,7 @@ BESIDE = {
     "messages": {"request", "decisions"},
     "timeline": {"decisions", "request", "messages"},
     "config": {"request", "clock"},
-    "handoff": {"fetches"},
+    "handoff": {"fetches", "bequest"},
     "instance": {"handoff", "served"},
     "cluster": {"compose"},
     "llm": {"compose", "cluster"},

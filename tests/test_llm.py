@@ -9,7 +9,7 @@ import transformers
 from small_tokenizers import byte_level_tokenizer
 
 from memserve import LLM, SamplingParams
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.cluster.roster import CONTROLLER
 from memserve.compose import to_dict
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 
 MAY_DIFFER = (

@@ -15,7 +15,7 @@ from memserve.cluster.make import make, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_handoffs
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry

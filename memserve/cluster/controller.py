@@ -9,6 +9,7 @@ import numpy as np
 from memserve.clock import monotonic_ns, to_s
 from memserve.cluster.build import Engine
 from memserve.cluster.mailbox import AnyMessage, Mailbox
+from memserve.cluster.make import make
 from memserve.cluster.manager import ClusterManager, Membership
 from memserve.cluster.node_messages import (
     Alive,
@@ -64,7 +65,8 @@ class Controller:
     ) -> None:
         self._mailbox, self._roster, self._run = mailbox, roster, run
         self._scheduler = build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
-        self._members = ClusterManager(roles, build_scaling(cfg, [role for _, role in roles]), self._scheduler)
+        scaling = build_scaling(cfg, [role for _, role in roles])
+        self._members = ClusterManager(roles, scaling, self._scheduler, make(cfg.heir))
         self._client = SessionPlayer(sessions, engine.max_context, concurrency)
         self._stop_s = cfg.transfer.deadline_s + STOP_S
         self._waits = cfg.cluster.patience_s > 0  # for instances, where none is left

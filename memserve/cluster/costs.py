@@ -7,7 +7,7 @@ import torch
 from hydra.utils import get_class
 
 from memserve.cluster.make import make, maker
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.output import cpu_model, usable_cpus
 from memserve.model.llama import Llama

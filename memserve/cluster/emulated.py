@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from memserve.cluster.emulated_node import Node
-from memserve.cluster.event_queue import BEGIN, END, PEER, TIMER, Event, EventQueue
+from memserve.cluster.event_queue import BEGIN, END, TIMER, Event, EventQueue
 from memserve.cluster.index_feed import IndexFeed
 from memserve.cluster.manager import ClusterManager, Membership, Starting
+from memserve.cluster.peer_mail import next_time_ns, send_to_peers
 from memserve.cluster.step_time import StepTime
 from memserve.cluster.summary import Summary
 from memserve.instance import Instance
@@ -158,9 +159,10 @@ class EmulatedCluster:
         self._from_scheduler()
 
     def _see_off(self) -> None:
-        """Draining instances that have nothing left to do leave."""
+        """Draining instances leave to others what they have cached, and leave when they have nothing left to do."""
         for member in list(self.members.draining):
             node = self._by_label[member.label]
+            self._bequeath(node, member)
             if node.is_idle and self.members.is_idle(member):
                 node.instance.check()
                 self._departed[member.incarnation] = node.summary(self.now_ns)
@@ -169,6 +171,14 @@ class EmulatedCluster:
                 orders = self.members.left(member, self.now_ns)
                 self._part_with(node)
                 self._perform(orders)
+
+    def _bequeath(self, node: Node, member: Membership) -> None:
+        """What is cached goes to whom the manager names, if it names somebody now."""
+        inheritance = None if node.is_stopped else self.members.bequest(member)
+        if inheritance is not None and node.instance.handoffs is not None:
+            node.catch_up(self.now_ns)  # what leaves is held, and no more there for steps to come
+            node.instance.handoffs.bequest.begin(inheritance.heir, inheritance.share, self.now_ns)
+            self._poll(node)
 
     def _crash(self, label: str) -> None:
         orders = self.members.lost(label, self.now_ns)
@@ -192,11 +202,11 @@ class EmulatedCluster:
 
     def stop(self, label: str) -> None:
         """An instance does nothing until `resume`; what it has put on the wire goes on. Nobody is told."""
-        self._by_label[label].is_stopped = True
+        self._by_label[self.members.member(label).label].is_stopped = True
 
     def resume(self, label: str) -> None:
         """A stopped instance goes on with everything that has come meanwhile."""
-        node = self._by_label[label]
+        node = self._by_label[self.members.member(label).label]
         for kind, what in node.resume(self.now_ns):
             self._queue.push(self.now_ns, kind, node, what)
         self._poll(node)
@@ -220,12 +230,11 @@ class EmulatedCluster:
         """Whether anything still waits for a timer; what it was set for may have ended long ago."""
         if time_ns != node.timer_ns:
             return False
-        arrives_ns = None if self.transport is None else self.transport.due_ns().get(node.incarnation)
-        wanted_ns = [t for t in (node.next_time_ns, arrives_ns) if t is not None]
-        if wanted_ns and min(wanted_ns) <= time_ns:
+        wanted_ns = next_time_ns(node, self.transport)
+        if wanted_ns is not None and wanted_ns <= time_ns:
             return True
         node.timer_ns = None
-        self._queue.set_timer(node, min(wanted_ns, default=None), self.now_ns)
+        self._queue.set_timer(node, wanted_ns, self.now_ns)
         return False
 
     def _poll(self, node: Node) -> None:
@@ -273,19 +282,8 @@ class EmulatedCluster:
             self._to_scheduler(message)
         self._feed.send(node, self.now_ns)
         if self.transport is not None:
-            self._send_to_peers(node, self.transport)
+            send_to_peers(node, self._by_incarnation, self.transport, self.faults, self._queue, self.now_ns)
         self._queue.set_timer(node, node.next_time_ns, self.now_ns)
-
-    def _send_to_peers(self, node: Node, transport: InProcess) -> None:
-        """Puts a node's messages on the wire, and notes when anybody's moves want attention next."""
-        for peer, message in node.instance.drain_peer_outbox():
-            due_ns = self.now_ns + transport.link.message_ns
-            times = [due_ns] if self.faults is None else self.faults.times_ns(type(message).__name__, due_ns)
-            if (receiver := self._by_incarnation.get(peer)) is not None:
-                for time_ns in times:
-                    self._queue.push(time_ns, PEER, receiver, (node.incarnation, message))
-        for endpoint, due_ns in transport.due_ns().items():
-            self._queue.set_timer(self._by_incarnation[endpoint], due_ns, self.now_ns)
 
     def _to_scheduler(self, message: Message) -> None:
         self.scheduler.receive(message, self.now_ns)

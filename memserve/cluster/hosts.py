@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import Store
 from memserve.clock import monotonic_ns, to_s
 from memserve.cluster.mailbox import PATIENCE
 from memserve.cluster.roster import CONTROLLER
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 
 _LOOK_S = 0.05

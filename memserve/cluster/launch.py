@@ -26,7 +26,8 @@ from memserve.cluster.mailbox import PATIENCE, births_of, own_host
 from memserve.cluster.node_messages import Process, this_process
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.watch import watched
-from memserve.config.checks import SCHEDULER, ConfigError
+from memserve.config.checks_of_members import SCHEDULER
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, GroupShard, Shard
 

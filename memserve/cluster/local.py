@@ -20,7 +20,7 @@ from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import activity_of, report_of
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
@@ -97,7 +97,7 @@ class LocalCluster:
             self.cfg.macro_steps,
             transport,
             event_delay_ns=link.message_ns,
-            manager=ClusterManager(self._roles, scaling, scheduler),
+            manager=ClusterManager(self._roles, scaling, scheduler, make(self.cfg.heir)),
             build=partial(build_instance, self.cfg, self.engine, transport=transport),
         )
 

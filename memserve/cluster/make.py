@@ -8,7 +8,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 
 
 def make(node: Any, **arguments: Any) -> Any:

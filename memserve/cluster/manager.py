@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from memserve.metrics.report import InstanceStats
 from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.sched.heirs import Heir, NoHeir
 from memserve.sched.scaling import Add, Change, ChangeRole, Crash, Drain, Load, Scaling, Standing
 
 
@@ -36,6 +37,7 @@ class Membership:
     is_leaving: bool = False
     is_replaced: bool = False
     is_doomed: bool = False  # a crash was ordered
+    num_bequests: int = 0  # how often it was told to whom to leave what it has cached, or that nobody is there
     successor: "Membership | None" = None
 
 
@@ -47,17 +49,28 @@ class Starting:
     delay_ns: int
 
 
+@dataclass(frozen=True)
+class Inheritance:
+    """heir: an incarnation.  share: of as many blocks as a pool has in HBM, what it is offered at most."""
+
+    heir: int
+    share: float
+
+
 class ClusterManager:
-    """roles: (label, role) of the instances that are there from the start.  scheduler: told who serves.
+    """roles: (label, role) of the instances that are there from the start.  scheduler: told who serves.  heir: says who
+    gets what an instance that leaves has cached.
 
     members, labels: of all that there ever were, by incarnation.
     """
 
-    def __init__(self, roles: Sequence[tuple[str, Role]], scaling: Scaling, scheduler: GlobalScheduler) -> None:
+    def __init__(
+        self, roles: Sequence[tuple[str, Role]], scaling: Scaling, scheduler: GlobalScheduler, heir: Heir | None = None
+    ) -> None:
         self.draining: list[Membership] = []
         self.members = [Membership(i, label, role, Standing.SERVING, 0) for i, (label, role) in enumerate(roles)]
         self.labels = [label for label, _ in roles]
-        self._scaling, self._scheduler = scaling, scheduler
+        self._scaling, self._scheduler, self._heir = scaling, scheduler, heir or NoHeir()
         self._num_first = len(roles)
         self._asked_ns: int | None = None
         self._held: list[Membership] = []  # are to drain, and do when that leaves somebody of their role
@@ -137,6 +150,25 @@ class ClusterManager:
         held, self._held = self._held, []
         for member in held:
             self._drain(member)
+
+    def bequest(self, member: Membership) -> Inheritance | None:
+        """To whom a draining instance leaves what it has cached: asked for when it begins to drain, and once more when
+        `is_idle` says that it has nothing left to do; None at other times, and where there is nobody.
+
+        Raises ValueError where the policy names nobody of those that it was shown.
+        """
+        if member.num_bequests > self.is_idle(member):
+            return None
+        member.num_bequests = 1 + self.is_idle(member)
+        (leaving,) = [load for load in self._loads() if load.label == member.label]
+        here = [load for load in self._loads() if self._stands_in(self.member(load.label), member)]
+        chosen = self._heir.choose(leaving, here)
+        if chosen is None:
+            return None
+        if chosen not in [load.label for load in here]:
+            names = ", ".join(load.label for load in here) or "nobody"
+            raise ValueError(f"{type(self._heir).__name__} chose {chosen!r}: expected None, or one of {names}")
+        return Inheritance(self.member(chosen).incarnation, self._heir.share)
 
     def is_idle(self, member: Membership) -> bool:
         """Whether no request is at a draining instance, or on its way there, as far as the global scheduler knows."""

@@ -19,6 +19,7 @@ from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.node_messages import (
     BEAT_S,
     Alive,
+    Bequeath,
     Between,
     Changed,
     Gone,
@@ -195,6 +196,9 @@ class InstanceLoop:
                 self._mailbox.reconnect(message.rank)
             case Gone():
                 self._forget(message.instance)
+            case Bequeath():
+                assert self._instance.handoffs is not None, "whoever leaves something transfers KV"
+                self._instance.handoffs.bequest.begin(message.heir, message.share, self._now_ns())
             case Retire():
                 self._is_to_drain = True
             case WantSnapshot():

@@ -117,6 +117,13 @@ class Joined(msgspec.Struct, frozen=True, tag=True):
     rank: int
 
 
+class Bequeath(msgspec.Struct, frozen=True, tag=True):
+    """What is cached is to go to `heir`, an instance: in all at most `share` of as many blocks as a pool has in HBM."""
+
+    heir: int
+    share: float
+
+
 class Retire(msgspec.Struct, frozen=True, tag=True):
     """No request is on its way to this instance any more: it is to leave as soon as it has nothing left to do."""
 
@@ -203,6 +210,7 @@ NodeMessage = (
     | Resume
     | Become
     | Joined
+    | Bequeath
     | Retire
     | Left
     | Between

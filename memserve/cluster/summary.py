@@ -22,6 +22,8 @@ class Summary(msgspec.Struct, frozen=True):
     stats: InstanceStats
     sent: dict[int, TransferCounts]
     num_overtaken: int
+    num_bequeathed_tokens: int
+    num_bequests_declined: int
     num_quarantined: int
     occupancy: list[Sample]
     tracks: list[Track]
@@ -60,6 +62,8 @@ def summarize(
         stats,
         {} if handoffs is None else dict(handoffs.transfers.counts_by_peer),
         0 if handoffs is None else handoffs.num_overtaken,
+        0 if handoffs is None else handoffs.bequest.num_tokens,
+        0 if handoffs is None else handoffs.bequest.num_declined,
         0 if handoffs is None else handoffs.transfers.num_quarantined,
         occupancy.samples(end_ns),
         activity.tracks(),
@@ -86,10 +90,18 @@ def report_of(
         d_to_p=transfers[Role.DECODE, Role.PREFILL],
         between=sum((transfers[role, role] for role in Role), TransferCounts()),
         tree_counts=scheduler.groups.tree_counts(),
-        membership=manager.counts(),
+        membership={**manager.counts(), **_bequests(summaries)},
         stays_ns=manager.stays_ns(),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
+
+
+def _bequests(summaries: Sequence[Summary]) -> dict[str, int]:
+    """What those that left have left to others: tokens of KV, and prefixes that nobody took."""
+    return {
+        "bequeathed_tokens": sum(summary.num_bequeathed_tokens for summary in summaries),
+        "bequests_declined": sum(summary.num_bequests_declined for summary in summaries),
+    }
 
 
 def activity_of(summaries: Iterable[Summary], labels: Sequence[str]) -> list[ActivitySpan]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from memserve.cluster.roster import Roster
 from memserve.compose import resolve, to_yaml
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.report import Report
 from memserve.metrics.table import print_points

@@ -1,7 +1,7 @@
 """Turnover: which rank becomes which instance, in a cluster of processes. Decides nothing of who comes and goes.
 
 a rank waits -> it is to be an instance: Become -> Ready -> Joined to all, Start -> it serves
-an instance drains, and no request is on its way to it: Retire -> Left -> Gone to all; its rank waits
+an instance drains: Bequeath; no request is on its way to it: Bequeath, Retire -> Left -> Gone to all; its rank waits
 a process is there in the place of one that is gone: its rank waits, and is an instance of the same role again
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.manager import ClusterManager, Membership, Starting
-from memserve.cluster.node_messages import Become, Gone, Joined, Process, Retire, Start
+from memserve.cluster.node_messages import Become, Bequeath, Gone, Joined, Process, Retire, Start
 from memserve.cluster.roster import Roster
 from memserve.cluster.watch import Watch
 from memserve.sched.scaling import Crash, Standing
@@ -78,6 +78,9 @@ class Turnover:
         while (due_ns := self._members.next_time_ns) is not None and due_ns <= now_ns:
             self.perform(self._members.decide(), now_ns)
         for member in self._members.draining:
+            if (inheritance := self._members.bequest(member)) is not None:
+                order = Bequeath(inheritance.heir, inheritance.share)
+                self._mailbox.send(self._roster.leader(member.incarnation), order)
             if member.incarnation not in self._told and self._members.is_idle(member):
                 self._told.add(member.incarnation)
                 self._mailbox.send(self._roster.leader(member.incarnation), Retire())

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from memserve.bequest import Bequest
 from memserve.clock import to_ns
 from memserve.cluster.make import make, maker
-from memserve.config.checks import ConfigError, keeps_kv_on_gpu
+from memserve.config.checks import keeps_kv_on_gpu
+from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
@@ -25,6 +27,7 @@ from memserve.sched.cost_model.transfer import TransferCost
 from memserve.sched.fetch_policy import FetchPrices, NeverFetch
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
+from memserve.sched.heirs import NoHeir
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.routing import Policy
@@ -44,7 +47,8 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
 
 def _transfers_kv(cfg: RunConfig) -> bool:
     mode: Mode = make(cfg.mode)
-    return mode.hand_off is not None or not isinstance(make(cfg.fetch), NeverFetch)
+    fetches, bequeaths = not isinstance(make(cfg.fetch), NeverFetch), not isinstance(make(cfg.heir), NoHeir)
+    return mode.hand_off is not None or fetches or bequeaths
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:
@@ -94,7 +98,8 @@ def build_handoffs(
     )
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
     prices = FetchPrices(costs, transfer, cfg.kvcache.block_size)
-    return Handoffs(transfers, make(cfg.mode), Fetches(transfers, pool, make(cfg.fetch), prices, timeouts))
+    fetches = Fetches(transfers, pool, make(cfg.fetch), prices, timeouts)
+    return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool))
 
 
 def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:

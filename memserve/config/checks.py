@@ -1,8 +1,8 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
-from typing import Any
-
 from memserve.clock import LONGEST_S
+from memserve.config.checks_of_members import check_heir, check_member, check_scaling
+from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.request import Role
@@ -15,7 +15,6 @@ CHOICES = {
 }
 FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and their words
 ON_FAILURE = ("recompute", "fail")
-SCHEDULER = "scheduler"  # the member of a cluster that is no instance
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
 MAX_SIDE = 2**16  # of a simulated model's KV: layers, heads, elements
@@ -27,41 +26,38 @@ LINK = {  # what a link can be; a message on its way is repeated every transfer.
 }
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run as asked."""
-
-
 def check_config(cfg: RunConfig) -> None:
     """Raises ConfigError for a value out of range or a contradiction between two of them."""
     for name, allowed in CHOICES.items():
-        _require(getattr(cfg, name) in allowed, name, getattr(cfg, name), f"one of {', '.join(allowed)}")
-    _require(cfg.repeats >= 1, "repeats", cfg.repeats, "an integer >= 1")
-    _require(cfg.channels >= 1, "channels", cfg.channels, "an integer >= 1")
-    _require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
-    _require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
+        require(getattr(cfg, name) in allowed, name, getattr(cfg, name), f"one of {', '.join(allowed)}")
+    require(cfg.repeats >= 1, "repeats", cfg.repeats, "an integer >= 1")
+    require(cfg.channels >= 1, "channels", cfg.channels, "an integer >= 1")
+    require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
+    require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
     if cfg.channels > 1 and cfg.transport not in ("gloo", "nccl"):
         raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
     _check_geometry(cfg)
     _check_capacity(cfg)
     has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
-    if _class(cfg.preemption) == "SwapOut" and not has_dram:
+    if class_name(cfg.preemption) == "SwapOut" and not has_dram:
         raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
     tiered = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes is not None
-    if tiered and _class(cfg.index) == "HashIndex":
+    if tiered and class_name(cfg.index) == "HashIndex":
         raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
     _check_async_swap(cfg, bool(tiered))
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
-        _require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
+        require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
     _check_transfer(cfg)
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
     _check_fetch(cfg)
     _check_tensor_parallel(cfg)
-    _check_scaling(cfg)
-    _check_member(cfg)
+    check_scaling(cfg)
+    check_heir(cfg)
+    check_member(cfg)
 
 
 def _check_geometry(cfg: RunConfig) -> None:
@@ -70,8 +66,8 @@ def _check_geometry(cfg: RunConfig) -> None:
         return
     for name in ("num_layers", "num_kv_heads", "head_dim"):
         value = getattr(geometry, name)
-        _require(1 <= value <= MAX_SIDE, f"geometry.{name}", value, f"an integer from 1 to {MAX_SIDE}")
-    _require(geometry.dtype in DTYPES, "geometry.dtype", geometry.dtype, f"one of {', '.join(DTYPES)}")
+        require(1 <= value <= MAX_SIDE, f"geometry.{name}", value, f"an integer from 1 to {MAX_SIDE}")
+    require(geometry.dtype in DTYPES, "geometry.dtype", geometry.dtype, f"one of {', '.join(DTYPES)}")
     if cfg.tokens != "workload":
         raise ConfigError(f"geometry.num_layers={geometry.num_layers} contradicts tokens={cfg.tokens}, whose KV is "
                           "stored as it is: expected tokens=workload, or geometry=own")  # fmt: skip
@@ -80,9 +76,9 @@ def _check_geometry(cfg: RunConfig) -> None:
 def _check_capacity(cfg: RunConfig) -> None:
     """Each medium is given in blocks or in bytes."""
     kv = cfg.kvcache
-    _require(kv.num_hbm_blocks is None or kv.num_hbm_blocks >= 1, "kvcache.num_hbm_blocks", kv.num_hbm_blocks,
+    require(kv.num_hbm_blocks is None or kv.num_hbm_blocks >= 1, "kvcache.num_hbm_blocks", kv.num_hbm_blocks,
              "an integer >= 1")  # fmt: skip
-    _require(kv.num_dram_blocks >= 0, "kvcache.num_dram_blocks", kv.num_dram_blocks, "an integer >= 0")
+    require(kv.num_dram_blocks >= 0, "kvcache.num_dram_blocks", kv.num_dram_blocks, "an integer >= 0")
     for name in ("hbm_bytes", "dram_bytes"):
         value = getattr(kv, name)
         if value is None:
@@ -106,7 +102,7 @@ def _check_capacity(cfg: RunConfig) -> None:
 
 def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
     kv, sizes = cfg.kvcache, cfg.cluster.tensor_parallel
-    _require(kv.swap_ahead_blocks >= 0, "kvcache.swap_ahead_blocks", kv.swap_ahead_blocks, "an integer >= 0")
+    require(kv.swap_ahead_blocks >= 0, "kvcache.swap_ahead_blocks", kv.swap_ahead_blocks, "an integer >= 0")
     if kv.num_hbm_blocks is not None and kv.swap_ahead_blocks > kv.num_hbm_blocks:
         raise ConfigError(f"kvcache.swap_ahead_blocks={kv.swap_ahead_blocks} contradicts kvcache.num_hbm_blocks="
                           f"{kv.num_hbm_blocks}: expected no more")  # fmt: skip
@@ -125,32 +121,32 @@ def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
 def _check_transfer(cfg: RunConfig) -> None:
     for name in ("deadline_s", "patience_s", "retry_s"):
         value = getattr(cfg.transfer, name)
-        _require(SHORTEST_S <= value <= LONGEST_S, f"transfer.{name}", value,
+        require(SHORTEST_S <= value <= LONGEST_S, f"transfer.{name}", value,
                  f"seconds in [{SHORTEST_S:g}, {LONGEST_S:g}]")  # fmt: skip
     for name, (low, high) in LINK.items():
         value = cfg.link.get(name)
         if type(value) in (int, float):
-            _require(low <= value <= high, f"link.{name}", value, f"a number in [{low:g}, {high:g}]")
-    _require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
+            require(low <= value <= high, f"link.{name}", value, f"a number in [{low:g}, {high:g}]")
+    require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
-    _require(1 <= silence_s <= LONGEST_S, "cluster.silence_s", silence_s, f"seconds in [1, {LONGEST_S:g}]")
+    require(1 <= silence_s <= LONGEST_S, "cluster.silence_s", silence_s, f"seconds in [1, {LONGEST_S:g}]")
     patience_s = cfg.cluster.patience_s
-    _require(0 <= patience_s <= LONGEST_S, "cluster.patience_s", patience_s, f"seconds in [0, {LONGEST_S:g}]")
+    require(0 <= patience_s <= LONGEST_S, "cluster.patience_s", patience_s, f"seconds in [0, {LONGEST_S:g}]")
     bound = cfg.cluster.max_unfinished
-    _require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
+    require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks
-    _require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
+    require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
 
 
 def _check_model(cfg: RunConfig) -> None:
     model = cfg.model
-    _require(model.dtype in DTYPES, "model.dtype", model.dtype, f"one of {', '.join(DTYPES)}")
+    require(model.dtype in DTYPES, "model.dtype", model.dtype, f"one of {', '.join(DTYPES)}")
     for name in ("max_context", "num_threads"):
         value = getattr(model, name)
         least = 2 if name == "max_context" else 1
-        _require(value is None or value >= least, f"model.{name}", value, f"null or an integer >= {least}")
-    _require(model.fused_rows >= 0, "model.fused_rows", model.fused_rows, "an integer >= 0")
+        require(value is None or value >= least, f"model.{name}", value, f"null or an integer >= {least}")
+    require(model.fused_rows >= 0, "model.fused_rows", model.fused_rows, "an integer >= 0")
     if model.fused_rows and not model.compile:
         raise ConfigError(f"model.fused_rows={model.fused_rows} contradicts model.compile=false: expected 0")
     if cfg.tokens == "model" and (model.path is None) == (model.random is None):
@@ -197,71 +193,27 @@ def keeps_kv_on_gpu(cfg: RunConfig) -> bool:
 
 def _check_roles(cfg: RunConfig) -> None:
     known = [role.value for role in Role]
-    _require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
+    require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
     for role in cfg.cluster.roles:
-        _require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
+        require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
 
 
 def _check_fetch(cfg: RunConfig) -> None:
     """Fetching takes somebody else who is known to have more of a prompt than the instance that a request goes to."""
-    policy, mode, roles = _class(cfg.fetch), _class(cfg.mode), list(cfg.cluster.roles)
+    policy, mode, roles = class_name(cfg.fetch), class_name(cfg.mode), list(cfg.cluster.roles)
     if policy == "NeverFetch":
         return
     fetch = f"fetch={FETCHES.get(policy, policy)}"
-    if _class(cfg.index) == "NullIndex":
+    if class_name(cfg.index) == "NullIndex":
         raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected fetch=never")
-    if _class(cfg.index_source) == "NoPromptTree":
+    if class_name(cfg.index_source) == "NoPromptTree":
         raise ConfigError(f"{fetch} contradicts index_source=none: nobody knows who holds what; expected fetch=never")
     if mode == "PDBasic":
         raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected fetch=never")
     decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
-    more_may_come = _class(cfg.scaling) != "NoScaling"
+    more_may_come = class_name(cfg.scaling) != "NoScaling"
     if not (decode_holds or more_may_come) and sum(role != Role.DECODE.value for role in roles) < 2:
         raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
-
-
-def _check_scaling(cfg: RunConfig) -> None:
-    """Spare ranks are for whoever comes later; processes are of one rank then, and end by who started them."""
-    cluster, scales = cfg.cluster, _class(cfg.scaling) != "NoScaling"
-    _require(cluster.spares >= 0, "cluster.spares", cluster.spares, "an integer >= 0")
-    if cluster.spares and cfg.exec != "distributed":
-        raise ConfigError(
-            f"cluster.spares={cluster.spares} contradicts exec={cfg.exec}: expected exec=distributed, or 0"
-        )
-    if cluster.spares and not scales:
-        raise ConfigError(f"cluster.spares={cluster.spares} contradicts scaling=fixed: nobody would ever need them")
-    if not scales or cfg.exec != "distributed":
-        return
-    if cluster.store is not None and _class(cfg.scaling) == "Schedule":
-        raise ConfigError(f"scaling=schedule contradicts cluster.store={cluster.store}: who rejoins has a new number, "
-                          "and what is scheduled goes by numbers")  # fmt: skip
-    sizes = cluster.tensor_parallel
-    if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
-        raise ConfigError(f"scaling={_class(cfg.scaling)} contradicts cluster.tensor_parallel above 1: "
-                          "who comes and goes is one rank")  # fmt: skip
-
-
-def _check_member(cfg: RunConfig) -> None:
-    """Where each member of the cluster is started by itself, it is told which one it is, and where the others meet."""
-    store, member = cfg.cluster.store, cfg.cluster.member
-    if (store is None) != (member is None):
-        raise ConfigError(f"cluster.store={store} and cluster.member={member}: expected both, or neither")
-    if store is None or member is None:
-        return
-    if cfg.exec != "distributed":
-        raise ConfigError(f"cluster.store={store} contradicts exec={cfg.exec}: expected exec=distributed")
-    host, _, port = store.rpartition(":")
-    is_port = port.isdecimal() and 1 <= int(port) <= 65535
-    _require(bool(host) and is_port, "cluster.store", store, "HOST:PORT, a port of rank 0's machine")
-    last = len(cfg.cluster.roles) + cfg.cluster.spares - 1
-    is_number = member.isdecimal() and int(member) <= last
-    _require(is_number or member == SCHEDULER, "cluster.member", member,
-             f"{SCHEDULER}, or the number of an instance or of a spare from 0 to {last}")  # fmt: skip
-
-
-def _class(node: Any) -> str:
-    """The name of the class that a node describes."""
-    return str(node.get("_target_", "")).rpartition(".")[2]
 
 
 def _check_tensor_parallel(cfg: RunConfig) -> None:
@@ -269,7 +221,7 @@ def _check_tensor_parallel(cfg: RunConfig) -> None:
     sizes = {role.value: getattr(cfg.cluster.tensor_parallel, role.value) for role in Role}
     for role, size in sizes.items():
         name = f"cluster.tensor_parallel.{role}"
-        _require(size >= 1, name, size, "an integer >= 1")
+        require(size >= 1, name, size, "an integer >= 1")
         if size == 1:
             continue
         if role not in cfg.cluster.roles:
@@ -285,8 +237,3 @@ def _check_tensor_parallel(cfg: RunConfig) -> None:
             f"cluster.tensor_parallel.prefill={sizes['prefill']} and decode={sizes['decode']}: "
             "expected that one divides the other"
         )
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={value!r}: expected {allowed}")

@@ -135,5 +135,6 @@ class RunConfig:
     geometry: GeometryConfig | None = None
     sched: SchedConfig = field(default_factory=SchedConfig)
     scaling: Any = MISSING
+    heir: Any = MISSING
     workload: Any = MISSING
     tracking: Any = MISSING

@@ -183,9 +183,9 @@ class HashIndex(Index):
         return gone
 
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for leaf in self._entries.values():
-            if not leaf.children:
-                yield np.frombuffer(leaf.path(), dtype=np.int32), _blocks_of(leaf.prefix())
+        leaves = [entry for entry in self._entries.values() if not entry.children]
+        for leaf in sorted(leaves, key=self._eviction.key, reverse=True):
+            yield np.frombuffer(leaf.path(), dtype=np.int32), _blocks_of(leaf.prefix())
 
     def _find(self, tokens: np.ndarray, limit: int | None) -> list[HashEntry]:
         """The entries of the longest cached prefix of tokens[:limit]."""

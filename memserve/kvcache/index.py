@@ -90,7 +90,7 @@ class Index(ABC):
 
     @abstractmethod
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every maximal cached path: (tokens int32 [n * block_size], blocks int32 [n])."""
+        """Every maximal cached path, those first that would go last: int32 [n * block_size] tokens, their blocks."""
 
     @property
     @abstractmethod

@@ -160,7 +160,8 @@ class RadixIndex(Index):
         return gone
 
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return self._tree.iter_prefixes()
+        leaves = sorted(self._tree.leaves(), key=self._eviction.key, reverse=True)
+        return (leaf.prefix() for leaf in leaves)
 
     def _whole_blocks(self, tokens: np.ndarray, limit: int | None) -> int:
         """How many of the tokens are in whole blocks within the limit."""

@@ -41,11 +41,19 @@ class RadixNode:
 
     def path(self) -> bytes:
         """The tokens from the root to this node's end, as int32 bytes."""
-        edges, node = [self.tokens.tobytes()], self.parent
-        while node is not None:
-            edges.append(node.tokens.tobytes())
-            node = node.parent
-        return b"".join(reversed(edges))
+        return b"".join(node.tokens.tobytes() for node in self._from_root())
+
+    def prefix(self) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, blocks) from the root to this node's end: int32 [n * block_size], int [n]."""
+        nodes = self._from_root()
+        return np.concatenate([node.tokens for node in nodes]), blocks_of(nodes)
+
+    def _from_root(self) -> "list[RadixNode]":
+        """The nodes that lead here, and this one."""
+        nodes = [self]
+        while (node := nodes[-1].parent) is not None:
+            nodes.append(node)
+        return nodes[::-1]
 
 
 class Walk(NamedTuple):
@@ -125,14 +133,12 @@ class RadixTree:
         return parent
 
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Every maximal path: (tokens int32 [n * block_size], blocks int [n])."""
-        stack = [(self.root, _NO_TOKENS, NO_BLOCKS)]
-        while stack:
-            node, tokens, blocks = stack.pop()
-            tokens, blocks = np.concatenate([tokens, node.tokens]), np.concatenate([blocks, node.blocks])
-            if not node.children and len(blocks):
-                yield tokens, blocks
-            stack.extend((child, tokens, blocks) for child in node.children.values())
+        """Every maximal path, in no order: (tokens int32 [n * block_size], blocks int [n])."""
+        return (leaf.prefix() for leaf in self.leaves())
+
+    def leaves(self) -> Iterator[RadixNode]:
+        """The nodes that nothing continues, in no order."""
+        return (node for node in subtree(self.root) if not node.children and node is not self.root)
 
     def _num_shared(self, wanted: np.ndarray, found: np.ndarray) -> int:
         """Leading tokens that two arrays of one length have in common."""

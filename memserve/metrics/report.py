@@ -25,7 +25,7 @@ STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 
 _NO_TRANSFERS = TransferCounts()
-_NOBODY_CAME = {"joined": 0, "left": 0, "lost": 0, "switched": 0}
+_NOBODY_CAME = {"joined": 0, "left": 0, "lost": 0, "switched": 0, "bequeathed_tokens": 0, "bequests_declined": 0}
 _NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
 
 
@@ -92,8 +92,8 @@ def build_report(
     wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
     p_to_d, d_to_p: sent by prefill instances to decode instances, and back.  between: by those of one role.
     tree_counts: of the global scheduler's prompt trees.
-    membership: instances that came and went.  stays_ns: from when until when each was there, those included of which
-    `instances` has no row; None: as the rows say.
+    membership: instances that came and went, and what they left to others.  stays_ns: from when until when each was
+    there, those included of which `instances` has no row; None: as the rows say.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
     window = formulas.window_ns(timelines)

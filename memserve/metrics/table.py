@@ -234,10 +234,11 @@ def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
     return {"tokens in vain": text} if computed or generated else {}
 
 
-def _membership_text(membership: Mapping[str, float]) -> dict[str, str]:
+def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
     """Who came and went, and for how long instances were there together, if anybody did."""
-    changes = ", ".join(f"{_count(membership[key])} {key}" for key in ("joined", "left", "lost") if membership[key])
-    return {"instances": f"{changes}; {format_figure(membership['instance_s'], 'seconds')} in all"} if changes else {}
+    changes = ", ".join(f"{_count(m[key])} {key}" for key in ("joined", "left", "lost") if m[key])
+    left = f", {_count(m['bequeathed_tokens'])} tokens left to others" * bool(m["bequeathed_tokens"])
+    return {"instances": f"{changes}; {format_figure(m['instance_s'], 'seconds')} in all{left}"} if changes else {}
 
 
 def _transfer_texts(report: Report) -> dict[str, str]:

@@ -24,6 +24,7 @@ from memserve.messages import (
     Dispatch,
     Finished,
     HandoffFailed,
+    Inherited,
     Message,
     Redirect,
     Submit,
@@ -100,6 +101,8 @@ class GlobalScheduler:
                 self._answer(message, now_ns)
             case HandoffFailed():
                 self._handoff_failed(message, now_ns)
+            case Inherited():
+                self.groups.inherited(message.instance, message.tokens, now_ns)
             case _:
                 raise TypeError(f"the global scheduler takes no {type(message).__name__}")
 
@@ -213,8 +216,7 @@ class GlobalScheduler:
     def _abort(self, routed: Routed) -> None:
         """Stops the present attempt wherever it may be."""
         abort = Abort(routed.submit.request_id, routed.timeline.attempt)
-        for group, place in self.groups.places(routed):
-            self._outbox.append((group.labels[place.row], abort))
+        self._outbox += [(group.labels[place.row], abort) for group, place in self.groups.places(routed)]
 
     def _answer(self, message: Tokens | Finished, now_ns: int) -> None:
         routed = self._current(message.request_id, message.attempt)

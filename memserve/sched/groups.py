@@ -89,6 +89,12 @@ class Groups:
             if role is not Role.DECODE or routed.num_generated > 1:  # one alone is the prefill's
                 self.learn(routed, role, routed.num_generated, now_ns)
 
+    def inherited(self, label: str, tokens: bytes, now_ns: int) -> None:
+        """An instance has cached what another left to it."""
+        for group in self.all:
+            if (row := group.row_of(label)) is not None and group.is_here(label):
+                group.tree.learn(row, tokens, now_ns)
+
     @property
     def follow_events(self) -> bool:
         """Whether they want `index_changed` and `index_snapshot`."""

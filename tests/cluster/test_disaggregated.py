@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memserve import LocalCluster, load_config
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.handoff import GivenBack
 from memserve.messages import Ask, Cancel, pack_tokens
 from memserve.request import FinishReason

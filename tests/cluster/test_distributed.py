@@ -13,7 +13,7 @@ from cluster.survival import found_by
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.launch import check_world, find_place
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 
 TESTS = Path(__file__).resolve().parents[1]
 WORKLOAD = [

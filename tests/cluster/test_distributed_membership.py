@@ -14,7 +14,7 @@ from memserve import LocalCluster, load_config
 from memserve.cluster.roster import Roster
 from memserve.cluster.turnover import Vacancies
 from memserve.cluster.wiring import build_scaling
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.request import Role
 
 WORKLOAD = [
@@ -30,10 +30,11 @@ COMES_AND_GOES = scheduled(
     {"at_s": 1.7, "switch": "prefill-0", "to": "decode"},
 )  # fmt: skip
 CASES = {
-    "gloo": [*PD, *COMES_AND_GOES, "transport=gloo", "granularity=by_layer", "repeats=2"],
-    "mapped": [*PD, *COMES_AND_GOES, "transport=mapped", "granularity=by_request", "fetch=always"],
+    "gloo": [*PD, *COMES_AND_GOES, "transport=gloo", "granularity=by_layer", "repeats=2", "heir=least_load"],
+    "mapped": [*PD, *COMES_AND_GOES, "transport=mapped", "granularity=by_request", "fetch=always",
+               "heir=least_load"],
     "by load": ["cluster=colocated_1", "transport=gloo", "cluster.spares=2", "scaling=by_load", "policy=least_load",
-                "scaling.full.colocated=1", "scaling.max_instances=3", "scaling.interval_s=0.1"],
+                "scaling.full.colocated=1", "scaling.max_instances=3", "scaling.interval_s=0.1", "scaling.window_s=1"],
 }  # fmt: skip
 
 pytestmark = pytest.mark.timeout(240)
@@ -56,7 +57,7 @@ def test_whoever_comes_and_goes_every_request_is_answered_right(tmp_path):
     first, second, mapped, by_load = [result["report"] for result in found]
     for report in (first, second, mapped):
         counts = {key: report["membership"][key] for key in ("joined", "left", "switched")}
-        assert counts == {"joined": 3, "left": 2, "switched": 1}
+        assert counts == {"joined": 3, "left": 2, "switched": 1} and report["membership"]["bequeathed_tokens"] > 0
         ids = [row["id"] for row in report["instances"]]
         assert ids == ["prefill-0", "decode-1", "decode-2", "prefill-3", "decode-4"]
         assert all(row["num_requests"] for row in report["instances"][2:4])

@@ -14,7 +14,7 @@ import pytest
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.emulated import EmulatedCluster
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.decisions import Holding
 from memserve.messages import Cancel, Dispatch, Fetch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record

@@ -15,7 +15,7 @@ from memserve.cluster.manager import ClusterManager
 from memserve.cluster.node_messages import Alive, Leave, Process, Retire
 from memserve.cluster.roster import Roster
 from memserve.cluster.wiring import build_global_scheduler
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.request import Role
 from memserve.sched.scaling import Add, Drain, NoScaling, Standing
 from memserve.transfer.shared_memory import host_id

@@ -64,6 +64,8 @@ def drawn(cluster, rng):
     """A change that the cluster can do now, if chance finds one."""
     here = [m for m in cluster.members.members if m.standing == "serving"]
     roles = sorted({m.role for m in cluster.members.members})
+    if not here:
+        return None
     one = here[int(rng.integers(len(here)))]
     is_needed = sum(m.role == one.role for m in here) < 2
     kind = int(rng.integers(4))

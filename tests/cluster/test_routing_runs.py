@@ -3,7 +3,7 @@
 import pytest
 
 from memserve import LocalCluster, load_config
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 
 SHARED = [
     "exec=simulated", "workload=synthetic", "workload.num_sessions=24", "workload.prefix_tokens=512",

@@ -19,7 +19,7 @@ from memserve.cluster.build import build_engine
 from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
 from memserve.cluster.launch import check_world
 from memserve.cluster.roster import Roster
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 
 MODEL = ["model=tiny", "model.random.num_attention_heads=8", "model.random.num_key_value_heads=4"]
 DISTRIBUTED = ["exec=distributed", "tokens=model", "model.num_threads=1", *MODEL]

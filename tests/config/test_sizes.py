@@ -2,7 +2,7 @@ import pytest
 
 from memserve.cluster.build import build_engine, build_instance
 from memserve.compose import load_config
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.config.sizes import parse_bytes
 from memserve.request import Role
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from memserve.kvcache import RadixIndex
+from memserve.kvcache import HashIndex, RadixIndex
 from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware
 
 
@@ -99,3 +99,14 @@ def test_lfu_counts_an_insert_that_leaves_an_edge_as_a_use_of_its_head():
     assert head.num_uses == 2 and [node.num_uses for node in head.children.values()] == [1, 1]
     index.match(tokens(1, 2, 3, 4))
     assert index.evict(5).tolist() == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("kind", [RadixIndex, HashIndex])
+@pytest.mark.parametrize(("policy", "expected"), [(LRU(), [1, 3, 2]), (FIFO(), [3, 2, 1]), (LFU(), [2, 1, 3])])
+def test_prefixes_come_in_the_order_in_which_they_would_stay(kind, policy, expected):
+    index = kind(1, np.ones(10, dtype=np.int32), policy)
+    for number in (1, 2, 3):
+        index.insert(tokens(number), np.array([number], dtype=np.int32))
+    for number in (2, 2, 3, 1):
+        index.match(tokens(number))
+    assert [int(path[0]) for path, _ in index.iter_prefixes()] == expected

@@ -5,7 +5,7 @@ import pytest
 from mini_cluster import hash_answer, hash_instance, serve
 
 from memserve import LocalCluster, load_config
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.cost_model.operator import OperatorCostModel
 from memserve.sched.swap_policy import Cheapest

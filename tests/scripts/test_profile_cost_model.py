@@ -9,7 +9,7 @@ import pytest
 from cluster.test_distributed import TESTS, torchrun
 
 from memserve import LocalCluster, load_config
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.sched.cost_model.fitted import load_cost_file
 
 SMALLEST = ["--max-context", "64", "--max-tokens", "64", "--max-batch", "2", "--repeats", "1", "--held-out", "4",

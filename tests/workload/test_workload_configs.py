@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from memserve.cluster.make import make
-from memserve.config.checks import ConfigError
+from memserve.config.errors import ConfigError
 from memserve.workload import AgentWorkload, ChatWorkload, DocumentQA, SyntheticWorkload, Workload
 from memserve.workload.arrivals import ClosedLoop, Gamma, Poisson
 
