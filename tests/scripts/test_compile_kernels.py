@@ -83,6 +83,15 @@ def test_machine_code_has_the_instructions_that_make_it_fast(script, kernel, siz
 
 
 @needs_triton
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (80, torch.float32)])
+def test_the_cache_write_exchanges_nothing_between_threads(script, head_dim, dtype) -> None:
+    """Queries, keys and their angles lie alike in the threads' registers: no shared memory, no waiting for others."""
+    case = next(c for c in script("compile_kernels").cases("kv_write", 90, [head_dim]) if c.dtype == dtype)
+    got = script("compile_kernels").compile_case(case).resources
+    assert got.shared_bytes == 0 and not any(name.startswith("BAR.") for name in got.instructions())
+
+
+@needs_triton
 def test_a_kernel_that_spills_or_takes_too_much_shared_memory_does_not_fit(script) -> None:
     module = script("compile_kernels")
     case = next(module.cases("row_copy", 80, [1024]))

@@ -30,8 +30,10 @@ def _kv_write_kernel(
         row_ptr = qk_ptr + token * qk_stride_T + head * D
         x = tl.load(row_ptr + d, mask=mask, other=0.0).to(tl.float32)
         other_half = tl.load(row_ptr + (d + D // 2) % D, mask=mask, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)  # with each half's sign
+        # for each head again, from the L1 cache: one row for all would have another layout, and x would change its own
+        angle = token * D + tl.broadcast_to(d, (BLOCK_H, BLOCK_D))
+        cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)  # with each half's sign
         turned = (x * cos + other_half * sin).to(qk_ptr.dtype.element_ty)
         tl.store(q_out_ptr + token * H * D + head * D + d, turned, mask=mask & (head < H))
         tl.store(cell_ptr + (head - H) * kv_stride_K + d, turned, mask=mask & (head >= H) & (slot >= 0))

@@ -23,13 +23,14 @@ def _norm_kernel(
     offsets = rows.to(tl.int64)[:, None] * E + columns
     x_offsets = (rows // W).to(tl.int64)[:, None] * x_stride_T + (rows % W)[:, None] * E + columns
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
+    # asked for before the sum is waited for: in a decode step it comes from memory, as x does, and all of it at once
+    scale = tl.load(scale_ptr + (rows % W)[:, None] * E + columns, mask=mask, other=0.0)
     if ADD:
         delta = tl.load(delta_ptr + offsets, mask=mask, other=0.0)
         x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
         tl.store(sum_ptr + offsets, x, mask=mask)
     wide = x.to(tl.float32)
     squares = tl.sum(wide * wide, axis=1)[:, None]
-    scale = tl.load(scale_ptr + (rows % W)[:, None] * E + columns, mask=mask, other=0.0)
     y = wide / tl.sqrt(squares + sum_eps) * scale
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 

@@ -22,6 +22,7 @@ from memserve.model.kernels.configs import DecodeConfig, multiprocessors_of, pow
 from memserve.model.kernels.paged_tile import attend_tile
 
 MAX_SPLITS = 32
+_COMBINE_WARPS, _COMBINE_REGISTERS = 8, 64  # so that partial results are asked for at once, not in turns
 
 
 @jit()
@@ -79,7 +80,8 @@ def _combine_kernel(
     SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     head, i = tl.program_id(0), tl.program_id(1)
-    num_kv = tl.load(lens_ptr + tl.load(requests_ptr + i)).to(tl.int32)
+    request, row = tl.load(requests_ptr + i), tl.load(rows_ptr + i)
+    num_kv = tl.load(lens_ptr + request).to(tl.int32)
     used = tl.cdiv(num_kv, _split_tokens(num_kv, MAX_SPLITS, SPLIT_TOKENS))
     s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, BLOCK_D)
     part = (i.to(tl.int64) * H + head) * num_splits + s
@@ -90,7 +92,7 @@ def _combine_kernel(
     weights = tl.exp2(logs - peak)
     total = tl.where(used > 0, tl.sum(weights, axis=0), 1.0)
     out = tl.sum(sums * weights[:, None], axis=0) / total
-    tl.store(out_ptr + (tl.load(rows_ptr + i) * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    tl.store(out_ptr + (row * H + head) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def num_splits(num_kv: np.ndarray, config: DecodeConfig) -> np.ndarray:
@@ -149,7 +151,6 @@ def paged_decode_launches(
     grid = (num_kv_heads, programs, num_rows)
     options = (config.num_warps, config.num_stages, True, config.max_registers)
     attend = KernelLaunch(_paged_decode_kernel, grid, args, constants, *options)
-    combined = {**shared, "out_ptr": out_THD}
-    return attend, KernelLaunch(
-        _combine_kernel, (num_heads, num_rows), combined, {**limits, "H": num_heads}, 4, 1, True
-    )
+    combined, of_head = {**shared, "out_ptr": out_THD}, {**limits, "H": num_heads}
+    options = (_COMBINE_WARPS, 1, True, _COMBINE_REGISTERS)
+    return attend, KernelLaunch(_combine_kernel, (num_heads, num_rows), combined, of_head, *options)
