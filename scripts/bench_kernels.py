@@ -59,6 +59,12 @@ def bandwidth(scale: Scale) -> float:
     return 2 * source.nbytes / median_s(scale, lambda: target.copy_(source))
 
 
+def reading(scale: Scale) -> float:
+    """Bytes per second that a sum of torch's reads: what only reads may pass what a copy reaches."""
+    source = torch.ones(scale.copied_bytes // 4, dtype=torch.float32, device=scale.device)
+    return source.nbytes / median_s(scale, source.sum)
+
+
 def _flash_s(scale: Scale, num_cached: int, num_new: int, batch: int) -> float:
     """Seconds of torch's flash attention of the same tokens to the same ones.
 
@@ -72,6 +78,7 @@ def _flash_s(scale: Scale, num_cached: int, num_new: int, batch: int) -> float:
 
 
 def kernels(scale: Scale, hbm: float) -> Iterator[Measured]:
+    yield Measured("reading alone: torch's sum", reading(scale) / 1e9, hbm / 1e9, "GB/s", "")
     for row_case in elementwise_cases(scale):
         yield _beside_bandwidth(scale, row_case, hbm, ">= .85")
     for batch, num_kv in scale.decodes:

@@ -158,12 +158,12 @@ def kv_write_case(scale: Scale) -> Case[RowConfig]:
     n, heads, kv_heads, head_dim = scale.num_tokens, scale.num_heads, scale.num_kv_heads, scale.head_dim
     qkv, q = scale.random(n, heads + 2 * kv_heads, head_dim), scale.random(n, heads, head_dim)
     qk, v = qkv.split((heads + kv_heads, kv_heads), 1)
-    cos = scale.random(n, 1, 2, head_dim // 2)
+    cos, sin = (scale.random(n, 1, 2, head_dim // 2) for _ in range(2))
     kv = scale.random(2, n // BLOCK_SIZE, BLOCK_SIZE, kv_heads, head_dim)
     slots = torch.randperm(n, device=scale.device)
-    num_bytes = 2 * qkv.nbytes + 2 * cos.nbytes
+    num_bytes = 2 * qkv.nbytes + cos.nbytes + sin.nbytes
     return Case(
-        "rope and cache write", num_bytes, ELEMENTWISE, lambda c: [kv_write_launch(qk, v, cos, cos, q, kv, slots, c)], q
+        "rope and cache write", num_bytes, ELEMENTWISE, lambda c: [kv_write_launch(qk, v, cos, sin, q, kv, slots, c)], q
     )
 
 

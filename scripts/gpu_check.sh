@@ -21,6 +21,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE NVIDIA_TF32_OVERRIDE # NVIDIA's images set one: float32 is to be float32
 device=cuda dry=()
 # Half a billion weights, drawn; 16 heads of 128 over 4 kv heads.
 model=(model=tiny model.random.hidden_size=2048 model.random.intermediate_size=5632 model.random.num_hidden_layers=10
