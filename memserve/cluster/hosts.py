@@ -49,9 +49,12 @@ def neighbours(hosts: Mapping[int, str], rank: int) -> list[int]:
     return [other for other in hosts if hosts[other] == hosts[rank]]
 
 
-def choose_device(neighbours: Sequence[int], rank: int) -> None:
-    """`model.device=cuda` means a GPU of the rank's own, as far as the host has them; then they share in turn."""
-    if torch.cuda.is_available():
+def choose_device(device: str, neighbours: Sequence[int], rank: int) -> None:
+    """`model.device=cuda` means a GPU of the rank's own, as far as the host has them; then they share in turn.
+
+    Who computes on a CPU takes none: choosing one would make a context on it, half a gigabyte and half a second.
+    """
+    if device.startswith("cuda") and torch.cuda.is_available():
         torch.cuda.set_device(neighbours.index(rank) % torch.cuda.device_count())
 
 

@@ -50,7 +50,7 @@ class Member:
     def serve(self) -> None:
         """All runs. Raises LeftEarly when rank 0 ends before they do, GroupBroken when another rank has gone."""
         num_threads = set_threads(self._cfg, self._neighbours)
-        choose_device(self._neighbours, self._place.rank)
+        choose_device(self._cfg.model.device, self._neighbours, self._place.rank)
         with joined(self._team, self._size, self._part, torch.device(self._cfg.model.device)) as shard:
             engine = build_engine(self._cfg, shard=shard)
             if self._part == LEADER:

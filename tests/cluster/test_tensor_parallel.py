@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+import torch
 from cluster.forked_ranks import Forked
 from cluster.survival import LIMIT_S, START_S, check, found_by, have_started, wait_for
 from cluster.test_distributed import WORKLOAD
@@ -16,7 +17,7 @@ from torch.distributed import HashStore
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.build import build_engine
-from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
+from memserve.cluster.hosts import check_one_host, choose_device, hosts_of, neighbours
 from memserve.cluster.launch import check_world
 from memserve.cluster.roster import Roster
 from memserve.config.errors import ConfigError
@@ -139,3 +140,14 @@ def test_mapped_over_two_hosts_is_refused_by_both_names():
     with pytest.raises(ConfigError, match="rank 1 is on host 'host A', rank 3 on 'host B'.*or transport=gloo"):
         check_one_host(hosts)
     check_one_host(hosts_of(store, 3, 4, "host A"))
+
+
+def test_ranks_of_a_host_take_its_gpus_in_turn_and_none_where_they_compute_on_its_cpu(monkeypatch):
+    taken = []
+    gpus = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}
+    for name, value in gpus.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for device in ("cpu", "cuda"):
+        for rank in (1, 2, 3):
+            choose_device(device, [1, 2, 3], rank)
+    assert taken == [0, 1, 0]
