@@ -6,10 +6,10 @@
     python scripts/bench_kernels.py --parts profile          # where the time of a decode step goes
     TRITON_INTERPRET=1 python scripts/bench_kernels.py --dry # without a GPU: every line runs, no figure means anything
 
-Element-wise kernels, copies, decode attention and products of few rows are bound by memory: GB/s as a share of what a
-copy of 2 GiB reaches.
+Element-wise kernels and copies are bound by memory: GB/s as a share of what a copy of 2 GiB reaches. Decode attention
+and products of few rows read, and write next to nothing: a share of what that copy or a sum reaches, whichever is more.
 Prefill is bound by products: TFLOP/s as a share of torch's flash attention on equal shapes. A decode step's limit is
-roofline.py's, from the same bandwidth. Times are medians of CUDA events, after a warm-up.
+roofline.py's, from the rate of reading. Times are medians of CUDA events, after a warm-up.
 """
 
 import argparse
@@ -77,30 +77,31 @@ def _flash_s(scale: Scale, num_cached: int, num_new: int, batch: int) -> float:
         return median_s(scale, lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
-def kernels(scale: Scale, hbm: float) -> Iterator[Measured]:
-    yield Measured("reading alone: torch's sum", reading(scale) / 1e9, hbm / 1e9, "GB/s", "")
+def kernels(scale: Scale, hbm: float, read: float) -> Iterator[Measured]:
+    """hbm, read: bytes per second of what reads and writes, and of what reads."""
+    yield Measured("the best of reading, beside a copy", read / 1e9, hbm / 1e9, "GB/s", "")
     for row_case in elementwise_cases(scale):
         yield _beside_bandwidth(scale, row_case, hbm, ">= .85")
     for batch, num_kv in scale.decodes:
         wanted = ">= .85" if batch >= 16 and num_kv >= 4096 else ""
-        yield _beside_bandwidth(scale, decode_case(scale, batch, num_kv), hbm, wanted)
+        yield _beside_bandwidth(scale, decode_case(scale, batch, num_kv), read, wanted)
     for product in itertools.chain.from_iterable(products(scale, n) for n in scale.few_rows):
-        yield _beside_bandwidth(scale, product.case, hbm, "")
+        yield _beside_bandwidth(scale, product.case, read, "")
         seconds = median_s(scale, product.apart)
-        yield Measured(f"{product.case.what}: apart", product.case.work / seconds / 1e9, hbm / 1e9, "GB/s", "")
+        yield Measured(f"{product.case.what}: apart", product.case.work / seconds / 1e9, read / 1e9, "GB/s", "")
     for shape in scale.prefills:
         case = prefill_case(scale, *shape)
         flops, flash = (case.work / s for s in (median_s(scale, case.run()), _flash_s(scale, *shape)))
         yield Measured(case.what, flops / 1e12, flash / 1e12, "TFLOP/s", ">= .7")
 
 
-def _beside_bandwidth(scale: Scale, case: Case[Any], hbm: float, wanted: str) -> Measured:
-    return Measured(case.what, case.work / median_s(scale, case.run()) / 1e9, hbm / 1e9, "GB/s", wanted)
+def _beside_bandwidth(scale: Scale, case: Case[Any], limit: float, wanted: str) -> Measured:
+    return Measured(case.what, case.work / median_s(scale, case.run()) / 1e9, limit / 1e9, "GB/s", wanted)
 
 
-def steps(scale: Scale, decoding: DecodeSteps, hbm: float, with_hf: bool) -> Iterator[Measured]:
+def steps(scale: Scale, decoding: DecodeSteps, read: float, with_hf: bool) -> Iterator[Measured]:
     """Whole decode steps, sampled tokens read: milliseconds beside the roofline's, so below is better."""
-    machine = Machine(gemm_flops=float("inf"), read_bytes=hbm)
+    machine = Machine(gemm_flops=float("inf"), read_bytes=read)
     for batch, context in scale.steps:
         limit_s = decode_work(decoding.config, np.full(batch, context), scale.dtype.itemsize).seconds(machine)
         what = f"decode step, batch {batch}, {context} tokens each"
@@ -136,11 +137,12 @@ def measure(scale: Scale, parts: Sequence[str], with_hf: bool) -> Iterator[str]:
     decoding = DecodeSteps(TINY if scale is DRY else LLAMA3_8B, scale.device, scale.num_tries)
     if "kernels" in parts or "steps" in parts:
         hbm = bandwidth(scale)
+        read = max(hbm, reading(scale))
         yield from ("| what | rate or time | limit | unit | ratio | wanted |", "|---|---|---|---|---|---|")
     if "kernels" in parts:
-        yield from (m.line for m in kernels(scale, hbm))
+        yield from (m.line for m in kernels(scale, hbm, read))
     if "steps" in parts:
-        yield from (m.line for m in steps(scale, decoding, hbm, with_hf))
+        yield from (m.line for m in steps(scale, decoding, read, with_hf))
     if "profile" in parts:
         yield from profile(scale, decoding)
 

@@ -44,6 +44,11 @@ if [[ -n $missing ]]; then
     echo "error: $python has no $missing: the head of this script says how to bring them"
     exit 1
 fi
+header='import sysconfig, sys; from pathlib import Path; sys.exit(not Path(sysconfig.get_path("include"), "Python.h").exists())'
+if [[ ${1:-} != --dry ]] && ! { command -v gcc cc clang >/dev/null && "$python" -c "$header"; }; then
+    echo "error: Triton compiles its launchers with a C compiler and Python.h, and $python finds not both"
+    exit 1
+fi
 if [[ ${1:-} == --dry ]]; then
     shift
     export TRITON_INTERPRET=1

@@ -40,11 +40,10 @@ def test_a_run_leaves_its_config_report_requests_and_environment(tmp_path):
 
 
 def test_a_bad_word_ends_with_one_line_and_leaves_no_report(tmp_path):
-    for word in ("tokens=model", "workload.path=/nowhere.jsonl"):  # refused when it is composed, and when it is built
-        done = run(*SMALL, word, f"hydra.run.dir={tmp_path}")
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert word.partition("=")[2] in done.stderr.splitlines()[-1]
-        assert not (tmp_path / "report.json").exists()
+    done = run(*SMALL, "workload.path=/nowhere.jsonl", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "/nowhere.jsonl" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(tmp_path):

@@ -83,7 +83,7 @@ def drawn(cluster, rng):
 def test_whoever_comes_and_goes_every_request_is_answered_right(name, granularity):
     system = local(*CLUSTERS[name], f"granularity={granularity}", "index_source=exact")
     num_changes = num_left = 0
-    for seed in range(4):
+    for seed in range(3):
         cluster, rng = system.cluster(), np.random.default_rng(seed)
         changes = []
 
@@ -98,14 +98,14 @@ def test_whoever_comes_and_goes_every_request_is_answered_right(name, granularit
         num_changes += len(changes)
         num_left += cluster.members.counts()["left"]
         assert all(t.attempt == 0 for t in timelines), "no request is computed twice for who leaves"
-    assert num_changes > 20 and num_left > 4
+    assert num_changes > 15 and num_left > 3
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_some_crash_meanwhile_and_what_fails_says_so(name):
     system = local(*CLUSTERS[name], "granularity=by_layer")
     num_lost = 0
-    for seed in range(4):
+    for seed in range(3):
         cluster, rng = system.cluster(), np.random.default_rng(seed)
 
         def act(cluster, rng=rng):

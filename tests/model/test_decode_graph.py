@@ -14,7 +14,9 @@ from memserve.model.llama import Llama
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
 needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="torch.compile finds no C++ compiler: install g++ or clang++")
-CONFIG = replace(SMALL, num_layers=1)
+CONFIG = replace(
+    SMALL, num_layers=1, intermediate_size=96, vocab_size=192
+)  # products of three shapes: of five it takes longer
 NUM_OUTPUT = 8
 
 
