@@ -9,7 +9,7 @@ What travels as `private` beside the KV is one of the two words below or that of
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -84,7 +84,7 @@ class Handoffs:
         """Asks for a request that is about to be prefilled; what is cached is ready in every layer at once."""
         self.drop(request.request_id, "the request starts again", now_ns)
         self._start(request, decode, now_ns, ready=False)
-        self._mark(request, request.num_computed // self._block_size, now_ns, now_ns)
+        self._mark([(request, request.num_computed // self._block_size)], now_ns, now_ns)
 
     def granted(self, request: Request) -> bool:
         """Whether the decode instance has made room."""
@@ -97,10 +97,11 @@ class Handoffs:
                 num_blocks = self._num_final(request, request.num_computed + num_new)
                 self.transfers.mark_ready(self._on_the_way[request.request_id].ticket, num_blocks, layer, now_ns)
 
-    def computed(self, request: Request, began_ns: int, ended_ns: int) -> None:
-        """A chunk was computed. Layers that `layer_written` was not told of count as written evenly over the step."""
-        if request.request_id in self._on_the_way and self.asks_at_admission:
-            self._mark(request, self._num_final(request, request.num_computed), began_ns, ended_ns)
+    def computed(self, batch: ScheduledBatch, began_ns: int, ended_ns: int) -> None:
+        """A step was computed. Layers that `layer_written` was not told of count as written evenly over it."""
+        if self.asks_at_admission:
+            here = [r for r in batch.requests if r.request_id in self._on_the_way]
+            self._mark([(r, self._num_final(r, r.num_computed)) for r in here], began_ns, ended_ns)
 
     def _num_final(self, request: Request, num_computed: int) -> int:
         """The request's leading blocks that nothing more is written into before it is handed over."""
@@ -261,11 +262,14 @@ class Handoffs:
         waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
         self.peak_waiting = max(self.peak_waiting, waiting)
 
-    def _mark(self, request: Request, num_blocks: int, began_ns: int, ended_ns: int) -> None:
-        ticket, num_layers = self._on_the_way[request.request_id].ticket, self.transfers.geometry.num_layers
+    def _mark(self, final: Sequence[tuple[Request, int]], began_ns: int, ended_ns: int) -> None:
+        """So many leading blocks of each request are final, in layer after layer: the link takes them in that order."""
+        num_layers = self.transfers.geometry.num_layers
         for layer in range(num_layers):
             ready_ns = began_ns + (ended_ns - began_ns) * (layer + 1) // num_layers
-            self.transfers.mark_ready(ticket, num_blocks, layer, ready_ns)
+            for request, num_blocks in final:
+                ticket = self._on_the_way[request.request_id].ticket
+                self.transfers.mark_ready(ticket, num_blocks, layer, ready_ns)
 
     @staticmethod
     def _word(request: Request, stats: RequestStats | None) -> bytes:

@@ -158,9 +158,9 @@ class Instance:
         """Enters the results. times_ns: int64 [num_steps], when each of the batch's steps ended."""
         sampled, ended_ns = batch.samples, int(times_ns[-1])
         self.scheduler.commit(batch, output)
+        if self.handoffs is not None:
+            self.handoffs.computed(batch, self._began_ns, ended_ns)
         for row, request in enumerate(batch.requests):
-            if self.handoffs is not None:
-                self.handoffs.computed(request, self._began_ns, ended_ns)
             if not sampled[row]:
                 continue
             served = self._served[request.request_id]

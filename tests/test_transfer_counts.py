@@ -59,6 +59,16 @@ def test_by_layer_transfers_each_chunk():
     assert counts["calls"] == 2 * NUM_LAYERS * NUM_BLOCKS * NUM_REQUESTS
 
 
+def test_by_layer_the_first_layers_of_all_requests_in_a_step_leave_before_the_last_of_any():
+    """Two prompts in one step, a layer of one on the link for 5 ms: only their last layers are left at its end."""
+    words = ["granularity=by_layer", "link.latency_s=0.0005", "link.gb_per_s=1000", "workload.num_sessions=2"]
+    step = ["workload/arrivals=closed_loop", "workload.rate=null", "cost_model.step_s=0.1"]
+    result = LocalCluster(load_config([*WORDS, *words, *step])).run_once()
+    ended_s, *others = {t.stats.prefill_end_ns / 1e9 for t in result.timelines}
+    sent_s = max(span.end_s for span in result.activity if span.to)
+    assert not others and sent_s - ended_s == pytest.approx(2 * 2 * NUM_BLOCKS * 0.0005, abs=1e-6)
+
+
 def test_a_contended_link_takes_longer_for_the_same_bytes():
     words = ["cluster=3p1d", "granularity=by_request", "workload.rate=100000", "link.gb_per_s=0.00001"]
     reports = [
