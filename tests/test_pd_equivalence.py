@@ -89,3 +89,25 @@ def test_a_decode_instance_that_preempts_computes_the_same(preemption, async_swa
     got, report = answers([*words, *more])
     assert got == expected(*more)
     assert report["preemptions"] > 0
+
+
+@pytest.mark.parametrize("mode", ["pd_basic", "pd_caching_1"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_decode_instance_that_caches_nothing_keeps_nothing_of_what_it_preempts(mode, preemption):
+    words = [f"mode={mode}", "cluster=1p1d", "kvcache.num_hbm_blocks=11", "sched.decode_headroom_blocks=0"]
+    words += [f"preemption={preemption}", *(["kvcache.num_dram_blocks=9"] if preemption == "swap" else [])]
+    more = ["workload.num_sessions=4", "workload.max_output_tokens=30", "workload.num_turns=1"]
+    got, report = answers([*words, *more])
+    assert got == expected(*more)
+    decode = report["instances"][1]
+    assert decode["preemptions"] > 0
+    assert decode["num_indexed_blocks"] == decode["num_evicted_blocks"] == 0
+
+
+def test_kv_handed_over_that_has_to_go_before_it_runs_is_a_preemption_and_no_swap():
+    words = ["mode=pd_basic", "cluster=1p1d", "kvcache.block_size=1", "kvcache.num_hbm_blocks=200"]
+    more = ["workload.num_sessions=12", "workload.max_output_tokens=40", "workload.num_turns=1", "workload.rate=20"]
+    _, report = answers([*words, *more, "sched.decode_headroom_blocks=0"])
+    decode = report["instances"][1]
+    assert decode["tokens"]["computed_on_decode"] > 0 and decode["num_swaps_dropped"] == 0
+    assert decode["preemptions"] * (50 + 24 + 40) >= decode["tokens"]["computed_on_decode"]

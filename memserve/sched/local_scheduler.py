@@ -192,10 +192,10 @@ class LocalScheduler:
 
     def _preempt(self, victim: Request) -> None:
         self.running.remove(victim)
+        self._publish(victim)
         self._preemption.preempt(victim, self.pool)
         victim.phase = Phase.WAITING
-        victim.num_preemptions += 1
-        self.counts.preemptions += 1
+        self.counts.preempted(victim)
         self.room.returning.insert(0, victim)
 
     def _drop_preempted(self, batch: ScheduledBatch) -> None:
@@ -263,14 +263,14 @@ class LocalScheduler:
         return True
 
     def _drop_swapped(self) -> bool:
-        """Lets the youngest preempted request that still holds blocks be recomputed; False when there is none.
+        """Lets the youngest request that waits and still holds blocks be recomputed; False when there is none.
 
-        Nothing runs and nothing can: what swapped requests share with each other was left in HBM and fills it.
+        Nothing runs and nothing can: what swapped requests share was left in HBM, or KV handed over here fills it.
         """
         for request in reversed(self.room.returning):
             if len(request.block_table):
                 Recompute().preempt(request, self.pool)
-                self.counts.swaps_dropped += 1
+                self.counts.dropped(request)
                 return True
         return False
 

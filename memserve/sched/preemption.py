@@ -11,27 +11,28 @@ class Preemption(ABC):
 
     @abstractmethod
     def preempt(self, request: Request, pool: BlockPool) -> None:
-        """Frees what the request holds and sets its borders to what it will have when it comes back."""
+        """Frees what the request holds and sets its borders to what it will have when it comes back.
+
+        What it had computed is in the index by now, where the mode keeps it there at all.
+        """
 
 
 class Recompute(Preemption):
-    """Drops the KV. What it had computed stays in the index until somebody needs the blocks."""
+    """Drops the KV. What of it is in the index stays there until somebody needs the blocks."""
 
     def preempt(self, request: Request, pool: BlockPool) -> None:
-        _publish(request, pool)
         pool.release_all(request.holder)
         request.block_table.truncate(0)
         request.num_computed = 0
 
 
 class SwapOut(Preemption):
-    """Moves the KV to DRAM, the partial tail too; the index keeps the full blocks, and the request holds them there.
+    """Moves the KV to DRAM, the partial tail too; what the index has of it stays there, and the request holds all.
 
     What others use as well stays in HBM. A request that DRAM has no room for is recomputed instead.
     """
 
     def preempt(self, request: Request, pool: BlockPool) -> None:
-        _publish(request, pool)
         num_used = pool.blocks_for(request.num_computed)
         pool.release(request.block_table.view[num_used:], request.holder)
         table = pool.move_out(request.block_table.view[:num_used], request.holder)
@@ -40,8 +41,3 @@ class SwapOut(Preemption):
             return
         request.block_table.truncate(0)
         request.block_table.extend(table)
-
-
-def _publish(request: Request, pool: BlockPool) -> None:
-    num_full = request.num_computed // pool.block_size
-    pool.publish(request.tokens.view[: num_full * pool.block_size], request.block_table.view[:num_full])
