@@ -230,8 +230,8 @@ class GlobalScheduler:
 
     def _stream(self, routed: Routed, message: Tokens, now_ns: int) -> None:
         timeline = routed.timeline
-        if routed.num_generated == 0 and routed.place is not None:
-            self.groups.takers.prefilled(routed.place)
+        if routed.num_generated == 0:
+            self.groups.prefilled(routed)
             self.groups.learn(routed, self.groups.taking_role, 1, now_ns)
         routed.num_generated = message.index + len(message.token_ids) // 4
         num_known = timeline.num_output - message.index  # an earlier attempt came so far

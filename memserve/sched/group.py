@@ -37,7 +37,7 @@ class Assignment:
     """A request's place in a group. row: of its instance.  num_cached: tokens it was believed to have there.
 
     work: what it still adds to that instance's `queued_work`.  queued_ns: the same in nanoseconds by the cost model.
-    longest: who was believed to have most of it, longest first.
+    longest: who was believed to have most of it, longest first.  is_counted: it is still a part of that row's load.
     """
 
     row: int
@@ -47,6 +47,7 @@ class Assignment:
     queued_ns: int
     longest: list[Holding]
     choice: RouteChoice
+    is_counted: bool = True
 
 
 def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
@@ -195,8 +196,10 @@ class Group:
         placement.work = placement.queued_ns = 0
 
     def forget(self, placement: Assignment) -> None:
-        """A request has ended, or left its instance."""
-        self._count(placement, -1)
+        """A request has ended, or left its instance; said twice, it counts once."""
+        if placement.is_counted:
+            self._count(placement, -1)
+        placement.is_counted = False
 
     def _longest(self, rows: np.ndarray, num_cached: np.ndarray) -> list[Holding]:
         """The instances of some rows that have anything, at most NUM_HOLDINGS. num_cached: int64 [n], of these rows."""

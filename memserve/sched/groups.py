@@ -69,6 +69,15 @@ class Groups:
         named = [group.labels[place.row] for group, place in self.places(routed)]
         return named[-1 if routed.num_generated else 0] if named else None
 
+    def prefilled(self, routed: Routed) -> None:
+        """A request has its first token: it waits in no queue, and where others decode it is its first instance's load
+        no more.
+        """
+        if routed.place is not None:
+            self.takers.prefilled(routed.place)
+            if self.decode is not None:
+                self.takers.forget(routed.place)
+
     def forget(self, routed: Routed) -> None:
         """A request's attempt has ended."""
         for group, place in self.places(routed):

@@ -176,7 +176,7 @@ def test_who_joins_gets_requests_once_it_has_started_and_who_drains_gets_no_more
 
 def test_one_that_comes_back_in_another_role_has_a_new_name_and_an_empty_pool():
     changes = [{"at_s": 0.1, "switch": "decode-3", "to": "prefill"}]
-    words = [*CLUSTERS["caching 3"], *BUSY, *scheduled(*changes, switch_s=0.05)]
+    words = [*CLUSTERS["caching 3"], *BUSY, "policy=round_robin", *scheduled(*changes, switch_s=0.05)]
     cluster = local(*words).cluster()
     timelines = play(cluster)
     assert all(t.succeeded for t in timelines)
