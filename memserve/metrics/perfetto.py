@@ -15,8 +15,9 @@ Event = dict[str, Any]
 REQUESTS = 1  # the process of the requests; instances follow
 STEPS = 0  # the thread of an instance's steps
 _US_PER_S = 1e6
-PHASES = (  # of a request: name, the record's key for its begin, and for its end
-    ("queue", "queued_s", "first_scheduled_s"),
+PHASES = (  # of a request: name, and when it begins and ends: a record's keys, or from when it waited for a step
+    ("fetch", "queued_s", "fetch_end_s"),
+    ("queue", "waits_from_s", "first_scheduled_s"),
     ("prefill", "first_scheduled_s", "prefill_end_s"),
     ("grant wait", "prefill_end_s", "granted_s"),
     ("transfer", "granted_s", "received_s"),
@@ -72,8 +73,10 @@ def _request(record: Mapping[str, Any], number: int) -> Iterator[Event]:
     figures = {key: record[key] for key in shown}
     yield from _asynchronous(name, REQUESTS, number, record["arrival_s"], record["finished_s"], figures)
     handed_over = record["decode_scheduled_s"] is not None
-    for phase, begin, end in PHASES if handed_over else (*PHASES[:2], DECODE_HERE):
-        start_s, end_s = record[begin], record[end]
+    waits_from_s = record["queued_s"] if record["fetch_end_s"] is None else record["fetch_end_s"]
+    times_s = {**record, "waits_from_s": waits_from_s}
+    for phase, begin, end in PHASES if handed_over else (*PHASES[:3], DECODE_HERE):
+        start_s, end_s = times_s[begin], times_s[end]
         if start_s is not None and end_s is not None and end_s >= start_s:
             yield from _asynchronous(phase, REQUESTS, number, start_s, end_s, {})
 

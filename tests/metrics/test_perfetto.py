@@ -50,3 +50,12 @@ def test_the_blocks_of_every_instance_are_counted_over_time():
     result, _, events = events_of("cluster=colocated_2")
     assert sum(e["ph"] == "C" for e in events) == len(result.occupancy)
     assert all("free" not in e["args"] for e in events if e["ph"] == "C")
+
+
+def test_who_waits_for_kv_of_another_instance_fetches_before_it_queues():
+    _, records, events = events_of("cluster=colocated_2", "fetch=always", "link=ethernet_10g")
+    fetched = {f"{REQUESTS}/{n}": r for n, r in enumerate(records) if r["fetch_end_s"] is not None}
+    begins_us = {(e["id"], e["name"]): e["ts"] for e in events if e["ph"] == "b"}
+    assert fetched and {key for key, name in begins_us if name == "fetch"} == set(fetched)
+    assert all(begins_us[key, "fetch"] == record["queued_s"] * 1e6 for key, record in fetched.items())
+    assert all(begins_us[key, "queue"] == record["fetch_end_s"] * 1e6 for key, record in fetched.items())
