@@ -139,8 +139,7 @@ class Instance:
         self._add_fetched(now_ns)
         self._began_ns = now_ns
         batch = self.scheduler.schedule()
-        if self._ask_for_admitted(now_ns) and batch is None:
-            batch = self.scheduler.schedule()
+        self._ask_for_admitted(now_ns)
         for request in batch.requests if batch is not None else ():
             served = self._served[request.request_id]
             served.first_scheduled_ns = now_ns if served.first_scheduled_ns is None else served.first_scheduled_ns
@@ -229,17 +228,12 @@ class Instance:
         del self._served[request.request_id]
         self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, served.stats(self.label)))
 
-    def _ask_for_admitted(self, now_ns: int) -> bool:
-        """By layer, the hand-off is asked for before the first chunk. True if a request need not wait for a grant."""
-        go_on = False
+    def _ask_for_admitted(self, now_ns: int) -> None:
+        """By layer, the hand-off is asked for before the first chunk."""
         for request in self.scheduler.drain_admitted():
             served = self._served[request.request_id]
             assert self.handoffs is not None and served.decode is not None
-            if request.max_num_tokens == request.num_prompt + 1:  # its only token is the prefill's
-                request.on_hold, go_on = False, True
-            else:
-                self.handoffs.admitted(request, served.decode, now_ns)
-        return go_on
+            self.handoffs.admitted(request, served.decode, now_ns)
 
     def _hand_off(self, served: Served, now_ns: int) -> None:
         """The first token is there: the rest is the decode instance's."""

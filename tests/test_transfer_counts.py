@@ -69,6 +69,15 @@ def test_by_layer_the_first_layers_of_all_requests_in_a_step_leave_before_the_la
     assert not others and sent_s - ended_s == pytest.approx(2 * 2 * NUM_BLOCKS * 0.0005, abs=1e-6)
 
 
+def test_an_answer_of_one_token_is_handed_to_nobody_and_waits_for_no_grant_by_layer():
+    """Beside another prompt that is computed in chunks."""
+    words = ["workload.max_output_tokens=1", "workload.rate=100", "sched.chunk_size=16"]
+    by_layer, by_request = (
+        LocalCluster(load_config([*WORDS, *words, f"granularity={g}"])).run() for g in ("by_layer", "by_request")
+    )
+    assert by_layer["ttft_s"] == by_request["ttft_s"] and by_layer["transfers"] == by_request["transfers"]
+
+
 def test_a_contended_link_takes_longer_for_the_same_bytes():
     words = ["cluster=3p1d", "granularity=by_request", "workload.rate=100000", "link.gb_per_s=0.00001"]
     reports = [

@@ -36,7 +36,7 @@ class InstanceStats:
     id: its label.  role: a Role.  busy_ns: time spent in steps.  num_evicted_blocks: index blocks given up for space.
     num_swapped_out_blocks, num_swapped_in_blocks: blocks moved to DRAM and back.  num_swaps_dropped: requests that were
     preempted to DRAM and had to be recomputed after all.
-    num_blocks: size of its pool.  peak_used_blocks: most blocks that anyone held at a time.  num_indexed_blocks: blocks
+    num_blocks: size of its pool.  peak_used_blocks: most that anyone but the index held at a time.  num_indexed_blocks:
     in the index at the end.  peak_waiting_handoffs: most requests that waited at a time for a decode instance's room.
     num_computed, num_generated: all tokens that it prefilled and generated, whatever came of their requests.
     joined_ns, left_ns: when it came and went, on the cluster's clock; None: it is there at the end.

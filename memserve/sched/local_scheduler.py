@@ -33,8 +33,8 @@ class LocalScheduler:
 
     token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
     max_running: most requests admitted at once.  publishes: what is computed here enters the index.
-    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.
-    holds_admitted: a request that is admitted waits, in `drain_admitted`, until its `on_hold` is taken off.
+    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.  holds_admitted: a request that is to be
+    handed over waits when it is admitted, in `drain_admitted`, until its `on_hold` is taken off.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class LocalScheduler:
         self.room.remove(request)
         self.running.append(request)
         request.phase = Phase.RUNNING
-        request.on_hold = self._holds_admitted
+        request.on_hold = self._holds_admitted and request.max_num_tokens > request.num_prompt + 1
         if request.on_hold:
             self._admitted.append(request)
 
