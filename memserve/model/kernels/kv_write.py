@@ -22,6 +22,7 @@ def _kv_write_kernel(
     NUM_PARTS: tl.constexpr = NUM_QK_PARTS + (K + BLOCK_H - 1) // BLOCK_H  # of a token in turn, as they lie in memory
     token, part = (tl.program_id(0) // NUM_PARTS).to(tl.int64), tl.program_id(0) % NUM_PARTS
     slot = tl.load(slots_ptr + token)  # int64; negative: a padding row, which writes nowhere
+    is_real = tl.zeros([1, 1], tl.int64) + slot >= 0  # as a block: Triton 3.9's interpreter takes no scalar for a mask
     cell_ptr = kv_ptr + (slot // BLOCK_SIZE) * kv_stride_N + (slot % BLOCK_SIZE) * kv_stride_B
     d = tl.arange(0, BLOCK_D)[None, :]
     if part < NUM_QK_PARTS:
@@ -36,10 +37,10 @@ def _kv_write_kernel(
         sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32)  # with each half's sign
         turned = (x * cos + other_half * sin).to(qk_ptr.dtype.element_ty)
         tl.store(q_out_ptr + token * H * D + head * D + d, turned, mask=mask & (head < H))
-        tl.store(cell_ptr + (head - H) * kv_stride_K + d, turned, mask=mask & (head >= H) & (slot >= 0))
+        tl.store(cell_ptr + (head - H) * kv_stride_K + d, turned, mask=mask & (head >= H) & is_real)
     else:
         head = ((part - NUM_QK_PARTS) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
-        mask = (head < K) & (d < D) & (slot >= 0)
+        mask = (head < K) & (d < D) & is_real
         v = tl.load(v_ptr + token * v_stride_T + head * D + d, mask=mask, other=0.0)
         tl.store(cell_ptr + kv_stride_2 + head * kv_stride_K + d, v, mask=mask)
 
