@@ -152,7 +152,7 @@ def _largest(logits_RV: torch.Tensor, n: int) -> torch.Tensor:
 def _check_finite(finite: np.ndarray, largest_R: torch.Tensor) -> None:
     """NaN counts as the largest value, so one look at each row's largest finds it. finite: of each row, 0 or 1."""
     if not finite.all():
-        row = int(finite.argmin())
+        row = int(np.argmin(finite))
         value = float(largest_R[row])
         raise InvalidLogits(f"row {row} of {len(finite)}: the largest logit is {value}, expected a finite number")
 

@@ -71,7 +71,7 @@ def nonnegative_least_squares(a_MN: np.ndarray, b_M: np.ndarray) -> np.ndarray:
         gradient_N = np.where(free_N, -np.inf, a_MN.T @ (b_M - a_MN @ x_N))
         if gradient_N.max() <= 1e-10:
             break
-        free_N[gradient_N.argmax()] = True
+        free_N[np.argmax(gradient_N)] = True
         x_N = _solve_free(a_MN, b_M, x_N, free_N)
     result: np.ndarray = x_N / scales_N
     return result

@@ -89,7 +89,7 @@ class OperatorCostModel(CostModel):
         return max(seconds, 0.0)
 
     def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
-        seconds = self._linear(num_new.sum()) + self._attention(num_cached, num_new).sum()
+        seconds: np.ndarray = self._linear(num_new.sum(keepdims=True)) + self._attention(num_cached, num_new).sum()
         num_decoding = np.count_nonzero(num_new == 1)
         if 0 < num_decoding < len(num_new):
             seconds = seconds + self._terms[TERMS.index("mixed_s")]
