@@ -19,6 +19,7 @@ import gc
 
 gc.disable()  # what is imported is no garbage; to look for some in it is a quarter of the time that a process starts in
 
+import atexit
 import logging
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ from memserve.model.parallel import GroupBroken
 
 gc.freeze()
 gc.enable()
+atexit.register(gc.unfreeze)  # what is imported ends with the process: Triton 3.9 says of each piece that does not
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="run")

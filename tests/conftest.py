@@ -17,6 +17,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(7_000)
 
 
+def pytest_unconfigure() -> None:
+    """The process ends: Triton 3.9 says of each piece of it that is kept from that."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def same_numbers_each_run() -> None:
     """A bound on what is drawn holds for every draw of a test or for none."""
