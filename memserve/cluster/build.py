@@ -1,6 +1,7 @@
 """Build: from a RunConfig to the objects that run it. Knows every part's constructor and no loop."""
 
 import gc
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
-from memserve.kvcache.index import NullIndex
+from memserve.kvcache.index import Index, NullIndex
 from memserve.kvcache.layout import CacheGeometry, what_fits
 from memserve.model.byte_tokenizer import ByteTokenizer
 from memserve.model.llama import Llama, load_model
@@ -37,7 +38,7 @@ from memserve.request import Role, Runner
 from memserve.sched.admission import Limits
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.sched.modes import Mode
+from memserve.sched.modes import Mode, check_mode
 from memserve.trace_runner import TraceRunner
 from memserve.transfer.transport import Transport
 
@@ -246,9 +247,17 @@ def eos_token_ids(engine: Engine) -> Collection[int]:
 
 
 def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
-    """Makes an instance's index; the eviction order goes to the kinds of index that evict, with its prices."""
-    target = maker(cfg.index)
-    if target.func is NullIndex:
+    """Makes an instance's index; the eviction order goes to the kinds of index that ask for it, with its prices.
+
+    Raises ConfigError for a DRAM tier under an index that could not tell where its blocks have gone.
+    """
+    target, kv = maker(cfg.index), cfg.kvcache
+    kind = cast(type[Index], target.func)
+    if (kv.num_dram_blocks or kv.dram_bytes is not None) and not (kind.moves_blocks or issubclass(kind, NullIndex)):
+        raise ConfigError(
+            f"index={kind.__name__} contradicts a DRAM tier: its blocks cannot be followed when they move"
+        )
+    if "eviction" not in inspect.signature(kind).parameters:
         return cast(IndexFactory, target)
     return cast(IndexFactory, partial(target, eviction=make(cfg.eviction, **price_of_attention(cfg.eviction, costs))))
 
@@ -260,8 +269,12 @@ def build_step_time(cfg: RunConfig, engine: Engine) -> StepTime:
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
-    """(label, role) of each instance. Raises ConfigError if the mode needs other roles."""
+    """(label, role) of each instance. Raises ConfigError if the mode needs other roles, or is none."""
     mode: Mode = make(cfg.mode)
+    try:
+        check_mode(mode)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     roles = [Role(role) for role in cfg.cluster.roles]
     if frozenset(roles) != mode.roles:
         needed = ", ".join(sorted(mode.roles))

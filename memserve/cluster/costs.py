@@ -22,10 +22,13 @@ SHAPE = (
 def build_cost_model(cfg: RunConfig, model: Llama | None) -> CostModel:
     """The run's cost model. model: what computes here; None where nothing does.
 
-    Raises ConfigError for costs of another machine or model.
+    Raises ConfigError for costs of another machine or model, and for those without a price of swaps.
     """
     costs: CostModel = make(cfg.cost_model)
     costs.block_size = cfg.kvcache.block_size
+    if not hasattr(costs, "swap_block_s"):
+        name = type(costs).__name__
+        raise ConfigError(f"cost_model={name} has no swap_block_s: expected seconds of a block between HBM and DRAM")
     try:
         costs.check(subject_of(cfg, model))
     except ValueError as error:

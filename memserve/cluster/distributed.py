@@ -30,7 +30,7 @@ from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
 from memserve.model.parallel import GroupBroken
 from memserve.transfer.shared_memory import host_id
-from memserve.workload.session import Workload
+from memserve.workload.session import Workload, sessions_of
 
 
 class DistributedCluster:
@@ -93,7 +93,7 @@ class DistributedCluster:
         """Rank 0's part of `play`."""
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
-        sessions = workload.sessions(engine.tokenizer, self.cfg.seed)
+        sessions = sessions_of(workload, engine.tokenizer, self.cfg.seed)
         results: list[Result] = []
         for number in range(self.cfg.repeats):
             missing = dict(results[-1].missing) if results else {}

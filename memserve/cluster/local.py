@@ -28,7 +28,7 @@ from memserve.metrics.report import Report
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
-from memserve.workload.session import Session, Workload
+from memserve.workload.session import Session, Workload, sessions_of
 
 
 class LocalCluster:
@@ -47,7 +47,7 @@ class LocalCluster:
         self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
         self._step_time = build_step_time(cfg, self.engine)
-        self._sessions: list[Session] = workload.sessions(self.engine.tokenizer, cfg.seed)
+        self._sessions: list[Session] = sessions_of(workload, self.engine.tokenizer, cfg.seed)
         self.memory = describe_pool(cfg, self.engine)
         built = self._build()  # a pool that does not fit fails here, and a policy that contradicts its index source
         self._built = None if self._step_time.is_measured else built  # a warm-up needs the memory of its pools

@@ -91,6 +91,8 @@ class ClusterManager:
             )
         self._asked_ns = due_ns
         changes = self._scaling.changes(self._loads(), due_ns)
+        if not isinstance(changes, Sequence):
+            raise ValueError(f"{type(self._scaling).__name__} says {changes!r}: expected a list of changes")
         return self.begin([change for change in changes if not self._comes_too_late(change)], due_ns)
 
     def _comes_too_late(self, change: Change) -> bool:

@@ -219,7 +219,7 @@ class LocalScheduler:
     def _start_with_prefix(self, request: Request) -> bool:
         """Retains the cached prefix and swaps it in, as far as the policy says; the rest is computed."""
         found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
-        cached = found.blocks[: self._swap.num_to_use(found.blocks, self.pool.num_blocks, request.num_tokens)]
+        cached = self._swap.used(found.blocks, self.pool.num_blocks, request.num_tokens)
         if (swap := self.pool.swap_in_of(cached)) is not None:
             self.room.park(request, swap, is_own=False)
             return True

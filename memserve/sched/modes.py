@@ -133,3 +133,20 @@ class PDCaching3(PDCaching2):
     def held_after(self, num_prompt: int, num_generated: int) -> dict[Role, int]:
         held = num_prompt + max(num_generated - 1, 0)
         return {Role.PREFILL: held, Role.DECODE: held}
+
+
+def check_mode(mode: Mode) -> None:
+    """Raises ValueError for a mode whose steps its roles cannot take."""
+    name, roles = type(mode).__name__, getattr(mode, "roles", frozenset[Role]())
+    if roles not in (Colocated.roles, PDBasic.roles):
+        raise ValueError(f"{name}.roles={set(roles)}: expected {set(Colocated.roles)} or {set(PDBasic.roles)}")
+    apart = roles == PDBasic.roles
+    at_prefill_end: tuple[type[Step], ...] = (HandOff, Insert) if apart else (Insert,)
+    at_finish: tuple[type[Step], ...] = (Insert, GiveBack) if apart else (Insert,)
+    for method, allowed in ((mode.at_prefill_end, at_prefill_end), (mode.at_finish, at_finish)):
+        for step in method():
+            if not isinstance(step, allowed):
+                words = " or ".join(kind.__name__ for kind in allowed)
+                raise ValueError(f"{name}.{method.__name__} has {step!r}: expected {words}")
+    if apart and mode.hand_off is None:
+        raise ValueError(f"{name}.at_prefill_end={mode.at_prefill_end()}: expected a HandOff to the decode instance")

@@ -85,6 +85,8 @@ class Scaling(ABC):
     drained and comes back in another role, whose weights are there. Raises ValueError for values out of range.
     """
 
+    startup_ns = switch_ns = 0  # of a policy with a constructor of its own
+
     def __init__(self, startup_s: float = 0.0, switch_s: float = 0.0) -> None:
         self.startup_ns = to_ns(require_duration("scaling.startup_s", startup_s))
         self.switch_ns = to_ns(require_duration("scaling.switch_s", switch_s))

@@ -17,6 +17,13 @@ class SwapPolicy(ABC):
         num_tokens: of the request, those that are cached included.
         """
 
+    def used(self, blocks: np.ndarray, num_hbm_blocks: int, num_tokens: int) -> np.ndarray:
+        """Those blocks. Raises ValueError for a number that is none of theirs."""
+        num = self.num_to_use(blocks, num_hbm_blocks, num_tokens)
+        if not 0 <= num <= len(blocks):
+            raise ValueError(f"{type(self).__name__} says {num!r} blocks: expected 0 to {len(blocks)}, those cached")
+        return blocks[:num]
+
 
 class Always(SwapPolicy):
     """Swap in whatever is cached."""

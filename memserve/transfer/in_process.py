@@ -14,6 +14,7 @@ import torch
 from memserve.transfer.block_copy import copy_rows
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
+from memserve.values import require_int
 
 
 class InProcess(Transport):
@@ -49,7 +50,7 @@ class InProcess(Transport):
                 raise ValueError(f"memory {memory} of endpoint {endpoint}: it has {len(self._memories[endpoint])}")
         ports = self._ports(move)
         begun_ns = max([ready_ns, *(self._free_ns.get(port, 0) for port in ports)])
-        ended_ns = begun_ns + self.link.duration_ns(move.num_calls, move.num_bytes)
+        ended_ns = begun_ns + self._duration_ns(move)
         self._free_ns.update(dict.fromkeys(ports, ended_ns))
         self._num_posted += 1
         heapq.heappush(self._under_way, (ended_ns, self._num_posted, move_id, move, begun_ns))
@@ -75,6 +76,10 @@ class InProcess(Transport):
         """
         due = {self._under_way[0][2][0]: self._under_way[0][0]} if self._under_way else {}
         return due | dict.fromkeys(self._arrived, 0)
+
+    def _duration_ns(self, move: Move) -> int:
+        takes_ns = self.link.duration_ns(move.num_calls, move.num_bytes)
+        return require_int(f"duration_ns of {type(self.link).__name__}", takes_ns, 0)
 
     def _ports(self, move: Move) -> list[tuple[str, int, int]]:
         source, target = move.source[0], move.target[0]

@@ -15,7 +15,7 @@ import numpy as np
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_duration, require_int, require_part
-from memserve.workload.arrivals import Arrivals, Poisson
+from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.conversations import read_file
 from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
@@ -64,7 +64,7 @@ class AgentWorkload(Workload):
         records = list(iter_records(self._path, {"question": str, "steps": list}))[: self._num_sessions]
         require_enough(self._num_sessions, len(records), f"{self._path} holds {len(records)} trajectories")
         rng = np.random.default_rng(require_int("seed", seed, 0))
-        arrivals_ns = self._arrivals.times_ns(len(records), self._rate, rng)
+        arrivals_ns = arrival_times_ns(self._arrivals, len(records), self._rate, rng)
         return [
             Session(record["id"], int(arrival_ns), tuple(self._turns(where, record, few_shot, tokenizer)), _NOTHING)
             for (where, record), arrival_ns in zip(records, arrivals_ns, strict=True)

@@ -29,6 +29,16 @@ class Arrivals(ABC):
         """int64 [num_sessions], ascending: when each session arrives, in nanoseconds."""
 
 
+def arrival_times_ns(arrivals: Arrivals, num_sessions: int, rate: float | None, rng: np.random.Generator) -> np.ndarray:
+    """Its `times_ns`. Raises ValueError where they are others than those."""
+    times_ns = np.asarray(arrivals.times_ns(num_sessions, rate, rng))
+    right = times_ns.shape == (num_sessions,) and (np.issubdtype(times_ns.dtype, np.integer) or not num_sessions)
+    if not right or (np.diff(times_ns, prepend=0) < 0).any():
+        raise ValueError(f"{type(arrivals).__name__}.times_ns gave {times_ns.dtype} {times_ns}: expected int64 "
+                         f"[{num_sessions}] in nanoseconds, from 0 on and ascending")  # fmt: skip
+    return times_ns
+
+
 @dataclass(frozen=True)
 class Poisson(Arrivals):
     """Independent, exponentially distributed gaps (the paper's arrivals, section 8)."""

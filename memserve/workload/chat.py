@@ -14,7 +14,7 @@ import numpy as np
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_bool, require_choice, require_duration, require_int, require_part
-from memserve.workload.arrivals import Arrivals, Poisson
+from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
 from memserve.workload.records import require_enough
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
@@ -82,7 +82,7 @@ class ChatWorkload(Workload):
         """See Workload. Raises BadConversation with file and line, ValueError when the file holds too few."""
         conversations = list(self._conversations())
         rng = np.random.default_rng(require_int("seed", seed, 0))
-        arrivals_ns = self._arrivals.times_ns(len(conversations), self._rate, rng)
+        arrivals_ns = arrival_times_ns(self._arrivals, len(conversations), self._rate, rng)
         return [self._session(c, int(t), tokenizer) for c, t in zip(conversations, arrivals_ns, strict=True)]
 
     def _conversations(self) -> Iterator[Conversation]:

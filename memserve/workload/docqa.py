@@ -12,7 +12,7 @@ import numpy as np
 
 from memserve.request import SamplingParams
 from memserve.values import require_int, require_part
-from memserve.workload.arrivals import Arrivals, Poisson
+from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
@@ -60,7 +60,7 @@ class DocumentQA(Workload):
         ]
         require_enough(self._num_sessions, len(asked), f"{self._path} holds {len(asked)} questions")
         order = rng.permutation(len(asked))[: self._num_sessions]
-        arrivals_ns = self._arrivals.times_ns(len(order), self._rate, rng)
+        arrivals_ns = arrival_times_ns(self._arrivals, len(order), self._rate, rng)
         return [
             Session(asked[i][0], int(arrival_ns), (asked[i][1],), np.empty(0, dtype=np.int32))
             for i, arrival_ns in zip(order, arrivals_ns, strict=True)

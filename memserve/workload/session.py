@@ -7,7 +7,7 @@ KV the earlier turns left in a cache:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from memserve.clock import MAX_NS
 from memserve.request import SamplingParams
+from memserve.values import require_int
 
 ChatMessages = Sequence[Mapping[str, str]]  # each {"role": ..., "content": ...}
 
@@ -46,12 +47,19 @@ class Turn:
     """One request of a session.
 
     tokens: int32 [n]. In turn 0 the whole prompt; later what follows the assistant turn that was closed.
-    think_time_ns: from the end of the previous answer to this turn's submission; 0 in turn 0.
+    think_time_ns: from the end of the previous answer to this turn's submission; 0 in turn 0. Raises ValueError for
+    other tokens, and for a time that is no integer from 0 on.
     """
 
     tokens: np.ndarray
     params: SamplingParams
     think_time_ns: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, np.ndarray) or self.tokens.dtype != np.int32 or self.tokens.ndim != 1:
+            said = getattr(self.tokens, "dtype", type(self.tokens).__name__)
+            raise ValueError(f"tokens of a turn of {said}, shape {np.shape(self.tokens)}: expected an array, int32 [n]")
+        require_int("think_time_ns", self.think_time_ns, 0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Session:
 
     arrival_ns: when its first turn is submitted, in open loop.
     suffix: int32 [n], the tokens that close an answer.  eos_token_ids: those that an answer can end with by itself.
-    Raises ValueError when there is no turn, or when it goes on for longer than a clock can tell.
+    Raises ValueError when there is no turn, or when it goes on for longer than a clock can tell; for an arrival that is
+    no integer from 0 on.
     """
 
     session_id: str
@@ -72,6 +81,7 @@ class Session:
     def __post_init__(self) -> None:
         if not self.turns:
             raise ValueError(f"session {self.session_id!r} has no turns: expected at least one")
+        require_int(f"arrival_ns of session {self.session_id!r}", self.arrival_ns, 0)
         if self.arrival_ns + sum(turn.think_time_ns for turn in self.turns) > MAX_NS:
             raise ValueError(f"session {self.session_id!r} of {len(self.turns)} turns: its arrival and think_time_s "
                              "together are beyond 146 years, expected less")  # fmt: skip
@@ -103,3 +113,15 @@ class Workload(ABC):
     @abstractmethod
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """The sessions in order of arrival. Equal arguments give equal sessions."""
+
+
+def sessions_of(workload: Workload, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
+    """A workload's sessions. Raises ValueError where it has none, or something else."""
+    given, name = workload.sessions(tokenizer, seed), type(workload).__name__
+    sessions = list(given) if isinstance(given, Iterable) else []
+    if not sessions:
+        raise ValueError(f"{name}.sessions gave {given!r}: expected a list of sessions, at least one")
+    for session in sessions:
+        if not isinstance(session, Session):
+            raise ValueError(f"{name}.sessions gave {session!r}: expected a Session")
+    return sessions

@@ -14,7 +14,7 @@ import numpy as np
 from memserve.clock import to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_duration, require_int, require_number, require_part
-from memserve.workload.arrivals import Arrivals, Poisson
+from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.lengths import MAX_TOKENS, Fixed, Lengths
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
@@ -76,7 +76,7 @@ class SyntheticWorkload(Workload):
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Asks the tokenizer for its `vocab_size` only."""
         require_int("seed", seed, 0)
-        arrivals_ns = self._arrivals.times_ns(self._num_sessions, self._rate, _rng(seed, _ARRIVALS))
+        arrivals_ns = arrival_times_ns(self._arrivals, self._num_sessions, self._rate, _rng(seed, _ARRIVALS))
         groups = self._groups(_rng(seed, _GROUPS))
         prefixes = [
             _tokens(self._prefix_tokens, tokenizer.vocab_size, _rng(seed, _PREFIX, group))

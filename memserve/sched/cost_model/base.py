@@ -86,10 +86,16 @@ class CostModel(ABC):
         return self.swap_block_s * num_blocks * size / self.swap_block_tokens
 
     def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
-        """Nanoseconds of each of the batch's `num_steps` steps, at least 1; what was swapped comes before the first."""
+        """Nanoseconds of each of the batch's `num_steps` steps, at least 1; what was swapped comes before the first.
+
+        Raises ValueError for a step_time_s that gives no such seconds.
+        """
         num_cached = np.array([r.num_computed for r in batch.requests], dtype=np.int64)
         num_new = np.array(batch.num_new, dtype=np.int64)
-        seconds = self.step_time_s(num_cached, num_new, np.arange(batch.num_steps))
+        seconds = np.asarray(self.step_time_s(num_cached, num_new, np.arange(batch.num_steps)))
+        if seconds.shape != (batch.num_steps,) or not (seconds >= 0).all():
+            name, given = type(self).__name__, seconds.tolist()
+            raise ValueError(f"{name}.step_time_s gave {given}: expected {batch.num_steps} numbers of seconds >= 0")
         times = [max(to_ns(s), 1) for s in seconds.tolist()]
         times[0] += to_ns(self.swap_time_s(batch.num_swapped_blocks))
         return times

@@ -1,0 +1,220 @@
+"""Classes of a user's own in the place of ours: what one gets wrong is said by its name, and nothing is ignored."""
+
+import re
+
+import numpy as np
+import pytest
+
+from memserve import LocalCluster, NullIndex, RadixIndex, load_config
+from memserve.kvcache import Match
+from memserve.request import Role, SamplingParams
+from memserve.sched.cost_model.base import CostModel
+from memserve.sched.modes import Insert, PDCaching3
+from memserve.sched.scaling import Add, Scaling
+from memserve.sched.swap_policy import SwapPolicy
+from memserve.transfer.link import LinkModel
+from memserve.workload.arrivals import Arrivals
+from memserve.workload.session import Session, Turn, Workload
+
+SMALL = ["exec=simulated", "workload=synthetic", "workload.num_sessions=6", "workload.num_turns=3", "workload.rate=4"]
+APART = ["cluster=1p1d", "mode=pd_caching_3"]
+TWO_TIERS = ["kvcache.num_hbm_blocks=40", "kvcache.num_dram_blocks=200"]
+
+
+def run(*words):
+    return LocalCluster(load_config([*SMALL, *words])).run()
+
+
+def own(group, kind, options=""):
+    """The words that put a class of this file into a group's place."""
+    return [f"~{group}", f"+{group}={{_target_: {__name__}.{kind.__name__}{options}}}"]
+
+
+class Given(Workload):
+    """What it is told to give. what: a name of this file's GIVEN."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def sessions(self, tokenizer, seed):
+        return GIVEN[self.what]()
+
+
+def a_session(arrival_ns=0, dtype=np.int32):
+    return Session("a", arrival_ns, (Turn(np.arange(50, dtype=dtype), SamplingParams()),), np.zeros(0, dtype=np.int32))
+
+
+GIVEN = {
+    "nothing": list,
+    "none": lambda: None,
+    "text": lambda: ["a"],
+    "half": lambda: [a_session(arrival_ns=0.5)],
+    "before": lambda: [a_session(arrival_ns=-1)],
+    "wide": lambda: [a_session(dtype=np.int64)],
+    "generated": lambda: (session for session in [a_session()]),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("nothing", "Given.sessions gave []: expected a list of sessions, at least one"),
+        ("none", "Given.sessions gave None: expected a list of sessions, at least one"),
+        ("text", "Given.sessions gave 'a': expected a Session"),
+        ("half", "arrival_ns of session 'a'=0.5: expected an integer >= 0"),
+        ("before", "arrival_ns of session 'a'=-1: expected an integer >= 0"),
+        ("wide", "tokens of a turn of int64, shape (50,): expected an array, int32 [n]"),
+    ],
+)
+def test_what_a_workload_gives_is_played_or_refused(what, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        LocalCluster(load_config(["exec=simulated", *own("workload", Given, f", what: {what}")]))
+
+
+def test_sessions_that_are_generated_are_played_in_every_repeat():
+    words = ["exec=simulated", "repeats=2", *own("workload", Given, ", what: generated")]
+    assert LocalCluster(load_config(words)).run()["num_finished"] == 1
+
+
+class InSeconds(Arrivals):
+    def times_ns(self, num_sessions, rate, rng):
+        return [i / rate for i in range(num_sessions)]
+
+
+class TooFew(Arrivals):
+    def times_ns(self, num_sessions, rate, rng):
+        return np.arange(3)
+
+
+@pytest.mark.parametrize("kind", [InSeconds, TooFew])
+def test_arrivals_that_are_no_times_are_refused(kind):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.times_ns gave .* expected int64 \[6\] in nanoseconds"):
+        run(f"workload.arrivals._target_={__name__}.{kind.__name__}")
+
+
+class Flat(CostModel):
+    """seconds: of a step."""
+
+    swap_block_s = 0.0
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        self.seconds = seconds
+
+    def _one_s(self, num_cached, num_new):
+        return self.seconds
+
+    def _column_s(self, num_cached, num_new):
+        return np.full(len(num_new), self.seconds)
+
+    def step_time_s(self, num_cached, num_new, num_more):
+        return np.full(len(num_more), self.seconds)
+
+
+class OneNumber(Flat):
+    def step_time_s(self, num_cached, num_new, num_more):
+        return self.seconds
+
+
+class WithoutSwaps(Flat):
+    @property
+    def swap_block_s(self):
+        raise AttributeError("nobody said")
+
+
+def test_costs_that_are_no_seconds_are_refused():
+    assert run(*own("cost_model", Flat))["num_finished"] == 18
+    for words in (own("cost_model", Flat, ", seconds: -1"), own("cost_model", OneNumber)):
+        with pytest.raises(ValueError, match=r"step_time_s gave .*: expected \d+ numbers of seconds >= 0"):
+            run(*words)
+    with pytest.raises(ValueError, match="cost_model=WithoutSwaps has no swap_block_s: expected seconds of a block"):
+        run(*own("cost_model", WithoutSwaps))
+
+
+class Beyond(SwapPolicy):
+    """more: than are cached."""
+
+    def __init__(self, more: int) -> None:
+        self.more = more
+
+    def num_to_use(self, blocks, num_hbm_blocks, num_tokens):
+        return len(blocks) + self.more if self.more > 0 else self.more
+
+
+@pytest.mark.parametrize("more", [1, -1])
+def test_a_swap_policy_uses_blocks_that_are_there(more):
+    with pytest.raises(ValueError, match=r"Beyond says -?\d+ blocks: expected 0 to \d+"):
+        run(*TWO_TIERS, *own("swap", Beyond, f", more: {more}"))
+
+
+class KeepsAll(PDCaching3):
+    def at_prefill_end(self):
+        return (Insert(),)
+
+
+class SaysWords(PDCaching3):
+    def at_finish(self):
+        return ("insert",)
+
+
+class Elsewhere(PDCaching3):
+    roles = frozenset({Role.PREFILL, Role.COLOCATED})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (KeepsAll, r"KeepsAll\.at_prefill_end=.*: expected a HandOff"),
+        (SaysWords, r"SaysWords\.at_finish has 'insert': expected Insert or GiveBack"),
+        (Elsewhere, r"Elsewhere\.roles=.*: expected .*COLOCATED.* or .*"),
+    ],
+)
+def test_a_mode_whose_roles_cannot_take_its_steps_is_refused(kind, said):
+    with pytest.raises(ValueError, match=said):
+        run("cluster=1p1d", *own("mode", kind))
+
+
+class OneEntry(NullIndex):
+    """Remembers nothing, and asks for no eviction order."""
+
+    def match(self, tokens, limit=None):
+        return Match(np.empty(0, dtype=np.int32), 0)
+
+
+class StaysPut(RadixIndex):
+    moves_blocks = False
+
+
+def test_an_index_gets_an_eviction_order_if_it_asks_and_a_dram_tier_if_it_can_follow():
+    assert run(*own("index", OneEntry))["hit_ratio"] == 0
+    assert run(*own("index", StaysPut))["hit_ratio"] > 0
+    with pytest.raises(ValueError, match="index=StaysPut contradicts a DRAM tier"):
+        run(*own("index", StaysPut), *TWO_TIERS)
+
+
+class AtOne(Scaling):
+    """What it says after a second. It has a constructor of its own."""
+
+    def __init__(self, as_list: bool) -> None:
+        self.as_list = as_list
+
+    def next_time_ns(self, last_ns):
+        return 10**9 if last_ns is None else None
+
+    def changes(self, loads, now_ns):
+        return [Add(Role.COLOCATED)] if self.as_list else Add(Role.COLOCATED)
+
+
+def test_a_scaling_policy_may_have_a_constructor_of_its_own_and_says_a_list():
+    assert run(*own("scaling", AtOne, ", as_list: true"))["membership"]["joined"] == 1
+    with pytest.raises(ValueError, match=r"AtOne says Add\(.*\): expected a list of changes"):
+        run(*own("scaling", AtOne, ", as_list: false"))
+
+
+class Halves(LinkModel):
+    def duration_ns(self, num_calls, num_bytes):
+        return num_bytes / 2
+
+
+def test_a_link_takes_whole_nanoseconds():
+    with pytest.raises(ValueError, match=r"duration_ns of Halves=.*: expected an integer >= 0"):
+        run(*APART, f"link._target_={__name__}.Halves")
