@@ -218,3 +218,14 @@ class Halves(LinkModel):
 def test_a_link_takes_whole_nanoseconds():
     with pytest.raises(ValueError, match=r"duration_ns of Halves=.*: expected an integer >= 0"):
         run(*APART, f"link._target_={__name__}.Halves")
+
+
+def test_what_was_prepared_on_a_cluster_happens_when_it_is_played_and_is_in_its_report():
+    local = LocalCluster(load_config([*SMALL, "cluster=1p2d", "mode=pd_caching_3"]))
+    cluster = local.cluster()
+    cluster.call_at(300_000_000, lambda: cluster.crash("decode-1"))
+    report = local.play(cluster).report
+    assert report["num_finished"] == 18 and report["membership"]["lost"] == 1
+    for call in (cluster.stop, cluster.resume):
+        with pytest.raises(ValueError, match="instance 'nobody' is not in the cluster: expected one of prefill-0"):
+            call("nobody")

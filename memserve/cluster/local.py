@@ -63,8 +63,13 @@ class LocalCluster:
         """One run from empty pools, after a warm-up if it is measured; checks every instance's books at its end."""
         if self._step_time.is_measured:
             self._warm_up()
-        cluster, started_ns = self.cluster(), monotonic_ns()
-        player = cluster.client
+        return self.play(self.cluster(), progress)
+
+    def play(self, cluster: EmulatedCluster, progress: Progress | None = None) -> Result:
+        """Drives one of this configuration's clusters to its end, with all that was prepared on it (`call_at`,
+        `faults`); checks every instance's books then.
+        """
+        player, started_ns = cluster.client, monotonic_ns()
         while cluster.advance():
             if progress is not None:
                 progress.update(player.counts.turns_ended, player.counts.num_turns, to_s(cluster.now_ns))
@@ -78,7 +83,9 @@ class LocalCluster:
         return Result(report, timelines, occupancy, activity_of(summaries, cluster.members.labels))
 
     def cluster(self) -> EmulatedCluster:
-        """The cluster with empty pools before its first event, for who wants to drive it alone (`advance`)."""
+        """The cluster with empty pools before its first event, for who prepares something (`call_at`) and has it played
+        (`play`), or drives it alone (`advance`).
+        """
         built, self._built = self._built, None
         return built if built is not None else self._build()
 
