@@ -22,6 +22,8 @@ class Arena:
     def __init__(
         self, layout: Layout, geometry: CacheGeometry, num_blocks: int, device: torch.device, *, pinned: bool = False
     ) -> None:
+        if not isinstance(layout, Layout):
+            raise ValueError(f"layout={layout!r}: expected an object of a Layout, such as DiscreteLayout()")
         self.layout, self.geometry, self.num_blocks = layout, geometry, num_blocks
         self.num_bytes = num_blocks * geometry.block_bytes
         self._memory: SharedMemory | None = None

@@ -28,8 +28,7 @@ class IndexFactory(Protocol):
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens in HBM, `num_dram_blocks` in DRAM, and the index over what they cache.
 
-    engine: copies contents between blocks; by default there are none to copy.  Raises ValueError for sizes out of
-    range.
+    engine: copies contents between blocks; by default none.  Raises ValueError for sizes out of range, and no index.
     """
 
     def __init__(
@@ -41,6 +40,8 @@ class BlockPool:
         num_dram_blocks: int = 0,
         engine: CopyEngine | None = None,
     ) -> None:
+        if not callable(index):
+            raise ValueError(f"index={index!r}: expected what makes an index, such as the class RadixIndex")
         self.block_size = require_block_size(block_size)
         self.allocator = Allocator(num_blocks, num_dram_blocks)
         self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)

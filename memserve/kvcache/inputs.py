@@ -21,7 +21,7 @@ def count_of(value: int, name: str = "num_blocks", most: int | None = None) -> i
 def medium_of(value: Medium | int) -> Medium:
     """A medium, or its number."""
     if isinstance(value, bool) or not isinstance(value, int) or value not in set(Medium):
-        raise ValueError(f"medium={value!r}: expected {' or '.join(map(str, Medium))}")
+        raise ValueError(f"medium={value!r}: expected {' or '.join(map(repr, Medium))}")
     return Medium(value)
 
 

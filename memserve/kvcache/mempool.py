@@ -262,7 +262,7 @@ class MemPool:
 
     def poll(self, now_ns: int) -> list[Ticket]:
         """Sets the time of the calls that follow, in ns; returns the tickets that have ended since the last call."""
-        self._now_ns = now_ns
+        self._now_ns = now_ns = count_of(now_ns, "now_ns")
         self.blocks.poll(now_ns)
         swapped = self._swaps.drain_ended()
         return swapped if self._transfers is None else swapped + self._transfers.poll(now_ns)

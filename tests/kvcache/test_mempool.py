@@ -8,9 +8,11 @@ from memserve.kvcache import (
     AggregatedLayout,
     CacheGeometry,
     DiscreteLayout,
+    MemPool,
     NotHeld,
     NullIndex,
     OutOfBlocks,
+    RadixIndex,
     StaleAddress,
     address,
 )
@@ -245,3 +247,16 @@ def test_the_peak_counts_cached_blocks_that_requests_use():
     for tokens in ([1] * 8, list(range(8))):
         pool.retain(pool.match(tokens).addrs, holder=("again", tokens[1]))
     assert pool.stats().peak_used == 4
+
+
+def test_what_is_no_layout_no_index_no_medium_and_no_time_is_refused_by_its_value():
+    with pytest.raises(ValueError, match=r"layout='discrete': expected an object of a Layout"):
+        MemPool(GEOMETRY, "discrete", 4, RadixIndex)
+    with pytest.raises(ValueError, match=r"index='radix': expected what makes an index"):
+        MemPool(GEOMETRY, DiscreteLayout(), 4, "radix")
+    pool = make_pool()
+    with pytest.raises(ValueError, match=r"medium='dram': expected <Medium\.HBM: 0> or <Medium\.DRAM: 1>"):
+        pool.alloc_mem(1, "dram", holder=("me",))
+    for now_ns in (1.5, -1, "soon"):
+        with pytest.raises(ValueError, match=r"now_ns=.*: expected an integer >= 0"):
+            pool.poll(now_ns)
