@@ -1,4 +1,4 @@
-"""The example is run, and its answers are those of an engine without a cache."""
+"""The examples are run, and their answers are those of an engine without a cache."""
 
 import runpy
 from pathlib import Path
@@ -31,3 +31,8 @@ def test_its_answers_survive_eviction_and_block_size():
             assert answer(pool, str(number), prompt)[0] == sum(t * t for t in prompt)
         assert pool.stats().num_evicted > 0 or block_size == 3
         pool.check()
+
+
+def test_a_prefix_goes_from_one_pool_to_another(capsys):
+    runpy.run_path(str(EXAMPLE.with_name("two_pools.py")), run_name="__main__")
+    assert capsys.readouterr().out == "done after 7 us: 8 tokens cached there, contents right: True\n"
