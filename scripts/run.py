@@ -21,6 +21,7 @@ gc.disable()  # what is imported is no garbage; to look for some in it is a quar
 
 import atexit
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -135,6 +136,10 @@ def log_to(path: Path) -> None:
 
 if __name__ == "__main__":
     if is_first(sys.argv[1:]):
-        main()
+        try:
+            main()
+        except KeyboardInterrupt:  # of a run in this process, or of a sweep, whose points that have ended stay
+            print("error: interrupted by SIGINT", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
     else:
         serve(sys.argv[1:])

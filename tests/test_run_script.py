@@ -1,14 +1,25 @@
 """scripts/run.py as a user calls it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from memserve import LocalCluster, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
+LONG = ["exec=simulated", "workload=synthetic", "workload.num_sessions=100000", "workload.num_turns=3"]
+INTERRUPTIBLE = """import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # that a background job, and its children, ignore
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 KEYS = {
     "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
     "instances", "quarantined_blocks", "near_ties", "wall_s",
@@ -44,6 +55,26 @@ def test_a_bad_word_ends_with_one_line_and_leaves_no_report(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "/nowhere.jsonl" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_a_run_and_a_sweep_that_are_interrupted_say_so_in_one_line(sweep, tmp_path):
+    """Once they play: what they have written says so."""
+    words = [*sweep, *LONG, f"hydra.{'sweep' if sweep else 'run'}.dir={tmp_path}"]
+    script = str(ROOT / "scripts" / "run.py")
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", INTERRUPTIBLE, script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        if sweep:
+            while not any(log.stat().st_size for log in tmp_path.glob("*/printed.log")):
+                time.sleep(0.1)
+        else:
+            process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1] == "error: interrupted by SIGINT" and "Traceback" not in said
 
 
 def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(tmp_path):
