@@ -2,12 +2,19 @@
 
 import gc
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores SIGINT, and so would all that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

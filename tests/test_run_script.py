@@ -15,11 +15,6 @@ from memserve import LocalCluster, load_config
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
 LONG = ["exec=simulated", "workload=synthetic", "workload.num_sessions=100000", "workload.num_turns=3"]
-INTERRUPTIBLE = """import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # that a background job, and its children, ignore
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 KEYS = {
     "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
     "instances", "quarantined_blocks", "near_ties", "wall_s",
@@ -63,7 +58,7 @@ def test_a_run_and_a_sweep_that_are_interrupted_say_so_in_one_line(sweep, tmp_pa
     words = [*sweep, *LONG, f"hydra.{'sweep' if sweep else 'run'}.dir={tmp_path}"]
     script = str(ROOT / "scripts" / "run.py")
     with subprocess.Popen(
-        [sys.executable, "-u", "-c", INTERRUPTIBLE, script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-u", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
     ) as process:  # fmt: skip
         if sweep:
