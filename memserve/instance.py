@@ -25,7 +25,7 @@ from memserve.messages import (
     Abort,
     Dispatch,
     Finished,
-    HandoffFailed,
+    HandoffEnded,
     Inherited,
     Message,
     PoolMessage,
@@ -243,12 +243,12 @@ class Instance:
 
     def _handed_off(self, request: Request, ticket: Ticket) -> None:
         """A hand-off has ended: forgotten here, or kept until the global scheduler says what becomes of it."""
-        if ticket.state is TicketState.DONE:
+        done = ticket.state is TicketState.DONE
+        refused = not done and request.phase is Phase.HANDING_OFF and ticket.refused
+        self._outbox.append(HandoffEnded(request.request_id, request.attempt, self.label, done, refused, ticket.reason))
+        if done:
             self.scheduler.finish(request, FinishReason.LENGTH)
             del self._served[request.request_id]
-        else:
-            refused = request.phase is Phase.HANDING_OFF and ticket.refused
-            self._outbox.append(HandoffFailed(request.request_id, request.attempt, self.label, refused, ticket.reason))
 
     def _redirect(self, message: Redirect, now_ns: int) -> None:
         served = self._served.get(message.request_id)

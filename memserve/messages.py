@@ -8,7 +8,7 @@
 | `Abort`    | global scheduler -> instance           | stop this attempt and free what it holds                     |
 | `Tokens`   | instance -> global scheduler -> client | new tokens, with the time of each                            |
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
-| `HandoffFailed` | instance -> global scheduler      | the attempt's KV did not reach its decode instance           |
+| `HandoffEnded` | instance -> global scheduler       | the attempt's KV has reached its decode instance, or not     |
 | `Inherited` | instance -> global scheduler          | an instance that leaves has left KV to this one              |
 | `Redirect` | global scheduler -> instance           | hand the attempt to another decode instance                  |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
@@ -124,14 +124,15 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
 
 
-class HandoffFailed(msgspec.Struct, frozen=True, tag=True):
-    """`instance`: who keeps the KV. `refused`: the decode instance can never take it, another might."""
+class HandoffEnded(msgspec.Struct, frozen=True, tag=True):
+    """`instance`: who had the KV, and keeps it unless `done`. `refused`: that decode instance can never take it."""
 
     request_id: str
     attempt: int
     instance: str
-    refused: bool
-    reason: str
+    done: bool
+    refused: bool = False
+    reason: str = ""
 
 
 class Inherited(msgspec.Struct, frozen=True, tag=True):
@@ -276,7 +277,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 PoolMessage = (
     Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck | Reserve | Reserved | Release | Released | Fetch
 )
-Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffFailed | Redirect | Inherited | PoolMessage
+Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffEnded | Redirect | Inherited | PoolMessage
 
 
 def pack_tokens(tokens: np.ndarray) -> bytes:

@@ -2,7 +2,7 @@
 
     Submit -> policy -> Dispatch to an instance -> Tokens, ordered by index, repeats dropped -> client
     Cancel -> Abort to that instance; Finished from it ends the request -> client
-    HandoffFailed -> Redirect to another decode instance, or the request again as its next attempt, or its failure
+    HandoffEnded, failed -> Redirect to another decode instance, or the next attempt, or the request's failure
     instance joins, drains -> it is named for requests, or for no more of them
     instance gone -> what was there is served again elsewhere, or fails by name
     no instance of a role is left -> a request waits for one, or fails by name
@@ -23,7 +23,7 @@ from memserve.messages import (
     Cancel,
     Dispatch,
     Finished,
-    HandoffFailed,
+    HandoffEnded,
     Inherited,
     Message,
     Redirect,
@@ -88,7 +88,7 @@ class GlobalScheduler:
         for request_id in self._unserved.expired(now_ns):
             routed, patience_s = self._live[request_id], to_s(self._unserved.patience_ns)
             why = f"no {self.groups.missing_role()} is left, and none came within cluster.patience_s={patience_s:g}"
-            self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, why), now_ns)
+            self._end(routed, routed.failed(FinishReason.INSTANCE_LOST, why), now_ns)
 
     def receive(self, message: Message, now_ns: int) -> None:
         """Takes one message from a client or an instance."""
@@ -99,8 +99,8 @@ class GlobalScheduler:
                 self._cancel(message, now_ns)
             case Tokens() | Finished():
                 self._answer(message, now_ns)
-            case HandoffFailed():
-                self._handoff_failed(message, now_ns)
+            case HandoffEnded():
+                self._handoff_ended(message, now_ns)
             case Inherited():
                 self.groups.inherited(message.instance, message.tokens, now_ns)
             case _:
@@ -120,12 +120,12 @@ class GlobalScheduler:
         self._live[message.request_id] = routed
         if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
             why = f"{num_unfinished} requests are unfinished: expected fewer than cluster.max_unfinished"
-            self._end(routed, _failed(routed, FinishReason.REFUSED, why), now_ns)
+            self._end(routed, routed.failed(FinishReason.REFUSED, why), now_ns)
         elif self._may_serve:
             self._serve(routed, now_ns)
         else:
             why = f"no {self.groups.missing_role()} is left"
-            self._end(routed, _failed(routed, FinishReason.INSTANCE_LOST, why), now_ns)
+            self._end(routed, routed.failed(FinishReason.INSTANCE_LOST, why), now_ns)
 
     def instance_joined(self, label: str, incarnation: int, role: Role, now_ns: int) -> None:
         """A new instance takes requests, or decodes; who has waited for one is served."""
@@ -209,7 +209,7 @@ class GlobalScheduler:
             return  # it ended while the client was asking
         routed.is_cancelled = True
         if message.request_id in self._unserved:
-            self._end(routed, _failed(routed, *CANCELLED), now_ns)
+            self._end(routed, routed.failed(*CANCELLED), now_ns)
         else:
             self._abort(routed)
 
@@ -259,9 +259,13 @@ class GlobalScheduler:
         routed = self._live.get(request_id)
         return routed if routed is not None and routed.timeline.attempt == attempt else None
 
-    def _handoff_failed(self, message: HandoffFailed, now_ns: int) -> None:
-        """Another decode instance, or another attempt, or the end."""
+    def _handoff_ended(self, message: HandoffEnded, now_ns: int) -> None:
+        """It goes on elsewhere; or: another decode instance, or another attempt, or the end."""
         routed, decode = self._current(message.request_id, message.attempt), self.groups.decode
+        if message.done:
+            if routed is not None:
+                self.groups.handed_over(routed)
+            return
         if routed is None:  # it was served all the same, or given up: nobody waits for it there
             self._outbox.append((message.instance, Abort(message.request_id, message.attempt)))
             return
@@ -278,23 +282,19 @@ class GlobalScheduler:
             return
         self._abort(routed)
         if message.refused:
-            self._end(routed, _failed(routed, FinishReason.TRANSFER_FAILED, message.reason), now_ns)
+            self._end(routed, routed.failed(FinishReason.TRANSFER_FAILED, message.reason), now_ns)
         else:
             self._try_again(routed, FinishReason.TRANSFER_FAILED, message.reason, now_ns)
 
     def _try_again(self, routed: Routed, reason: FinishReason, detail: str, now_ns: int) -> None:
         """The next attempt, or the end for want of one."""
         if routed.is_cancelled:
-            self._end(routed, _failed(routed, *CANCELLED), now_ns)
+            self._end(routed, routed.failed(*CANCELLED), now_ns)
             return
         more = self._recompute_failed and routed.timeline.attempt + 1 < MAX_ATTEMPTS
         if not more or not self._may_serve:
-            self._end(routed, _failed(routed, reason, detail), now_ns)
+            self._end(routed, routed.failed(reason, detail), now_ns)
             return
         self.groups.forget(routed)
         routed.timeline.attempt += 1
         self._serve(routed, now_ns)
-
-
-def _failed(routed: Routed, reason: FinishReason, detail: str) -> Finished:
-    return Finished(routed.submit.request_id, routed.timeline.attempt, reason, detail, None)

@@ -70,13 +70,14 @@ class Groups:
         return named[-1 if routed.num_generated else 0] if named else None
 
     def prefilled(self, routed: Routed) -> None:
-        """A request has its first token: it waits in no queue, and where others decode it is its first instance's load
-        no more.
-        """
+        """A request has its first token: it waits in no queue any more."""
         if routed.place is not None:
             self.takers.prefilled(routed.place)
-            if self.decode is not None:
-                self.takers.forget(routed.place)
+
+    def handed_over(self, routed: Routed) -> None:
+        """A request's KV is at its decode instance: its prefill instance has no load of it any more."""
+        if routed.place is not None:
+            self.takers.forget(routed.place)
 
     def forget(self, routed: Routed) -> None:
         """A request's attempt has ended."""

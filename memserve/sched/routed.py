@@ -26,6 +26,10 @@ class Routed:
     is_cancelled: bool = False
     _early: list[Tokens | Finished] = field(default_factory=list)
 
+    def failed(self, reason: FinishReason, detail: str) -> Finished:
+        """What the client is told of its end."""
+        return Finished(self.submit.request_id, self.timeline.attempt, reason, detail, None)
+
     def starts(self, place: Assignment) -> None:
         """An attempt begins, at an instance of the first group."""
         self.place, self.num_generated, self.tried, self._early = place, 0, set(), []

@@ -76,16 +76,10 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(s
     assert not [path for path in Path("/dev/shm").iterdir() if any(mark in path.name for mark in marks)]
 
 
-def heed_ctrl_c():
-    """In a child: whoever runs these tests in the background has it ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_a_member_that_waits_for_the_scheduler_ends_on_ctrl_c(tmp_path):
     words = ["exec=distributed", *WHOLE, f"cluster.store=127.0.0.1:{free_port()}", "cluster.member=0"]
     command = [sys.executable, str(TESTS.parent / "scripts" / "run.py"), *words]
-    own = {"env": own_environment(), "cwd": tmp_path, "preexec_fn": heed_ctrl_c}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **own) as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=own_environment(), cwd=tmp_path) as run:
         try:
             assert run.stdout is not None and "looks for the scheduler at 127.0.0.1" in run.stdout.readline()
             time.sleep(1.0)  # it waits below Python by now

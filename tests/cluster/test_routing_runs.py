@@ -28,16 +28,16 @@ def test_where_sessions_share_prefixes_routing_by_prefix_beats_sessions_and_load
     assert all(r["num_failed"] == 0 and r["routing"]["skew_requests"] < 2.5 for r in found.values())
 
 
-def test_a_prefill_instance_is_loaded_by_what_has_no_first_token_and_not_by_what_decodes_elsewhere():
+def test_a_prefill_instance_is_loaded_by_what_was_not_handed_over_and_not_by_what_decodes_elsewhere():
     words = ["cluster=2p1d", "mode=pd_basic", "policy=least_load", "workload.max_output_tokens=60"]
     timelines = LocalCluster(load_config([*SHARED, *words])).run_once().timelines
     most_decoding = 0
     for number, timeline in enumerate(timelines):
         now_ns, route = timeline.dispatched_ns, timeline.routes[0]
         before = timelines[:number]
-        queued = [t.instance for t in before if t.token_times_ns[0] > now_ns]
-        assert route.num_requests.tolist() == [queued.count(label) for label in route.labels]
-        most_decoding = max(most_decoding, sum(t.finished_ns > now_ns for t in before) - len(queued))
+        there = [t.instance for t in before if t.stats.received_ns > now_ns]
+        assert route.num_requests.tolist() == [there.count(label) for label in route.labels]
+        most_decoding = max(most_decoding, sum(t.finished_ns > now_ns for t in before) - len(there))
     assert most_decoding > 2
 
 
