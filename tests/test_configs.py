@@ -35,6 +35,7 @@ BESIDE = {  # what a word needs
     "fetch": ["cluster=colocated_2"],
     "geometry": ["exec=simulated", "tokens=workload"],
     "scaling": DISAGGREGATED,
+    "heir": ["scaling=schedule"],
 }
 TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each
     ("eviction", "queue", "swap", "preemption", "layout", "policy", "workload/arrivals"): [

@@ -210,8 +210,8 @@ def test_odd_shapes_of_every_family_answer_as_transformers_does(name, block_size
 
 
 SMOLLM2 = {
-    "served from the cache, two tokens a block": {
-        "block_size": 2, "num_blocks": 600, "is_warm": True, "attention": "sparse",
+    "served from the cache, one token a block": {
+        "block_size": 1, "num_blocks": 1200, "is_warm": True, "attention": "sparse",
     },
     "swapped in from DRAM": {
         "block_size": 32, "layout": "aggregated", "num_blocks": 5, "num_dram_blocks": 8, "is_warm": True,
