@@ -162,8 +162,9 @@ class EmulatedCluster:
         """Draining instances leave to others what they have cached, and leave when they have nothing left to do."""
         for member in list(self.members.draining):
             node = self._by_label[member.label]
-            self._bequeath(node, member)
-            if node.is_idle and self.members.is_idle(member):
+            is_over = node.is_idle and self.members.is_idle(member)
+            self._bequeath(node, member, is_last=is_over)
+            if is_over and node.is_idle:
                 node.instance.check()
                 self._departed[member.incarnation] = node.summary(self.now_ns)
                 self.nodes = [other for other in self.nodes if other is not node]
@@ -172,9 +173,9 @@ class EmulatedCluster:
                 self._part_with(node)
                 self._perform(orders)
 
-    def _bequeath(self, node: Node, member: Membership) -> None:
+    def _bequeath(self, node: Node, member: Membership, *, is_last: bool) -> None:
         """What is cached goes to whom the manager names, if it names somebody now."""
-        inheritance = None if node.is_stopped else self.members.bequest(member)
+        inheritance = None if node.is_stopped else self.members.bequest(member, is_last=is_last)
         if inheritance is not None and node.instance.handoffs is not None:
             node.catch_up(self.now_ns)  # what leaves is held, and no more there for steps to come
             node.instance.handoffs.bequest.begin(inheritance.heir, inheritance.share, self.now_ns)

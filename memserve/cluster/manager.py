@@ -153,15 +153,15 @@ class ClusterManager:
         for member in held:
             self._drain(member)
 
-    def bequest(self, member: Membership) -> Inheritance | None:
-        """To whom a draining instance leaves what it has cached: asked for when it begins to drain, and once more when
-        `is_idle` says that it has nothing left to do; None at other times, and where there is nobody.
+    def bequest(self, member: Membership, *, is_last: bool) -> Inheritance | None:
+        """To whom a draining instance leaves what it has cached; None where that is nobody, or was said before.
 
-        Raises ValueError where the policy names nobody of those that it was shown.
+        is_last: it has nothing left to do; what is new since the first time is left then. Raises ValueError where the
+        policy names nobody of those that it was shown.
         """
-        if member.num_bequests > self.is_idle(member):
+        if member.num_bequests > is_last:
             return None
-        member.num_bequests = 1 + self.is_idle(member)
+        member.num_bequests = 1 + is_last
         (leaving,) = [load for load in self._loads() if load.label == member.label]
         here = [load for load in self._loads() if self._stands_in(self.member(load.label), member)]
         chosen = self._heir.choose(leaving, here)

@@ -78,10 +78,11 @@ class Turnover:
         while (due_ns := self._members.next_time_ns) is not None and due_ns <= now_ns:
             self.perform(self._members.decide(), now_ns)
         for member in self._members.draining:
-            if (inheritance := self._members.bequest(member)) is not None:
+            is_over = self._members.is_idle(member)
+            if (inheritance := self._members.bequest(member, is_last=is_over)) is not None:
                 order = Bequeath(inheritance.heir, inheritance.share)
                 self._mailbox.send(self._roster.leader(member.incarnation), order)
-            if member.incarnation not in self._told and self._members.is_idle(member):
+            if is_over and member.incarnation not in self._told:
                 self._told.add(member.incarnation)
                 self._mailbox.send(self._roster.leader(member.incarnation), Retire())
         self.fill(now_ns)
