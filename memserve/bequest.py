@@ -2,10 +2,11 @@
 
     begin -> the prefixes that would have been evicted last, each by a best-effort transfer_with_insert
           -> DONE: the next one
-          -> FAILED: nothing more is offered; what was not given is lost with the instance
+          -> FAILED: nothing more is offered to that heir before the next `begin`
 
 The heir takes what it lacks into blocks that are free, or of which its index lets go. A prefix that was given is not
 offered to the same heir again, so that `begin` may be called while requests go on here, and once more at their end.
+Another heir is offered everything, once what is on its way to the one before has ended, however it ends.
 """
 
 from collections import deque
@@ -26,7 +27,9 @@ _WORD, _OPTIONS = msgspec.msgpack.encode(Bequeathed()), TransferOptions(insert=T
 
 
 class Bequest:
-    """One instance's. num_tokens: given so far, without what heirs had.  num_declined: prefixes that found no taker."""
+    """One instance's. num_tokens: given so far, without what heirs had.  num_declined: prefixes that found no taker, of
+    those that the latest `begin` offers.
+    """
 
     def __init__(self, transfers: Transfers, pool: BlockPool) -> None:
         self.num_tokens = self.num_declined = 0
@@ -36,6 +39,7 @@ class Bequest:
         self._waiting: deque[np.ndarray] = deque()
         self._given: set[bytes] = set()
         self._ticket: Ticket | None = None
+        self._offered: tuple[int, bytes] = (-1, b"")  # the ticket's heir and tokens
 
     def begin(self, heir: int, share: float, now_ns: int) -> None:
         """Offers what is cached here to `heir`, an incarnation: in all calls at most that share of the pool's blocks.
@@ -46,6 +50,7 @@ class Bequest:
         if heir != self._heir:
             self._heir, self._num_left = heir, int(share * self._pool.num_blocks)
             self._given.clear()
+        self.num_declined = 0
         self._waiting = deque(tokens for tokens, _ in self._pool.index.iter_prefixes())
         self._next(now_ns)
 
@@ -53,14 +58,16 @@ class Bequest:
         """A transfer of this instance has ended."""
         if ticket is not self._ticket:
             return
-        self._ticket = None
+        self._ticket, (heir, sent) = None, self._offered
         if ticket.state is TicketState.DONE:
             self.num_tokens += len(ticket.addrs) * self._pool.block_size
+        if heir == self._heir and ticket.state is TicketState.DONE:
             self._num_left -= len(ticket.addrs)
-            self._next(now_ns)
-        else:
-            self.num_declined += 1 + len(self._waiting)
+            self._given.add(sent)
+        elif heir == self._heir:
+            self.num_declined = 1 + len(self._waiting)
             self._waiting.clear()
+        self._next(now_ns)
 
     def _next(self, now_ns: int) -> None:
         """The next prefix leaves, as far as it is still here, unless the heir has been offered enough."""
@@ -71,5 +78,5 @@ class Bequest:
             if self._num_left <= 0:
                 self._waiting.clear()
             elif len(sent) and sent.tobytes() not in self._given:
-                self._given.add(sent.tobytes())
+                self._offered = self._heir, sent.tobytes()
                 self._ticket = self._transfers.start(self._heir, sent, found.blocks, _OPTIONS, _WORD, now_ns)

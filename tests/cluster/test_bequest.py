@@ -119,15 +119,17 @@ def test_an_heir_is_offered_a_share_of_a_pool_at_most_and_what_was_used_last_fir
     assert most <= some["bequeathed_tokens"] < most + 512 < all_of_it and some["bequests_declined"] == 0
 
 
-def test_an_heir_without_room_declines_and_the_rest_is_lost_and_counted():
-    """The one request that runs at the heir holds nearly all of its blocks."""
+def test_an_heir_without_room_declines_and_is_asked_once_more_at_the_end():
+    """The one request that runs at the heir holds nearly all of its blocks, and has ended by the end."""
     words = ["policy=round_robin", "workload.num_turns=1", "workload.rate=1000", "workload.max_output_tokens=700"]
     cluster = local(*TURNS, *words, *ON_CALL, *HEIR, "kvcache.num_hbm_blocks=64", "sched.max_running=1").cluster()
-
+    declined = []
     cluster.call_at(6_900_000_000, lambda: cluster.change(Drain("colocated-0")))
+    cluster.call_at(7_000_000_000, lambda: declined.append(bequests(cluster)[1]))
     assert all(t.succeeded for t in play(cluster))
     nothing_is_left(cluster)
-    assert cluster.members.counts()["left"] == 1 and bequests(cluster)[1] > 0
+    assert cluster.members.counts()["left"] == 1 and declined[0] > 0
+    assert bequests(cluster)[0] > 0 == bequests(cluster)[1]
 
 
 def test_an_instance_that_changes_its_role_leaves_what_it_has_to_one_that_stays():
