@@ -1,6 +1,7 @@
 """What one pool leaves to others, played by hand: who is asked for what, in which order, and what is counted."""
 
 import numpy as np
+import pytest
 from kvcache.transfer_pair import B, Wires
 
 from memserve.bequest import Bequest
@@ -58,7 +59,7 @@ class Legacy:
         return {n for n in range(num_prefixes) if index.peek(tokens_of(n)) == len(tokens_of(n))}
 
 
-def test_what_was_used_last_leaves_first_as_far_as_the_share_goes():
+def test_what_was_used_last_is_given_as_far_as_the_share_goes():
     legacy = Legacy()
     legacy.begin(FIRST, share=4 / 32)
     legacy.go_on()
@@ -79,7 +80,7 @@ def test_what_a_first_heir_takes_is_not_of_the_seconds_share():
     legacy.begin(FIRST)
     legacy.begin(SECOND, share=4 / 32)
     legacy.go_on()
-    assert legacy.at(FIRST) == {3} and legacy.at(SECOND) == {2, 3}
+    assert legacy.at(FIRST) == {0} and legacy.at(SECOND) == {0, 3}, "what was sent was used"
 
 
 def test_what_was_declined_is_offered_again_and_counts_as_declined_only_if_it_is_once_more():
@@ -96,3 +97,31 @@ def test_what_was_declined_is_offered_again_and_counts_as_declined_only_if_it_is
     legacy.begin(FIRST, share=1)
     legacy.go_on()
     assert legacy.at(FIRST) == {0, 1, 2, 3} and legacy.bequest.num_declined == 0
+
+
+@pytest.mark.parametrize(("room", "kept"), [(2, {3}), (4, {2, 3}), (6, {1, 2, 3}), (8, {0, 1, 2, 3})])
+def test_an_heir_short_of_room_keeps_what_was_used_last(room, kept):
+    legacy = Legacy(num_blocks=8)
+    legacy.heirs[FIRST].blocks.alloc(8 - room, BUSY)
+    legacy.begin(FIRST)
+    legacy.go_on()
+    assert legacy.at(FIRST) == kept and legacy.bequest.num_declined == 0
+
+
+def test_what_is_too_long_for_an_heir_is_declined_and_the_rest_is_given():
+    legacy = Legacy(num_blocks=8)
+    legacy.heirs[FIRST].blocks.alloc(6, BUSY)
+    blocks = legacy.leaver.fill(3 * B)
+    legacy.leaver.blocks.publish(tokens_of(9, 3), blocks)
+    legacy.leaver.blocks.release(blocks, ("request", "r", 0))
+    legacy.begin(FIRST)
+    legacy.go_on()
+    assert legacy.at(FIRST) == {3} and legacy.bequest.num_declined == 1
+
+
+def test_nothing_more_is_offered_to_an_heir_that_is_gone():
+    legacy = Legacy()
+    legacy.begin(FIRST)
+    legacy.leaver.transfers.peer_gone(FIRST, legacy.wires.now_ns)
+    legacy.go_on()
+    assert legacy.leaver.transfers.num_open == 0 and legacy.bequest.num_declined == 4
