@@ -6,7 +6,7 @@ from cluster.test_membership import (
     CLUSTERS,
     WORKLOAD,
     assert_answered,
-    drawn,
+    at_random,
     expected,
     local,
     nothing_is_left,
@@ -40,13 +40,8 @@ def test_whoever_comes_and_goes_every_request_is_answered_right_and_kv_is_left_t
     system = local(*CACHING[name], "granularity=by_layer", *ON_CALL, *HEIR)
     num_given = 0
     for seed in range(2):
-        cluster, rng = system.cluster(), np.random.default_rng(seed)
-
-        def act(cluster, rng=rng):
-            if rng.random() < 0.12 and (change := drawn(cluster, rng)) is not None:
-                cluster.change(change)
-
-        assert_answered(play(cluster, act))
+        cluster = system.cluster()
+        assert_answered(play(cluster, at_random(seed, 0.12)))
         nothing_is_left(cluster)
         num_given += bequests(cluster)[0]
     assert num_given > 0
@@ -57,20 +52,8 @@ def test_heirs_and_those_that_leave_may_crash_meanwhile(name):
     system = local(*CACHING[name], "granularity=by_request", *ON_CALL, *HEIR)
     num_given = num_lost = 0
     for seed in range(2):
-        cluster, rng = system.cluster(), np.random.default_rng(seed)
-
-        def act(cluster, rng=rng):
-            if rng.random() < 0.1 and (change := drawn(cluster, rng)) is not None:
-                cluster.change(change)
-            there = [m for m in cluster.members.members if m.standing is not None]
-            if not there:
-                return
-            one = there[int(rng.integers(len(there)))]
-            is_last = one.standing == "serving" and sum(m.role == one.role for m in there) < 2
-            if rng.random() < 0.02 and not is_last:
-                cluster.change(Crash(one.label))
-
-        for timeline in play(cluster, act):
+        cluster = system.cluster()
+        for timeline in play(cluster, at_random(seed, 0.1, crash=0.02)):
             if timeline.succeeded:
                 assert timeline.token_ids.tolist() == expected()[timeline.request_id]
         nothing_is_left(cluster)

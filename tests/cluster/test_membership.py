@@ -78,21 +78,32 @@ def drawn(cluster, rng):
     return None
 
 
+def at_random(seed, often, *, crash=0.0, changes=None):
+    """What befalls a cluster after each event: a change with one probability, a crash with another. changes: kept."""
+    rng, made = np.random.default_rng(seed), [] if changes is None else changes
+
+    def act(cluster):
+        if rng.random() < often and (change := drawn(cluster, rng)) is not None:
+            cluster.change(change)
+            made.append(change)
+        there = [m for m in cluster.members.members if m.standing is not None]
+        if crash and there:
+            one = there[int(rng.integers(len(there)))]
+            is_last = one.standing == "serving" and sum(m.role == one.role for m in there) < 2
+            if rng.random() < crash and not is_last:
+                cluster.change(Crash(one.label))
+
+    return act
+
+
 @pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_whoever_comes_and_goes_every_request_is_answered_right(name, granularity):
     system = local(*CLUSTERS[name], f"granularity={granularity}", "index_source=exact")
     num_changes = num_left = 0
     for seed in range(3):
-        cluster, rng = system.cluster(), np.random.default_rng(seed)
-        changes = []
-
-        def act(cluster, rng=rng, changes=changes):
-            if rng.random() < 0.12 and (change := drawn(cluster, rng)) is not None:
-                cluster.change(change)
-                changes.append(change)
-
-        timelines = play(cluster, act)
+        cluster, changes = system.cluster(), []
+        timelines = play(cluster, at_random(seed, 0.12, changes=changes))
         assert_answered(timelines)
         nothing_is_left(cluster)
         num_changes += len(changes)
@@ -106,18 +117,8 @@ def test_some_crash_meanwhile_and_what_fails_says_so(name):
     system = local(*CLUSTERS[name], "granularity=by_layer")
     num_lost = 0
     for seed in range(3):
-        cluster, rng = system.cluster(), np.random.default_rng(seed)
-
-        def act(cluster, rng=rng):
-            if rng.random() < 0.1 and (change := drawn(cluster, rng)) is not None:
-                cluster.change(change)
-            there = [m for m in cluster.members.members if m.standing is not None]
-            one = there[int(rng.integers(len(there)))]
-            is_last = one.standing == "serving" and sum(m.role == one.role for m in there) < 2
-            if rng.random() < 0.02 and not is_last:
-                cluster.change(Crash(one.label))
-
-        for timeline in play(cluster, act):
+        cluster = system.cluster()
+        for timeline in play(cluster, at_random(seed, 0.1, crash=0.02)):
             if timeline.succeeded:
                 assert timeline.token_ids.tolist() == expected()[timeline.request_id]
             else:
