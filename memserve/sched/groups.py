@@ -56,8 +56,9 @@ class Groups:
         return [(group, place) for group, place in both if group is not None and place is not None]
 
     def is_at(self, routed: Routed, label: str) -> bool:
-        """Whether a request is lost with an instance. One that decodes has left its first instance."""
-        is_decoding = self.decode is not None and routed.num_generated > 1
+        """Whether a request is lost with an instance. One that was handed over, or decodes, has left its first one."""
+        is_over = routed.place is not None and not routed.place.is_counted
+        is_decoding = self.decode is not None and (is_over or routed.num_generated > 1)
         named = [group.labels[place.row] for group, place in self.places(routed)]
         return label in (named[1:] if is_decoding else named)
 

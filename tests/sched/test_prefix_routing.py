@@ -6,7 +6,7 @@ import pytest
 from mini_cluster import group_of
 
 from memserve import LocalCluster, load_config
-from memserve.messages import Finished, Submit, Tokens, pack_times, pack_tokens
+from memserve.messages import Finished, HandoffEnded, Submit, Tokens, pack_times, pack_tokens
 from memserve.request import FinishReason, Role, SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
@@ -324,3 +324,19 @@ def test_no_tree_leaves_load_alone_to_decide():
     scheduler = scheduler_of(LeastLoad(), tree=NoPromptTree(2, 4))
     serve(scheduler, "a", np.arange(12), [1])
     assert scheduler.groups.tree_counts() == {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_who_was_handed_over_is_not_lost_with_its_prefill_instance_and_is_its_load_no_more(is_told):
+    decode = group_of(["d-0"], LeastKV(), Optimistic(1, 4))
+    scheduler = scheduler_of(PromptTree(), PDBasic(), decode, labels=("p-0", "p-1"))
+    scheduler.receive(Submit("a", "s", pack_tokens(np.arange(9)), SamplingParams(), 0), 0)
+    [(label, _)] = scheduler.drain_outbox()
+    scheduler.receive(Tokens("a", 0, 0, pack_tokens(np.array([1])), pack_times(np.array([0]))), 0)
+    assert scheduler.groups.takers.num_requests(label) == 1, "it waits there to be handed over"
+    if is_told:
+        scheduler.receive(HandoffEnded("a", 0, label, done=True), 1)
+        assert scheduler.groups.takers.num_requests(label) == 0
+    scheduler.instance_gone(label, 2)
+    assert scheduler.timelines["a"].attempt == (0 if is_told else 1)
+    assert all(scheduler.groups.takers.num_requests(name) == (not is_told and name != label) for name in ("p-0", "p-1"))
