@@ -68,7 +68,6 @@ class Handoffs:
         self.num_overtaken = 0
         self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode = mode
-        self._inherited: list[bytes] = []
         self._on_the_way: dict[str, _Handoff] = {}
         self._aborted: OrderedDict[tuple[str, int], None] = OrderedDict()
 
@@ -199,24 +198,22 @@ class Handoffs:
         """(incarnation, message) pairs to deliver."""
         return self.transfers.drain_outbox() + self.fetches.drain_outbox()
 
-    def drain_inherited(self) -> list[bytes]:
-        """Tokens, as int32 bytes, whose KV an instance that leaves has given to this one since the last call."""
-        inherited, self._inherited = self._inherited, []
-        return inherited
-
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
         times = (self.transfers.next_time_ns(), self.fetches.next_time_ns())
         return min((t for t in times if t is not None), default=None)
 
     def read(self, arrival: Arrival) -> Word:
-        """What came with an arrival; a fetch is over with it, and what was inherited is to be told."""
+        """What came with an arrival; a fetch is over with it."""
         word = _words.decode(arrival.private)
         if isinstance(word, FetchedKV):
             self.fetches.arrived(word, arrival)
-        elif isinstance(word, Bequeathed):
-            self._inherited.append(pack_tokens(arrival.tokens))
         return word
+
+    @staticmethod
+    def is_inherited(word: Word) -> bool:
+        """Whether KV came from an instance that leaves, so that the global scheduler is to be told."""
+        return isinstance(word, Bequeathed)
 
     def take_over(self, word: HandedOver, arrival: Arrival) -> Request:
         """The request that has arrived; from now on it holds the blocks, not the ticket."""

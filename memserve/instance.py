@@ -30,6 +30,7 @@ from memserve.messages import (
     Message,
     PoolMessage,
     Redirect,
+    pack_tokens,
     unpack_tokens,
 )
 from memserve.model.tokenizer import Tokenizer
@@ -174,8 +175,7 @@ class Instance:
     def drain_outbox(self) -> list[Message]:
         """Messages for the global scheduler since the last call."""
         out, self._outbox = self._outbox, []
-        inherited = [] if self.handoffs is None else self.handoffs.drain_inherited()
-        return [*out, *(Inherited(self.label, tokens) for tokens in inherited)]
+        return out
 
     def drain_peer_outbox(self) -> list[tuple[int, PoolMessage]]:
         """(incarnation, message) pairs for other instances since the last call."""
@@ -266,6 +266,8 @@ class Instance:
         for arrival in self.handoffs.transfers.drain_arrivals():
             word = self.handoffs.read(arrival)
             older = self._served.get(word.request_id) if isinstance(word, HandedOver) else None
+            if self.handoffs.is_inherited(word):
+                self._outbox.append(Inherited(self.label, pack_tokens(arrival.tokens)))
             if not isinstance(word, HandedOver):
                 self.handoffs.transfers.settle(arrival)
             elif self.handoffs.is_latest(word, older.request if older else None):

@@ -45,10 +45,6 @@ if [[ -n $missing ]]; then
     exit 1
 fi
 header='import sysconfig, sys; from pathlib import Path; sys.exit(not Path(sysconfig.get_path("include"), "Python.h").exists())'
-if [[ ${1:-} != --dry ]] && ! { command -v gcc cc clang >/dev/null && "$python" -c "$header"; }; then
-    echo "error: Triton compiles its launchers with a C compiler and Python.h, and $python finds not both"
-    exit 1
-fi
 if [[ ${1:-} == --dry ]]; then
     shift
     export TRITON_INTERPRET=1
@@ -56,6 +52,9 @@ if [[ ${1:-} == --dry ]]; then
     workload=(workload=synthetic workload.num_sessions=2 workload.num_turns=1 workload.prompt_tokens=40
         workload.max_output_tokens=3 workload.rate=50 kvcache.num_hbm_blocks=64)
 elif ! "$python" -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "error: no GPU here")'; then
+    exit 1
+elif ! { command -v gcc cc clang >/dev/null && "$python" -c "$header"; }; then
+    echo "error: Triton compiles its launchers with a C compiler and Python.h, and $python finds not both"
     exit 1
 fi
 page=${PAGE:-docs/results/gpu-$(date +%F).md}

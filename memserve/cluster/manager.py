@@ -162,8 +162,9 @@ class ClusterManager:
         if member.num_bequests > is_last:
             return None
         member.num_bequests = 1 + is_last
-        (leaving,) = [load for load in self._loads() if load.label == member.label]
-        here = [load for load in self._loads() if self._stands_in(self.member(load.label), member)]
+        loads = self._loads()
+        (leaving,) = [load for load in loads if load.label == member.label]
+        here = [load for load in loads if self._stands_in(self.member(load.label), member)]
         chosen = self._heir.choose(leaving, here)
         if chosen is None:
             return None

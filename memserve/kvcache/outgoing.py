@@ -6,7 +6,7 @@ import numpy as np
 
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.protocol import SenderState
-from memserve.kvcache.ticket import Ticket
+from memserve.kvcache.ticket import Ticket, TransferCounts
 from memserve.messages import Ask, PoolSize
 from memserve.transfer.transport import Arrived
 
@@ -16,7 +16,7 @@ class Outgoing:
     """ready, posted: int64 [L], leading blocks of each layer that are final, and that were handed to the transport.
 
     targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
-    target_pool: the receiver's.
+    target_pool: the receiver's.  counts: of all that was sent to this peer.
     """
 
     ticket: Ticket
@@ -27,6 +27,7 @@ class Outgoing:
     posted: np.ndarray
     deadline_ns: int
     retry_ns: int
+    counts: TransferCounts
     state: SenderState = SenderState.ASKED
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     target_pool: PoolSize = field(default_factory=lambda: PoolSize(0, 0))

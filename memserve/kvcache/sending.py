@@ -61,8 +61,9 @@ class Sending:
         posted = np.zeros(num_layers, dtype=np.int64)
         deadline_ns, retry_ns = now_ns + self._timeouts.patience_ns, now_ns + self._timeouts.retry_ns
         out = Outgoing(
-            ticket, peer, ask, blocks.copy(), posted + (len(blocks) if ready else 0), posted, deadline_ns, retry_ns
-        )
+            ticket, peer, ask, blocks.copy(), posted + (len(blocks) if ready else 0), posted, deadline_ns, retry_ns,
+            self.counts_by_peer[peer],
+        )  # fmt: skip
         self._pool.retain(out.blocks, out.holder)
         self.tickets[ask.ticket] = out
         self._send(peer, ask)
@@ -105,7 +106,7 @@ class Sending:
         """A posted move is complete."""
         out = self.tickets[arrived.move_id[:2]]
         out.arrived(arrived)
-        self.counts_by_peer[out.peer].elapsed_ns += arrived.ended_ns - arrived.begun_ns
+        out.counts.elapsed_ns += arrived.ended_ns - arrived.begun_ns
         self._check_drained(out, now_ns)
 
     def let_time_pass(self, now_ns: int) -> None:
@@ -169,15 +170,15 @@ class Sending:
                 self._post(out, now_ns)
             case Action.SUCCEED:
                 self._end(out, TicketState.DONE, "")
-                self.counts_by_peer[out.peer].tokens += out.num_tokens
+                out.counts.tokens += out.num_tokens
             case Action.FAIL:
                 self._end(out, TicketState.FAILED, reason)
                 if out.state is SenderState.DRAINING:
                     out.holder = self._pool.allocator.rename(out.holder, ("quarantine", *ticket_id))
                 if reason.startswith(DECLINED):
-                    self.counts_by_peer[out.peer].declined += 1
+                    out.counts.declined += 1
                 else:
-                    self.counts_by_peer[out.peer].failed += 1
+                    out.counts.failed += 1
             case Action.RELEASE:
                 self._pool.release_all(out.holder)
                 del self.tickets[ticket_id]
@@ -208,7 +209,7 @@ class Sending:
             out.posted[layer] = stretch.stop
             missing = Stretch(max(stretch.start, out.first_block), stretch.stop, stretch.layer)
             if missing.start < missing.stop:
-                self.counts_by_peer[out.peer].transfers += self._granularity.transfers_per_stretch
+                out.counts.transfers += self._granularity.transfers_per_stretch
                 self._post_stretch(out, missing, ready_ns)
 
     def _post_stretch(self, out: Outgoing, stretch: Stretch, ready_ns: int) -> None:
@@ -236,9 +237,8 @@ class Sending:
         out.num_parts += 1
         out.num_under_way += 1
         out.num_bytes += move.num_bytes
-        counts = self.counts_by_peer[out.peer]
-        counts.bytes += move.num_bytes
-        counts.calls += move.num_calls
+        out.counts.bytes += move.num_bytes
+        out.counts.calls += move.num_calls
 
     def _check_drained(self, out: Outgoing, now_ns: int) -> None:
         everything = out.state is SenderState.DRAINING or bool((out.posted == len(out.blocks)).all())
