@@ -19,9 +19,9 @@ from rich.console import Console
 
 from memserve.cluster.local import LocalCluster
 from memserve.compose import load_config
+from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.metrics.table import print_comparison
 
 SYSTEMS = {  # two instances each; the paper's names (section 8.1 and Table 4)
     "pd": ["cluster=colocated_2", "index=none", "policy=session_affinity"],
@@ -43,16 +43,22 @@ def words_of(system: str) -> tuple[str, list[str]]:
     return name, SYSTEMS[name]
 
 
-def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = None) -> dict[str, Report]:
-    """The report of each system; out: a directory that gets an output directory for each.
-
-    Every system is composed and checked before the first one runs. Raises ValueError for a name that is given twice.
-    """
+def words_of_each(systems: Sequence[str]) -> dict[str, list[str]]:
+    """The systems' words by their names. Raises ValueError for a name that is in no table, or given twice."""
     named = [words_of(system) for system in systems]
     for name, count in Counter(name for name, _ in named).items():
         if count > 1:
             raise ValueError(f"--systems: {name} is given {count} times: expected a name of its own for each")
-    configured = {name: load_config([*own, "repeats=3", *words]) for name, own in named}
+    return dict(named)
+
+
+def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = None) -> dict[str, Report]:
+    """The report of each system; out: a directory that gets an output directory for each.
+
+    Every system is composed and checked before the first one runs.
+    """
+    named = words_of_each(systems)
+    configured = {name: load_config([*own, "repeats=3", *words]) for name, own in named.items()}
     reports = {}
     for name, cfg in configured.items():
         with Progress(name) as progress:

@@ -16,9 +16,9 @@ from rich.console import Console
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.result import Result
 from memserve.compose import load_config
+from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.metrics.table import print_comparison
 from memserve.model.tokenizer import Tokenizer
 
 NAMES = {"pd": "PD", "pd_cc": "PD-CC", "1p1d": "1P1D", "c1": "C1", "c2": "C2", "1p1d_cc": "1P1D-CC"}

@@ -10,3 +10,11 @@ def new_file(word: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{word}: expected a file in a directory that is there")
     return path
+
+
+def integers(word: str) -> list[int]:
+    """For argparse's type=: 0 and above, joined by commas."""
+    parts = word.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{word}: expected integers >= 0, joined by commas")
+    return [int(part) for part in parts]

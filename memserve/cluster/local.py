@@ -78,7 +78,7 @@ class LocalCluster:
                 node.instance.check()
         timelines, summaries = list(cluster.scheduler.timelines.values()), cluster.summaries()
         wall_s = to_s(monotonic_ns() - started_ns)
-        report = report_of(cluster.scheduler, cluster.members, summaries, player.counts, wall_s)
+        report = report_of(cluster.scheduler, cluster.members, summaries, player.counts, wall_s, self.cfg.slo)
         occupancy = [sample for summary in summaries for sample in summary.occupancy]
         return Result(report, timelines, occupancy, activity_of(summaries, cluster.members.labels))
 

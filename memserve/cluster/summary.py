@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from memserve.cluster.manager import ClusterManager
+from memserve.config.schema import SloConfig
 from memserve.instance import Instance
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.activity import Activity, ActivitySpan, Track, spans_of
+from memserve.metrics.formulas import Slo
 from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
 from memserve.request import Role
@@ -77,6 +79,7 @@ def report_of(
     summaries: Sequence[Summary],
     counts: PlayerCounts,
     wall_s: float,
+    slo: SloConfig,
 ) -> Report:
     """The report of a run. summaries: of the instances that are left at its end, or have left before."""
     transfers = _transfers(summaries, [member.role for member in manager.members])
@@ -92,6 +95,7 @@ def report_of(
         tree_counts=scheduler.groups.tree_counts(),
         membership={**manager.counts(), **_bequests(summaries)},
         stays_ns=manager.stays_ns(),
+        slo=Slo(slo.ttft_s, slo.tpot_s, slo.jct_s),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 

@@ -23,8 +23,8 @@ from memserve.cluster.roster import Roster
 from memserve.compose import resolve, to_yaml
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
+from memserve.metrics.comparison import print_points
 from memserve.metrics.report import Report
-from memserve.metrics.table import print_points
 
 _REPORT, _CONFIG, _LOG, _WORDS = "report.json", "config.yaml", "printed.log", "words.json"
 MAX_NAME_BYTES = 200  # of a directory; file systems take 255

@@ -50,6 +50,7 @@ def check_config(cfg: RunConfig) -> None:
         value = getattr(cfg.sched, name)
         require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
     _check_transfer(cfg)
+    _check_slo(cfg)
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
@@ -137,6 +138,13 @@ def _check_transfer(cfg: RunConfig) -> None:
     require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks
     require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
+
+
+def _check_slo(cfg: RunConfig) -> None:
+    for name in ("ttft_s", "tpot_s", "jct_s"):
+        value = getattr(cfg.slo, name)
+        require(value is None or 0 < value <= LONGEST_S, f"slo.{name}", value,
+                f"null or seconds in (0, {LONGEST_S:g}]")  # fmt: skip
 
 
 def _check_model(cfg: RunConfig) -> None:

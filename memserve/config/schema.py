@@ -75,6 +75,15 @@ class TransferConfig:
 
 
 @dataclass
+class SloConfig:
+    """Latencies in seconds within which an answer counts as good (`goodput` in the report); None: any will do."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    jct_s: float | None = None
+
+
+@dataclass
 class TensorParallelConfig:
     """Ranks of an instance of each role; its model and its KV heads are split over them."""
 
@@ -136,5 +145,6 @@ class RunConfig:
     sched: SchedConfig = field(default_factory=SchedConfig)
     scaling: Any = MISSING
     heir: Any = MISSING
+    slo: SloConfig = field(default_factory=SloConfig)
     workload: Any = MISSING
     tracking: Any = MISSING

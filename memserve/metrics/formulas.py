@@ -12,7 +12,7 @@ A metric that a request does not have (no token, no second token, not finished) 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -60,6 +60,25 @@ class RequestMetrics:
     phases: Phases
 
 
+@dataclass(frozen=True)
+class Slo:
+    """Service level objectives: the latencies within which an answer is a good one. In seconds; None: any will do."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    jct_s: float | None = None
+
+    def missed(self, metrics: RequestMetrics) -> list[str]:
+        """The objectives that a request which succeeded did not meet; one that it has no latency for is met."""
+        latencies = {"ttft_s": metrics.ttft, "tpot_s": metrics.tpot, "jct_s": metrics.jct}
+        bounds = asdict(self)
+        return [
+            name
+            for name, latency in latencies.items()
+            if latency is not None and bounds[name] is not None and latency > bounds[name]
+        ]
+
+
 def measure(timeline: RequestTimeline) -> RequestMetrics:
     """The metrics of one request."""
     times_ns = timeline.token_times_ns
@@ -96,22 +115,6 @@ def _phases(timeline: RequestTimeline) -> Phases:
         decode_queue=_between_s(received_ns, stats.decode_scheduled_ns),
         decode=_between_s(stats.decode_scheduled_ns, timeline.finished_ns),
     )
-
-
-def goodput(
-    num_requests: int, succeeded: Sequence[RequestMetrics], ttft_bound_s: float, tpot_bound_s: float
-) -> float | None:
-    """The share of all requests that succeeded within both bounds. An answer of one token meets any TPOT bound.
-
-    None when there are no requests.
-    """
-    good = sum(
-        metrics.ttft is not None
-        and metrics.ttft <= ttft_bound_s
-        and (metrics.tpot is None or metrics.tpot <= tpot_bound_s)
-        for metrics in succeeded
-    )
-    return ratio(good, num_requests)
 
 
 def window_ns(timelines: Sequence[RequestTimeline]) -> tuple[int, int] | None:

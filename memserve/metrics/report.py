@@ -25,6 +25,7 @@ STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 
 _NO_TRANSFERS = TransferCounts()
+_NO_SLO = formulas.Slo()
 _NOBODY_CAME = {"joined": 0, "left": 0, "lost": 0, "switched": 0, "bequeathed_tokens": 0, "bequests_declined": 0}
 _NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
 
@@ -60,14 +61,6 @@ class InstanceStats:
     left_ns: int | None = None
 
 
-@dataclass(frozen=True)
-class GoodputBounds:
-    """Latencies in seconds within which a request counts as good."""
-
-    ttft_s: float
-    tpot_s: float
-
-
 def build_report(
     timelines: Sequence[RequestTimeline],
     instances: Sequence[InstanceStats],
@@ -83,7 +76,7 @@ def build_report(
     near_ties: int = 0,
     membership: Mapping[str, int] = _NOBODY_CAME,
     stays_ns: Sequence[tuple[int, int | None]] | None = None,
-    goodput_bounds: GoodputBounds | None = None,
+    slo: formulas.Slo = _NO_SLO,
 ) -> Report:
     """The report of one run.
 
@@ -94,6 +87,7 @@ def build_report(
     tree_counts: of the global scheduler's prompt trees.
     membership: instances that came and went, and what they left to others.  stays_ns: from when until when each was
     there, those included of which `instances` has no row; None: as the rows say.
+    slo: what counts under `goodput`, which is null where it asks for nothing.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
     window = formulas.window_ns(timelines)
@@ -111,7 +105,7 @@ def build_report(
         "turns_over_context": turns_over_context,
         "turns_not_sent": turns_not_sent,
         **_latencies(succeeded),
-        "goodput": _goodput(len(timelines), succeeded, goodput_bounds),
+        "goodput": _goodput(len(timelines), succeeded, slo, makespan_s),
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
@@ -163,12 +157,22 @@ def _failures(timelines: Sequence[RequestTimeline]) -> dict[str, int]:
 
 
 def _goodput(
-    num_requests: int, succeeded: Sequence[formulas.RequestMetrics], bounds: GoodputBounds | None
+    num_requests: int, succeeded: Sequence[formulas.RequestMetrics], slo: formulas.Slo, makespan_s: float | None
 ) -> Report | None:
-    if bounds is None:
+    """The requests that succeeded within every objective, of all that there were and in each second; and how many of
+    those that succeeded missed which.
+    """
+    if slo == _NO_SLO:
         return None
-    share = formulas.goodput(num_requests, succeeded, bounds.ttft_s, bounds.tpot_s)
-    return {**asdict(bounds), "share": share}
+    missed = [slo.missed(metrics) for metrics in succeeded]
+    num_good = missed.count([])
+    return {
+        "slo": asdict(slo),
+        "num_good": num_good,
+        "share": formulas.ratio(num_good, num_requests),
+        "requests_per_s": formulas.ratio(num_good, makespan_s),
+        "missed": {name: sum(name in names for names in missed) for name in asdict(slo)},
+    }
 
 
 def _begun(timelines: Sequence[RequestTimeline]) -> list[RequestStats]:

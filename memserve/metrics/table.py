@@ -1,8 +1,6 @@
-"""Table: reports for people, one run in full or several side by side. Knows the report's keys; computes nothing."""
+"""Table: one run's report for people, in full. Knows the report's keys; computes nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -23,88 +21,6 @@ _LATENCIES = {
 _STATISTICS = {"mean": "mean", "P50": "p50", "P90": "p90", "P99": "p99"}
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A line of a comparison: where its figure stands in a report, and in which unit it is shown."""
-
-    label: str
-    path: tuple[str, ...]
-    unit: str
-
-
-_COMPARED = (
-    _Row("requests finished", ("num_finished",), "count"),
-    _Row("requests failed", ("num_failed",), "count"),
-    *(
-        _Row(f"{name} {statistic}", (key, _STATISTICS[statistic]), "seconds")
-        for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("JCT", "jct_s"))
-        for statistic in ("mean", "P50", "P99")
-    ),
-    _Row("second token mean", ("second_token_s", "mean"), "seconds"),
-    _Row("grant wait mean", ("phases_s", "grant_wait", "mean"), "seconds"),
-    _Row("transfer mean", ("phases_s", "transfer", "mean"), "seconds"),
-    _Row("hit ratio", ("hit_ratio",), "share"),
-    _Row("prompt tokens", ("tokens", "prompt"), "count"),
-    _Row("prefill tokens computed", ("tokens", "computed"), "count"),
-    _Row("tokens P -> D", ("transfers", "p_to_d", "tokens"), "count"),
-    _Row("MB P -> D", ("transfers", "p_to_d", "bytes"), "mega"),
-    _Row("transfers P -> D", ("transfers", "p_to_d", "transfers"), "count"),
-    _Row("network calls P -> D", ("transfers", "p_to_d", "calls"), "count"),
-    _Row("tokens D -> P", ("transfers", "d_to_p", "tokens"), "count"),
-    _Row("MB D -> P", ("transfers", "d_to_p", "bytes"), "mega"),
-    _Row("network calls D -> P", ("transfers", "d_to_p", "calls"), "count"),
-    _Row("tokens within a role", ("transfers", "between", "tokens"), "count"),
-    _Row("MB within a role", ("transfers", "between", "bytes"), "mega"),
-    _Row("tokens generated", ("tokens", "generated"), "count"),
-    _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
-    _Row("time of instances", ("membership", "instance_s"), "seconds"),
-    _Row("skew (busiest / mean)", ("skew", "busy_s"), "number"),
-    _Row("requests, busiest / mean", ("routing", "skew_requests"), "number"),
-    _Row("sent to the soonest", ("routing", "soonest_ratio"), "share"),
-    _Row("predicted later than there", ("routing", "mean_regret_s"), "seconds"),
-    _Row("wrong hits", ("routing", "wrong_hit_ratio"), "share"),
-    _Row("tokens of wrong hits", ("routing", "wrong_hit_tokens"), "count"),
-    _Row("makespan", ("makespan_s",), "seconds"),
-)
-
-_POINTS = (
-    _Row("finished", ("num_finished",), "count"),
-    _Row("failed", ("num_failed",), "count"),
-    _Row("TTFT mean", ("ttft_s", "mean"), "seconds"),
-    _Row("TTFT P99", ("ttft_s", "p99"), "seconds"),
-    _Row("TPOT mean", ("tpot_s", "mean"), "seconds"),
-    _Row("JCT mean", ("jct_s", "mean"), "seconds"),
-    _Row("hit ratio", ("hit_ratio",), "share"),
-)
-
-
-def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
-    """Systems side by side: a column for each report, under its name. Repeated runs show median and range."""
-    table = _plain_table(title)
-    table.add_column("", no_wrap=True)
-    for name in reports:
-        table.add_column(escape(name), justify="right", overflow="fold")
-    for label, *cells in comparison_rows(reports):
-        table.add_row(label, *cells)
-    return table
-
-
-def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
-    """What is compared: the name of a figure, and it in each report, as text."""
-    return [[row.label, *(_cell(report, row) for report in reports.values())] for row in _COMPARED]
-
-
-def print_points(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:
-    """Prints a row for each report of a sweep; console: None is standard output."""
-    table = _plain_table(title)
-    table.add_column("point", overflow="fold")
-    for row in _POINTS:
-        table.add_column(row.label, justify="right")
-    for name, report in reports.items():
-        table.add_row(escape(name), *(_cell(report, row) for row in _POINTS))
-    (console or _standard_output()).print(table)
-
-
 def report_tables(report: Report, title: str = "") -> Group:
     """One run in full: latencies, totals, instances."""
     return Group(_latency_table(report, title), "", _totals_table(report), "", _instance_table(report))
@@ -112,12 +28,7 @@ def report_tables(report: Report, title: str = "") -> Group:
 
 def print_report(report: Report, title: str = "", console: Console | None = None) -> None:
     """Prints one run's report; console: None is standard output."""
-    (console or _standard_output()).print(report_tables(report, title))
-
-
-def print_comparison(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:
-    """Prints reports side by side; console: None is standard output."""
-    (console or _standard_output()).print(comparison_table(reports, title))
+    (console or standard_output()).print(report_tables(report, title))
 
 
 def format_figure(value: float | None, unit: str) -> str:
@@ -149,12 +60,14 @@ def _three_digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
-def _standard_output() -> Console:
+def standard_output() -> Console:
+    """A terminal as wide as it is, or else WIDTH columns."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def _plain_table(title: str = "", *, show_header: bool = True) -> Table:
+def plain_table(title: str = "", *, show_header: bool = True) -> Table:
+    """An empty one in the style of all of them."""
     return Table(
         title=escape(title) or None,  # a word of a command line may have brackets
         title_justify="left",
@@ -166,24 +79,8 @@ def _plain_table(title: str = "", *, show_header: bool = True) -> Table:
     )
 
 
-def _cell(report: Report, row: _Row) -> str:
-    text = format_figure(_at(report, row.path), row.unit)
-    spread = _at(report.get("spread", {}), row.path)
-    if spread is None:
-        return text
-    low, high = (format_figure(spread[end], row.unit) for end in ("min", "max"))
-    return text if low == high else f"{text} ({low} .. {high})"
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    """What stands at `path`, or None where there is no such place."""
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
-
-
 def _latency_table(report: Report, title: str) -> Table:
-    table = _plain_table(title)
+    table = plain_table(title)
     table.add_column("latency", no_wrap=True)
     for statistic in _STATISTICS:
         table.add_column(statistic, justify="right")
@@ -208,20 +105,15 @@ def _totals_table(report: Report) -> Table:
         "tokens generated": _count(tokens["generated"]),
         **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
+        **_goodput_text(report["goodput"]),
         **_membership_text(report["membership"]),
         "makespan": format_figure(report["makespan_s"], "seconds"),
         "wall time": format_figure(report["wall_s"], "seconds"),
     }
-    if report["goodput"] is not None:
-        bounds = ", ".join(
-            f"{name} <= {format_figure(report['goodput'][key], 'seconds')}"
-            for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
-        )
-        rows[f"goodput ({bounds})"] = format_figure(report["goodput"]["share"], "share")
     for label, key in (("turns over the context", "turns_over_context"), ("turns not sent", "turns_not_sent")):
         if report[key]:
             rows[label] = _count(report[key])
-    table = _plain_table(show_header=False)
+    table = plain_table(show_header=False)
     for label, text in rows.items():
         table.add_row(label, text)
     return table
@@ -232,6 +124,24 @@ def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
     computed, generated = tokens["computed_in_vain"], tokens["generated_in_vain"]
     text = f"{_count(computed)} computed, {_count(generated)} generated"
     return {"tokens in vain": text} if computed or generated else {}
+
+
+def _goodput_text(goodput: Report | None) -> dict[str, str]:
+    """What was answered within the objectives, if there are any; and how many answers missed which."""
+    if goodput is None:
+        return {}
+    missed = ", ".join(
+        f"{_count(goodput['missed'][key])} by {_name_of(key)} <= {format_figure(bound, 'seconds')}"
+        for key, bound in goodput["slo"].items()
+        if bound is not None
+    )
+    share, rate = format_figure(goodput["share"], "share"), format_figure(goodput["requests_per_s"], "number")
+    return {"goodput": f"{share}, {rate} requests/s; missed: {missed}"}
+
+
+def _name_of(key: str) -> str:
+    """A latency's name, of its key in a report."""
+    return next(name for name, own in _LATENCIES.items() if own == key)
 
 
 def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
@@ -265,7 +175,7 @@ def _requests_text(report: Report) -> str:
 
 
 def _instance_table(report: Report) -> Table:
-    table = _plain_table()
+    table = plain_table()
     table.add_column("instance", no_wrap=True)
     for heading in ("reqs", "busy", "in use", "hits", "computed", "output", "preempted", "evicted"):
         table.add_column(heading, justify="right", overflow="fold")

@@ -78,7 +78,8 @@ def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
 def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_rank(tmp_path):
     out = tmp_path / "out"
     words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "repeats=2"]
-    status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD, f"hydra.run.dir={out}")
+    words += ["slo.jct_s=1000", f"hydra.run.dir={out}"]
+    status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
     assert status == 0, printed
     assert sorted(p.name for p in out.iterdir()) == [
         "activity.jsonl", "config.yaml", "env.json", "occupancy.jsonl", "rank-0.log", "rank-1.log", "rank-2.log",
@@ -86,6 +87,7 @@ def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_ra
     ]  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["repeats"] == 2 and report["num_failed"] == 0
+    assert report["goodput"]["share"] == 1 and "missed: 0 by JCT <= 1,000 s" in printed
     assert set(json.loads((out / "env.json").read_text())["threads"]["instances"]) == {"prefill-0", "decode-1"}
     records = map(json.loads, (out / "requests.jsonl").read_text().splitlines())
     tokens = {record["request_id"]: record["output_token_ids"] for record in records}

@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from memserve.clock import to_ns
-from memserve.metrics.formulas import Phases, goodput, instance_s, makespan_s, measure, skew, window_ns
+from memserve.metrics.formulas import Phases, Slo, instance_s, makespan_s, measure, skew, window_ns
 
 
 def test_latencies_follow_from_the_timestamps(make_timeline):
@@ -51,14 +51,21 @@ def test_a_request_that_was_handed_over_has_eight_phases_that_add_up(make_timeli
 
 
 @pytest.mark.parametrize(
-    ("ttft_bound_s", "tpot_bound_s", "share"), [(2.0, 1.5, 0.5), (1.9, 1.5, 0.0), (2.0, 1.4, 0.25), (0.0, 0.0, 0.0)]
+    ("slo", "missed", "missed_by_one_token"),
+    [
+        (Slo(), [], []),
+        (Slo(2.0, 1.5, 5.0), [], []),
+        (Slo(ttft_s=1.9), ["ttft_s"], ["ttft_s"]),
+        (Slo(tpot_s=1.4), ["tpot_s"], []),
+        (Slo(jct_s=4.9), ["jct_s"], ["jct_s"]),
+        (Slo(1.0, 1.0, 1.0), ["ttft_s", "tpot_s", "jct_s"], ["ttft_s", "jct_s"]),
+    ],
 )
-def test_goodput_counts_failures_as_misses_and_one_token_answers_by_ttft(
-    make_timeline, ttft_bound_s, tpot_bound_s, share
+def test_objectives_are_met_up_to_their_bound_and_by_what_has_no_such_latency(
+    make_timeline, slo, missed, missed_by_one_token
 ):
-    succeeded = [measure(make_timeline()), measure(make_timeline(token_times=(2.0,)))]
-    assert goodput(4, succeeded, ttft_bound_s, tpot_bound_s) == share
-    assert goodput(0, [], ttft_bound_s, tpot_bound_s) is None
+    assert slo.missed(measure(make_timeline())) == missed
+    assert slo.missed(measure(make_timeline(token_times=(2.0,)))) == missed_by_one_token
 
 
 def test_makespan_runs_from_the_first_arrival_to_the_last_end(make_timeline):

@@ -6,8 +6,9 @@ import pytest
 from msgspec.structs import replace
 
 from memserve.kvcache.ticket import TransferCounts
+from memserve.metrics.formulas import Slo
 from memserve.metrics.repeats import median_of
-from memserve.metrics.report import GoodputBounds, InstanceStats, build_report, distribution
+from memserve.metrics.report import InstanceStats, build_report, distribution
 from memserve.request import FinishReason, Role
 
 INSTANCES = [
@@ -89,7 +90,7 @@ def test_instances_carry_their_own_counts_and_those_of_their_requests(make_timel
 
 
 def test_a_run_without_requests_gives_nulls_and_valid_json():
-    report = build_report([], [], wall_s=0.0, goodput_bounds=GoodputBounds(1.0, 1.0))
+    report = build_report([], [], wall_s=0.0, slo=Slo(1.0, 1.0))
     assert report["ttft_s"] == {"mean": None, "p50": None, "p90": None, "p99": None}
     assert report["itl_s"]["p99"] is None
     assert (report["hit_ratio"], report["makespan_s"], report["goodput"]["share"]) == (None, None, None)
@@ -102,8 +103,23 @@ def test_transfers_pass_through_and_goodput_is_off_by_default(make_timeline):
     )
     assert report["transfers"]["p_to_d"]["calls"] == 2 and report["transfers"]["d_to_p"]["calls"] == 0
     assert report["goodput"] is None and report["near_ties"] == 1
-    bounded = build_report([make_timeline()], INSTANCES, wall_s=1.0, goodput_bounds=GoodputBounds(2.0, 2.0))
-    assert bounded["goodput"] == {"ttft_s": 2.0, "tpot_s": 2.0, "share": 1.0}
+    bounded = build_report([make_timeline()], INSTANCES, wall_s=1.0, slo=Slo(2.0, 2.0))
+    assert bounded["goodput"] == {
+        "slo": {"ttft_s": 2.0, "tpot_s": 2.0, "jct_s": None},
+        "num_good": 1,
+        "share": 1.0,
+        "requests_per_s": 0.2,
+        "missed": {"ttft_s": 0, "tpot_s": 0, "jct_s": 0},
+    }
+
+
+def test_goodput_is_of_all_requests_and_what_failed_missed_no_objective(make_timeline):
+    failed = make_timeline("c/0", token_times=(), reason=FinishReason.REFUSED)
+    late = make_timeline("b/0", token_times=(4.0, 5.0))
+    report = build_report([make_timeline(), late, failed], INSTANCES, wall_s=1.0, slo=Slo(ttft_s=3.0, tpot_s=1.2))
+    goodput = report["goodput"]
+    assert (goodput["num_good"], goodput["share"], goodput["requests_per_s"]) == (0, 0.0, 0.0)
+    assert goodput["missed"] == {"ttft_s": 1, "tpot_s": 1, "jct_s": 0}
 
 
 def test_a_request_counts_at_both_of_its_instances(make_timeline):

@@ -4,10 +4,12 @@ import re
 import pytest
 from rich.console import Console
 
+from memserve.metrics.comparison import print_comparison, print_points
+from memserve.metrics.formulas import Slo
 from memserve.metrics.progress import Progress
 from memserve.metrics.repeats import median_of
-from memserve.metrics.report import GoodputBounds, InstanceStats, build_report
-from memserve.metrics.table import format_figure, print_comparison, print_report
+from memserve.metrics.report import InstanceStats, build_report
+from memserve.metrics.table import format_figure, print_report
 from memserve.request import FinishReason, Role
 
 INSTANCES = [InstanceStats("colocated-0", Role.COLOCATED, busy_ns=4_000_000_000)]
@@ -53,11 +55,13 @@ def test_figures_are_shown_with_their_unit(value, unit, shown):
 
 def test_one_report_is_readable_at_100_columns(make_timeline):
     out = console()
-    report = make_report(make_timeline, goodput_bounds=GoodputBounds(2.0, 2.0), turns_over_context=3, turns_not_sent=4)
+    report = make_report(make_timeline, slo=Slo(2.0, 1.4), turns_over_context=3, turns_not_sent=4)
     print_report(report, "a run", out)
     shown = text(out)
     for expected in ("a run", "TTFT", "phase queue", "1 of 1 finished", "40.0 %", "colocated-0", "goodput", "80.0 %"):
         assert expected in shown
+    (goodput,) = (line for line in shown.splitlines() if "goodput" in line)
+    assert goodput.strip().endswith("0.0 %, 0 requests/s; missed: 0 by TTFT <= 2.00 s, 1 by TPOT <= 1.40 s")
     assert "turns over the context" in shown and "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
 
@@ -103,6 +107,19 @@ def test_reports_stand_side_by_side(make_timeline):
     assert rows["hit ratio"] == ["40.0 %", "90.0 %"]
     assert rows["prefill tokens computed"] == ["60", "10"]
     assert {"TPOT mean", "JCT P99", "output tokens/s"} <= rows.keys()
+
+
+def test_a_figure_that_none_of_them_has_is_left_out(make_timeline):
+    plain, asked = make_report(make_timeline), make_report(make_timeline, slo=Slo(2.0))
+    for show, reports, there in (
+        (print_comparison, {"a": plain}, False),
+        (print_comparison, {"a": plain, "b": asked}, True),
+        (print_points, {"a": plain}, False),
+        (print_points, {"a": plain, "b": asked}, True),
+    ):
+        out = console()
+        show(reports, console=out)
+        assert ("good" in text(out)) == there and "100.0 %" * there in text(out)
 
 
 def test_repeats_show_their_range(make_timeline):

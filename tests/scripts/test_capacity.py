@@ -1,0 +1,87 @@
+"""capacity.py finds the load at which a system still answers well, and refuses what has no answer before it runs."""
+
+import json
+
+import pytest
+
+from memserve.cluster.local import LocalCluster
+from memserve.compose import load_config
+
+WORDS = ["exec=simulated", "workload=synthetic", "workload.num_sessions=60", "workload/lengths=fixed"]
+
+
+@pytest.fixture
+def capacity(script):
+    return script("capacity")
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.7, 1.0, 3.9, 4.0, 700.0])
+@pytest.mark.parametrize("start", [0.25, 1.0, 64.0])
+def test_the_limit_is_between_what_holds_and_what_does_not(capacity, limit, start):
+    tried = []
+
+    def holds(load):
+        tried.append(load)
+        return load <= limit
+
+    good, bad = capacity.narrow(holds, start, precision=0.02)
+    assert good <= limit < bad <= good * 1.02
+    assert len(tried) == len(set(tried)) <= 24
+
+
+def test_where_nothing_or_everything_holds_one_end_is_missing(capacity):
+    assert capacity.narrow(lambda load: True, 1.0, 0.05, doublings=3) == (8.0, None)
+    assert capacity.narrow(lambda load: False, 1.0, 0.05, doublings=3) == (None, 0.125)
+
+
+def test_systems_stand_side_by_side_and_the_loads_found_are_right(capacity, tmp_path, capsys):
+    more = ["--share", ".8", "--precision", ".2", "--start", "8", "--seeds", "0,1", "--out", str(tmp_path / "new")]
+    systems = "off:index=none,on:index=radix+workload.num_turns=2"
+    capacity.main(["--systems", systems, *more, *WORDS, "slo.jct_s=.6"])
+    out = capsys.readouterr().out
+    assert "most workload.rate" in out and "jct" in out and "off at 8: " in out
+    found = json.loads((tmp_path / "new" / "capacity.json").read_text(encoding="utf-8"))
+    assert (found["share"], found["seeds"], found["vary"]) == (0.8, [0, 1], "workload.rate")
+    assert (tmp_path / "new" / "capacity.png").stat().st_size > 1000
+    system = found["systems"]["off"]
+    shares = {point["load"]: point["report"]["goodput"]["share"] for point in system["points"]}
+    assert shares[system["holds"]] >= 0.8 > shares[system["fails"]]
+    assert system["holds"] < system["fails"] <= 1.2 * system["holds"]
+    words = [*WORDS, "index=none", "slo.jct_s=.6", f"workload.rate={system['holds']}"]
+    runs = [LocalCluster(load_config([*words, f"seed={seed}"])).run() for seed in (0, 1)]
+    assert sum(run["goodput"]["share"] for run in runs) / 2 == pytest.approx(shares[system["holds"]])
+
+
+def test_what_nothing_can_overload_is_said_to_hold_everything(capacity, capsys):
+    capacity.main(["--systems", "pd_cc", *WORDS, "workload.num_sessions=2", "slo.jct_s=100"])
+    assert ">= 4096" in capsys.readouterr().out
+
+
+def test_what_no_load_is_low_enough_for_is_said_to_hold_none(capacity, capsys):
+    capacity.main(["--systems", "pd_cc", *WORDS, "workload.num_sessions=2", "slo.ttft_s=.000001"])
+    out = capsys.readouterr().out
+    assert "none" in out and "0.0 %, ttft" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "at least one of slo.ttft_s="),
+        (["slo.ttft_s=1", "--share", "1.5"], r"--share=1.5: expected a number in \(0, 1\]"),
+        (["slo.ttft_s=1", "--start", "0"], "--start=0.0: expected a number > 0"),
+        (["slo.ttft_s=1", "--precision", "0"], "--precision=0.0: expected a number in"),
+        (["slo.ttft_s=1", "--vary", "workload.nonsense"], "nonsense"),
+        (["slo.ttft_s=1", "--systems", "2p"], "2p: expected one of pd"),
+        (["slo.ttft_s=1", "exec=distributed"], "exec=distributed"),
+    ],
+)
+def test_what_has_no_answer_is_refused_before_anything_runs(capacity, capsys, words, named):
+    with pytest.raises(SystemExit, match=named):
+        capacity.main([*WORDS, *words])
+    assert "good" not in capsys.readouterr().out
+
+
+def test_seeds_are_whole_numbers(capacity, capsys):
+    with pytest.raises(SystemExit):
+        capacity.main([*WORDS, "slo.ttft_s=1", "--seeds", "0,x"])
+    assert "0,x: expected integers >= 0, joined by commas" in capsys.readouterr().err
