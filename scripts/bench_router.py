@@ -83,7 +83,7 @@ def measure(num_rows: int, num_blocks: int, num_tokens: int, repeats: int) -> di
 
 def _choice_us(group: Group, request: RouteRequest, now_ns: int, rng: np.random.Generator) -> float:
     watch = Stopwatch()
-    group.route(request, now_ns, rng)
+    group.take(group.choose(request, now_ns, rng), request.session_id)
     return watch.elapsed_ns() / 1000
 
 

@@ -15,6 +15,7 @@ from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.cost_model.operator import OperatorCostModel
 from memserve.sched.prefix_routing import BalancedPrefix, CostBased, PromptTree
 from memserve.sched.prompt_tree import Optimistic
+from memserve.sched.rejection import EarlyRejection
 from memserve.workload import AgentWorkload, ChatWorkload, ClosedLoop, DocumentQA, Gamma, Poisson, SyntheticWorkload
 from memserve.workload.lengths import LogNormal, Uniform
 
@@ -38,6 +39,7 @@ MAKERS = {  # what is made, with arguments that it needs
     PromptTree: {},
     BalancedPrefix: {"abs_bound": 4, "rel_bound": 1.5, "min_share": 0.5},
     CostBased: {"cost_model": FixedCostModel(**COSTS)},
+    EarlyRejection: {"cost_model": FixedCostModel(**COSTS), "ttft_s": 1.0},
     FixedCostModel: COSTS,
     OperatorCostModel: {"tokens": [1, 100], "linear_s": [0.001, 0.01], **TERMS},
 }

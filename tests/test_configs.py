@@ -36,6 +36,7 @@ BESIDE = {  # what a word needs
     "geometry": ["exec=simulated", "tokens=workload"],
     "scaling": DISAGGREGATED,
     "heir": ["scaling=schedule"],
+    "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
 }
 TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each
     ("eviction", "queue", "swap", "preemption", "layout", "policy", "workload/arrivals"): [
@@ -222,6 +223,8 @@ def test_bad_or_contradictory_words_are_refused_by_name(words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["rejection=early"], "expected slo.ttft_s= or slo.tpot_s="),
+        (["rejection=early", "slo.ttft_s=1", "rejection.slo_scale=0"], "rejection.slo_scale=0: expected"),
         (["workload.rate=-1"], "rate"),
         (["workload.rate=nan"], "rate"),
         (["workload.max_output_tokens=0"], "max_output_tokens"),

@@ -124,6 +124,7 @@ def build_global_scheduler(
         recompute_failed=cfg.transfer.on_failure == "recompute",
         max_unfinished=cfg.cluster.max_unfinished,
         patience_ns=to_ns(cfg.cluster.patience_s),
+        rejection=make(cfg.rejection),
     )
 
 

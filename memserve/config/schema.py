@@ -145,6 +145,7 @@ class RunConfig:
     sched: SchedConfig = field(default_factory=SchedConfig)
     scaling: Any = MISSING
     heir: Any = MISSING
+    rejection: Any = MISSING
     slo: SloConfig = field(default_factory=SloConfig)
     workload: Any = MISSING
     tracking: Any = MISSING

@@ -36,14 +36,15 @@ from memserve.request import FinishReason, Role
 from memserve.sched.group import Group, held_elsewhere
 from memserve.sched.groups import Groups
 from memserve.sched.modes import Colocated, Mode
+from memserve.sched.rejection import NoRejection, Rejection, refusal
 from memserve.sched.routed import Routed
-from memserve.sched.routing import RouteRequest
 from memserve.sched.unserved import Unserved
 from memserve.timeline import RequestTimeline
 
 CLIENT = "client"
 MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
 _COLOCATED = Colocated()
+_NO_REJECTION = NoRejection()
 
 
 class GlobalScheduler:
@@ -52,7 +53,8 @@ class GlobalScheduler:
     decode: the decode instances that prefill instances hand over to, if they do.  mode: says what a request leaves in
     whose cache.  recompute_failed: a request whose hand-off failed, or whose instance is gone, is served again, up to
     MAX_ATTEMPTS times; else it fails.  max_unfinished: a request that comes when so many are there is refused.
-    patience_ns: so long a request waits for an instance to come where none of a role is left.
+    patience_ns: so long a request waits for an instance to come where none of a role is left.  rejection: refuses one
+    that is about to be sent out for the first time.
     """
 
     def __init__(
@@ -65,11 +67,12 @@ class GlobalScheduler:
         recompute_failed: bool = True,
         max_unfinished: int | None = None,
         patience_ns: int = 0,
+        rejection: Rejection = _NO_REJECTION,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
         self.groups = Groups(group, decode, mode)
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
-        self._rng = rng
+        self._rejection, self._rng = rejection, rng
         self._live: dict[str, Routed] = {}
         self._unserved = Unserved(patience_ns)
         self._outbox: list[tuple[str, Message]] = []
@@ -185,23 +188,20 @@ class GlobalScheduler:
                 self._dispatch(self._live[request_id], now_ns)
 
     def _dispatch(self, routed: Routed, now_ns: int) -> None:
-        """Names the instances of the request's next attempt and sends it."""
+        """Names the instances of the request's next attempt and sends it, or refuses it."""
         m, timeline = routed.submit, routed.timeline
-        request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
-        routed.starts(self.groups.takers.route(request, now_ns, self._rng))
-        assert routed.place is not None
-        decode = None
-        if self.groups.decode is not None:
-            routed.decode_place = self.groups.decode.route(request, now_ns, self._rng)
-            decode = self.groups.decode.incarnations[routed.decode_place.row]
-        timeline.dispatched_ns, timeline.instance = now_ns, self.groups.takers.labels[routed.place.row]
-        timeline.num_promised = routed.place.num_cached
-        timeline.routes += [place.choice for _, place in self.groups.places(routed)]
-        elsewhere = held_elsewhere([place for _, place in self.groups.places(routed)])
-        dispatch = Dispatch(
-            m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns, decode, elsewhere
-        )
-        self._outbox.append((timeline.instance, dispatch))
+        places = self.groups.choose(routed.request, now_ns, self._rng)
+        why = refusal(self._rejection, self.groups.prospect(routed, places, now_ns))
+        if why is not None and timeline.attempt == 0:
+            self._end(routed, routed.failed(FinishReason.REFUSED, why), now_ns)
+            return
+        self.groups.take(routed, places)
+        decode = None if self.groups.decode is None else self.groups.decode.incarnations[places[-1].row]
+        timeline.dispatched_ns, timeline.instance = now_ns, self.groups.takers.labels[places[0].row]
+        timeline.num_promised = places[0].num_cached
+        timeline.routes += [place.choice for place in places]
+        what = (m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns)
+        self._outbox.append((timeline.instance, Dispatch(*what, decode, held_elsewhere(places))))
 
     def _cancel(self, message: Cancel, now_ns: int) -> None:
         routed = self._live.get(message.request_id)
@@ -272,12 +272,11 @@ class GlobalScheduler:
         assert decode is not None and routed.decode_place is not None, "only prefill instances hand over"
         routed.tried.add(routed.decode_place.row)
         if message.refused and len(decode.rows(routed.tried)):
-            m = routed.submit
-            request = RouteRequest(m.request_id, m.session_id, unpack_tokens(m.tokens))
             decode.forget(routed.decode_place)
-            routed.decode_place = decode.route(request, now_ns, self._rng, routed.tried)
+            routed.decode_place = decode.choose(routed.request, now_ns, self._rng, routed.tried)
+            decode.take(routed.decode_place, routed.submit.session_id, is_first=False)
             routed.timeline.routes.append(routed.decode_place.choice)
-            redirect = Redirect(m.request_id, message.attempt, decode.incarnations[routed.decode_place.row])
+            redirect = Redirect(message.request_id, message.attempt, decode.incarnations[routed.decode_place.row])
             self._outbox.append((routed.timeline.instance, redirect))
             return
         self._abort(routed)

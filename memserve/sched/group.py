@@ -47,7 +47,7 @@ class Assignment:
     queued_ns: int
     longest: list[Holding]
     choice: RouteChoice
-    is_counted: bool = True
+    is_counted: bool = False
 
 
 def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
@@ -142,10 +142,12 @@ class Group:
             home=int(home[0]) if len(home) else None,
         )
 
-    def route(
+    def choose(
         self, request: RouteRequest, now_ns: int, rng: np.random.Generator, tried: Collection[int] = ()
     ) -> Assignment:
-        """Where the request goes, counted there. Raises ValueError where the policy names none of the instances."""
+        """Where the request is to go; it is not counted there before `take`. Raises ValueError where the policy names
+        none of the instances.
+        """
         num_tokens, rows = len(request.tokens), self.rows(tried)
         num_cached = self.tree.match(pack_tokens(request.tokens[: usable_prefix(num_tokens)]), now_ns)[rows]
         snapshot = self.snapshot(rows, num_cached, request.session_id)
@@ -155,14 +157,21 @@ class Group:
             raise ValueError(
                 f"{type(self._policy).__name__} chose row {chosen!r}: expected 0 to {len(rows) - 1} ({names})"
             )
-        placement = self._assign(snapshot, rows, chosen, num_tokens)
-        self._num_routed += not tried
+        return self._assign(snapshot, rows, chosen, num_tokens)
+
+    def take(self, placement: Assignment, session_id: str, *, is_first: bool = True) -> None:
+        """The request goes there. is_first: not to another of this group before, in this attempt."""
+        self._num_routed += is_first
         self._rows["num_routed"][placement.row] += 1
         self._rows["num_lately"] *= 1 - 1 / (LATELY * np.count_nonzero(self._rows["is_here"]))
         self._rows["num_lately"][placement.row] += 1
-        self._remember(request.session_id, placement.row)
+        self._remember(session_id, placement.row)
         self._count(placement, 1)
-        return placement
+        placement.is_counted = True
+
+    def load(self, row: int) -> tuple[int, int]:
+        """Unfinished requests of an instance, and the tokens of their prompts."""
+        return int(self._rows["num_requests"][row]), int(self._rows["num_tokens"][row])
 
     def _remember(self, session_id: str, row: int) -> None:
         self._homes[session_id] = row

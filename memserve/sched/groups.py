@@ -6,6 +6,9 @@ an instance by its label concerns whichever group it is in.
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from memserve.clock import to_s
 from memserve.kvcache.errors import MissedEvents
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.messages import pack_tokens
@@ -13,7 +16,9 @@ from memserve.request import Role
 from memserve.sched.group import Assignment, Group
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import Exact, counts_of
+from memserve.sched.rejection import Prospect
 from memserve.sched.routed import Routed
+from memserve.sched.routing import RouteRequest
 
 
 class Groups:
@@ -49,6 +54,29 @@ class Groups:
         if not len(self.takers.rows()):
             return "instance that takes requests"
         return "decode instance" if self.decode is not None and not len(self.decode.rows()) else None
+
+    def choose(self, request: RouteRequest, now_ns: int, rng: np.random.Generator) -> list[Assignment]:
+        """Where a request is to go: in each group an instance, that which gets it first of all."""
+        return [group.choose(request, now_ns, rng) for group in self.all]
+
+    def take(self, routed: Routed, places: Sequence[Assignment]) -> None:
+        """A request's attempt begins at these."""
+        routed.starts(*places)
+        for group, place in self.places(routed):
+            group.take(place, routed.submit.session_id)
+
+    def prospect(self, routed: Routed, places: Sequence[Assignment], now_ns: int) -> Prospect:
+        """What awaits a request at places that it has not taken."""
+        first, last = places[0], places[-1]
+        num_decoding, num_decoding_tokens = self.all[-1].load(last.row)
+        return Prospect(
+            waited_s=to_s(now_ns - routed.submit.arrival_ns),
+            queued_s=to_s(int(first.choice.queued_ns[first.choice.chosen])),
+            prefill_s=to_s(first.queued_ns),
+            num_prompt=first.num_tokens,
+            num_decoding=num_decoding,
+            num_decoding_tokens=num_decoding_tokens,
+        )
 
     def places(self, routed: Routed) -> list[tuple[Group, Assignment]]:
         """Where a request's present attempt is counted."""

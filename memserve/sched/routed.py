@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memserve.messages import Finished, Submit, Tokens
+from memserve.messages import Finished, Submit, Tokens, unpack_tokens
 from memserve.request import FinishReason
 from memserve.sched.group import Assignment
+from memserve.sched.routing import RouteRequest
 from memserve.timeline import RequestTimeline
 
 
@@ -30,9 +31,15 @@ class Routed:
         """What the client is told of its end."""
         return Finished(self.submit.request_id, self.timeline.attempt, reason, detail, None)
 
-    def starts(self, place: Assignment) -> None:
-        """An attempt begins, at an instance of the first group."""
-        self.place, self.num_generated, self.tried, self._early = place, 0, set(), []
+    @property
+    def request(self) -> RouteRequest:
+        """What a policy may know of it."""
+        return RouteRequest(self.submit.request_id, self.submit.session_id, unpack_tokens(self.submit.tokens))
+
+    def starts(self, place: Assignment, decode_place: Assignment | None = None) -> None:
+        """An attempt begins, at an instance of each group."""
+        self.place, self.decode_place = place, decode_place
+        self.num_generated, self.tried, self._early = 0, set(), []
 
     def in_order(self, message: Tokens | Finished) -> Iterator[Tokens | Finished]:
         """What of the present attempt can be taken, with this message: each before the next one is asked for.
