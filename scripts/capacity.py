@@ -1,21 +1,22 @@
 """Capacity: the most load at which a system still answers well, found by bisection; systems side by side.
 
-python scripts/capacity.py exec=simulated workload=synthetic workload.num_sessions=200 slo.ttft_s=.2 slo.tpot_s=.02
+python scripts/capacity.py --window 60 exec=simulated workload=synthetic slo.ttft_s=.2 slo.tpot_s=.02
 python scripts/capacity.py --systems pd_cc,1p1d_cc --share .99 --seeds 0,1,2 --out DIR exec=simulated slo.jct_s=3
 python scripts/capacity.py --vary workload.speedup --systems four:cluster=colocated_4 exec=simulated tokens=workload \\
     workload=trace workload.path=FILE slo.ttft_s=10
 
 A load holds when at least `--share` of all requests finish within every objective (`slo.`); of several seeds the median
 counts. Loads are doubled or halved from `--start` on until one holds and one does not, then the gap is narrowed to
-`--precision`. A workload has an end, and a queue that grows has an effect only if it has the time: capacities of
-workloads of different length are not to be compared. Systems and words are those of compare.py.
+`--precision`. A queue that grows has an effect only if it has the time, and so many sessions come the sooner the
+higher their rate: with `--window S` there are as many as come in S seconds at each load. Systems and words are those of
+compare.py.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,8 +35,10 @@ from memserve.metrics.report import Report
 from memserve.metrics.table import format_figure
 from memserve.values import require_int, require_number
 
+RATE = "workload.rate"
 DOUBLINGS = 12  # away from the start
 WIDTH = 120  # columns of the table
+SHORT = 5  # times what a request takes: then the last one comes before many have ended
 _DIGITS = 3  # of a load that is tried
 
 
@@ -43,7 +46,8 @@ _DIGITS = 3  # of a load that is tried
 class Question:
     """What is asked of every system. vary: the option that is the load.  share: of requests that must be good.
 
-    start: the first load tried.  precision: of the answer, relative.  words: of run.py, for all systems.
+    start: the first load tried.  precision: of the answer, relative.  window_s: seconds in which sessions come; None:
+    as the words say.  words: of run.py, for all systems.
     """
 
     vary: str
@@ -51,12 +55,22 @@ class Question:
     start: float
     precision: float
     seeds: Sequence[int]
+    window_s: float | None
     words: Sequence[str]
+
+    def at(self, load: float) -> list[str]:
+        """The words of a load."""
+        come = [] if self.window_s is None else [f"workload.num_sessions={math.ceil(load * self.window_s)}"]
+        return [*self.words, f"{self.vary}={load!r}", *come]
 
     def __post_init__(self) -> None:
         require_number("--share", self.share, "a number in (0, 1]", minimum=0.0, maximum=1.0, exclusive=True)
         require_number("--start", self.start, "a number > 0", minimum=0.0, exclusive=True)
         require_number("--precision", self.precision, "a number in [0.01, 10]", minimum=0.01, maximum=10.0)
+        if self.window_s is not None:
+            require_number("--window", self.window_s, "seconds > 0", minimum=0.0, exclusive=True)
+            if self.vary != RATE:
+                raise ValueError(f"--window={self.window_s} contradicts --vary={self.vary}: expected {RATE}")
         for seed in self.seeds:
             require_int("--seeds", seed, 0)
 
@@ -118,8 +132,7 @@ class Search:
         return share_of(report) >= self._asked.share
 
     def _config(self, load: float, seed: int) -> RunConfig:
-        asked = self._asked
-        cfg = load_config([*self._words, *asked.words, f"{asked.vary}={load!r}", f"seed={seed}"])
+        cfg = load_config([*self._words, *self._asked.at(load), f"seed={seed}"])
         if cfg.slo.ttft_s is None and cfg.slo.tpot_s is None and cfg.slo.jct_s is None:
             raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds")
         return cfg
@@ -169,6 +182,18 @@ def _failure(capacity: Capacity) -> str:
     return f"{capacity.fails:g}: {format_figure(share_of(report), 'share')}, {most.removesuffix('_s')}"
 
 
+def too_short(found: Mapping[str, Capacity], asked: Question) -> Iterator[str]:
+    """What to say of systems whose sessions had all come before much was answered: more load would be as good."""
+    for name, capacity in found.items():
+        if asked.vary != RATE or capacity.holds is None:
+            continue
+        report = capacity.reports[capacity.holds]
+        came_s, jct_s = report["num_sessions"] / capacity.holds, report["jct_s"]["mean"] or 0.0
+        if came_s < SHORT * jct_s:
+            came, takes = format_figure(came_s, "seconds"), format_figure(jct_s, "seconds")
+            yield f"{name}: all sessions came within {came}, and a request takes {takes}: try a longer --window"
+
+
 def drawn(found: Mapping[str, Capacity], asked: Question) -> matplotlib.figure.Figure:
     """The share of good answers at each load, a line a system."""
     picture = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
@@ -201,19 +226,23 @@ def write(found: Mapping[str, Capacity], asked: Question, out: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="joined by commas")
-    parser.add_argument("--vary", default="workload.rate", help="the option that is the load; else %(default)s")
+    parser.add_argument("--vary", default=RATE, help="the option that is the load; else %(default)s")
     parser.add_argument("--share", type=float, default=0.9, help="of requests that must be good; else %(default)s")
     parser.add_argument("--start", type=float, default=1.0, help="the first load tried; else %(default)s")
     parser.add_argument("--precision", type=float, default=0.05, help="of what is found, relative; else %(default)s")
     parser.add_argument("--seeds", type=integers, default=[0], help="joined by commas; else 0")
+    parser.add_argument("--window", type=float, help="seconds in which sessions come, however many that makes")
     parser.add_argument("--out", type=Path, help="directory for capacity.json and capacity.png")
     parser.add_argument("words", nargs="*")
     args = parser.parse_intermixed_args(argv)
     try:
-        asked = Question(args.vary, args.share, args.start, args.precision, args.seeds, args.words)
+        asked = Question(args.vary, args.share, args.start, args.precision, args.seeds, args.window, args.words)
         searches = [(name, Search(name, own, asked)) for name, own in words_of_each(args.systems.split(",")).items()]
         found = {name: search.run() for name, search in searches}
-        Console(width=WIDTH).print(table_of(found, asked.vary))
+        console = Console(width=WIDTH)
+        console.print(table_of(found, asked.vary))
+        for line in too_short(found, asked):
+            console.print(line, highlight=False)
         if args.out is not None:
             write(found, asked, args.out)
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """capacity.py finds the load at which a system still answers well, and refuses what has no answer before it runs."""
 
 import json
+import math
 
 import pytest
 
@@ -54,7 +55,17 @@ def test_systems_stand_side_by_side_and_the_loads_found_are_right(capacity, tmp_
 
 def test_what_nothing_can_overload_is_said_to_hold_everything(capacity, capsys):
     capacity.main(["--systems", "pd_cc", *WORDS, "workload.num_sessions=2", "slo.jct_s=100"])
-    assert ">= 4096" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ">= 4096" in out and "pd_cc: all sessions came within 488 us, and a request takes" in out
+
+
+def test_with_a_window_the_sessions_are_as_many_as_come_in_it(capacity, tmp_path, capsys):
+    more = ["--window", "6", "--precision", ".5", "--start", "64", "--out", str(tmp_path)]
+    capacity.main(["--systems", "pd", *more, *WORDS, "slo.ttft_s=.1"])
+    points = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["systems"]["pd"]["points"]
+    assert len(points) > 1
+    assert all(point["report"]["num_sessions"] == math.ceil(6 * point["load"]) for point in points)
+    assert "try a longer --window" not in capsys.readouterr().out
 
 
 def test_what_no_load_is_low_enough_for_is_said_to_hold_none(capacity, capsys):
@@ -71,6 +82,8 @@ def test_what_no_load_is_low_enough_for_is_said_to_hold_none(capacity, capsys):
         (["slo.ttft_s=1", "--start", "0"], "--start=0.0: expected a number > 0"),
         (["slo.ttft_s=1", "--precision", "0"], "--precision=0.0: expected a number in"),
         (["slo.ttft_s=1", "--vary", "workload.nonsense"], "nonsense"),
+        (["slo.ttft_s=1", "--window", "0"], "--window=0.0: expected seconds > 0"),
+        (["slo.ttft_s=1", "--window", "9", "--vary", "workload.num_turns"], "--window=9.0 contradicts --vary=workload"),
         (["slo.ttft_s=1", "--systems", "2p"], "2p: expected one of pd"),
         (["slo.ttft_s=1", "exec=distributed"], "exec=distributed"),
     ],
