@@ -27,10 +27,12 @@ from memserve.kvcache.layout import Layout
 from memserve.metrics.tracking import Tracking
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.fetch_policy import FetchPolicy
+from memserve.sched.heirs import Heir
 from memserve.sched.modes import Mode
 from memserve.sched.preemption import Preemption
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.rejection import Rejection
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling
 from memserve.sched.swap_policy import SwapPolicy
@@ -53,6 +55,8 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "link": LinkModel,
     "cost_model": CostModel,
     "scaling": Scaling,
+    "heir": Heir,
+    "rejection": Rejection,
     "workload": Workload,
     "tracking": Tracking,
 }
@@ -107,10 +111,17 @@ def resolve(composed: DictConfig) -> RunConfig:
     missing = OmegaConf.missing_keys(merged)
     if missing:
         raise ConfigError(f"{', '.join(sorted(missing))}: expected a value")
+    _check_targets(merged)
     cfg = cast(RunConfig, merged)
     check_config(cfg)
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
+    OmegaConf.set_readonly(merged, True)
+    return cfg
+
+
+def _check_targets(merged: DictConfig) -> None:
+    """Raises ConfigError for a node that describes no object of its group's class."""
     for name, kind in TARGETS.items():
         if not isinstance(merged[name], DictConfig):
             group = "policy@decode_policy" if name == "decode_policy" else name
@@ -118,8 +129,6 @@ def resolve(composed: DictConfig) -> RunConfig:
         node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
         given = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
         check_target(name, given, kind)
-    OmegaConf.set_readonly(merged, True)
-    return cfg
 
 
 def _refusal(error: OmegaConfBaseException) -> str:

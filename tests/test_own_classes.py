@@ -1,15 +1,21 @@
 """Classes of a user's own in the place of ours: what one gets wrong is said by its name, and nothing is ignored."""
 
+import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
 from memserve import LocalCluster, NullIndex, RadixIndex, load_config
+from memserve.config.errors import ConfigError
+from memserve.config.schema import RunConfig
 from memserve.kvcache import Match
+from memserve.kvcache.hash_index import HashIndex
 from memserve.request import Role, SamplingParams
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.modes import Insert, PDCaching3
+from memserve.sched.preemption import SwapOut
 from memserve.sched.scaling import Add, Scaling
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.transfer.link import LinkModel
@@ -229,3 +235,39 @@ def test_what_was_prepared_on_a_cluster_happens_when_it_is_played_and_is_in_its_
     for call in (cluster.stop, cluster.resume):
         with pytest.raises(ValueError, match="instance 'nobody' is not in the cluster: expected one of prefill-0"):
             call("nobody")
+
+
+class Hashed(HashIndex):
+    """Ours by another name."""
+
+
+class Swapped(SwapOut):
+    """Ours by another name."""
+
+
+class Nothing(NullIndex):
+    """Ours by another name."""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*own("index", Hashed), "kvcache.num_dram_blocks=9"], "index=hash contradicts a DRAM tier"),
+        (own("preemption", Swapped), "preemption=swap contradicts kvcache.num_dram_blocks=0"),
+        (
+            [*own("preemption", Swapped), "kvcache.num_hbm_blocks=9", "kvcache.dram_bytes=0KiB"],
+            "preemption=swap contra",
+        ),
+        ([*own("index", Nothing), "cluster=colocated_2", "fetch=always"], "fetch=always contradicts index=none"),
+    ],
+)
+def test_a_class_derived_from_ours_is_refused_where_ours_is(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([*SMALL, *words])
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig) if field.type is Any])
+def test_every_node_that_describes_an_object_says_of_which_class_it_is(name):
+    group = "policy@decode_policy" if name == "decode_policy" else name
+    with pytest.raises(ConfigError, match=rf"{name}._target_=builtins.dict: expected a class derived from"):
+        load_config([f"~{group}", f"+{name}={{_target_: builtins.dict}}"])

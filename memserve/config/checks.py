@@ -2,7 +2,7 @@
 
 from memserve.clock import LONGEST_S
 from memserve.config.checks_of_members import check_heir, check_member, check_scaling
-from memserve.config.errors import ConfigError, class_name, require
+from memserve.config.errors import ConfigError, class_name, is_a, require
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.request import Role
@@ -39,13 +39,13 @@ def check_config(cfg: RunConfig) -> None:
         raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
     _check_geometry(cfg)
     _check_capacity(cfg)
-    has_dram = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes
-    if class_name(cfg.preemption) == "SwapOut" and not has_dram:
+    dram_bytes = cfg.kvcache.dram_bytes
+    is_tiered = bool(cfg.kvcache.num_dram_blocks or (dram_bytes is not None and parse_bytes(dram_bytes)))
+    if is_a(cfg.preemption, "SwapOut") and not is_tiered:
         raise ConfigError("preemption=swap contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
-    tiered = cfg.kvcache.num_dram_blocks or cfg.kvcache.dram_bytes is not None
-    if tiered and class_name(cfg.index) == "HashIndex":
+    if is_tiered and is_a(cfg.index, "HashIndex"):
         raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
-    _check_async_swap(cfg, bool(tiered))
+    _check_async_swap(cfg, is_tiered)
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
         require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
@@ -209,17 +209,17 @@ def _check_roles(cfg: RunConfig) -> None:
 def _check_fetch(cfg: RunConfig) -> None:
     """Fetching takes somebody else who is known to have more of a prompt than the instance that a request goes to."""
     policy, mode, roles = class_name(cfg.fetch), class_name(cfg.mode), list(cfg.cluster.roles)
-    if policy == "NeverFetch":
+    if is_a(cfg.fetch, "NeverFetch"):
         return
     fetch = f"fetch={FETCHES.get(policy, policy)}"
-    if class_name(cfg.index) == "NullIndex":
+    if is_a(cfg.index, "NullIndex"):
         raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected fetch=never")
-    if class_name(cfg.index_source) == "NoPromptTree":
+    if is_a(cfg.index_source, "NoPromptTree"):
         raise ConfigError(f"{fetch} contradicts index_source=none: nobody knows who holds what; expected fetch=never")
     if mode == "PDBasic":
         raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected fetch=never")
     decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
-    more_may_come = class_name(cfg.scaling) != "NoScaling"
+    more_may_come = not is_a(cfg.scaling, "NoScaling")
     if not (decode_holds or more_may_come) and sum(role != Role.DECODE.value for role in roles) < 2:
         raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
 

@@ -1,6 +1,6 @@
 """Checks of who is in the cluster, who comes and goes, and who gets what is left. As checks.py, which calls them."""
 
-from memserve.config.errors import ConfigError, class_name, require
+from memserve.config.errors import ConfigError, class_name, is_a, require
 from memserve.config.schema import RunConfig
 
 SCHEDULER = "scheduler"  # the member of a cluster that is no instance
@@ -8,7 +8,7 @@ SCHEDULER = "scheduler"  # the member of a cluster that is no instance
 
 def check_scaling(cfg: RunConfig) -> None:
     """Spare ranks are for whoever comes later; processes are of one rank then, and end by who started them."""
-    cluster, scales = cfg.cluster, class_name(cfg.scaling) != "NoScaling"
+    cluster, scales = cfg.cluster, not is_a(cfg.scaling, "NoScaling")
     require(cluster.spares >= 0, "cluster.spares", cluster.spares, "an integer >= 0")
     if cluster.spares and cfg.exec != "distributed":
         raise ConfigError(
@@ -18,7 +18,7 @@ def check_scaling(cfg: RunConfig) -> None:
         raise ConfigError(f"cluster.spares={cluster.spares} contradicts scaling=fixed: nobody would ever need them")
     if not scales or cfg.exec != "distributed":
         return
-    if cluster.store is not None and class_name(cfg.scaling) == "Schedule":
+    if cluster.store is not None and is_a(cfg.scaling, "Schedule"):
         raise ConfigError(f"scaling=schedule contradicts cluster.store={cluster.store}: who rejoins has a new number, "
                           "and what is scheduled goes by numbers")  # fmt: skip
     sizes = cluster.tensor_parallel
@@ -29,12 +29,12 @@ def check_scaling(cfg: RunConfig) -> None:
 
 def check_heir(cfg: RunConfig) -> None:
     """Somebody who leaves has cached something."""
-    if class_name(cfg.heir) == "NoHeir":
+    if is_a(cfg.heir, "NoHeir"):
         return
-    if class_name(cfg.scaling) == "NoScaling":
+    if is_a(cfg.scaling, "NoScaling"):
         raise ConfigError("heir contradicts scaling=fixed: nobody leaves; expected heir=none, or another scaling")
-    if class_name(cfg.index) == "NullIndex" or class_name(cfg.mode) == "PDBasic":
-        word = "index=none" if class_name(cfg.index) == "NullIndex" else "mode=pd_basic"
+    if is_a(cfg.index, "NullIndex") or class_name(cfg.mode) == "PDBasic":  # the modes that cache derive from that
+        word = "index=none" if is_a(cfg.index, "NullIndex") else "mode=pd_basic"
         raise ConfigError(f"heir contradicts {word}: nobody has cached anything; expected heir=none")
 
 
