@@ -16,6 +16,7 @@ from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.heirs import Heir, NoHeir
 from memserve.sched.scaling import Add, Change, ChangeRole, Crash, Drain, Load, Scaling, Standing
+from memserve.values import require_number
 
 
 @dataclass(eq=False)
@@ -61,7 +62,7 @@ class ClusterManager:
     """roles: (label, role) of the instances that are there from the start.  scheduler: told who serves.  heir: says who
     gets what an instance that leaves has cached.
 
-    members, labels: of all that there ever were, by incarnation.
+    members, labels: of all that there ever were, by incarnation. Raises ValueError for an heir's share out of range.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class ClusterManager:
         self.members = [Membership(i, label, role, Standing.SERVING, 0) for i, (label, role) in enumerate(roles)]
         self.labels = [label for label, _ in roles]
         self._scaling, self._scheduler, self._heir = scaling, scheduler, heir or NoHeir()
+        name = f"{type(self._heir).__name__}.share"
+        require_number(name, self._heir.share, "a number in [0, 1]", minimum=0, maximum=1)
         self._num_first = len(roles)
         self._asked_ns: int | None = None
         self._held: list[Membership] = []  # are to drain, and do when that leaves somebody of their role
