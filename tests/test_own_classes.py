@@ -11,11 +11,14 @@ from memserve import LocalCluster, NullIndex, RadixIndex, load_config
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.kvcache import Match
+from memserve.kvcache.eviction import Eviction
 from memserve.kvcache.hash_index import HashIndex
 from memserve.request import Role, SamplingParams
 from memserve.sched.cost_model.base import CostModel
+from memserve.sched.heirs import Heir
 from memserve.sched.modes import Insert, PDCaching3
 from memserve.sched.preemption import SwapOut
+from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.scaling import Add, Scaling
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.transfer.link import LinkModel
@@ -271,3 +274,52 @@ def test_every_node_that_describes_an_object_says_of_which_class_it_is(name):
     group = "policy@decode_policy" if name == "decode_policy" else name
     with pytest.raises(ConfigError, match=rf"{name}._target_=builtins.dict: expected a class derived from"):
         load_config([f"~{group}", f"+{name}={{_target_: builtins.dict}}"])
+
+
+class Stays(Heir):
+    """share: an attribute, which is nobody's to check before it is used."""
+
+    share = 7.0
+
+    def choose(self, leaving, others):
+        return others[-1].label if others else None
+
+
+class LooksLikeAnHeir:
+    share = 0.5
+
+    def choose(self, leaving, others):
+        return None
+
+
+def test_an_heir_is_one_and_takes_a_share_of_a_pool():
+    words = ["cluster=colocated_2", "scaling=by_load", "scaling.max_instances=3"]
+    with pytest.raises(ValueError, match=r"heir\._target_=.*LooksLikeAnHeir: expected a class derived from Heir"):
+        load_config([*SMALL, *words, f"heir._target_={__name__}.LooksLikeAnHeir"])
+    with pytest.raises(ValueError, match=r"heir\.shares=1: memserve.sched.heirs.LeastLoadHeir takes share"):
+        load_config([*SMALL, *words, "heir=least_load", "+heir.shares=1"])
+    with pytest.raises(ValueError, match=r"Stays\.share=7\.0: expected a number in \[0, 1\]"):
+        run(*words, f"heir._target_={__name__}.Stays")
+
+
+class NoOrder(QueuePolicy):
+    def key(self, request, num_cached):
+        return float("nan")
+
+
+class NoSuchOrder(Eviction):
+    """scale: of when a node was used last."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def key(self, node):
+        return (node.last_used * self.scale,)
+
+
+def test_an_order_of_numbers_that_are_none_or_that_shrink_is_refused():
+    with pytest.raises(ValueError, match=r"NoOrder\.key gave nan of '.*': expected a number"):
+        run(*own("queue", NoOrder))
+    for scale in ("nan", "-1"):
+        with pytest.raises(ValueError, match=r"NoSuchOrder\.key gave .*, then .*: expected it only to grow"):
+            run(*own("eviction", NoSuchOrder, f", scale: {scale}"), "kvcache.num_hbm_blocks=40")

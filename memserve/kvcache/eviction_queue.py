@@ -45,15 +45,22 @@ class EvictionQueue(Generic[Node]):
             heapq.heappush(self._heap, (self._policy.key(node), self._num_pushed, node))
 
     def pop(self) -> Node | None:
-        """Takes out the node that goes first; None when there is none."""
+        """Takes out the node that goes first; None when there is none.
+
+        Raises ValueError where the policy's key of a node has become smaller, or is no number.
+        """
         while self._heap:
             key, _, node = heapq.heappop(self._heap)
             if not node.queued & self._bit:
                 self._num_forgotten -= 1
                 continue
             node.queued &= ~self._bit
-            if self._policy.key(node) == key:
+            present = self._policy.key(node)
+            if present == key:
                 return node
+            if not present > key:
+                name = type(self._policy).__name__
+                raise ValueError(f"{name}.key gave {key}, then {present} for the same node: expected it only to grow")
             self.offer(node)
         return None
 

@@ -66,7 +66,14 @@ class ByIndex(Waiting):
         self._requests.remove(request)
 
     def first(self, num_cached: Callable[[Request], int]) -> Request | None:
-        return min(self._requests, key=lambda r: self._queue.key(r, num_cached), default=None)
+        return min(self._requests, key=lambda r: self._key(r, num_cached), default=None)
+
+    def _key(self, request: Request, num_cached: Callable[[Request], int]) -> float:
+        key = self._queue.key(request, num_cached)
+        if key != key:  # among others it is neither smaller nor larger, so there would be no order
+            name = type(self._queue).__name__
+            raise ValueError(f"{name}.key gave {key} of {request.request_id!r}: expected a number")
+        return key
 
 
 class ByArrival(Waiting):
