@@ -25,6 +25,7 @@ from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.index import Index
 from memserve.kvcache.layout import Layout
 from memserve.metrics.tracking import Tracking
+from memserve.model.attention import attention_backend
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.sched.heirs import Heir
@@ -116,6 +117,10 @@ def resolve(composed: DictConfig) -> RunConfig:
     check_config(cfg)
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
+    try:
+        attention_backend(cfg.model.attention)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     OmegaConf.set_readonly(merged, True)
     return cfg
 

@@ -10,6 +10,8 @@ from small_tokenizers import byte_level_tokenizer
 
 from memserve import LLM, SamplingParams
 from memserve.config.errors import ConfigError
+from memserve.model.attention.base import Attention
+from memserve.model.attention.reference import ReferenceAttention
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -205,3 +207,23 @@ def test_a_path_may_hold_any_character(tmp_path, path):
         LLM(directory)
     with pytest.raises(ConfigError):
         LLM(path, seed=-3)
+
+
+class Unmixed(Attention):
+    """Every token attends to nothing."""
+
+    def attend(self, layer, q_THD):
+        return torch.zeros_like(q_THD)
+
+
+class Formula(ReferenceAttention):
+    """Ours, under a name of one's own."""
+
+
+def test_an_attention_of_ones_own_is_named_by_its_class_and_is_what_computes(path, llm):
+    prompt = "a question of some length"
+    ours, same, other = (
+        model.generate(prompt, GREEDY)[0].token_ids
+        for model in (llm, *(LLM(path, attention=f"{__name__}.{kind.__name__}") for kind in (Formula, Unmixed)))
+    )
+    assert ours == same != other

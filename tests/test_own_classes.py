@@ -323,3 +323,21 @@ def test_an_order_of_numbers_that_are_none_or_that_shrink_is_refused():
     for scale in ("nan", "-1"):
         with pytest.raises(ValueError, match=r"NoSuchOrder\.key gave .*, then .*: expected it only to grow"):
             run(*own("eviction", NoSuchOrder, f", scale: {scale}"), "kvcache.num_hbm_blocks=40")
+
+
+class NoAttention:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.attention=nonsense"], "model.attention='nonsense': expected one of reference, sdpa, sparse, triton"),
+        (["model.attention=no.such.Class"], "model.attention=no.such.Class: cannot be imported"),
+        ([f"model.attention={__name__}.NoAttention"], "NoAttention: expected a class derived from Attention"),
+        (["model.attention=my.Own", "model.compile=true"], "model.attention=my.Own contradicts model.compile=true"),
+    ],
+)
+def test_an_attention_that_is_none_is_refused_also_where_no_model_runs(words, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config([*SMALL, *words])

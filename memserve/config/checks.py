@@ -157,6 +157,9 @@ def _check_model(cfg: RunConfig) -> None:
     require(model.fused_rows >= 0, "model.fused_rows", model.fused_rows, "an integer >= 0")
     if model.fused_rows and not model.compile:
         raise ConfigError(f"model.fused_rows={model.fused_rows} contradicts model.compile=false: expected 0")
+    if model.compile and "." in model.attention:
+        raise ConfigError(f"model.attention={model.attention} contradicts model.compile=true: compiled decode steps "
+                          "have an attention of their own")  # fmt: skip
     if cfg.tokens == "model" and (model.path is None) == (model.random is None):
         raise ConfigError(
             f"model.path={model.path!r} and model.random={'given' if model.random else None}: expected exactly one"

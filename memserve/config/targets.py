@@ -18,9 +18,7 @@ def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object
     if "_target_" not in node:
         raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
     path = str(node["_target_"])
-    target = _imported(name, path)
-    if not inspect.isclass(target) or not issubclass(target, kind):
-        raise ConfigError(f"{name}._target_={path}: expected a class derived from {kind.__name__}")
+    target = imported_class(f"{name}._target_", path, kind)
     arguments = {str(key): value for key, value in node.items() if not str(key).startswith("_")}
     parameters = inspect.signature(target).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -41,12 +39,16 @@ def _instead(name: str, path: str) -> str:
     return f"; without the options of the class that it replaces: ~{name} '+{name}={{_target_: {path}}}'"
 
 
-def _imported(name: str, path: str) -> Any:
+def imported_class(name: str, path: str, kind: type[object]) -> type[Any]:
+    """The class at a dotted path. Raises ConfigError unless it can be imported and is a subclass of `kind`."""
     module_name, _, attribute = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        target = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={path}: cannot be imported ({error})") from error
+        raise ConfigError(f"{name}={path}: cannot be imported ({error})") from error
+    if not inspect.isclass(target) or not issubclass(target, kind):
+        raise ConfigError(f"{name}={path}: expected a class derived from {kind.__name__}")
+    return target
 
 
 def _check_type(name: str, value: object, hint: object) -> None:

@@ -149,7 +149,7 @@ def test_a_cache_that_does_not_fit_the_model_is_refused(model, kv) -> None:
 
 
 def test_an_unknown_attention_backend_is_refused_with_the_words_there_are(model) -> None:
-    with pytest.raises(ValueError, match="attention='flash3': expected one of reference, sdpa, sparse, triton"):
+    with pytest.raises(ValueError, match="attention='flash3': expected one of reference, sdpa, sparse, triton, or"):
         ModelRunner(model, torch.zeros(3, 2, 8, 16, 2, 16), 16, attention="flash3")
 
 

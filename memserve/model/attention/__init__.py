@@ -1,5 +1,6 @@
-"""Attention backends by the word a config names them with."""
+"""Attention backends by the word, or the dotted name of a class, that a config names them with."""
 
+from memserve.config.targets import imported_class
 from memserve.model.attention.base import Attention
 from memserve.model.attention.reference import ReferenceAttention
 from memserve.model.attention.sdpa import SdpaAttention
@@ -17,7 +18,9 @@ _BACKENDS: dict[str, type[Attention]] = {
 
 
 def attention_backend(word: str) -> type[Attention]:
-    """The backend's class. Raises ValueError naming the words there are."""
+    """The backend's class, one of ours by its word or anybody's by its dotted name. Raises ValueError for another."""
+    if "." in word:
+        return imported_class("model.attention", word, Attention)
     if word not in _BACKENDS:
-        raise ValueError(f"attention={word!r}: expected one of {', '.join(_BACKENDS)}")
+        raise ValueError(f"model.attention={word!r}: expected one of {', '.join(_BACKENDS)}, or my_package.MyAttention")
     return _BACKENDS[word]
