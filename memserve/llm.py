@@ -67,7 +67,8 @@ class LLM:
 
     path: a Hugging Face directory, a .gguf file, or package:NAME for one shipped in an installed Python package.
     options: the configuration's words (see OPTIONS and configs/), such as index="none", block_size=32, num_blocks=512,
-        dtype="bfloat16", compile=True.
+        dtype="bfloat16", compile=True; a class of one's own is index={"_target_": "my_package.MyIndex", ...} with its
+        options, or attention="my_package.MyAttention".
 
     Raises ValueError for an unknown option or a value out of range, naming what is allowed.
     """
@@ -76,7 +77,7 @@ class LLM:
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(f"LLM option {unknown[0]!r}: expected one of {', '.join(sorted(OPTIONS))}")
-        words = [f"{OPTIONS[name]}={_word(value)}" for name, value in options.items()]
+        words = [word for name, value in options.items() for word in _words(OPTIONS[name], value)]
         cfg = load_config([f"model.path={_word(str(path))}", *words])
         engine = build_engine(cfg)
         self.tokenizer: Tokenizer = engine.tokenizer
@@ -238,8 +239,17 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     return each
 
 
+def _words(option: str, value: Any) -> list[str]:
+    """The overrides that set an option; a class of one's own comes without the options of the one it replaces."""
+    if isinstance(value, Mapping):
+        return [f"~{option}", f"+{option}={_word(value)}"]
+    return [f"{option}={_word(value)}"]
+
+
 def _word(value: Any) -> str:
     """A value in Hydra's override grammar."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -10,6 +10,7 @@ from small_tokenizers import byte_level_tokenizer
 
 from memserve import LLM, SamplingParams
 from memserve.config.errors import ConfigError
+from memserve.kvcache.eviction import LFU
 from memserve.model.attention.base import Attention
 from memserve.model.attention.reference import ReferenceAttention
 
@@ -227,3 +228,20 @@ def test_an_attention_of_ones_own_is_named_by_its_class_and_is_what_computes(pat
         for model in (llm, *(LLM(path, attention=f"{__name__}.{kind.__name__}") for kind in (Formula, Unmixed)))
     )
     assert ours == same != other
+
+
+class Rarest(LFU):
+    """scale: changes nothing."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def key(self, node):
+        return (node.num_uses * self.scale,)
+
+
+def test_classes_of_ones_own_are_given_as_nodes_with_their_options(path):
+    model = LLM(path, eviction={"_target_": f"{__name__}.Rarest", "scale": 0.5}, block_size=4, num_blocks=8)
+    assert len(model.generate([[i] * 9 for i in range(1, 6)], GREEDY)) == 5
+    with pytest.raises(ConfigError, match="eviction.scales=1: .*Rarest takes scale"):
+        LLM(path, eviction={"_target_": f"{__name__}.Rarest", "scales": 1})
