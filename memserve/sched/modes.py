@@ -150,3 +150,14 @@ def check_mode(mode: Mode) -> None:
                 raise ValueError(f"{name}.{method.__name__} has {step!r}: expected {words}")
     if apart and mode.hand_off is None:
         raise ValueError(f"{name}.at_prefill_end={mode.at_prefill_end()}: expected a HandOff to the decode instance")
+    _check_held(mode)
+
+
+def _check_held(mode: Mode) -> None:
+    """Raises ValueError unless the mode says of each of its roles how much it holds of the KV that exists."""
+    num_prompt, num_generated = 16, 4
+    held, most = mode.held_after(num_prompt, num_generated), num_prompt + num_generated - 1
+    if set(held) != mode.roles or not all(0 <= num_tokens <= most for num_tokens in held.values()):
+        name, roles = type(mode).__name__, ", ".join(sorted(mode.roles))
+        raise ValueError(f"{name}.held_after({num_prompt}, {num_generated}) gave {held}: "
+                         f"expected 0 to {most} tokens of each of {roles}")  # fmt: skip
