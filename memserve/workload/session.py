@@ -9,7 +9,7 @@ KV the earlier turns left in a cache:
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,9 +56,7 @@ class Turn:
     think_time_ns: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, np.ndarray) or self.tokens.dtype != np.int32 or self.tokens.ndim != 1:
-            said = getattr(self.tokens, "dtype", type(self.tokens).__name__)
-            raise ValueError(f"tokens of a turn of {said}, shape {np.shape(self.tokens)}: expected an array, int32 [n]")
+        _require_tokens("tokens of a turn", self.tokens)
         require_int("think_time_ns", self.think_time_ns, 0)
 
 
@@ -69,7 +67,7 @@ class Session:
     arrival_ns: when its first turn is submitted, in open loop.
     suffix: int32 [n], the tokens that close an answer.  eos_token_ids: those that an answer can end with by itself.
     Raises ValueError when there is no turn, or when it goes on for longer than a clock can tell; for an arrival that is
-    no integer from 0 on.
+    no integer from 0 on, a session_id that is no string, and another suffix.
     """
 
     session_id: str
@@ -79,8 +77,11 @@ class Session:
     eos_token_ids: Collection[int] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.session_id, str):
+            raise ValueError(f"session_id={self.session_id!r}: expected a string")
         if not self.turns:
             raise ValueError(f"session {self.session_id!r} has no turns: expected at least one")
+        _require_tokens(f"suffix of session {self.session_id!r}", self.suffix)
         require_int(f"arrival_ns of session {self.session_id!r}", self.arrival_ns, 0)
         if self.arrival_ns + sum(turn.think_time_ns for turn in self.turns) > MAX_NS:
             raise ValueError(f"session {self.session_id!r} of {len(self.turns)} turns: its arrival and think_time_s "
@@ -100,6 +101,12 @@ class Session:
             return self.suffix
         found = np.flatnonzero(self.suffix == output[-1])
         return self.suffix[found[0] + 1 :] if len(found) else self.suffix
+
+
+def _require_tokens(name: str, value: Any) -> None:
+    if not isinstance(value, np.ndarray) or value.dtype != np.int32 or value.ndim != 1:
+        said = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(f"{name} of {said}, shape {np.shape(value)}: expected an array, int32 [n]")
 
 
 class Workload(ABC):
