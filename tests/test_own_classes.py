@@ -12,6 +12,7 @@ from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.kvcache import Match
 from memserve.kvcache.eviction import Eviction
+from memserve.kvcache.granularity import ByRequest, Stretch
 from memserve.kvcache.hash_index import HashIndex
 from memserve.request import Role, SamplingParams
 from memserve.sched.cost_model.base import CostModel
@@ -49,8 +50,9 @@ class Given(Workload):
         return GIVEN[self.what]()
 
 
-def a_session(arrival_ns=0, dtype=np.int32):
-    return Session("a", arrival_ns, (Turn(np.arange(50, dtype=dtype), SamplingParams()),), np.zeros(0, dtype=np.int32))
+def a_session(arrival_ns=0, dtype=np.int32, session_id="a", suffix=None):
+    suffix = np.zeros(0, dtype=np.int32) if suffix is None else suffix
+    return Session(session_id, arrival_ns, (Turn(np.arange(50, dtype=dtype), SamplingParams()),), suffix)
 
 
 GIVEN = {
@@ -60,6 +62,8 @@ GIVEN = {
     "half": lambda: [a_session(arrival_ns=0.5)],
     "before": lambda: [a_session(arrival_ns=-1)],
     "wide": lambda: [a_session(dtype=np.int64)],
+    "number": lambda: [a_session(session_id=7)],
+    "list": lambda: [a_session(suffix=[1, 2])],
     "generated": lambda: (session for session in [a_session()]),
 }
 
@@ -73,6 +77,8 @@ GIVEN = {
         ("half", "arrival_ns of session 'a'=0.5: expected an integer >= 0"),
         ("before", "arrival_ns of session 'a'=-1: expected an integer >= 0"),
         ("wide", "tokens of a turn of int64, shape (50,): expected an array, int32 [n]"),
+        ("number", "session_id=7: expected a string"),
+        ("list", "suffix of session 'a' of list, shape (2,): expected an array, int32 [n]"),
     ],
 )
 def test_what_a_workload_gives_is_played_or_refused(what, said):
@@ -169,9 +175,24 @@ class Elsewhere(PDCaching3):
     roles = frozenset({Role.PREFILL, Role.COLOCATED})
 
 
+class ForgetsRoles(PDCaching3):
+    def held_after(self, num_prompt, num_generated):
+        return {Role.PREFILL: num_prompt}
+
+
+class HoldsMore(PDCaching3):
+    def held_after(self, num_prompt, num_generated):
+        return dict.fromkeys(self.roles, num_prompt + num_generated)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
+        (
+            ForgetsRoles,
+            r"ForgetsRoles\.held_after\(16, 4\) gave .*: expected 0 to 19 tokens of each of decode, prefill",
+        ),
+        (HoldsMore, r"HoldsMore\.held_after\(16, 4\) gave .*: expected 0 to 19 tokens"),
         (KeepsAll, r"KeepsAll\.at_prefill_end=.*: expected a HandOff"),
         (SaysWords, r"SaysWords\.at_finish has 'insert': expected Insert or GiveBack"),
         (Elsewhere, r"Elsewhere\.roles=.*: expected .*COLOCATED.* or .*"),
@@ -341,3 +362,23 @@ class NoAttention:
 def test_an_attention_that_is_none_is_refused_also_where_no_model_runs(words, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         load_config([*SMALL, *words])
+
+
+class Early(ByRequest):
+    """Sends blocks that are not computed yet."""
+
+    asks_at_admission = True
+
+    def stretches(self, posted, ready, num_blocks):
+        return [] if posted.all() else [Stretch(0, num_blocks, None)]
+
+
+class Twice(ByRequest):
+    def stretches(self, posted, ready, num_blocks):
+        return super().stretches(posted, ready, num_blocks) * 2
+
+
+@pytest.mark.parametrize("kind", [Early, Twice])
+def test_a_granularity_sends_what_is_computed_and_sends_it_once(kind):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.stretches gave Stretch.*: expected blocks from"):
+        run(*APART, *own("granularity", kind))

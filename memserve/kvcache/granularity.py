@@ -78,7 +78,10 @@ class Granularity(ABC):
         return self._geometry.num_kv_heads * self.num_ranks
 
     def stretches(self, posted: np.ndarray, ready: np.ndarray, num_blocks: int) -> list[Stretch]:
-        """What can be posted now. posted, ready: int64 [L], leading blocks of each layer."""
+        """What can be posted now. posted, ready: int64 [L], leading blocks of each layer.
+
+        A stretch goes on where its layer, or all of them, were posted to, and ends at what is ready there at most.
+        """
         whole = bool((ready == num_blocks).all()) and not posted.any()
         return [Stretch(0, num_blocks, None)] if whole else []
 

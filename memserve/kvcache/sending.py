@@ -203,9 +203,16 @@ class Sending:
             self._sent.append(Sent(out.ask.ticket, out.peer, out.begun_ns, out.ended_ns, num_tokens, out.num_bytes))
 
     def _post(self, out: Outgoing, ready_ns: int) -> None:
-        """Hands to the transport what is ready and not posted yet."""
+        """Hands to the transport what is ready and not posted yet.
+
+        Raises ValueError where the granularity names what is not computed yet, or was posted before.
+        """
         for stretch in self._granularity.stretches(out.posted, out.ready, len(out.blocks)):
             layer = slice(None) if stretch.layer is None else stretch.layer
+            posted, ready = out.posted[layer], out.ready[layer]
+            if not np.all((posted == stretch.start) & (posted <= stretch.stop) & (stretch.stop <= ready)):
+                name = type(self._granularity).__name__
+                raise ValueError(f"{name}.stretches gave {stretch}: expected blocks from {posted} to {ready} at most")
             out.posted[layer] = stretch.stop
             missing = Stretch(max(stretch.start, out.first_block), stretch.stop, stretch.layer)
             if missing.start < missing.stop:
