@@ -63,7 +63,7 @@ def main(composed: DictConfig) -> int:
     try:
         cfg = resolve(composed)
         report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
-    except (ValueError, MemoryError, InstanceFailed) as error:
+    except (ValueError, MemoryError, OSError, InstanceFailed) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
         print(f"error: {interrupted}", file=sys.stderr, flush=True)

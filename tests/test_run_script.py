@@ -52,6 +52,13 @@ def test_a_bad_word_ends_with_one_line_and_leaves_no_report(tmp_path):
     assert not (tmp_path / "report.json").exists()
 
 
+def test_results_that_cannot_be_written_end_with_one_line_that_says_where(tmp_path):
+    (tmp_path / "requests.jsonl").mkdir()
+    done = run(*SMALL, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "requests.jsonl" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
 def test_a_run_and_a_sweep_that_are_interrupted_say_so_in_one_line(sweep, tmp_path):
     """Once they play: what they have written says so."""

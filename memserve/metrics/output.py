@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -68,21 +68,28 @@ class RunFiles:
 
 
 def load_run(directory: Path | str) -> RunFiles:
-    """Raises ValueError for a directory that is not a finished run's, naming the file that is missing."""
+    """Raises ValueError for a directory that is not a finished run's, naming the file that is missing or broken."""
     directory = Path(directory)
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
         raise ValueError(f"{directory}: expected the output directory of a finished run, it has no {missing[0]}")
-    texts = {name: (directory / name).read_text(encoding="utf-8") for name in FILES}
     return RunFiles(
         directory,
-        texts["config.yaml"],
-        json.loads(texts["env.json"]),
-        json.loads(texts["report.json"]),
-        [json.loads(line) for line in texts["requests.jsonl"].split("\n") if line],
-        load_occupancy(directory),
-        load_activity(directory),
+        (directory / "config.yaml").read_text(encoding="utf-8"),
+        _loaded(directory, "env.json", json.loads),
+        _loaded(directory, "report.json", json.loads),
+        _loaded(directory, "requests.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line]),
+        _loaded(directory, "occupancy.jsonl", lambda _: load_occupancy(directory)),
+        _loaded(directory, "activity.jsonl", lambda _: load_activity(directory)),
     )
+
+
+def _loaded(directory: Path, name: str, load: Callable[[str], Any]) -> Any:
+    """What `load` makes of a file's text."""
+    try:
+        return load((directory / name).read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / name}: expected what a run wrote ({error})") from error
 
 
 def environment(seeds: Mapping[str, int], command_line: Sequence[str]) -> dict[str, Any]:
@@ -157,5 +164,9 @@ def _write(path: Path, parts: Iterable[str]) -> None:
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(parts)
         partial.replace(path)
+    except OSError as error:
+        raise OSError(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # a full disk's does not say where
     finally:
         partial.unlink(missing_ok=True)

@@ -61,6 +61,14 @@ def test_a_directory_that_is_no_finished_runs_is_refused_by_name(report, outputs
         report.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("name", ["env.json", "report.json", "requests.jsonl", "occupancy.jsonl", "activity.jsonl"])
+def test_a_file_that_was_cut_off_is_named(report, outputs, tmp_path, name):
+    for file in outputs[0].iterdir():
+        (tmp_path / file.name).write_bytes(b"{" if file.name == name else file.read_bytes())
+    with pytest.raises(SystemExit, match=rf"{re.escape(name)}: expected what a run wrote"):
+        report.main([str(tmp_path)])
+
+
 def test_a_directory_given_twice_is_refused(report, outputs):
     with pytest.raises(SystemExit, match="expected each directory once"):
         report.main([str(outputs[0]), str(outputs[0])])
