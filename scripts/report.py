@@ -3,6 +3,7 @@
 python scripts/report.py outputs/2026-01-31/12-00-00                     # writes report.html into that directory
 python scripts/report.py outputs/a outputs/b --out compared.html         # side by side: options that differ, figures
 python scripts/report.py outputs/a --trace                               # and steps, transfers and requests over time
+python scripts/report.py outputs/sweep/2026-01-31/12-00-00/*             # a sweep's points; those that failed are named
 """
 
 import argparse
@@ -32,6 +33,24 @@ def named(directories: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, directories, strict=True))
 
 
+def finished(directories: Sequence[Path]) -> dict[str, RunFiles]:
+    """Those of several runs that have ended well, by their names; of the others it is said why they are left out.
+
+    Raises ValueError where there is none.
+    """
+    runs = {}
+    for name, directory in named(directories).items():
+        try:
+            runs[name] = load_run(directory)
+        except ValueError as error:
+            if len(directories) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not runs:
+        raise ValueError(f"OUTPUT_DIR {', '.join(map(str, directories))}: expected at least one of a finished run")
+    return runs
+
+
 def differences(runs: Mapping[str, RunFiles]) -> dict[str, list[str]]:
     """The options that are not the same in all runs, each with its values in order; "" where a run has no such one."""
     flat = [dict(_flat(OmegaConf.to_container(OmegaConf.create(run.config_yaml)), "")) for run in runs.values()]
@@ -49,12 +68,12 @@ def _flat(tree: Any, path: str) -> list[tuple[str, str]]:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="what a run was written to")
-    parser.add_argument("--out", type=new_file, help="the page; by default report.html in the first OUTPUT_DIR")
+    parser.add_argument("--out", type=new_file, help="the page; by default report.html in the first run's")
     parser.add_argument("--trace", action="store_true", help="also write trace.json into every OUTPUT_DIR")
     args = parser.parse_args(argv)
-    out: Path = args.out or args.output_dirs[0] / "report.html"
     try:
-        runs = {name: load_run(directory) for name, directory in named(args.output_dirs).items()}
+        runs = finished(args.output_dirs)
+        out: Path = args.out or next(iter(runs.values())).directory / "report.html"
         written = [out]
         out.write_text(page_of(runs, differences(runs)), encoding="utf-8")
         for run in runs.values() if args.trace else ():

@@ -165,8 +165,7 @@ def _write(path: Path, parts: Iterable[str]) -> None:
             file.writelines(parts)
         partial.replace(path)
     except OSError as error:
-        raise OSError(
-            error.errno, error.strerror or str(error), str(path)
-        ) from error  # a full disk's does not say where
+        why = error.strerror or str(error)  # a full disk's does not say where
+        raise OSError(error.errno, why, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -86,3 +86,18 @@ def test_what_a_client_named_is_shown_and_not_run(report, outputs, tmp_path):
     report.main([str(directory)])
     page = (directory / "report.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_of_several_runs_those_that_failed_are_named_and_left_out(report, outputs, tmp_path, capsys):
+    failed, out = tmp_path / "failed", tmp_path / "page.html"
+    failed.mkdir()
+    (failed / "printed.log").write_text("error: no room")
+    report.main([str(outputs[0]), str(failed), str(outputs[1]), "--out", str(out)])
+    assert capsys.readouterr().err.startswith(f"left out: {failed}: expected the output directory of a finished run")
+    assert re.findall(r"<h2>(\w/pd)</h2>", out.read_text(encoding="utf-8")) == ["a/pd", "b/pd"]
+    report.main([str(failed), str(outputs[0])])
+    assert (
+        f"written to {outputs[0] / 'report.html'}" in capsys.readouterr().out and not (failed / "report.html").exists()
+    )
+    with pytest.raises(SystemExit, match="expected at least one of a finished run"):
+        report.main([str(failed), str(tmp_path), "--out", str(out)])
