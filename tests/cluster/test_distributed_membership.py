@@ -34,7 +34,8 @@ CASES = {
     "mapped": [*PD, *COMES_AND_GOES, "transport=mapped", "granularity=by_request", "fetch=always",
                "heir=least_load"],
     "by load": ["cluster=colocated_1", "transport=gloo", "cluster.spares=2", "scaling=by_load", "policy=least_load",
-                "scaling.full.colocated=1", "scaling.max_instances=3", "scaling.interval_s=0.1", "scaling.window_s=1"],
+                "scaling.full.colocated=0.1", "scaling.max_instances=3",  # any request that is seen is too many for one
+                "scaling.interval_s=0.02", "scaling.window_s=1"],
 }  # fmt: skip
 
 pytestmark = pytest.mark.timeout(240)
