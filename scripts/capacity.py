@@ -132,7 +132,14 @@ class Search:
         return share_of(report) >= self._asked.share
 
     def _config(self, load: float, seed: int) -> RunConfig:
-        cfg = load_config([*self._words, *self._asked.at(load), f"seed={seed}"])
+        vary = self._asked.vary
+        try:
+            cfg = load_config([*self._words, *self._asked.at(load), f"seed={seed}"])
+        except ValueError as error:
+            if f"Could not override '{vary}'" in str(error):
+                raise ValueError(f"--vary={vary}: expected an option that {self._name} has (a trace's load is "
+                                 "workload.speedup)") from error  # fmt: skip
+            raise
         if cfg.slo.ttft_s is None and cfg.slo.tpot_s is None and cfg.slo.jct_s is None:
             raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds")
         return cfg

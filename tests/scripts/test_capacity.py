@@ -81,7 +81,7 @@ def test_what_no_load_is_low_enough_for_is_said_to_hold_none(capacity, capsys):
         (["slo.ttft_s=1", "--share", "1.5"], r"--share=1.5: expected a number in \(0, 1\]"),
         (["slo.ttft_s=1", "--start", "0"], "--start=0.0: expected a number > 0"),
         (["slo.ttft_s=1", "--precision", "0"], "--precision=0.0: expected a number in"),
-        (["slo.ttft_s=1", "--vary", "workload.nonsense"], "nonsense"),
+        (["slo.ttft_s=1", "--vary", "workload.speedup"], "--vary=workload.speedup: expected an option that pd has"),
         (["slo.ttft_s=1", "--window", "0"], "--window=0.0: expected seconds > 0"),
         (["slo.ttft_s=1", "--window", "9", "--vary", "workload.num_turns"], "--window=9.0 contradicts --vary=workload"),
         (["slo.ttft_s=1", "--systems", "2p"], "2p: expected one of pd"),
