@@ -48,9 +48,7 @@ class BlockPool:
         self._swaps = Swaps(self.allocator, self.index, engine or AtOnce(NothingToCopy()))
         self._events = EventRecorder(block_size, num_blocks)
         self._now_ns = 0
-        self._num_evicted = 0
-        self._num_allocated = 0
-        self._peak_used = 0
+        self._num_evicted = self._num_allocated = self._peak_used = 0
 
     @property
     def num_blocks(self) -> int:
@@ -66,8 +64,9 @@ class BlockPool:
 
     @property
     def num_unmoved(self) -> int:
-        """Of these, the blocks that `alloc` could hand out without moving any to DRAM."""
-        return self.allocator.num_free if self.allocator.num_dram_blocks else self.num_available
+        """Of these, the blocks that `alloc` could hand out while none moves to DRAM, and no follower is to be told."""
+        a, is_followed = self.allocator, self.index.log is self._events
+        return a.num_free if a.num_dram_blocks or is_followed else self.num_available
 
     @property
     def num_waited(self) -> int:

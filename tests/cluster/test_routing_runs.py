@@ -69,6 +69,19 @@ def test_macro_steps_change_no_choice(source):
     assert reports[0]["ttft_s"] == reports[1]["ttft_s"] and reports[0]["routing"] == reports[1]["routing"]
 
 
+def test_an_exact_tree_hears_of_what_a_macro_step_evicts_when_it_does():
+    """A second turn arrives while another session decodes, and takes the blocks of the first."""
+    words = [
+        "exec=simulated", "index_source=exact", "policy=prompt_tree", "workload=synthetic", "workload.num_sessions=6",
+        "workload.num_turns=2", "workload.think_time_s=0.15", "workload.rate=5", "workload.prompt_tokens=16",
+        "workload.turn_tokens=4", "workload.max_output_tokens=24", "kvcache.block_size=4", "kvcache.num_hbm_blocks=20",
+    ]  # fmt: skip
+    macro, single = (
+        LocalCluster(load_config([*words, f"macro_steps={on}"])).run()["routing"] for on in ("true", "false")
+    )
+    assert macro == single and single["promised_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
