@@ -56,7 +56,7 @@ class Legacy:
     def at(self, heir, num_prefixes=4):
         """The prefixes that an heir has."""
         index = self.heirs[heir].blocks.index
-        return {n for n in range(num_prefixes) if index.peek(tokens_of(n)) == len(tokens_of(n))}
+        return {n for n in range(num_prefixes) if index.peek(tokens_of(n)).num_tokens == len(tokens_of(n))}
 
 
 def test_what_was_used_last_is_given_as_far_as_the_share_goes():

@@ -128,6 +128,25 @@ def test_macro_steps_beside_hand_offs_that_wait_for_room_change_nothing(num_bloc
     assert (macro["ttft_s"], macro["jct_s"]) == (single["ttft_s"], single["jct_s"])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eviction=lfu", "workload.rate=20"],
+        ["eviction=cost_aware", "eviction.attention_tokens=8", "eviction.horizon=10", "workload.rate=5"],
+    ],
+)
+def test_macro_steps_change_nothing_where_uses_of_the_cache_are_counted(words):
+    """While a request waits for room, it looks for its prefix as often as there are steps that begin."""
+    words = [
+        "exec=simulated", "workload=synthetic", "workload.num_sessions=8", "workload.num_turns=3", "seed=0",
+        "workload.prompt_tokens=16", "workload.turn_tokens=4", "workload.max_output_tokens=8", "kvcache.block_size=4",
+        "kvcache.num_hbm_blocks=24", *words,
+    ]  # fmt: skip
+    macro, single = (run(*words, f"macro_steps={on}") for on in ("true", "false"))
+    del macro["wall_s"], single["wall_s"]
+    assert macro == single and single["instances"][0]["num_evicted_blocks"] > 0
+
+
 def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures():
     reports = []
     for macro_steps in ("true", "false"):

@@ -108,8 +108,9 @@ class HashIndex(Index):
             entry.use(self._num_operations)
         return Match(_blocks_of(path), len(path) * self._block_size)
 
-    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
-        return len(self._find(tokens, limit)) * self._block_size
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        path = self._find(tokens, limit)
+        return Match(_blocks_of(path), len(path) * self._block_size)
 
     def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         if len(tokens) != len(blocks) * self._block_size:

@@ -45,8 +45,8 @@ class Index(ABC):
         """The longest cached prefix of tokens[:limit] (int32 [n]), and marks it used."""
 
     @abstractmethod
-    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
-        """Tokens that `match` would find, marking nothing used."""
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        """What `match` would find, marking nothing used."""
 
     @abstractmethod
     def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
@@ -107,8 +107,8 @@ class NullIndex(Index):
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
         return Match(_NO_BLOCKS, 0)
 
-    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
-        return 0
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        return Match(_NO_BLOCKS, 0)
 
     def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         return blocks

@@ -136,7 +136,7 @@ class MemPool:
         held = self.blocks.allocator.held_by(named(holder))
         if not np.isin(blocks, held).all():
             raise NotHeld(f"{holder} inserts blocks that it does not hold")
-        num_found = self.blocks.index.peek(array) // self.block_size
+        num_found = len(self.blocks.index.peek(array).blocks)
         elsewhere = (self.blocks.allocator.refcounts[blocks[num_found:]] & 1) == 1
         if elsewhere.any() or len(np.unique(blocks)) != len(blocks):
             raise ValueError(f"blocks {blocks.tolist()}: expected each once, and none that is cached for other tokens")

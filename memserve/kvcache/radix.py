@@ -58,9 +58,12 @@ class RadixIndex(Index):
         nodes, num_tokens = self._use(tokens, self._whole_blocks(tokens, limit))
         return Match(blocks_of(nodes), num_tokens)
 
-    def peek(self, tokens: np.ndarray, limit: int | None = None) -> int:
-        walk = self._tree.walk(tokens, self._whole_blocks(tokens, limit))
-        return walk.num_tokens + walk.shared
+    def peek(self, tokens: np.ndarray, limit: int | None = None) -> Match:
+        nodes, num_tokens, inside, shared = self._tree.walk(tokens, self._whole_blocks(tokens, limit))
+        blocks = blocks_of(nodes)
+        if inside is not None:
+            blocks = np.concatenate([blocks, inside.blocks[: shared // self._block_size]])
+        return Match(blocks, num_tokens + shared)
 
     def insert(self, tokens: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         if len(tokens) != len(blocks) * self._block_size:

@@ -199,7 +199,7 @@ class Receiving:
             return True
         held = np.empty(0, dtype=np.int32)
         if ask.insert:
-            held = pool.match(incoming.tokens).blocks
+            held = pool.index.peek(incoming.tokens).blocks
         pool.retain(held, incoming.holder)
         try:
             num_new = ask.num_blocks - len(held)
@@ -213,6 +213,7 @@ class Receiving:
             raise
         incoming.blocks = np.concatenate([held, new])
         incoming.num_held = len(held) * pool.block_size
+        pool.match(incoming.tokens, incoming.num_held)  # used now: an Ask that waits is looked at often
         return True
 
     def _keep_headroom(self, num_new: int, num_held: int) -> None:

@@ -206,7 +206,7 @@ class LocalScheduler:
 
     def num_cached(self, request: Request) -> int:
         """Tokens of a request that would come from the cache now."""
-        return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
+        return self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens)).num_tokens
 
     def _next(self) -> Request | None:
         is_full = len(self.running) + self.room.num_swapping >= self._max_running
@@ -218,7 +218,7 @@ class LocalScheduler:
 
     def _start_with_prefix(self, request: Request) -> bool:
         """Retains the cached prefix and swaps it in, as far as the policy says; the rest is computed."""
-        found = self.pool.match(request.tokens.view, usable_prefix(request.num_tokens))
+        found = self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
         cached = self._swap.used(found.blocks, self.pool.num_blocks, request.num_tokens)
         if (swap := self.pool.swap_in_of(cached)) is not None:
             self.room.park(request, swap, is_own=False)
@@ -229,8 +229,8 @@ class LocalScheduler:
             request.block_table.truncate(0)
             self.pool.release_all(request.holder)
             return False
-        num_cached = len(cached) * self.pool.block_size
-        request.num_computed = request.num_published = num_cached
+        num_cached = request.num_computed = request.num_published = len(cached) * self.pool.block_size
+        self.pool.match(request.tokens.view, num_cached)  # used now: who waits asks in every step, and uses nothing
         request.prefill_end = request.num_tokens
         if not request.num_preemptions:
             request.num_cached = num_cached

@@ -39,7 +39,7 @@ class KnowingCluster(EmulatedCluster):
         if isinstance(message, Dispatch):
             tokens = unpack_tokens(message.tokens)
             held = [
-                Holding(number, max(other.instance.pool.index.peek(tokens, len(tokens)), self.promised))
+                Holding(number, max(other.instance.pool.index.peek(tokens, len(tokens)).num_tokens, self.promised))
                 for number, other in enumerate(self.nodes)
                 if other is not node
             ]

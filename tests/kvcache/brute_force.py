@@ -137,9 +137,10 @@ def assert_agrees_with_brute_force(index_class, seed, num_operations=300):
             refcounts[canonical[len(canonical) - (index.num_blocks - before) :]] += 1
         elif action in ("match", "limited"):
             limit = rng.randrange(40) if action == "limited" else None
-            assert index.peek(tokens, limit) == len(m := model.match(tokens.tolist(), limit)) * BLOCK
-            found = index.match(tokens, limit)
-            assert found.blocks.tolist() == m and found.num_tokens == len(m) * BLOCK
+            m = model.match(tokens.tolist(), limit)
+            for look in (index.peek, index.match):
+                found = look(tokens, limit)
+                assert found.blocks.tolist() == m and found.num_tokens == len(m) * BLOCK
         elif action == "hold":
             held = index.match(tokens).blocks
             model.match(tokens.tolist())

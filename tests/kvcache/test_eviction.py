@@ -15,7 +15,7 @@ def index_of(policy, *prompts):
     """One block a token; block numbers in order of insertion."""
     index = RadixIndex(1, np.ones(1000, dtype=np.int32), policy)
     for prompt in prompts:
-        num_new = len(prompt) - index.peek(prompt)
+        num_new = len(prompt) - index.peek(prompt).num_tokens
         index.insert(prompt, np.arange(index.num_blocks - len(prompt) + num_new, index.num_blocks + num_new))
     return index
 

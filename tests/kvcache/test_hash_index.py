@@ -23,7 +23,7 @@ def test_a_held_tail_keeps_what_is_before_it():
 def test_the_same_block_after_other_tokens_is_no_hit():
     index = HashIndex(2, np.zeros(4, dtype=np.int32))
     index.insert(np.array([1, 2, 3, 4], dtype=np.int32), np.array([0, 1], dtype=np.int32))
-    assert index.peek(np.array([3, 4], dtype=np.int32)) == 0
+    assert index.peek(np.array([3, 4], dtype=np.int32)).num_tokens == 0
     assert index.match(np.array([7, 7, 3, 4], dtype=np.int32)).num_tokens == 0
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from mini_cluster import collect, dispatch, hash_answer, hash_instance, serve
 
+from memserve.kvcache.eviction import LFU
 from memserve.messages import Abort
 from memserve.request import SamplingParams
 from memserve.sched.queue_policy import LongestPrefixFirst
@@ -66,6 +67,22 @@ def test_longest_prefix_first_admits_what_is_cached_before_what_came_earlier():
     dispatch(instance, "cold", np.arange(500, 520), ANSWER, now_ns=1)
     dispatch(instance, "warm-again", np.arange(20), ANSWER, now_ns=2)
     assert sizes(instance)[0][0] == "warm-again"
+
+
+def test_a_request_that_waits_for_room_has_used_nothing_of_the_cache_yet():
+    """Else a prefix would be the more often used the longer somebody waits for room, and lfu would keep it for that."""
+    instance = hash_instance(block_size=4, num_blocks=14, eviction=LFU())
+    serve(instance, {"once": np.arange(8)}, 1)
+    for name in ("twice", "again"):
+        serve(instance, {name: np.arange(500, 508)}, 1)
+    dispatch(instance, "runs", np.arange(100, 133), SamplingParams(max_tokens=8, ignore_eos=True))
+    sizes(instance)
+    dispatch(instance, "waits", np.arange(40), ANSWER)
+    for _ in range(5):
+        assert [name for name, _ in sizes(instance)] == ["runs"]
+    instance.pool.alloc(instance.pool.allocator.num_free + 2, ("test",))
+    assert instance.pool.index.match(np.arange(500, 508, dtype=np.int32)).num_tokens == 8
+    assert instance.pool.index.match(np.arange(8, dtype=np.int32)).num_tokens == 0
 
 
 def test_the_youngest_is_preempted_and_comes_back_before_the_queue():

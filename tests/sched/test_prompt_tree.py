@@ -163,7 +163,7 @@ def test_an_exact_tree_says_what_every_instances_own_index_would():
         tree.apply(row, events)
         tree.apply(row, events)  # a repeat changes nothing
         asked = random_path(rng)
-        expected = [pool.index.peek(np.frombuffer(asked, "<i4")) for pool in instances]
+        expected = [pool.index.peek(np.frombuffer(asked, "<i4")).num_tokens for pool in instances]
         assert tree.match(asked, 0).tolist() == expected
         tree.check()
     assert sum(pool.stats().num_evicted for pool in instances) > 50

@@ -19,7 +19,7 @@ def test_a_prompt_is_cached_as_far_as_its_row_says(script: Script) -> None:
     cached = figures.filled(index, 512, 256, prompts)
     assert index.num_blocks == 512
     for percent, num_blocks in ((0, 0), (50, 128), (90, 230), (100, 256)):
-        assert index.peek(prompts.beginning_with(cached[1], percent)) == num_blocks * 16
+        assert index.peek(prompts.beginning_with(cached[1], percent)).num_tokens == num_blocks * 16
 
 
 def brute_force_lru(paths: list[list[int]], num_blocks: int) -> int:
