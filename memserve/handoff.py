@@ -141,6 +141,7 @@ class Handoffs:
         self.fetches.drop(request)
         if prefill is not None and reason.succeeded and self._mode.gives_back:
             self._give_back(request, prefill, now_ns)
+        self.transfers.keep_paths(request.block_table.view, request.holder)
 
     def _give_back(self, request: Request, prefill: int, now_ns: int) -> None:
         """Step 5: sends the full blocks of a finished request to the instance that prefilled it, at its convenience."""

@@ -222,6 +222,8 @@ class Instance:
 
     def _finish(self, served: Served, reason: FinishReason, detail: str, now_ns: int) -> None:
         request = served.request
+        if request.phase is Phase.RUNNING:
+            self.scheduler.stop(request)
         if self.handoffs is not None:
             self.handoffs.finished(request, served.prefill, reason, now_ns)
         self.scheduler.finish(request, reason)
@@ -238,7 +240,7 @@ class Instance:
     def _hand_off(self, served: Served, now_ns: int) -> None:
         """The first token is there: the rest is the decode instance's."""
         assert self.handoffs is not None and served.decode is not None
-        self.scheduler.hand_off(served.request)
+        self.scheduler.stop(served.request)
         self.handoffs.prefilled(served.request, served.decode, served.stats(self.label), now_ns)
 
     def _handed_off(self, request: Request, ticket: Ticket) -> None:

@@ -19,7 +19,18 @@ from memserve.kvcache.granularity import End, Granularity, Stretch
 from memserve.kvcache.outgoing import Outgoing
 from memserve.kvcache.protocol import Action, SenderEvent, SenderState, sender_step
 from memserve.kvcache.ticket import Sent, Ticket, TicketState, Timeouts, TransferCounts
-from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, PoolMessage, PoolSize, Refuse, unpack_times
+from memserve.messages import (
+    Abandon,
+    AbortAck,
+    Ask,
+    Done,
+    Grant,
+    PoolMessage,
+    PoolSize,
+    Refuse,
+    unpack_times,
+    unpack_tokens,
+)
 from memserve.transfer.transport import Arrived, Move, Transport
 
 Send = Callable[[int, PoolMessage], None]
@@ -138,6 +149,12 @@ class Sending:
         self._alarms.put(out.ask.ticket, out.next_time_ns)
         if out.state is SenderState.SENDING or out.state is SenderState.DRAINING:
             self._check_drained(out, now_ns)
+
+    def keep_paths(self, blocks: np.ndarray) -> None:
+        """Tickets that send any of `blocks` (int32 [n]) hold all that is cached of their tokens."""
+        for out in [out for out in self.tickets.values() if np.isin(out.blocks, blocks).any()]:
+            path = self._pool.index.peek(unpack_tokens(out.ask.tokens)).blocks
+            self._pool.retain(path[~np.isin(path, self._pool.allocator.held_by(out.holder))], out.holder)
 
     def is_writing_to(self, peer: int, addrs: np.ndarray) -> bool:
         """Whether any of the peer's addresses is the target of a ticket that has not ended."""

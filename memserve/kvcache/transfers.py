@@ -181,6 +181,13 @@ class Transfers:
         if (out := self._sending.tickets.get(ticket.ticket_id)) is not None:
             out.private = private
 
+    def keep_paths(self, blocks: np.ndarray, holder: Holder) -> None:
+        """`holder` is about to give up `blocks` (int32 [n]) and whatever else it has. Tickets that still send any of
+        these hold from now on what lies above them in the index, where somebody else was the first to cache it.
+        """
+        if len(self._pool.allocator.held_by(holder)) > len(blocks):
+            self._sending.keep_paths(blocks)
+
     def settle(self, arrival: Arrival, heir: Holder | None = None) -> None:
         """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).
 

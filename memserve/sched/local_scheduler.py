@@ -112,8 +112,8 @@ class LocalScheduler:
         request.phase = Phase.WAITING
         self.room.returning.append(request)
 
-    def hand_off(self, request: Request) -> None:
-        """Stops running a request; it keeps its blocks until it is finished."""
+    def stop(self, request: Request) -> None:
+        """Stops running a request; its computed full blocks enter the index, and it keeps all until it is finished."""
         self._publish(request)
         self.running.remove(request)
         request.phase = Phase.HANDING_OFF
@@ -126,8 +126,7 @@ class LocalScheduler:
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it is; its computed full blocks enter the index and its holds are given up."""
         if request.phase is Phase.RUNNING:
-            self._publish(request)
-            self.running.remove(request)
+            self.stop(request)
         elif request.phase not in (Phase.HANDING_OFF, Phase.FETCHING):
             self.room.remove(request)
         self.pool.release_all(request.holder)
@@ -159,7 +158,7 @@ class LocalScheduler:
             self._cover(request, request.num_computed + batch.num_steps)
 
     def check(self, handing_off: Collection[Request] = ()) -> None:
-        """Raises unless tables, holders and borders agree; handing_off: what `hand_off` let go. For tests, fuzzing."""
+        """Raises unless tables, holders and borders agree; handing_off: what `stop` let go. For tests, fuzzing."""
         check_books(self.pool, self.running, [*self.room.holders(), *handing_off])
 
     def _in_turn(self) -> list[Request]:

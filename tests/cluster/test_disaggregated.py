@@ -81,6 +81,29 @@ def test_kv_that_comes_back_too_late_is_counted_once_however_often_it_is_asked_f
     assert handoffs.num_overtaken == 2
 
 
+@pytest.mark.parametrize("cancelled_after", [12, None])
+def test_blocks_on_their_way_keep_what_lies_above_them_in_the_index(cancelled_after):
+    """Two requests compute one prefix; what follows it in the second lies below the first one's blocks in the index.
+    The second ends while its own are on their way: given back, or in a hand-off of which it is cancelled.
+    """
+    words = ["workload/arrivals=closed_loop", "workload.arrivals.concurrency=2", "workload.rate=null",
+             "workload.prefix_tokens=8", "workload.share_ratio=5", "workload.prompt_tokens=8",
+             "kvcache.block_size=4", "link.latency_s=0.001"]  # fmt: skip
+    cluster, num_events = local("cluster=1p1d", "mode=pd_caching_3", *words).cluster(), 0
+
+    def check(cluster):
+        nonlocal num_events
+        num_events += 1
+        if num_events == cancelled_after:
+            for request_id in cluster.scheduler.timelines:
+                cluster.scheduler.receive(Cancel(request_id), cluster.now_ns)
+            cluster._from_scheduler()
+        for node in cluster.nodes:
+            node.instance.check()
+
+    play(cluster, check)
+
+
 @pytest.mark.parametrize("on_failure", ["recompute", "fail"])
 def test_a_stalled_writer_costs_a_new_attempt_or_a_named_failure(on_failure):
     cluster = local(*PD, f"transfer.on_failure={on_failure}", "mode=pd_basic").cluster()
