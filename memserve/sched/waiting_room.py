@@ -28,7 +28,7 @@ class _Parked:
 
 
 class Waiting(ABC):
-    """New requests in a queue policy's order; of equal ones that first which was added first."""
+    """New requests in a queue policy's order; of equal ones the one that arrived first, then the one added first."""
 
     def __init__(self, queue: QueuePolicy) -> None:
         self._queue = queue
@@ -66,7 +66,7 @@ class ByIndex(Waiting):
         self._requests.remove(request)
 
     def first(self, num_cached: Callable[[Request], int]) -> Request | None:
-        return min(self._requests, key=lambda r: self._key(r, num_cached), default=None)
+        return min(self._requests, key=lambda r: (self._key(r, num_cached), r.arrival_ns), default=None)
 
     def _key(self, request: Request, num_cached: Callable[[Request], int]) -> float:
         key = self._queue.key(request, num_cached)

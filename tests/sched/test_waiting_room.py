@@ -98,7 +98,8 @@ def test_the_first_of_the_order_is_asked_and_of_equal_ones_the_first_that_came(q
             if leaves == "any, for a while":
                 room.waiting.append(gone)
                 expected.append(gone)
-        assert room.next(num_cached) is min(expected, key=lambda r: queue.key(r, num_cached), default=None)
+        first = min(expected, key=lambda r: (queue.key(r, num_cached), r.arrival_ns), default=None)
+        assert room.next(num_cached) is first
         assert len(room) == len(expected)
 
 
