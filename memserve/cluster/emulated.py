@@ -182,15 +182,16 @@ class EmulatedCluster:
             self._poll(node)
 
     def _crash(self, label: str) -> None:
-        orders = self.members.lost(label, self.now_ns)
         if (node := self._by_label.get(label)) is not None:
-            node.step = None
+            self._interrupt(node)
+        orders = self.members.lost(label, self.now_ns)
+        if node is not None:
             self._part_with(node)
         self._perform(orders)
 
     def _part_with(self, node: Node) -> None:
         """A node is there no more; the others get proof of it."""
-        node.is_gone = True
+        node.is_gone, node.step = True, None
         if self.transport is not None:
             self.transport.detach(node.incarnation)
         self._from_scheduler()
@@ -198,12 +199,13 @@ class EmulatedCluster:
             if not other.is_gone:
                 other.catch_up(self.now_ns)
                 other.instance.peer_gone(node.incarnation, self.now_ns)
-                self._arouse(other)
-                self._send(other)
+                self._poll(other)
 
     def stop(self, label: str) -> None:
         """An instance does nothing until `resume`; what it has put on the wire goes on. Nobody is told."""
-        self._by_label[self.members.member(label).label].is_stopped = True
+        node = self._by_label[self.members.member(label).label]
+        self._interrupt(node)
+        node.is_stopped = True
 
     def resume(self, label: str) -> None:
         """A stopped instance goes on with everything that has come meanwhile."""
@@ -225,7 +227,9 @@ class EmulatedCluster:
             self._arouse(node)
             self._send(node)
         elif event.what == node.epoch:
-            self._end(node)
+            node.end(self.now_ns)
+            self._send(node)
+            self._arouse(node)
 
     def _is_due(self, node: Node, time_ns: int) -> bool:
         """Whether anything still waits for a timer; what it was set for may have ended long ago."""
@@ -256,27 +260,24 @@ class EmulatedCluster:
         ends_ns = node.begin(batch, self.now_ns, self.step_time, watch, self.macro_steps)
         self._queue.push(ends_ns, END, node, node.epoch)
 
-    def _end(self, node: Node) -> None:
-        node.end(self.now_ns)
-        self._send(node)
-        self._wake(node)
-
-    def _wake(self, node: Node) -> None:
-        """Lets an idle instance begin a step at this very time."""
-        if node.step is None and not node.begin_is_due:
-            node.begin_is_due = True
-            self._queue.push(self.now_ns, BEGIN, node, node.epoch)
-
     def _deliver(self, node: Node, message: Message) -> None:
         node.instance.receive(message)
         self._arouse(node)
 
     def _arouse(self, node: Node) -> None:
-        """Something is new for a node: an idle one begins a step, a macro-step under way is cut."""
-        if node.step is None:
-            self._wake(node)
+        """Something is new for a node: an idle one begins a step at this very time, a macro-step under way is cut."""
+        if node.step is None and not node.begin_is_due:
+            node.begin_is_due = True
+            self._queue.push(self.now_ns, BEGIN, node, node.epoch)
         elif (ends_ns := node.cut(self.now_ns)) is not None:
             self._queue.push(ends_ns, END, node, node.epoch)
+
+    def _interrupt(self, node: Node) -> None:
+        """A node stops, or is gone, in the middle of a step: of a macro-step, what was before that one is done."""
+        if (ends_ns := node.cut(self.now_ns)) is not None:
+            self._queue.push(ends_ns, END, node, node.epoch)
+        node.enter_ended(self.now_ns)
+        self._send(node)
 
     def _send(self, node: Node) -> None:
         for message in node.instance.drain_outbox():

@@ -130,6 +130,18 @@ class Node:
         self.epoch += 1
         return int(step.ends_ns[-1])
 
+    def enter_ended(self, now_ns: int) -> None:
+        """Those steps of a macro-step that ended before now are over; the others are under way as before."""
+        step = self.step
+        num_ended = 0 if step is None else int(np.searchsorted(step.ends_ns, now_ns))
+        if step is None or not 0 < num_ended < step.batch.num_steps:
+            return
+        ended_ns, later_ns = step.ends_ns[:num_ended], step.ends_ns[num_ended:]
+        later = replace(step.batch, num_steps=len(later_ns), num_swapped_blocks=0)
+        step.batch, step.ends_ns = replace(step.batch, num_steps=num_ended), ended_ns
+        self.end(int(ended_ns[-1]))
+        self.step = Step(later, int(ended_ns[-1]), later_ns, None, [])
+
     def end(self, now_ns: int) -> None:
         """The step is over: its results are entered, and its messages left in the outbox."""
         step, self.step = self.step, None

@@ -160,6 +160,21 @@ def test_macro_steps_change_nothing_where_instances_come_and_go(name):
     assert runs[0].members.counts() == {"joined": 2, "left": 1, "lost": 0, "switched": 0}
 
 
+@pytest.mark.parametrize("then", ["crash", "resume"])
+@pytest.mark.parametrize("name", ["caching 3", "colocated"])
+def test_macro_steps_change_nothing_where_an_instance_stops_or_crashes_in_the_middle_of_one(name, then):
+    """The client has the tokens of the steps that ended before, and of those alone."""
+    label, runs = "colocated-0" if name == "colocated" else "decode-3", []
+    for macro_steps in ("true", "false"):
+        words = [*WORKLOAD, *CLUSTERS[name], "workload.max_output_tokens=40", f"macro_steps={macro_steps}"]
+        cluster = LocalCluster(load_config(words)).cluster()
+        cluster.call_at(333_000_000, functools.partial(cluster.stop if then == "resume" else cluster.crash, label))
+        if then == "resume":
+            cluster.call_at(555_000_000, functools.partial(cluster.resume, label))
+        runs.append(rows_of(play(cluster)))
+    assert runs[0] == runs[1]
+
+
 def test_who_joins_gets_requests_once_it_has_started_and_who_drains_gets_no_more():
     changes = [{"at_s": 0.04, "add": "colocated"}, {"at_s": 0.1, "drain": "colocated-0"}]
     words = [*BUSY, *scheduled(*changes, startup_s=0.02), "cluster=colocated_2", "policy=least_load"]
