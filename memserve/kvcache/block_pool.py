@@ -122,6 +122,7 @@ class BlockPool:
         """
         in_dram = blocks[blocks >= self.num_blocks]
         self._make_room(len(in_dram), holder, Medium.HBM)
+        self._peak_used = max(self._peak_used, self.num_blocks - self.num_available + len(in_dram))
         return self._swaps.begin(in_dram, Medium.HBM, holder, self._now_ns)
 
     def move_out(self, blocks: np.ndarray, holder: Holder) -> np.ndarray | None:

@@ -200,7 +200,7 @@ class Receiving:
         held = np.empty(0, dtype=np.int32)
         if ask.insert:
             held = pool.index.peek(incoming.tokens).blocks
-        pool.retain(held, incoming.holder)
+        pool.allocator.retain(held, incoming.holder)  # in the pool's peak once the rest is, too
         try:
             num_new = ask.num_blocks - len(held)
             if ask.medium == Medium.HBM and not ask.best_effort:

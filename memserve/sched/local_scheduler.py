@@ -222,7 +222,7 @@ class LocalScheduler:
         if (swap := self.pool.swap_in_of(cached)) is not None:
             self.room.park(request, swap, is_own=False)
             return True
-        self.pool.retain(cached, request.holder)
+        self.pool.allocator.retain(cached, request.holder)  # in the pool's peak once the rest is, too
         request.block_table.extend(cached)
         if not self._bring_up(request):
             request.block_table.truncate(0)

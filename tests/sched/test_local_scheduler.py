@@ -85,6 +85,15 @@ def test_a_request_that_waits_for_room_has_used_nothing_of_the_cache_yet():
     assert instance.pool.index.match(np.arange(8, dtype=np.int32)).num_tokens == 0
 
 
+def test_what_waits_for_room_is_not_in_the_pools_peak():
+    instance = hash_instance(block_size=4, num_blocks=14)
+    serve(instance, {"warm": np.arange(21)}, 1)
+    dispatch(instance, "runs", np.arange(100, 130), SamplingParams(max_tokens=3, ignore_eos=True))
+    sizes(instance)
+    dispatch(instance, "waits", np.arange(41), ANSWER)
+    assert [name for name, _ in sizes(instance)] == ["runs"] and instance.pool.stats().peak_used == 8
+
+
 def test_the_youngest_is_preempted_and_comes_back_before_the_queue():
     instance = hash_instance(block_size=2, num_blocks=8, max_running=2)
     for i, name in enumerate("abc"):
