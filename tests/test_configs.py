@@ -147,6 +147,21 @@ def test_macro_steps_change_nothing_where_uses_of_the_cache_are_counted(words):
     assert macro == single and single["instances"][0]["num_evicted_blocks"] > 0
 
 
+@pytest.mark.parametrize(("num_instances", "seed"), [(2, 1), (2, 3), (3, 2)])
+def test_macro_steps_change_nothing_where_instances_end_their_steps_at_one_moment(num_instances, seed):
+    """Their clients go on at that moment, and a policy sees whose turn comes first."""
+    words = [
+        "exec=simulated", "workload=synthetic", "workload/arrivals=closed_loop", "workload.arrivals.concurrency=6",
+        "workload.rate=null", "workload.num_sessions=12", "workload.num_turns=3", "workload/lengths=uniform",
+        "workload.prompt_tokens=3", "workload.turn_tokens=3", "workload.max_output_tokens=6", "kvcache.block_size=4",
+        "cost_model.prefill_token_s=0.0001", f"seed={seed}",
+        f"cluster.roles=[{','.join(['colocated'] * num_instances)}]",
+    ]  # fmt: skip
+    macro, single = (run(*words, f"macro_steps={on}") for on in ("true", "false"))
+    del macro["wall_s"], single["wall_s"]
+    assert macro == single
+
+
 def test_a_trace_without_tokens_runs_and_macro_steps_do_not_change_its_figures():
     reports = []
     for macro_steps in ("true", "false"):

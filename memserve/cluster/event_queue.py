@@ -1,7 +1,7 @@
 """EventQueue: what happens when, in virtual time. Knows the order; not what it means.
 
-At the same nanosecond: calls first, then what comes from other instances, timers, ends of steps, begins; then in order
-of creation.
+At the same nanosecond: calls first, then what comes from other instances, in order of creation; timers, ends of steps,
+begins, each by the instances' numbers, since when they were created depends on macro-steps.
 """
 
 import heapq
@@ -19,6 +19,7 @@ class Event(NamedTuple):
 
     time_ns: int
     kind: int
+    instance: int  # its number; 0 for what comes from a peer
     number: int
     node: Node
     what: int | tuple[int, PoolMessage]
@@ -43,7 +44,8 @@ class EventQueue:
     def push(self, time_ns: int, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
         """Something is to happen at a node."""
         self._num_created += 1
-        heapq.heappush(self._events, Event(time_ns, kind, self._num_created, node, what))
+        instance = 0 if kind == PEER else node.incarnation
+        heapq.heappush(self._events, Event(time_ns, kind, instance, self._num_created, node, what))
 
     def set_timer(self, node: Node, time_ns: int | None, now_ns: int) -> None:
         """A node is to be looked at at time_ns, or before; None: for nothing."""
