@@ -163,7 +163,7 @@ class ByRequestAgg(Granularity):
 
 
 class Packed(Granularity):
-    """One call a ticket, through a buffer."""
+    """One call a ticket, through a buffer; of blocks in both media, one for each."""
 
     def _row_bytes(self, geometry: CacheGeometry) -> int:
         return row_bytes_of(self._layout, geometry)
