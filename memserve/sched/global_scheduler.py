@@ -191,8 +191,8 @@ class GlobalScheduler:
         """Names the instances of the request's next attempt and sends it, or refuses it."""
         m, timeline = routed.submit, routed.timeline
         places = self.groups.choose(routed.request, now_ns, self._rng)
-        why = refusal(self._rejection, self.groups.prospect(routed, places, now_ns))
-        if why is not None and timeline.attempt == 0:
+        why = None if timeline.attempt else refusal(self._rejection, self.groups.prospect(routed, places, now_ns))
+        if why is not None:
             self._end(routed, routed.failed(FinishReason.REFUSED, why), now_ns)
             return
         self.groups.take(routed, places)

@@ -70,10 +70,11 @@ class Groups:
         first, last = places[0], places[-1]
         num_decoding, num_decoding_tokens = self.all[-1].load(last.row)
         return Prospect(
+            request=routed.request,
+            now_ns=now_ns,
             waited_s=to_s(now_ns - routed.submit.arrival_ns),
             queued_s=to_s(int(first.choice.queued_ns[first.choice.chosen])),
             prefill_s=to_s(first.queued_ns),
-            num_prompt=first.num_tokens,
             num_decoding=num_decoding,
             num_decoding_tokens=num_decoding_tokens,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from memserve.sched.cost_model.base import CostModel
+from memserve.sched.routing import RouteRequest
 from memserve.values import require_duration, require_number
 
 _NOW = np.zeros(1, dtype=np.int64)
@@ -20,15 +21,16 @@ _NOW = np.zeros(1, dtype=np.int64)
 class Prospect:
     """What awaits a request on the instances that are named for it. Seconds are by the configuration's cost model.
 
-    waited_s: since it arrived.  queued_s: of the prefills that wait there.  prefill_s: of its own, behind what is
-    cached.  num_prompt: its prompt.  num_decoding: other unfinished requests of the instance that will decode it.
+    now_ns: on the cluster's clock.  waited_s: since it arrived.  queued_s: of the prefills that wait there.  prefill_s:
+    of its own, behind what is cached.  num_decoding: other unfinished requests of the instance that will decode it.
     num_decoding_tokens: their prompts.
     """
 
+    request: RouteRequest
+    now_ns: int
     waited_s: float
     queued_s: float
     prefill_s: float
-    num_prompt: int
     num_decoding: int
     num_decoding_tokens: int
 
@@ -91,7 +93,7 @@ class EarlyRejection(Rejection):
 
     def _step_s(self, prospect: Prospect) -> float:
         """Seconds of a step that decodes the request among the others, whose prompts are taken to be alike."""
-        num_cached = np.full(prospect.num_decoding + 1, prospect.num_prompt, dtype=np.int64)
+        num_cached = np.full(prospect.num_decoding + 1, len(prospect.request.tokens), dtype=np.int64)
         num_cached[1:] = prospect.num_decoding_tokens // max(prospect.num_decoding, 1)
         return float(self._cost_model.step_time_s(num_cached, np.ones_like(num_cached), _NOW)[0])
 

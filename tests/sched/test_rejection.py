@@ -11,15 +11,16 @@ from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.modes import PDBasic
 from memserve.sched.rejection import EarlyRejection, NoRejection, Prospect, Rejection
-from memserve.sched.routing import LeastLoad, RoundRobin
+from memserve.sched.routing import LeastLoad, RoundRobin, RouteRequest
 
 COSTS = FixedCostModel(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.002)  # 5 tokens: .015 s
 NOW_NS = 10**9
 
 
 def prospect(**known):
-    usual = {"waited_s": 0.0, "queued_s": 0.0, "prefill_s": 0.1, "num_prompt": 10, "num_decoding": 0}
-    return Prospect(**{**usual, "num_decoding_tokens": 0, **known})
+    request = RouteRequest("r", "s", np.arange(10, dtype=np.int32))
+    usual = {"waited_s": 0.0, "queued_s": 0.0, "prefill_s": 0.1, "num_decoding": 0, "num_decoding_tokens": 0}
+    return Prospect(request, NOW_NS, **{**usual, **known})
 
 
 def submit(name, num_tokens=5, arrival_ns=NOW_NS, session="s"):
@@ -122,6 +123,25 @@ def test_tokens_are_predicted_for_the_instance_that_decodes():
         scheduler.receive(submit(name), NOW_NS)
     assert [name for _, name in dispatched(scheduler)] == ["a", "b"]
     assert decode.num_requests("d-0") == 2 and "predicted to take 0.016 s" in scheduler.timelines["c"].detail
+
+
+def test_a_rule_of_ones_own_knows_the_request_and_the_time_and_is_asked_once_a_request():
+    seen = []
+
+    class Keeping(Rejection):
+        """Refuses sessions that are new after the first second; those under way go on."""
+
+        def reason(self, prospect):
+            seen.append((prospect.request.request_id, prospect.request.session_id, prospect.now_ns))
+            return "the door is closed" if prospect.now_ns > NOW_NS and prospect.request.session_id != "old" else None
+
+    scheduler = make(Keeping(), decode=group_of(["d-0"], RoundRobin()), mode=PDBasic())
+    scheduler.receive(submit("a", session="old"), NOW_NS)
+    scheduler.receive(HandoffEnded("a", 0, "p-0", done=False, reason="gone"), NOW_NS + 1)
+    scheduler.receive(submit("b", session="old"), NOW_NS + 2)
+    scheduler.receive(submit("c", session="new"), NOW_NS + 3)
+    assert seen == [("a", "old", NOW_NS), ("b", "old", NOW_NS + 2), ("c", "new", NOW_NS + 3)]
+    assert scheduler.timelines["c"].detail == "the door is closed" and scheduler.num_unfinished == 2
 
 
 def test_a_rule_that_gives_no_words_is_named():
