@@ -18,11 +18,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from bench_figures import Bench, Figure, Options, PrefixHit
-from options import new_file
+from options import integers, new_file
 from rich.console import Console
 from rich.table import Table
 from roofline import measure_machine
@@ -130,10 +131,10 @@ def _figure_as_json(figure: Figure) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, counts = parser.add_argument, partial(integers, least=1)
     add("--shapes", default="135m,15m", help=f"of {', '.join(SHAPES)}, or what model.path takes; joined by commas")
-    add("--batches", type=_integers, default=[1, 8, 32])
-    add("--prefill", type=_integers, default=[512, 2048], help="prompts of the prefill rows, in tokens")
+    add("--batches", type=counts, default=[1, 8, 32])
+    add("--prefill", type=counts, default=[512, 2048], help="prompts of the prefill rows, in tokens")
     add("--prompt-len", type=int, default=512, help="mean prompt of the decode rows, in tokens")
     add("--new-tokens", type=int, default=64, help="generated for each prompt of the decode rows")
     add("--block-size", type=int, default=16)
@@ -152,13 +153,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')}={getattr(args, name)}: expected an integer >= {low}")
     return args
-
-
-def _integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected integers >= 1")
-    return values
 
 
 def main(argv: Sequence[str]) -> None:

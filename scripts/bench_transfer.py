@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
-from options import new_file
+from options import integers, new_file
 from rich.console import Console
 from rich.table import Table
 from transfer_ends import Ends
@@ -94,15 +94,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; joined by commas")
     add("--device", default="cpu", choices=("cpu", "cuda"), help=f"of both memories; cuda: {', '.join(ON_A_GPU)} alone")
     add("--megabytes", type=int, default=512, help="of memory at each end")
-    add("--sizes", default=",".join(map(str, SIZES)), help="bytes of a message, multiples of 16384; larger than the "
+    add("--sizes", type=integers, default=list(SIZES), help="bytes of a message, multiples of 16384; larger than the "
         "memory are left out")  # fmt: skip
     add("--layers", type=int, help="of the request; as many as fit by default")
-    add("--channels", default=",".join(map(str, CHANNELS)), help="of part fig11")
+    add("--channels", type=integers, default=list(CHANNELS), help="of part fig11")
     add("--repeats", type=int, default=7)
     add("--seed", type=int, default=0)
     add("--out", type=new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    args.parts, args.sizes, args.channels = args.parts.split(","), _ints(args.sizes), _ints(args.channels)
+    args.parts = args.parts.split(",")
     args.layers = layers_that_fit(args.megabytes * MB) if args.layers is None else args.layers
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"--parts={unknown[0]}: expected of {', '.join(PARTS)}")
@@ -119,10 +119,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name) < low:
             parser.error(f"--{name}={getattr(args, name)}: expected an integer >= {low}")
     return args
-
-
-def _ints(words: str) -> list[int]:
-    return [int(word) for word in words.split(",")]
 
 
 def main(argv: Sequence[str]) -> None:

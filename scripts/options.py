@@ -12,9 +12,9 @@ def new_file(word: str) -> Path:
     return path
 
 
-def integers(word: str) -> list[int]:
-    """For argparse's type=: 0 and above, joined by commas."""
+def integers(word: str, least: int = 0) -> list[int]:
+    """For argparse's type=: from `least` (0 or more) on, joined by commas."""
     parts = word.split(",")
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{word}: expected integers >= 0, joined by commas")
+    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+        raise argparse.ArgumentTypeError(f"{word}: expected integers >= {least}, joined by commas")
     return [int(part) for part in parts]

@@ -12,7 +12,7 @@ A metric that a request does not have (no token, no second token, not finished) 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,12 +71,8 @@ class Slo:
     def missed(self, metrics: RequestMetrics) -> list[str]:
         """The objectives that a request which succeeded did not meet; one that it has no latency for is met."""
         latencies = {"ttft_s": metrics.ttft, "tpot_s": metrics.tpot, "jct_s": metrics.jct}
-        bounds = asdict(self)
-        return [
-            name
-            for name, latency in latencies.items()
-            if latency is not None and bounds[name] is not None and latency > bounds[name]
-        ]
+        bounds = ((name, latency, getattr(self, name)) for name, latency in latencies.items())
+        return [n for n, latency, bound in bounds if latency is not None and bound is not None and latency > bound]
 
 
 def measure(timeline: RequestTimeline) -> RequestMetrics:
