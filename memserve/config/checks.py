@@ -2,9 +2,10 @@
 
 from memserve.clock import LONGEST_S
 from memserve.config.checks_of_members import check_heir, check_member, check_scaling
-from memserve.config.errors import ConfigError, class_name, is_a, require
+from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
+from memserve.config.targets import is_a
 from memserve.request import Role
 
 CHOICES = {

@@ -1,7 +1,8 @@
 """Checks of who is in the cluster, who comes and goes, and who gets what is left. As checks.py, which calls them."""
 
-from memserve.config.errors import ConfigError, class_name, is_a, require
+from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.schema import RunConfig
+from memserve.config.targets import is_a
 
 SCHEDULER = "scheduler"  # the member of a cluster that is no instance
 

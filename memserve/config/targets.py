@@ -51,6 +51,12 @@ def imported_class(name: str, path: str, kind: type[object]) -> type[Any]:
     return target
 
 
+def is_a(node: Any, name: str) -> bool:
+    """Whether a node, which was checked, describes our class of that name or one derived from it."""
+    bases = inspect.getmro(imported_class("_target_", str(node["_target_"]), object))
+    return any(base.__name__ == name and base.__module__.startswith("memserve.") for base in bases)
+
+
 def _check_type(name: str, value: object, hint: object) -> None:
     """Plain values only: what an object may be is its class's to say."""
     allowed = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
