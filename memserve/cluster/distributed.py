@@ -9,7 +9,7 @@ rank 0's: it stays until the others have left, and they end when it is gone.
 
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from memserve.cluster.build import build_engine, build_roles
@@ -74,20 +74,19 @@ class DistributedCluster:
             if self._torchrun.is_gone:  # the others have noticed first
                 leave(signal.SIGTERM)
             raise
-        finally:
-            self._mailbox.close()
 
     def play(self, progress: Progress | None = None) -> list[Result]:
         """The runs, each from empty pools: their results on rank 0, none on the others. Once in a cluster's life."""
-        farewell = Farewell.of(self.cfg, self._place, self._mailbox)
-        try:
-            if self._place.rank == CONTROLLER:
-                return self._control(progress)
-            self._serve()
-            return []
-        finally:
-            with suppress(Interrupted):  # what was played is there
-                farewell.say()
+        with closing(self._mailbox):  # what was sent last goes out
+            farewell = Farewell.of(self.cfg, self._place, self._mailbox)
+            try:
+                if self._place.rank == CONTROLLER:
+                    return self._control(progress)
+                self._serve()
+                return []
+            finally:
+                with suppress(Interrupted):  # what was played is there
+                    farewell.say()
 
     def _control(self, progress: Progress | None) -> list[Result]:
         """Rank 0's part of `play`."""
