@@ -38,6 +38,7 @@ from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.transfer.link import LinkModel
+from memserve.transfer.transport import Transport
 from memserve.workload.session import Workload
 
 TARGETS: dict[str, type[object]] = {  # what the object of each node must be
@@ -54,6 +55,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "layout": Layout,
     "granularity": Granularity,
     "link": LinkModel,
+    "transport": Transport,
     "cost_model": CostModel,
     "scaling": Scaling,
     "heir": Heir,

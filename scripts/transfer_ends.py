@@ -18,7 +18,6 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 from memserve.clock import monotonic_ns
 from memserve.transfer import Gloo, Mapped, Move, Transport
-from memserve.transfer.device import Gpu, NoDevice
 from memserve.transfer.shared_memory import SharedMemory
 
 SENDER, RECEIVER = 0, 1
@@ -122,7 +121,7 @@ def _memory(num_bytes: int, device: str, value: int) -> tuple[SharedMemory | Non
 
 
 def _mapped(store: Store, device: str) -> Mapped:
-    return Mapped(store, NoDevice() if device == "cpu" else Gpu(torch.cuda.current_device()))
+    return Mapped(store, gpu=None if device == "cpu" else torch.cuda.current_device())
 
 
 def _receive(pipe: Connection, port: int, num_bytes: int, device: str) -> None:

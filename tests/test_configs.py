@@ -73,6 +73,7 @@ def taken_together():
 
 GROUPED = {group for groups in TOGETHER for group in groups}
 ALONE = [word for word in WORDS if word.partition("=")[0] not in GROUPED | {"experiment"}]
+BETWEEN_PROCESSES = ("exec=distributed", "transport=gloo", "transport=mapped", "transport=nccl")
 
 
 @pytest.mark.parametrize("words", list(taken_together()), ids=" ".join)
@@ -81,7 +82,7 @@ def test_yamls_of_groups_that_go_together_compose_and_run_three_requests(words):
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 
 
-@pytest.mark.parametrize("word", [word for word in ALONE if word not in ("mode=colocated", "exec=distributed")])
+@pytest.mark.parametrize("word", [word for word in ALONE if word not in ("mode=colocated", *BETWEEN_PROCESSES)])
 def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)  # wandb writes beside its caller
     words = (
@@ -229,7 +230,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["model=tiny", "model.path=x"], "expected exactly one"),
         (["cluster.roles=[]"], "at least one role"),
         (["cluster.roles=[cook]"], "cluster.roles='cook'"),
-        (["transport=pigeon"], "transport='pigeon': expected one of in_process"),
+        (["transport=pigeon"], "Could not find 'transport/pigeon'"),
         (["granularity=by_word"], "by_word"),
         (["transfer.deadline_s=0"], "transfer.deadline_s=0"),
         (["transfer.on_failure=shrug"], "transfer.on_failure='shrug': expected one of recompute, fail"),
@@ -242,6 +243,11 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["exec=simulated", "cost_model.step_s=null"], "cost_model.step_s=None: expected a number"),
         (["workload.max_turns=1.5"], "workload.max_turns=1.5: expected an integer or null"),
         (["workload=trace"], "workload.path: expected a value"),
+        (["exec=distributed", "transport.channels=0"], "transport.channels=0: expected a number in"),
+        (["exec=distributed", "transport.patience_s=0"], "transport.patience_s=0: expected a number in"),
+        (["exec=distributed", "transport.channels=two"], "transport.channels='two': expected an integer"),
+        (["exec=distributed", "transport._target_=memserve.transfer.InProcess"], "transport.channels=1: memserve.tr"),
+        (["exec=distributed", "transport=mapped", "+transport.channels=2"], "transport.channels=2: memserve.transfer"),
         (["channels=2"], "channels=2 contradicts transport=in_process: expected gloo or nccl"),
         (["repeats=0"], "repeats=0"),
         (["model.compile=true", "model.fused_rows=-1"], "model.fused_rows=-1: expected an integer >= 0"),

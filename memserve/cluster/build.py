@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from memserve.cluster.costs import build_cost_model, make_priced, price_of_attention
-from memserve.cluster.make import make, maker
+from memserve.cluster.costs import build_cost_model, price_of_attention
+from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_handoffs
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
@@ -174,7 +174,7 @@ def build_instance(
         pool,
         make(cfg.queue),
         make(cfg.preemption),
-        make_priced(cfg.swap, costs=costs, block_size=block_size),
+        make_asking(cfg.swap, costs=costs, block_size=block_size),
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,

@@ -1,12 +1,10 @@
 """Costs: the cost model of a run, checked against what runs, and handed to the policies that ask for prices."""
 
-import inspect
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 
-from memserve.cluster.make import make, maker
+from memserve.cluster.make import make
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.output import cpu_model, usable_cpus
@@ -52,12 +50,6 @@ def subject_of(cfg: RunConfig, model: Llama | None) -> Subject:
 def shape_of(config: ModelConfig) -> dict[str, int]:
     """The sizes that a step's time depends on, by name; of a model split over ranks, this rank's."""
     return {name: getattr(config, name) for name in SHAPE}
-
-
-def make_priced(node: Any, **prices: Any) -> Any:
-    """The object that a node describes, given those of `prices` (costs=, block_size=, ..) that its class asks for."""
-    asked = inspect.signature(get_class(node["_target_"])).parameters
-    return maker(node)(**{name: price for name, price in prices.items() if name in asked})
 
 
 def price_of_attention(node: Any, costs: CostModel) -> dict[str, float]:

@@ -26,6 +26,7 @@ from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.turnover import InstanceFailed
 from memserve.config.schema import RunConfig
+from memserve.config.targets import node_class
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
 from memserve.model.parallel import GroupBroken
@@ -49,11 +50,11 @@ class DistributedCluster:
     def _meet(self) -> list[int]:
         """The ranks on this rank's host, it among them; none for rank 0."""
         place = self._place
-        if place.rank == CONTROLLER and self.cfg.transport != "mapped":
+        if place.rank == CONTROLLER and not node_class(self.cfg.transport).within_host:
             return []  # it need not wait for them
         with ended_at_once():
             hosts = hosts_of(place.store, place.rank, place.world_size, host_id())
-        if self.cfg.transport == "mapped":
+        if node_class(self.cfg.transport).within_host:
             check_one_host(hosts)
         return [] if place.rank == CONTROLLER else neighbours(hosts, place.rank)
 

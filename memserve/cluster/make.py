@@ -1,6 +1,7 @@
 """make: the object that a node of the configuration describes, by Hydra's `instantiate`."""
 
 import functools
+import inspect
 import json
 from typing import Any
 
@@ -17,6 +18,12 @@ def make(node: Any, **arguments: Any) -> Any:
         return maker(node)(**arguments)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(str(error)) from error
+
+
+def make_asking(node: Any, **offers: Any) -> Any:
+    """As `make`, given those of `offers` (costs=, store=, ..) that its class asks for."""
+    asked = inspect.signature(maker(node).func).parameters
+    return make(node, **{name: offer for name, offer in offers.items() if name in asked})
 
 
 def maker(node: Any) -> functools.partial[Any]:

@@ -8,7 +8,7 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.bequest import Bequest
 from memserve.clock import to_ns
-from memserve.cluster.make import make, maker
+from memserve.cluster.make import make, make_asking, maker
 from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
@@ -32,17 +32,14 @@ from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling, Schedule
-from memserve.transfer.device import Gpu, NoDevice
-from memserve.transfer.gloo import Gloo
 from memserve.transfer.in_process import InProcess
-from memserve.transfer.mapped import Mapped
-from memserve.transfer.nccl import Nccl
 from memserve.transfer.transport import Transport
 
 
 def build_transport(cfg: RunConfig) -> InProcess | None:
     """What moves KV between the instances of this process; None where nothing is handed over or fetched."""
-    return InProcess(make(cfg.link)) if _transfers_kv(cfg) else None
+    transport: InProcess | None = make_asking(cfg.transport, link=make(cfg.link)) if _transfers_kv(cfg) else None
+    return transport
 
 
 def _transfers_kv(cfg: RunConfig) -> bool:
@@ -58,17 +55,16 @@ def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transpor
     """
     if not _transfers_kv(cfg):
         return None
-    if cfg.transport == "mapped":
-        return Mapped(store, Gpu(_gpu(cfg)) if keeps_kv_on_gpu(cfg) else NoDevice())
-    if cfg.transport == "nccl":
-        return Nccl(store, _gpu(cfg), channels=cfg.channels, host=host)
-    return Gloo(store, channels=cfg.channels, host=host)
+    transport: Transport = make_asking(cfg.transport, store=store, host=host, gpu=_gpu(cfg))
+    return transport
 
 
-def _gpu(cfg: RunConfig) -> int:
-    """The number of the GPU that this process computes on."""
-    index = torch.device(cfg.model.device).index
-    return torch.cuda.current_device() if index is None else index
+def _gpu(cfg: RunConfig) -> int | None:
+    """The number of the GPU that this process's KV lies on; None where that is in host memory, or on no CUDA device."""
+    device = torch.device(cfg.model.device)
+    if not keeps_kv_on_gpu(cfg) or device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def build_handoffs(

@@ -1,25 +1,29 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from memserve.clock import LONGEST_S
 from memserve.config.checks_of_members import check_heir, check_member, check_scaling
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
-from memserve.config.targets import is_a
+from memserve.config.targets import is_a, node_class
 from memserve.request import Role
 
 CHOICES = {
     "exec": ("emulated", "simulated", "distributed"),
     "step_time": ("measured", "model"),
     "tokens": ("model", "hash", "workload"),
-    "transport": ("in_process", "gloo", "nccl", "mapped"),
 }
 FETCHES = {"AlwaysFetch": "always", "FetchIfCheaper": "cost"}  # policies, and their words
+TRANSPORTS = {"InProcess": "in_process", "Gloo": "gloo", "Nccl": "nccl", "Mapped": "mapped"}  # these, and theirs
 ON_FAILURE = ("recompute", "fail")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
 MAX_SIDE = 2**16  # of a simulated model's KV: layers, heads, elements
 SHORTEST_S = 1e-6  # of what is repeated until it is answered
+OF_TRANSPORT = {"channels": 1, "patience_s": SHORTEST_S}  # least values
 LINK = {  # what a link can be; a message on its way is repeated every transfer.retry_s
     "latency_s": (0.0, 3600.0),
     "message_latency_s": (0.0, 3600.0),
@@ -36,8 +40,9 @@ def check_config(cfg: RunConfig) -> None:
     require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
     require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
-    if cfg.channels > 1 and cfg.transport not in ("gloo", "nccl"):
-        raise ConfigError(f"channels={cfg.channels} contradicts transport={cfg.transport}: expected gloo or nccl, or 1")
+    if cfg.channels > 1 and "channels" not in cfg.transport:
+        raise ConfigError(f"channels={cfg.channels} contradicts transport={_word(cfg.transport, TRANSPORTS)}: expected "
+                          "gloo or nccl, or 1")  # fmt: skip
     _check_geometry(cfg)
     _check_capacity(cfg)
     dram_bytes = cfg.kvcache.dram_bytes
@@ -129,6 +134,10 @@ def _check_transfer(cfg: RunConfig) -> None:
         value = cfg.link.get(name)
         if type(value) in (int, float):
             require(low <= value <= high, f"link.{name}", value, f"a number in [{low:g}, {high:g}]")
+    for name, least in OF_TRANSPORT.items():
+        value = cfg.transport.get(name)
+        if type(value) in (int, float):
+            require(least <= value <= LONGEST_S, f"transport.{name}", value, f"a number in [{least:g}, {LONGEST_S:g}]")
     require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
@@ -171,8 +180,9 @@ def _check_execution(cfg: RunConfig) -> None:
     if cfg.exec == "distributed":
         _check_distributed(cfg)
         return
-    if cfg.transport != "in_process":
-        raise ConfigError(f"transport={cfg.transport} contradicts exec={cfg.exec}: expected transport=in_process")
+    if not is_a(cfg.transport, "InProcess"):
+        transport = _word(cfg.transport, TRANSPORTS)
+        raise ConfigError(f"transport={transport} contradicts exec={cfg.exec}: expected transport=in_process")
     real = cfg.tokens == "model"
     if real != (cfg.exec == "emulated"):
         allowed = "tokens=model" if cfg.exec == "emulated" else "tokens=hash or tokens=workload"
@@ -184,18 +194,20 @@ def _check_execution(cfg: RunConfig) -> None:
 
 
 def _check_distributed(cfg: RunConfig) -> None:
-    if cfg.transport == "in_process":
-        raise ConfigError("transport=in_process contradicts exec=distributed: expected gloo, nccl or mapped")
+    transport, word = node_class(cfg.transport), _word(cfg.transport, TRANSPORTS)
+    if transport.within_process:
+        raise ConfigError(f"transport={word} contradicts exec=distributed: expected gloo, nccl or mapped")
     if cfg.tokens == "workload":
         raise ConfigError("tokens=workload contradicts exec=distributed: expected tokens=model or tokens=hash")
     if cfg.step_time != "measured":
         raise ConfigError(f"step_time={cfg.step_time} contradicts exec=distributed: its time is the machine's")
     if cfg.macro_steps:
         raise ConfigError("macro_steps=true contradicts exec=distributed: every step is computed")
-    if cfg.transport == "nccl" and not keeps_kv_on_gpu(cfg):
-        raise ConfigError("transport=nccl contradicts KV in host memory: expected model.device=cuda, or transport=gloo")
-    if cfg.transport == "mapped" and keeps_kv_on_gpu(cfg) and not cfg.model.device.startswith("cuda"):
-        raise ConfigError(f"transport=mapped contradicts model.device={cfg.model.device}: expected cpu or cuda")
+    if transport.needs_gpu and not keeps_kv_on_gpu(cfg):
+        raise ConfigError(f"transport={word} contradicts KV in host memory: expected model.device=cuda, or "
+                          "transport=gloo")  # fmt: skip
+    if transport.within_host and keeps_kv_on_gpu(cfg) and not cfg.model.device.startswith("cuda"):
+        raise ConfigError(f"transport={word} contradicts model.device={cfg.model.device}: expected cpu or cuda")
 
 
 def keeps_kv_on_gpu(cfg: RunConfig) -> bool:
@@ -212,10 +224,10 @@ def _check_roles(cfg: RunConfig) -> None:
 
 def _check_fetch(cfg: RunConfig) -> None:
     """Fetching takes somebody else who is known to have more of a prompt than the instance that a request goes to."""
-    policy, mode, roles = class_name(cfg.fetch), class_name(cfg.mode), list(cfg.cluster.roles)
+    mode, roles = class_name(cfg.mode), list(cfg.cluster.roles)
     if is_a(cfg.fetch, "NeverFetch"):
         return
-    fetch = f"fetch={FETCHES.get(policy, policy)}"
+    fetch = f"fetch={_word(cfg.fetch, FETCHES)}"
     if is_a(cfg.index, "NullIndex"):
         raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected fetch=never")
     if is_a(cfg.index_source, "NoPromptTree"):
@@ -249,3 +261,8 @@ def _check_tensor_parallel(cfg: RunConfig) -> None:
             f"cluster.tensor_parallel.prefill={sizes['prefill']} and decode={sizes['decode']}: "
             "expected that one divides the other"
         )
+
+
+def _word(node: Any, words: Mapping[str, str]) -> str:
+    """By what a node is chosen: the word of its class, or the name of one that has none."""
+    return words.get(class_name(node), class_name(node))

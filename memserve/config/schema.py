@@ -119,7 +119,7 @@ class RunConfig:
     step_time: str = MISSING
     tokens: str = MISSING
     macro_steps: bool = MISSING
-    transport: str = MISSING
+    transport: Any = MISSING
     channels: int = 1
     granularity: Any = MISSING
     link: Any = MISSING

@@ -51,9 +51,14 @@ def imported_class(name: str, path: str, kind: type[object]) -> type[Any]:
     return target
 
 
+def node_class(node: Any) -> type[Any]:
+    """The class that a node, which was checked, describes an object of."""
+    return imported_class("_target_", str(node["_target_"]), object)
+
+
 def is_a(node: Any, name: str) -> bool:
     """Whether a node, which was checked, describes our class of that name or one derived from it."""
-    bases = inspect.getmro(imported_class("_target_", str(node["_target_"]), object))
+    bases = inspect.getmro(node_class(node))
     return any(base.__name__ == name and base.__module__.startswith("memserve.") for base in bases)
 
 

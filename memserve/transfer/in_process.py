@@ -20,6 +20,8 @@ from memserve.values import require_int
 class InProcess(Transport):
     """All endpoints of one process, connected by links that are alike."""
 
+    within_process = True
+
     def __init__(self, link: LinkModel) -> None:
         self.link = link
         self._memories: dict[int, list[torch.Tensor | None]] = {}

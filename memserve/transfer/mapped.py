@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.clock import monotonic_ns
 from memserve.transfer.block_copy import as_bytes, copy_rows
-from memserve.transfer.device import Device, NoDevice
+from memserve.transfer.device import Device, Gpu, NoDevice
 from memserve.transfer.directory import Directory, Endpoint, Memory
 from memserve.transfer.liveness import started_at
 from memserve.transfer.shared_memory import SharedHandle, handle_of, host_id, reserve
@@ -54,13 +54,16 @@ class _Posted:
 class Mapped(Transport):
     """One process's end. store: reached by all processes of the transport. A process attaches one endpoint.
 
-    device: on which this process's memory may lie, beside the host's. Moves arrive in the order in which they were
-    posted. `close` ends the thread; memory of a GPU is kept until no peer maps it.
+    gpu: the number of the one on which this process's memory may lie, beside the host's.  device: another kind of
+    device, in its place. Moves arrive in the order in which they were posted. `close` ends the thread; memory of a GPU
+    is kept until no peer maps it.
     """
 
-    def __init__(self, store: Store, device: Device | None = None) -> None:
+    within_host = True
+
+    def __init__(self, store: Store, *, gpu: int | None = None, device: Device | None = None) -> None:
         self._directory = Directory(store, "mapped")
-        self._device = NoDevice() if device is None else device
+        self._device = device or (NoDevice() if gpu is None else Gpu(gpu))
         self._own: int | None = None
         self._memories: dict[int, list[torch.Tensor | None]] = {}  # of this endpoint, and of those that it writes to
         self._gone: set[int] = set()

@@ -47,18 +47,18 @@ class NcclCarrier(GlooCarrier):
 
 
 class Nccl(Gloo):
-    """One process's end. device: the number of the GPU that it sends from and receives on, and no other endpoint does.
+    """One process's end. gpu: the number of the GPU that it sends from and receives on, and no other endpoint does.
 
     Raises ValueError where there is no such GPU, or a torch without NCCL; `attach` does for a GPU that another uses.
     """
 
-    def __init__(
-        self, store: Store, device: int, *, channels: int = 1, patience_s: float = 60.0, host: str = ""
-    ) -> None:
+    needs_gpu = True
+
+    def __init__(self, store: Store, gpu: int, *, channels: int = 1, patience_s: float = 60.0, host: str = "") -> None:
         count = torch.cuda.device_count() if distributed_c10d.is_nccl_available() else 0
-        if not 0 <= device < count:
-            raise ValueError(f"transport=nccl on device {device}: expected one of {count} GPUs of a torch with NCCL")
-        self._device = torch.device("cuda", device)
+        if not 0 <= gpu < count:
+            raise ValueError(f"transport=nccl on device {gpu}: expected one of {count} GPUs of a torch with NCCL")
+        self._device = torch.device("cuda", gpu)
         super().__init__(store, channels=channels, patience_s=patience_s, host=host)
 
     @property

@@ -53,7 +53,15 @@ class Arrived:
 
 
 class Transport(ABC):
-    """One way to move bytes."""
+    """One way to move bytes. A class says where it works:
+
+    within_process: between endpoints of one process, in virtual time; by default between processes.  within_host: these
+    are on one machine.  needs_gpu: endpoints' memories in HBM are a GPU's.
+    """
+
+    within_process = False
+    within_host = False
+    needs_gpu = False
 
     @abstractmethod
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:

@@ -11,7 +11,7 @@ from memserve.config.errors import ConfigError
 from memserve.handoff import GivenBack
 from memserve.messages import Ask, Cancel, pack_tokens
 from memserve.request import FinishReason
-from memserve.transfer import MessageFaults, StallingTransport
+from memserve.transfer import MessageFaults
 
 KINDS = ("Ask", "Grant", "Wait", "Done", "Inserted", "Abandon", "AbortAck")
 WORKLOAD = [
@@ -106,12 +106,9 @@ def test_blocks_on_their_way_keep_what_lies_above_them_in_the_index(cancelled_af
 
 @pytest.mark.parametrize("on_failure", ["recompute", "fail"])
 def test_a_stalled_writer_costs_a_new_attempt_or_a_named_failure(on_failure):
-    cluster = local(*PD, f"transfer.on_failure={on_failure}", "mode=pd_basic").cluster()
-    transport = StallingTransport(cluster.transport.link)
-    for node in cluster.nodes:
-        node.instance.handoffs.transfers._transport = node.instance.handoffs.transfers._sending._transport = transport
-    cluster.transport = transport
-    transport.stall(0, 2_000_000_000)
+    stalling = "transport._target_=memserve.transfer.StallingTransport"
+    cluster = local(*PD, f"transfer.on_failure={on_failure}", "mode=pd_basic", stalling).cluster()
+    cluster.transport.stall(0, 2_000_000_000)
     timelines = play(cluster)
     assert_right(timelines)
     assert any(t.attempt > 0 for t in timelines) == (on_failure == "recompute")

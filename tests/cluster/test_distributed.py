@@ -52,6 +52,8 @@ def cases(transport):
     yield "model", ["cluster=1p2d", "mode=pd_caching_2", "granularity=by_request", "model=tiny"], 4
     if transport == "gloo":
         yield "hash", ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request", "channels=3"], 3
+        yield "hash", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer",
+                       "transport._target_=cluster.own_transport.Narrow", "+transport.gb_per_s=0.01"], 3  # fmt: skip
 
 
 @functools.cache
@@ -149,7 +151,7 @@ def test_a_port_that_answers_nobody_or_is_in_use_is_named(monkeypatch):
             "transport=mapped contradicts model.device=mps: expected cpu or cuda",
         ),
         (["exec=distributed", "channels=0"], "channels=0: expected an integer >= 1"),
-        (["exec=distributed", "transport=pigeon"], "transport='pigeon': expected one of"),
+        (["exec=distributed", "transport=pigeon"], "Could not find 'transport/pigeon'"),
     ],
 )
 def test_contradictions_are_named_before_anything_runs(words, named):

@@ -31,7 +31,7 @@ class Ends:
 
     def __init__(self, *devices):
         self.store, self.memories = HashStore(), [SharedMemory(4096) for _ in devices]
-        self.transports = [Mapped(self.store, device) for device in devices]
+        self.transports = [Mapped(self.store, device=device) for device in devices]
         for number, transport in enumerate(self.transports):
             transport.attach(number, [self.memories[number].bytes])
 

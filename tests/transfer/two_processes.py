@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from memserve.clock import monotonic_ns
 from memserve.transfer import Arrived, Gloo, Mapped, Move, Transport
-from memserve.transfer.device import DeviceHandle, Gpu, NoDevice
+from memserve.transfer.device import DeviceHandle, NoDevice
 from memserve.transfer.mapped import PeerMemoryFailed
 from memserve.transfer.shared_memory import SharedHandle, SharedMemory, handle_of, page_lock
 
@@ -22,8 +22,8 @@ STAND_IN, ON_GPU = "mapped on a stand-in for a GPU", "mapped on a GPU"
 
 MAKE: dict[str, Callable[[Any], Transport]] = {
     "mapped": Mapped,
-    STAND_IN: lambda store: Mapped(store, StandIn()),
-    ON_GPU: lambda store: Mapped(store, Gpu(0)),
+    STAND_IN: lambda store: Mapped(store, device=StandIn()),
+    ON_GPU: lambda store: Mapped(store, gpu=0),
     "gloo": Gloo,
     "gloo of 3 channels": lambda store: Gloo(store, channels=3),
 }
