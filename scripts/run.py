@@ -36,6 +36,7 @@ from memserve.cluster.interruption import Interrupted
 from memserve.cluster.launch import RunOver, find_place, is_first, is_under_torchrun
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
+from memserve.cluster.result import NotWritten
 from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.sweep import run_point
 from memserve.cluster.turnover import InstanceFailed
@@ -60,15 +61,19 @@ def main(composed: DictConfig) -> int:
         if hydra_cfg.sweep.subdir != ".":
             sys.exit(f"error: hydra.sweep.subdir={hydra_cfg.sweep.subdir}: expected ., a point is named by its words")
         return run_point(composed, Path(__file__), list(hydra_cfg.overrides.task), output_dir)
+    title = " ".join(hydra_cfg.overrides.task) or "defaults"
     try:
         cfg = resolve(composed)
         report = control(cfg, output_dir) if cfg.exec == "distributed" else play(cfg, output_dir)
+    except NotWritten as error:
+        print_report(error.report, title=title)
+        sys.exit(f"error: {error}")
     except (ValueError, MemoryError, OSError, InstanceFailed) as error:
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
         sys.exit(interrupted.status)
-    print_report(report, title=" ".join(hydra_cfg.overrides.task) or "defaults")
+    print_report(report, title=title)
     print(f"written to {output_dir}")
     return 0
 

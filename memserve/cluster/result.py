@@ -33,10 +33,19 @@ class Result:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
+class NotWritten(OSError):
+    """A run has ended, and its files cannot be written. report: what it found."""
+
+    def __init__(self, error: OSError, report: Report) -> None:
+        super().__init__(*error.args)
+        self.filename, self.report = error.filename, report
+
+
 def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Path | None) -> Report:
     """The report; of several runs the medians and their spread.
 
-    output_dir: where the files go (requests, occupancy and activity: of the last run); None writes none.
+    output_dir: where the files go (requests, occupancy and activity: of the last run); None writes none. Raises
+    NotWritten, with the report, where they cannot be written.
     """
     reports, last = [result.report for result in results], results[-1]
     report = reports[0] if len(reports) == 1 else median_of(reports)
@@ -45,15 +54,18 @@ def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Pat
         recorded = environment({"seed": cfg.seed}, sys.argv)
         if last.num_threads:
             recorded["threads"] = {**recorded["threads"], "instances": dict(last.num_threads)}
-        write_output(
-            directory,
-            config_yaml=to_yaml(cfg),
-            report=report,
-            timelines=last.timelines,
-            occupancy=last.occupancy,
-            activity=last.activity,
-            environment=recorded,
-        )
+        try:
+            write_output(
+                directory,
+                config_yaml=to_yaml(cfg),
+                report=report,
+                timelines=last.timelines,
+                occupancy=last.occupancy,
+                activity=last.activity,
+                environment=recorded,
+            )
+        except OSError as error:
+            raise NotWritten(error, report) from error
     tracking: Tracking = make(cfg.tracking)
     tracking.record(to_dict(cfg), report, directory)
     return report

@@ -1,12 +1,17 @@
 """A sweep's points on a stand-in for run.py that does what its first line says: names, repetition, failure."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
+from source_tree import ROOT
 
+from memserve import LocalCluster, load_config
+from memserve.cluster.result import NotWritten
 from memserve.cluster.sweep import MAX_NAME_BYTES, SweepTable, directory_name, run_point
 from memserve.compose import config_dir, resolve, to_yaml
 
@@ -93,3 +98,15 @@ def test_a_failed_point_keeps_no_report_of_an_earlier_run(sweep, tmp_path, capsy
     assert not (directory / "report.json").exists() and (directory / "printed.log").read_text() == "printed\n"
     assert json.loads((directory / "words.json").read_text()) == sorted(SIMULATED)
     assert "failed with status 3" in capsys.readouterr().out
+
+
+def test_what_a_run_found_is_told_where_its_files_cannot_be_written(tmp_path):
+    (tmp_path / "requests.jsonl").mkdir()
+    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=2"]
+    with pytest.raises(NotWritten, match=f"Is a directory: '{tmp_path}/requests.jsonl'") as raised:
+        LocalCluster(load_config(words)).run(tmp_path)
+    assert raised.value.report["num_finished"] == 2 and not (tmp_path / "report.json").exists()
+    command = [sys.executable, str(ROOT / "scripts" / "run.py"), *words, f"hydra.run.dir={tmp_path}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "colocated-0" in ended.stdout and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1] == f"error: [Errno 21] Is a directory: '{tmp_path}/requests.jsonl'"
