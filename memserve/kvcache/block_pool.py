@@ -58,7 +58,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks in HBM that `alloc` could hand out now: free, or held by the index alone. These go from the leaves up:
-        whoever holds a cached block is to hold those before it, as every request does.
+        whoever holds a cached block is to hold those before it (not its own copies of them), or `alloc` can give fewer.
         """
         return self.allocator.num_free + self.allocator.num_index_only
 

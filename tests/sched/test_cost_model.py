@@ -179,7 +179,10 @@ def test_a_file_of_this_machine_is_the_model_that_was_fitted(write):
     assert FittedCostModel(path, level="arch").exec_time_s(0, 10) == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("words", [["cost_model=fixed"], ["cost_model=fitted"], ["cost_model=h800_llama2_13b"]])
+@pytest.mark.parametrize(
+    "words",
+    [["cost_model=fixed"], ["cost_model=fitted"], ["cost_model=h800_llama2_13b"], ["cost_model=h800_llama2_13b_vllm"]],
+)
 def test_swaps_cost_as_much_for_each_token_whatever_the_size_of_blocks(words, write):
     path = [f"cost_model.path={write(here())}"] if words == ["cost_model=fitted"] else []
     costs = [
@@ -270,8 +273,9 @@ def test_a_file_with_costs_that_are_none_is_refused_by_its_name(write, operator,
         FittedCostModel(path)
 
 
-def test_the_published_preset_gives_the_times_it_was_derived_from():
-    costs = build_cost_model(load_config(["cost_model=h800_llama2_13b"]), None)
+@pytest.mark.parametrize("preset", ["h800_llama2_13b", "h800_llama2_13b_vllm"])
+def test_the_published_presets_give_the_times_they_were_derived_from(preset):
+    costs = build_cost_model(load_config([f"cost_model={preset}"]), None)
     assert costs.exec_time_s(0, 1794) == pytest.approx(0.067, rel=0.01)
     assert costs.exec_time_s(0, 128) == pytest.approx(0.011, rel=0.01)
 
