@@ -33,7 +33,8 @@ class SyntheticWorkload(Workload):
     prefix_tokens: length of the prefix that `share_ratio` sessions share; 0 is none.
     output_tokens: mean length of the answers; None makes each max_output_tokens long.
     max_output_tokens: most tokens of an answer. Answers ignore the end-of-sequence token: lengths are exact.
-    lengths: how prompts, turns and answers spread around their means (prefixes are exact).
+    lengths: how prompts, turns and answers spread around their means (prefixes are exact).  output_lengths: how answers
+    do, where that is another way.
     think_time_s: from the end of an answer to the next turn.  temperature: see SamplingParams.
 
     Raises ValueError naming option, value and what is allowed.
@@ -52,6 +53,7 @@ class SyntheticWorkload(Workload):
         output_tokens: float | None = None,
         max_output_tokens: int = 32,
         lengths: Lengths = _DEFAULT_LENGTHS,
+        output_lengths: Lengths | None = None,
         think_time_s: float = 0.0,
         temperature: float = 0.0,
     ) -> None:
@@ -69,7 +71,10 @@ class SyntheticWorkload(Workload):
             raise ValueError(f"share_ratio={share_ratio} with prefix_tokens=0: nothing to share; expected both or none")
         self._max_output_tokens = require_int("max_output_tokens", max_output_tokens, 1)
         require_part("workload", "lengths", lengths, Lengths)
-        self._lengths = lengths
+        if not isinstance(output_lengths, Lengths | None):
+            raise ValueError(f"output_lengths={output_lengths!r}: expected null, or an object of Lengths "
+                             "(config: +workload/lengths@workload.output_lengths=NAME)")  # fmt: skip
+        self._lengths, self._output_lengths = lengths, output_lengths or lengths
         self._think_time_ns = to_ns(require_duration("think_time_s", think_time_s))
         self._temperature = SamplingParams(temperature=temperature).temperature
 
@@ -111,7 +116,7 @@ class SyntheticWorkload(Workload):
     def _draw_output_tokens(self, rng: np.random.Generator) -> int:
         if self._output_tokens is None:
             return self._max_output_tokens
-        return min(int(self._lengths.draw(self._output_tokens, 1, rng)[0]), self._max_output_tokens)
+        return min(int(self._output_lengths.draw(self._output_tokens, 1, rng)[0]), self._max_output_tokens)
 
 
 def _require_mean(name: str, value: float) -> float:

@@ -67,6 +67,16 @@ def test_drawn_answers_are_cut_at_the_most_allowed():
     assert max(lengths) == 40 and min(lengths) < 20
 
 
+def test_answers_may_spread_another_way_than_prompts():
+    words = {"num_sessions": 50, "output_tokens": 30, "max_output_tokens": 1000, "lengths": Fixed()}
+    made, alike = sessions(**words, output_lengths=LogNormal(cv=0.7)), sessions(**words)
+    assert {len(session.turns[0].tokens) for session in made} == {256}
+    assert len({session.turns[0].params.max_tokens for session in made}) > 20
+    assert {session.turns[0].params.max_tokens for session in alike} == {30}
+    with pytest.raises(ValueError, match="output_lengths=5: expected null, or an object of Lengths"):
+        sessions(output_lengths=5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
