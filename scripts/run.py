@@ -33,7 +33,7 @@ from torch.distributed import DistError
 
 from memserve.cluster.distributed import DistributedCluster
 from memserve.cluster.interruption import Interrupted
-from memserve.cluster.launch import RunOver, find_place, is_first, is_under_torchrun
+from memserve.cluster.launch import RunOver, check_words, find_place, is_first, is_under_torchrun
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
 from memserve.cluster.roster import CONTROLLER
@@ -135,6 +135,10 @@ def log_to(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        check_words(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if is_first(sys.argv[1:]):
         try:
             main()
