@@ -22,6 +22,13 @@ def new_directory(word: str) -> Path:
     return path
 
 
+def integer(word: str, least: int = 0) -> int:
+    """For argparse's type=: from `least` (0 or more) on."""
+    if not (word.isascii() and word.isdigit() and int(word) >= least):
+        raise argparse.ArgumentTypeError(f"{word}: expected an integer >= {least}")
+    return int(word)
+
+
 def integers(word: str, least: int = 0) -> list[int]:
     """For argparse's type=: from `least` (0 or more) on, joined by commas."""
     parts = word.split(",")
