@@ -145,5 +145,8 @@ if __name__ == "__main__":
         except KeyboardInterrupt:  # of a run in this process, or of a sweep, whose points that have ended stay
             print("error: interrupted by SIGINT", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
+        except Interrupted as interrupted:  # a sweep, while it waited for a point
+            print(f"error: {interrupted}", file=sys.stderr, flush=True)
+            sys.exit(interrupted.status)
     else:
         serve(sys.argv[1:])
