@@ -88,6 +88,8 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
             composed = compose("run", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
+    except ValueError as error:  # of a group's word that is none, and Hydra does not say which
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
     return resolve(composed)
 
 

@@ -7,6 +7,7 @@
 Prompts are strings, chats (lists of {"role", "content"} messages) or token ids, one or a list of them.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class LLM:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0, in_real_time=True)
         self._num_requests = 0
+        self._turn = threading.RLock()  # of who gives the instance something or computes: one thread at a time
         self._heard: dict[str, deque[Tokens | Finished]] = {}  # for each request what its stream has not read yet
 
     def generate(
@@ -90,9 +92,9 @@ class LLM:
     ) -> Any:
         """Answers to `prompts`, in their order: list[Output], or with stream=True an iterator of Delta as they come.
 
-        params: for all prompts, or one for each; greedy and 128 tokens by default. Several streams may be open at once:
-        what one of them makes the model compute is kept for the others. Raises ValueError naming the first prompt that
-        cannot be served, before any is.
+        params: for all prompts, or one for each; greedy and 128 tokens by default. Several streams may be open at once,
+        in threads or in one: what one of them makes the model compute is kept for the others. Raises ValueError naming
+        the first prompt that cannot be served, before any is.
         """
         many, token_ids = _as_list(prompts), list[np.ndarray]()
         each = _one_each(params, len(many))
@@ -112,28 +114,31 @@ class LLM:
         """Serves the prompts; what is unfinished when the caller stops listening is aborted."""
         answers: dict[str, _Answer] = {}
         heard: deque[Tokens | Finished] = deque()
-        for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
-            name = f"llm/{self._num_requests}"
-            self._num_requests += 1
-            answers[name] = _Answer(i, ids, p, self.tokenizer)
-            self._heard[name] = heard
-            self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
+        with self._turn:
+            for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
+                name = f"llm/{self._num_requests}"
+                self._num_requests += 1
+                answers[name] = _Answer(i, ids, p, self.tokenizer)
+                self._heard[name] = heard
+                self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
         try:
             while answers:
-                if not heard:
-                    self._pass_on(self.step())
-                    continue
+                with self._turn:
+                    if not heard:
+                        self._pass_on(self.step())
+                        continue
                 message = heard.popleft()
                 delta = answers[message.request_id].take(message)
                 if isinstance(message, Finished):
                     del answers[message.request_id], self._heard[message.request_id]
                 yield delta
         finally:
-            for name in answers:
-                del self._heard[name]
-                self.instance.receive(Abort(name, 0))
-            if answers:
-                self._pass_on(self.step())
+            with self._turn:
+                for name in answers:
+                    del self._heard[name]
+                    self.instance.receive(Abort(name, 0))
+                if answers:
+                    self._pass_on(self.step())
 
     def _pass_on(self, messages: Iterable[Tokens | Finished]) -> None:
         """To the streams that are open; nobody asks for what else was aborted."""

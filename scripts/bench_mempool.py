@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from options import new_file
+from options import integers, new_file
 from pool_figures import (
     Figure,
     alloc_figures,
@@ -106,7 +106,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; joined by commas")
-    add("--sizes", default="10000,100000,1000000", help="cached blocks of part index; the largest also limits others")
+    add(
+        "--sizes",
+        type=integers,
+        default="10000,100000,1000000",
+        help="cached blocks of part index; the largest also limits others",
+    )
     add("--repeats", type=int, default=100)
     add("--trace", type=Path, help="JSONL with hash_ids a line")
     add("--requests", type=int, help="of the trace, from its start; all by default")
@@ -116,7 +121,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.parts = args.parts.split(",")
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"--parts={unknown[0]}: expected of {', '.join(PARTS)}")
-    args.sizes = [int(size) for size in args.sizes.split(",")]
     for name, value, low in (("sizes", min(args.sizes), 256), ("repeats", args.repeats, 1), ("seed", args.seed, 0)):
         if value < low:
             parser.error(f"--{name}={value}: expected an integer >= {low}")

@@ -11,9 +11,10 @@ the requests have been seen before. The goal of 200 us stands beside the medians
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
-from options import new_file
+from options import integer, integers, new_file
 from rich.console import Console
 from rich.table import Table
 
@@ -102,16 +103,14 @@ def print_table(results: dict[int, dict[str, dict[str, float]]], title: str) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instances", default="4,16,64,256", help="joined by commas")
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="cached, of all instances together")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a request")
-    parser.add_argument("--repeats", type=int, default=1000)
+    some, whole_block = partial(integer, least=1), partial(integer, least=BLOCK_SIZE)
+    parser.add_argument("--instances", type=partial(integers, least=1), default="4,16,64,256", help="joined by commas")
+    parser.add_argument("--blocks", type=some, default=1_000_000, help="cached, of all instances together")
+    parser.add_argument("--tokens", type=whole_block, default=4096, help=f"of a request, at least {BLOCK_SIZE}")
+    parser.add_argument("--repeats", type=some, default=1000)
     parser.add_argument("--json", type=new_file)
     args = parser.parse_args(argv)
-    results = {
-        num_rows: measure(num_rows, args.blocks, args.tokens, args.repeats)
-        for num_rows in map(int, args.instances.split(","))
-    }
+    results = {num_rows: measure(num_rows, args.blocks, args.tokens, args.repeats) for num_rows in args.instances}
     print_table(results, f"{args.tokens}-token requests, {args.blocks:,} cached blocks of {BLOCK_SIZE} tokens")
     if args.json is not None:
         recorded = {"environment": environment({}, []), "goal_us": GOAL_US, "results": results}

@@ -111,7 +111,7 @@ class Turn:
             if isinstance(message, Tokens):
                 self._times_ns.setdefault(message.request_id, []).append(monotonic_ns())
             elif message.stats is None:
-                raise RuntimeError(f"{message.request_id}: {message.reason}, {message.detail}")
+                raise ValueError(f"{message.request_id}: {message.reason}, {message.detail}")
 
 
 def open_llm(args: argparse.Namespace, way: str) -> LLM:
@@ -218,7 +218,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    copies, figures = run(args)
+    try:
+        copies, figures = run(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     show(Console(width=120), copies, figures)
     if args.out is not None:
         result = {

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import matplotlib.figure
 from compare import SYSTEMS, words_of_each
-from options import integers
+from options import integers, new_directory
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
 from memserve.config.schema import RunConfig
 from memserve.metrics.repeats import median_of
@@ -73,6 +73,12 @@ class Question:
                 raise ValueError(f"--window={self.window_s} contradicts --vary={self.vary}: expected {RATE}")
         for seed in self.seeds:
             require_int("--seeds", seed, 0)
+        ours = {self.vary: "--vary", "seed": "--seeds"}
+        if self.vary == "seed":
+            raise ValueError("--vary=seed: expected an option that is a load; --seeds says which seeds")
+        for word in self.words:
+            if (option := ours.get(word.partition("=")[0].lstrip("+"))) is not None:
+                raise ValueError(f"{word} contradicts {option}, which says that: expected one of them")
 
 
 @dataclass
@@ -118,7 +124,9 @@ class Search:
 
     def __init__(self, name: str, words: Sequence[str], asked: Question) -> None:
         self._name, self._words, self._asked = name, words, asked
-        self._found = Capacity(len(self._config(asked.start, asked.seeds[0]).cluster.roles))
+        cfg = self._config(asked.start, asked.seeds[0])
+        check_playable(cfg)
+        self._found = Capacity(len(cfg.cluster.roles))
 
     def run(self) -> Capacity:
         found, asked = self._found, self._asked
@@ -216,7 +224,6 @@ def drawn(found: Mapping[str, Capacity], asked: Question) -> matplotlib.figure.F
 
 def write(found: Mapping[str, Capacity], asked: Question, out: Path) -> None:
     """capacity.json, every load's report in it, and capacity.png."""
-    out.mkdir(parents=True, exist_ok=True)
     systems = {
         name: {
             "holds": capacity.holds,
@@ -239,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--precision", type=float, default=0.05, help="of what is found, relative; else %(default)s")
     parser.add_argument("--seeds", type=integers, default=[0], help="joined by commas; else 0")
     parser.add_argument("--window", type=float, help="seconds in which sessions come, however many that makes")
-    parser.add_argument("--out", type=Path, help="directory for capacity.json and capacity.png")
+    parser.add_argument("--out", type=new_directory, help="directory for capacity.json and capacity.png")
     parser.add_argument("words", nargs="*")
     args = parser.parse_intermixed_args(argv)
     try:

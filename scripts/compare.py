@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from options import new_directory
 from rich.console import Console
 
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
 from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
@@ -34,9 +35,11 @@ SYSTEMS = {  # two instances each; the paper's names (section 8.1 and Table 4)
 
 
 def words_of(system: str) -> tuple[str, list[str]]:
-    """The system's name and its words. Raises ValueError for a name that is in no table."""
+    """The system's name and its words. Raises ValueError for a name that is in no table, or can be no directory's."""
     name, colon, words = system.partition(":")
     if colon:
+        if not name or Path(name).name != name or not words:
+            raise ValueError(f"--systems {system}: expected a name that can be a directory's, a colon and words")
         return name, words.split("+")
     if name not in SYSTEMS:
         raise ValueError(f"--systems {name}: expected one of {', '.join(SYSTEMS)}, or NAME:word+word")
@@ -59,6 +62,11 @@ def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = Non
     """
     named = words_of_each(systems)
     configured = {name: load_config([*own, "repeats=3", *words]) for name, own in named.items()}
+    for name, cfg in configured.items():
+        try:
+            check_playable(cfg)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     reports = {}
     for name, cfg in configured.items():
         with Progress(name) as progress:
@@ -69,15 +77,17 @@ def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = Non
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="joined by commas")
-    parser.add_argument("--out", type=Path, help="directory for every system's output directory and reports.json")
+    parser.add_argument(
+        "--out", type=new_directory, help="directory for every system's output directory and reports.json"
+    )
     parser.add_argument("words", nargs="*")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         reports = compare(args.systems.split(","), args.words, args.out)
-    except ValueError as error:
+        if args.out is not None:
+            (args.out / "reports.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if args.out is not None:
-        (args.out / "reports.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
     print_comparison(reports, " ".join(args.words) or "defaults", Console(width=max(100, 22 * len(reports) + 26)))
 
 

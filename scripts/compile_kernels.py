@@ -14,10 +14,10 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from options import new_file
 
 from memserve.jit import KernelLaunch, KernelResources
 from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--capabilities", nargs="+", type=int, choices=SHARED_KIB, default=DEFAULT_CAPABILITIES)
     parser.add_argument("--groups", nargs="+", type=int, default=[4], help="query heads of each kv head")
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[16], help="in tokens")
-    parser.add_argument("--markdown", type=Path, help="write the table there as well")
+    parser.add_argument("--markdown", type=new_file, help="write the table there as well")
     args = parser.parse_args(argv)
     done: list[Compiled] = []
     shapes = [CacheShape(*each) for each in itertools.product(args.groups, args.block_sizes)]

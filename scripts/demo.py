@@ -7,6 +7,7 @@ over to one that decodes; C1, C2 and 1P1D-CC (C3) add caching at the prefill ins
 the way back (section 5.1, Table 4). All play the same sessions, and the model's own answers become their history.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -73,7 +74,9 @@ def print_worth(results: dict[str, Result], console: Console) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="as for run.py")
     try:
-        main(sys.argv[1:])
+        main(parser.parse_args().words)
     except ValueError as error:
         sys.exit(f"error: {error}")

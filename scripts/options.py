@@ -12,6 +12,23 @@ def new_file(word: str) -> Path:
     return path
 
 
+def new_directory(word: str) -> Path:
+    """For argparse's type=: a directory, made where there is none, since the end is the wrong time to find out."""
+    path = Path(word)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{word}: expected a directory, or where one can be made: {error}") from error
+    return path
+
+
+def integer(word: str, least: int = 0) -> int:
+    """For argparse's type=: from `least` (0 or more) on."""
+    if not (word.isascii() and word.isdigit() and int(word) >= least):
+        raise argparse.ArgumentTypeError(f"{word}: expected an integer >= {least}")
+    return int(word)
+
+
 def integers(word: str, least: int = 0) -> list[int]:
     """For argparse's type=: from `least` (0 or more) on, joined by commas."""
     parts = word.split(",")

@@ -20,12 +20,13 @@ from typing import Any
 
 import matplotlib.figure
 from matplotlib.axes import Axes
+from options import new_directory
 from paper_figures import FIGURES, Curve, Figure, Shown
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from memserve.cluster.local import LocalCluster
+from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
@@ -52,6 +53,8 @@ def play(figure: Figure, words: Sequence[str], out: Path | None) -> Reports:
         for curve in figure.curves
         for point in points
     }
+    for cfg in configured.values():
+        check_playable(cfg)
     reports = {}
     for (curve, point), cfg in configured.items():
         with Progress(f"{curve} at {point:g}") as progress:
@@ -166,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=lambda word: word.split(","), help="these alone, joined by commas")
     parser.add_argument("--points", type=numbers, help="these instead, joined by commas")
-    parser.add_argument("--out", type=Path, help="a directory; each figure gets one of its own in it")
+    parser.add_argument("--out", type=new_directory, help="a directory; each figure gets one of its own in it")
     parser.add_argument("words", nargs="*", help="figures, then words of run.py")
     args = parser.parse_intermixed_args(argv)
     names, words = [w for w in args.words if "=" not in w], [w for w in args.words if "=" in w]

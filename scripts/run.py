@@ -33,7 +33,7 @@ from torch.distributed import DistError
 
 from memserve.cluster.distributed import DistributedCluster
 from memserve.cluster.interruption import Interrupted
-from memserve.cluster.launch import RunOver, find_place, is_first, is_under_torchrun
+from memserve.cluster.launch import RunOver, check_words, find_place, is_first, is_under_torchrun
 from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
 from memserve.cluster.result import NotWritten
@@ -140,11 +140,18 @@ def log_to(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        check_words(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if is_first(sys.argv[1:]):
         try:
             main()
         except KeyboardInterrupt:  # of a run in this process, or of a sweep, whose points that have ended stay
             print("error: interrupted by SIGINT", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
+        except Interrupted as interrupted:  # a sweep, while it waited for a point
+            print(f"error: {interrupted}", file=sys.stderr, flush=True)
+            sys.exit(interrupted.status)
     else:
         serve(sys.argv[1:])

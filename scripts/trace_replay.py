@@ -9,6 +9,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from memserve.clock import monotonic_ns
 from memserve.kvcache import BlockPool, RadixIndex
 
 TOKENS_PER_ID = 32
+MOST_ID = (2**31 - 1) // TOKENS_PER_ID - 1  # of one whose tokens are int32
 PERCENT_OF_UNIQUE = (1, 10, 30, 100)
 GOAL_REQUESTS_PER_S = 12_000.0
 
@@ -40,12 +42,24 @@ class Trace:
 
 
 def load_trace(path: Path, most: int | None) -> Trace:
-    """The first `most` requests of a JSONL file. Raises ValueError for a file without requests."""
+    """The first `most` requests of a JSONL file. Raises ValueError for a file without requests, or other lines."""
     with path.open(encoding="utf-8") as file:
-        ids = [json.loads(line)["hash_ids"] for line, _ in zip(file, range(most or 10**9), strict=False)]
+        ids = [_ids(line, f"{path}:{number}") for number, line in enumerate(islice(file, most), start=1)]
     if not ids:
         raise ValueError(f"{path}: no requests in it")
     return _trace(path.name, ids)
+
+
+def _ids(line: str, where: str) -> list[int]:
+    """The hash_ids of a line."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected an object with hash_ids ({error})") from error
+    ids = record.get("hash_ids") if isinstance(record, dict) else None
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i <= MOST_ID for i in ids):
+        raise ValueError(f"{where}: hash_ids={ids!r}: expected a list of integers from 0 to {MOST_ID}, at least one")
+    return ids
 
 
 def synthetic_trace(num_requests: int, seed: int) -> Trace:

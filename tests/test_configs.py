@@ -253,6 +253,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["model.compile=true", "model.fused_rows=-1"], "model.fused_rows=-1: expected an integer >= 0"),
         (["model.fused_rows=4"], "model.fused_rows=4 contradicts model.compile=false: expected 0"),
         (["seed=-1"], "seed=-1"),
+        (["policy=null"], "policy=null: Config group override must be a string or a list"),
     ],
 )
 def test_bad_or_contradictory_words_are_refused_by_name(words, message):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -81,6 +82,16 @@ def test_a_stream_that_nobody_reads_to_its_end_leaves_nothing_behind(llm):
     stream.close()
     assert settled(llm)
     assert len(llm.generate("one", GREEDY)[0].token_ids) == 12
+
+
+def test_threads_that_share_it_take_turns(llm):
+    prompts = [f"number {i}" for i in range(6)]
+    whole = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        for _ in range(5):
+            outputs = list(threads.map(lambda prompt: llm.generate(prompt, GREEDY)[0].token_ids, prompts))
+            assert outputs == whole
+    assert settled(llm)
 
 
 def test_streams_that_are_open_at_once_lose_nothing_to_each_other(llm):

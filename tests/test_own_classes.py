@@ -16,6 +16,7 @@ from memserve.kvcache.granularity import ByRequest, Stretch
 from memserve.kvcache.hash_index import HashIndex
 from memserve.request import Role, SamplingParams
 from memserve.sched.cost_model.base import CostModel
+from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.heirs import Heir
 from memserve.sched.modes import Insert, PDCaching3
 from memserve.sched.preemption import SwapOut
@@ -134,6 +135,16 @@ class WithoutSwaps(Flat):
     @property
     def swap_block_s(self):
         raise AttributeError("nobody said")
+
+
+class DoublySlow(FixedCostModel):
+    def step_time_s(self, num_cached, num_new, num_more):
+        return 2 * super().step_time_s(num_cached, num_new, num_more)
+
+
+def test_fixed_costs_with_steps_of_ones_own_are_what_time_goes_by():
+    words = [f"cost_model._target_={__name__}.DoublySlow"]
+    assert run(*words)["ttft_s"]["mean"] >= 2 * run()["ttft_s"]["mean"]
 
 
 def test_costs_that_are_no_seconds_are_refused():

@@ -79,6 +79,19 @@ def test_a_run_and_a_sweep_that_are_interrupted_say_so_in_one_line(sweep, tmp_pa
     assert said.splitlines()[-1] == "error: interrupted by SIGINT" and "Traceback" not in said
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_sweep_alone_ends_the_point_that_runs_too(signum, tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "scripts" / "run.py"), "-m", *LONG, f"hydra.sweep.dir={tmp_path}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not any(log.stat().st_size for log in tmp_path.glob("*/printed.log")):
+            time.sleep(0.1)
+        (point,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signum)
+        said = process.communicate()[1]
+    assert process.returncode == 128 + signum and said.splitlines()[-1] == f"error: interrupted by {signum.name}"
+    assert not Path(f"/proc/{point}").exists()
+
+
 def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(tmp_path):
     """Of its words no file system takes the lists; the last of them is refused."""
     roles = ("[prefill,decode]", "[prefill,decode,decode]", "[]")

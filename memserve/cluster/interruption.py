@@ -2,6 +2,7 @@
 
 while it waits for others in a store     they end it: no handler runs below Python, and it has nothing yet
 while it is a part of the cluster        Interrupted is raised in it, once
+while it waits for a process it started  SIGTERM raises Interrupted too, so that the other is not left alone
 """
 
 import signal
@@ -49,3 +50,17 @@ def ended_at_once() -> Iterator[None]:
     finally:
         for signum, handler in heeded.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def raised_on_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM raises Interrupted, unless it is ignored."""
+    in_a_thread = threading.current_thread() is not threading.main_thread()
+    if in_a_thread or signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None):
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -73,6 +73,14 @@ def is_first(words: Sequence[str], environment: Mapping[str, str] = os.environ) 
     return int(environment.get("RANK", "0")) == 0 and (not members or members[-1] in (SCHEDULER, "null"))
 
 
+def check_words(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ConfigError for a flag of Hydra's (-m, --cfg) where several processes read the words, each for itself."""
+    flags = [word for word in words if word.startswith("-")]
+    if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
+        raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
+                          "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
+
+
 def check_world(cfg: RunConfig, world_size: int) -> None:
     """Raises ConfigError unless there is one rank for the global scheduler and as many as the instances need."""
     roster, roles = Roster.of(cfg), [str(role) for role in cfg.cluster.roles]

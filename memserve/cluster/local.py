@@ -31,6 +31,13 @@ from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session, Workload, sessions_of
 
 
+def check_playable(cfg: RunConfig) -> None:
+    """Raises ConfigError for what no LocalCluster can be made of, as far as that is seen without model and workload."""
+    if cfg.exec == "distributed":
+        raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
+    build_global_scheduler(cfg, build_roles(cfg), np.random.default_rng(cfg.seed))
+
+
 class LocalCluster:
     """Instances, global scheduler and client of one process, emulated or simulated.
 
@@ -39,8 +46,7 @@ class LocalCluster:
     """
 
     def __init__(self, cfg: RunConfig) -> None:
-        if cfg.exec == "distributed":
-            raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
+        check_playable(cfg)
         self.cfg = cfg
         self._roles = build_roles(cfg)
         workload: Workload = make(cfg.workload)

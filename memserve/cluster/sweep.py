@@ -3,7 +3,8 @@
 A point's directory stands directly in `hydra.sweep.dir` and is named by the point's words, as far as a file system
 takes them; the words themselves are in a file there. A point that is done already, with the same configuration, is not
 run again, so a sweep that was interrupted goes on when it is started with the same `hydra.sweep.dir`. One that fails
-leaves its reason there and does not stop the others; the sweep's own exit status is then 1.
+leaves its reason there and does not stop the others; the sweep's own exit status is then 1. SIGINT or SIGTERM to the
+sweep ends the point that runs, too.
 """
 
 import json
@@ -19,6 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from memserve.cluster.interruption import raised_on_sigterm
 from memserve.cluster.roster import Roster
 from memserve.compose import resolve, to_yaml
 from memserve.config.errors import ConfigError
@@ -90,8 +92,14 @@ def _run(launcher: Sequence[str], script: Path, words: Sequence[str], directory:
     (directory / _REPORT).unlink(missing_ok=True)
     quoted = str(directory).replace("'", "\\'")  # Hydra reads "=" and "," in a bare value
     command = [*launcher, str(script), *words, f"hydra.run.dir='{quoted}'"]
-    with (directory / _LOG).open("w", encoding="utf-8") as printed:
-        return subprocess.run(command, stdout=printed, stderr=subprocess.STDOUT, check=False).returncode
+    with (directory / _LOG).open("w", encoding="utf-8") as printed, raised_on_sigterm():
+        child = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        try:
+            return child.wait()
+        finally:
+            if child.returncode is None:  # the sweep is interrupted, and its point with it
+                child.terminate()
+                child.wait()
 
 
 def _refuse(error: ValueError, directory: Path) -> int:

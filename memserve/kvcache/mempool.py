@@ -1,7 +1,8 @@
 """MemPool: the paper's Table 1, in its order and words. Addresses at the edge, block numbers (block_pool.py) inside.
 
 Whoever calls it names a holder, and a block lives as long as somebody holds it. Every address that comes in is checked:
-another instance's, another medium's or a freed block's raises StaleAddress and changes nothing.
+another instance's, another medium's or a freed block's raises StaleAddress and changes nothing. Calls come one after
+another: threads that share a pool need a lock of their own.
 """
 
 from collections.abc import Callable

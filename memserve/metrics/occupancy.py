@@ -131,6 +131,9 @@ def occupancy_lines(samples: Iterable[Sample]) -> Iterator[str]:
 
 
 def load_occupancy(directory: Path | str) -> list[Sample]:
-    """The samples in a run's output directory. Raises OSError if it has no occupancy.jsonl."""
-    text = (Path(directory) / "occupancy.jsonl").read_text(encoding="utf-8")
-    return [Sample(**json.loads(line)) for line in text.splitlines()]
+    """The samples in a run's output directory. Raises OSError if it has no occupancy.jsonl, ValueError for another."""
+    path = Path(directory) / "occupancy.jsonl"
+    try:
+        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected what a run wrote ({error})") from error

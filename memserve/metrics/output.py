@@ -79,7 +79,7 @@ def load_run(directory: Path | str) -> RunFiles:
         _loaded(directory, "env.json", json.loads),
         _loaded(directory, "report.json", json.loads),
         _loaded(directory, "requests.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line]),
-        _loaded(directory, "occupancy.jsonl", lambda _: load_occupancy(directory)),
+        load_occupancy(directory),
         _loaded(directory, "activity.jsonl", lambda _: load_activity(directory)),
     )
 

@@ -31,6 +31,8 @@ from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 LONGEST_MS = 1e3 * MAX_S
 _PLACE = np.uint64(0xD1342543DE82EF95)  # odd, so that no two places have one word
+_BEYOND = "\0"  # no column's name: under it csv puts the cells that are beyond the last column
+_MOST_DIGITS = 20
 MOONCAKE = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
@@ -91,6 +93,9 @@ class TraceWorkload(Workload):
         text = read_file("workload.path", self._path)
         if _begins_as_csv(text):
             return self._of_csv(text)
+        if text.strip() and not text.lstrip().startswith(b"{"):
+            raise BadConversation(f"{self._path}:1: expected an object with {', '.join(MOONCAKE)}, one a line, or a "
+                                  f"header with {', '.join(AZURE)}, joined by commas")  # fmt: skip
         return (self._from_mooncake(where, parse_line(line, where)) for where, line in iter_lines(text, self._path))
 
     def _from_mooncake(self, where: str, record: Any) -> _Request:
@@ -110,11 +115,17 @@ class TraceWorkload(Workload):
         return _Request(to_ns(record["timestamp"] / 1e3), num_prompt, num_output, np.asarray(ids, dtype=np.int64))
 
     def _of_csv(self, text: bytes) -> Iterator[_Request]:
-        rows = csv.DictReader(text.decode("utf-8", errors="replace").splitlines())
-        if missing := [name for name in AZURE if name not in (rows.fieldnames or ())]:
+        rows = csv.DictReader(text.decode("utf-8", errors="replace").splitlines(), restkey=_BEYOND)
+        columns = list(rows.fieldnames or ())
+        if missing := [name for name in AZURE if name not in columns]:
             raise BadConversation(f"{self._path}:1: no column {', '.join(missing)}: expected {', '.join(AZURE)}")
+        if repeated := [name for name in AZURE if columns.count(name) > 1]:
+            raise BadConversation(f"{self._path}:1: {columns.count(repeated[0])} columns {repeated[0]}: expected one")
         for row in _read(rows, self._path):
             where = f"{self._path}:{rows.line_num}"
+            if _BEYOND in row:
+                num_cells = len(columns) + len(row[_BEYOND])
+                raise BadConversation(f"{where}: {num_cells} cells: expected {len(columns)}, one for each column")
             try:
                 time_ns = date_ns(row["TIMESTAMP"] or "")
             except ValueError as error:
@@ -155,7 +166,8 @@ def _read(rows: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str | A
 
 
 def _whole(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdecimal() else text
+    """The number that the text is; the text where it is none, or one with more digits than anybody would count to."""
+    return int(text) if text is not None and text.isdecimal() and len(text) <= _MOST_DIGITS else text
 
 
 def _count(where: str, name: str, value: Any) -> int:

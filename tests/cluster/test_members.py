@@ -9,7 +9,7 @@ from torch.distributed import HashStore
 
 from memserve import load_config
 from memserve.cluster.agreement import check_agreed
-from memserve.cluster.launch import RunOver, find_place, is_first
+from memserve.cluster.launch import RunOver, check_words, find_place, is_first
 from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.node_messages import Alive, Leave, Process, Retire
@@ -62,6 +62,14 @@ def test_rank_0_is_the_scheduler_or_torchrun_s_first():
     assert is_first([], {}) and is_first(["cluster.member=scheduler"], {}) and is_first([], {"RANK": "0"})
     assert not is_first(["cluster.member=0"], {"RANK": "0"}) and not is_first([], {"RANK": "1"})
     assert is_first(["cluster.member=1", "cluster.member=scheduler"], {}), "the last word counts"
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "--cfg"])
+def test_a_flag_is_refused_where_each_of_several_processes_reads_the_words(flag):
+    check_words([flag, "exec=distributed", "cluster.member=scheduler"], {})
+    for words, environment in (([flag], {"RANK": "0", "WORLD_SIZE": "3"}), (["cluster.member=0", flag], {})):
+        with pytest.raises(ConfigError, match=f"{flag} under torchrun .*: expected words with = alone; a sweep is"):
+            check_words(words, environment)
 
 
 def test_members_have_the_ranks_that_their_place_in_the_cluster_says():

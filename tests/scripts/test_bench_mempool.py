@@ -82,6 +82,7 @@ def test_a_trace_of_the_users_own_is_read(script: Script, tmp_path: Path) -> Non
     [
         (["--parts", "speed"], "--parts=speed: expected of index"),
         (["--sizes", "10"], "--sizes=10: expected an integer >= 256"),
+        (["--sizes", "many"], "--sizes: many: expected integers"),
         (["--repeats", "0"], "--repeats=0"),
         (["--requests", "0"], "--requests=0"),
     ],
@@ -92,6 +93,13 @@ def test_options_out_of_range_are_named(
     with pytest.raises(SystemExit):
         script("bench_mempool").main(words)
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"input_length": 3}', '{"hash_ids": []}', '{"hash_ids": [-1]}'])
+def test_a_trace_s_line_that_is_no_request_is_named(script: Script, tmp_path: Path, line: str) -> None:
+    (tmp_path / "trace.jsonl").write_text(f'{{"hash_ids": [1]}}\n{line}\n')
+    with pytest.raises(SystemExit, match="trace.jsonl:2: .*expected"):
+        script("bench_mempool").main(["--parts", "replay", "--trace", str(tmp_path / "trace.jsonl")])
 
 
 def test_an_absent_or_empty_trace_is_an_error(script: Script, tmp_path: Path) -> None:

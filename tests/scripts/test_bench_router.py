@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from memserve.sched.prompt_tree import Optimistic
 
@@ -24,3 +25,19 @@ def test_every_policy_has_a_row_for_each_number_of_instances(script, tmp_path, c
     assert set(recorded["results"]) == {"2", "4"} and set(recorded["results"]["4"]) == set(bench.POLICIES)
     assert all(figures["median_us"] > 0 for row in recorded["results"].values() for figures in row.values())
     assert "prompt_tree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--instances", "4,0"], "--instances: 4,0: expected integers >= 1"),
+        (["--blocks", "0"], "--blocks: 0: expected an integer >= 1"),
+        (["--tokens", "15"], "--tokens: 15: expected an integer >= 16"),
+        (["--repeats", "few"], "--repeats: few: expected an integer >= 1"),
+    ],
+)
+def test_options_out_of_range_are_named(script, capsys, words, named):
+    """A prompt of less than a block would never fill the tree."""
+    with pytest.raises(SystemExit):
+        script("bench_router").main(words)
+    assert named in capsys.readouterr().err

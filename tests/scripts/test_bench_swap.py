@@ -28,3 +28,13 @@ def test_too_few_prompts_are_refused(script, capsys):
     with pytest.raises(SystemExit):
         script("bench_swap").parse(["--prompts", "2"])
     assert "--prompts=2: expected an integer >= 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [("/no/model", "no such file or directory"), ("random:DIR", "prompt of 512 tokens: the context of 400 tokens")],
+)
+def test_a_model_that_cannot_play_it_is_an_error_in_one_line(script, tmp_path, model, named):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(SystemExit, match=named):
+        script("bench_swap").main(["--model", model.replace("DIR", str(tmp_path)), "--repeats", "1", "--prompts", "4"])

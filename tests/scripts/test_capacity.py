@@ -86,6 +86,10 @@ def test_what_no_load_is_low_enough_for_is_said_to_hold_none(capacity, capsys):
         (["slo.ttft_s=1", "--window", "9", "--vary", "workload.num_turns"], "--window=9.0 contradicts --vary=workload"),
         (["slo.ttft_s=1", "--systems", "2p"], "2p: expected one of pd"),
         (["slo.ttft_s=1", "exec=distributed"], "exec=distributed"),
+        (["slo.ttft_s=1", "seed=3"], "seed=3 contradicts --seeds"),
+        (["slo.ttft_s=1", "workload.rate=3"], "workload.rate=3 contradicts --vary"),
+        (["slo.ttft_s=1", "--vary", "seed"], "--vary=seed: expected an option that is a load"),
+        (["slo.ttft_s=1", "--systems", "pd,a:cluster=1p1d"], "with mode Colocated: expected colocated"),
     ],
 )
 def test_what_has_no_answer_is_refused_before_anything_runs(capacity, capsys, words, named):

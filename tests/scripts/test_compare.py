@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+WORDS = ["exec=simulated", "workload=synthetic", "workload.num_sessions=2"]
+
 
 @pytest.fixture
 def compare(script):
@@ -27,8 +29,30 @@ def test_systems_stand_side_by_side_with_their_spread(compare, tmp_path, capsys)
         (["--systems", "2p"], "2p: expected one of pd"),
         (["--systems", "a:index=none,b:index=none,a:index=radix"], "a is given 2 times"),
         (["nonsense=1"], "nonsense"),
+        (["--systems", ":index=none"], "--systems :index=none: expected a name that can be a directory's"),
+        (["--systems", "../a:index=none"], "expected a name that can be a directory's"),
+        (["--systems", "a:"], "--systems a:: expected a name"),
     ],
 )
 def test_what_is_no_system_and_no_word_is_named(compare, words, named):
     with pytest.raises(SystemExit, match=named):
         compare.main(words)
+
+
+def test_a_system_that_contradicts_itself_is_named_before_another_has_run(compare, capsys):
+    with pytest.raises(SystemExit, match="wide: cluster.roles=.* with mode Colocated: expected colocated"):
+        compare.main(["--systems", "pd,wide:cluster=1p2d", *WORDS])
+    assert "pd" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compare", "capacity", "reproduce"])
+def test_a_directory_that_cannot_be_made_is_named_before_anything_runs(script, tmp_path, capsys, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        script(name).main(["--out", str(tmp_path / "file" / "new"), *WORDS])
+    assert "file/new: expected a directory, or where one can be made" in capsys.readouterr().err
+
+
+def test_words_may_stand_on_both_sides_of_an_option(compare, capsys):
+    compare.main([*WORDS, "--systems", "pd", "repeats=1"])
+    assert "pd" in capsys.readouterr().out

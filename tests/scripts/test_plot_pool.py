@@ -27,3 +27,10 @@ def test_it_ends_with_one_line_where_there_is_nothing_to_draw(script, tmp_path, 
         script("plot_pool").main([str(tmp_path), *words])
     assert isinstance(ended.value.code, str), "python prints it and ends with status 1"
     assert ended.value.code.startswith("error: ") and named in ended.value.code and "\n" not in ended.value.code
+
+
+@pytest.mark.parametrize("line", ['{"instance": ', '{"nothing": 1}'])
+def test_a_file_that_no_run_wrote_is_named(script, tmp_path, line):
+    (tmp_path / "occupancy.jsonl").write_text(line)
+    with pytest.raises(SystemExit, match="occupancy.jsonl: expected what a run wrote"):
+        script("plot_pool").main([str(tmp_path)])

@@ -117,6 +117,8 @@ def test_a_line_that_is_no_request_is_named(mooncake, changed, named):
         ("2023-11-16 18:15:46,three,4", "csv:4: ContextTokens='three'"),
         ("2023-11-16 18:15:46,3", "csv:4: GeneratedTokens=None"),
         ("2023-11-16 18:15:46,-3,4", "ContextTokens='-3'"),
+        ("2023-11-16 18:15:46,3,4,5,6", "csv:4: 5 cells: expected 3, one for each column"),
+        (f"2023-11-16 18:15:46,{'9' * 5000},4", "csv:4: ContextTokens='9999"),
         (f"{'9' * 200_000},3,4", "csv:4: field larger than"),
     ],
 )
@@ -137,7 +139,13 @@ def test_columns_are_found_by_name_in_any_order_and_quotes(azure, header):
 
 
 def test_a_file_that_is_no_trace_is_named(tmp_path):
-    texts = {"TIMESTAMP,Tokens\n": "no column ContextTokens", "[1]\n": "expected an object", "nonsense\n": "trace:1"}
+    texts = {
+        "TIMESTAMP,Tokens\n": "no column ContextTokens",
+        "TIMESTAMP,ContextTokens,GeneratedTokens,ContextTokens\n": "trace:1: 2 columns ContextTokens: expected one",
+        "[1]\n": "trace:1: expected an object",
+        "timestamp,contexttokens,generatedtokens\n": "or a header with TIMESTAMP, ContextTokens",
+        "nonsense\n": "trace:1",
+    }
     for text, named in texts.items():
         path = tmp_path / "trace"
         path.write_text(text)

@@ -41,7 +41,12 @@ class FixedCostModel(CostModel):
         return np.full(len(num_more), self._step_s + tokens_s)
 
     def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
-        """As every model's, but a last chunk of one token is a decode token only if it is sampled from."""
+        """As every model's, but a last chunk of one token is a decode token only if it is sampled from.
+
+        A subclass with a step_time_s of its own is asked that.
+        """
+        if type(self).step_time_s is not FixedCostModel.step_time_s:
+            return super().step_times_ns(batch)
         num_decode = sum(n == 1 and samples for n, samples in zip(batch.num_new, batch.samples, strict=True))
         num_prefill = sum(batch.num_new) - num_decode
         step = (
