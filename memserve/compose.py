@@ -26,6 +26,7 @@ from memserve.kvcache.index import Index
 from memserve.kvcache.layout import Layout
 from memserve.metrics.tracking import Tracking
 from memserve.model.attention import attention_backend
+from memserve.sched.batching import Batching
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.sched.heirs import Heir
@@ -49,6 +50,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "index_source": PromptIndex,
     "eviction": Eviction,
     "queue": QueuePolicy,
+    "batching": Batching,
     "preemption": Preemption,
     "swap": SwapPolicy,
     "fetch": FetchPolicy,

@@ -26,7 +26,7 @@ from memserve.request import Role, SamplingParams, TokenLogprobs
 
 _OF_THE_MODEL = ("dtype", "device", "attention", "compile", "fused_rows", "max_context", "num_threads")
 OPTIONS = {
-    **{name: name for name in ("index", "eviction", "queue", "preemption", "swap", "layout", "seed")},
+    **{name: name for name in ("index", "eviction", "queue", "batching", "preemption", "swap", "layout", "seed")},
     **{name: f"model.{name}" for name in _OF_THE_MODEL},
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",

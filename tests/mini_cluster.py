@@ -11,6 +11,7 @@ from memserve.kvcache import LRU, AtOnce, DiscreteLayout, MemPool, NullIndex, Ra
 from memserve.messages import Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
 from memserve.request import Role, SamplingParams
 from memserve.sched.admission import Limits
+from memserve.sched.batching import Mixed
 from memserve.sched.group import Group
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import Recompute
@@ -39,6 +40,7 @@ class Options:
     eviction: object = field(default_factory=LRU)
     engine: object = AtOnce
     swap_ahead_blocks: int = 0
+    batching: object = field(default_factory=Mixed)
 
 
 def hash_instance(options: Options | None = None, **changes) -> Instance:
@@ -56,6 +58,7 @@ def hash_instance(options: Options | None = None, **changes) -> Instance:
         chunk_size=o.chunk_size,
         max_running=o.max_running,
         swap_ahead_blocks=o.swap_ahead_blocks,
+        batching=o.batching,
     )
     limits = Limits(o.max_context, VOCAB, o.num_blocks, o.block_size)
     return Instance("colocated-0", Role.COLOCATED, scheduler, HashRunner(pool.kv, VOCAB), limits)
@@ -68,6 +71,13 @@ def group_of(labels: list[str], policy: Policy, tree: PromptIndex | None = None,
 
 def dispatch(instance: Instance, name: str, prompt, params: SamplingParams, now_ns: int = 0) -> None:
     instance.receive(Dispatch(name, 0, "", pack_tokens(np.asarray(prompt)), params, now_ns))
+
+
+def sizes(instance: Instance) -> list[tuple[str, int]]:
+    """(requests, tokens) of the next step, computed and committed."""
+    batch = instance.schedule(0)
+    instance.commit(batch, instance.forward(batch), np.array([0]))
+    return [(r.request_id, n) for r, n in zip(batch.requests, batch.num_new, strict=True)]
 
 
 def serve(instance: Instance, prompts: dict, max_tokens: int, check: bool = True) -> dict[str, list[int]]:

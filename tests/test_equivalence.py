@@ -9,6 +9,7 @@ import pytest
 from mini_cluster import Options, hash_answer, hash_instance, serve
 
 from memserve.kvcache import FIFO, LFU, LRU, AggregatedLayout, CostAware, DiscreteLayout, InVirtualTime, OnAThread
+from memserve.sched.batching import PrefillFirst
 from memserve.sched.preemption import Recompute, SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
 from memserve.sched.swap_policy import Always, Never
@@ -120,6 +121,17 @@ def test_answers_are_the_same_where_blocks_are_copied_beside_compute(preemption,
         options = {"preemption": WAYS[preemption](), "engine": ENGINES[engine], "swap_ahead_blocks": swap_ahead_blocks}
         total += serve_twice_in_too_small_a_pool(block_size, layout, share, **options)
     assert (total > 0).all()
+
+
+@pytest.mark.parametrize("index", ["radix", "none"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_answers_are_the_same_where_prompts_have_steps_of_their_own(preemption, index):
+    total = np.zeros(4, dtype=int)
+    for block_size, layout, share in TIERED:
+        for engine in ENGINES.values():
+            options = {"preemption": WAYS[preemption](), "index": index, "engine": engine, "batching": PrefillFirst()}
+            total += serve_twice_in_too_small_a_pool(block_size, layout, share, **options)
+    assert total[0] > 0
 
 
 @pytest.mark.parametrize("eviction", EVICTIONS)

@@ -99,7 +99,7 @@ PAIRWISE = [
 TIERED = {
     "preempted by swapping": {
         "preemption": "swap", "swap": "always", "eviction": "lru", "layout": "discrete", "attention": "sdpa",
-        "block_size": 4, "num_blocks": 34, "num_dram_blocks": 60, "chunk_size": 16,
+        "block_size": 4, "num_blocks": 34, "num_dram_blocks": 60, "chunk_size": 16, "batching": "prefill_first",
     },
     "preempted by swapping, large blocks, never swapped in": {
         "preemption": "swap", "swap": "never", "eviction": "lfu", "layout": "aggregated", "attention": "sparse",
@@ -115,7 +115,7 @@ TIERED = {
     },
     "preempted by recomputing, a small DRAM": {
         "preemption": "recompute", "swap": "always", "eviction": "fifo", "layout": "discrete", "attention": "sdpa",
-        "block_size": 5, "num_blocks": 27, "num_dram_blocks": 7, "chunk_size": 7,
+        "block_size": 5, "num_blocks": 27, "num_dram_blocks": 7, "chunk_size": 7, "batching": "prefill_first",
     },
 }  # fmt: skip
 

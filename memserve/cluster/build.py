@@ -181,6 +181,7 @@ def build_instance(
         swap_ahead_blocks=cfg.kvcache.swap_ahead_blocks,
         publishes=mode.inserts(role),
         holds_admitted=role is Role.PREFILL and handoffs is not None and handoffs.asks_at_admission,
+        batching=make(cfg.batching),
     )
     return Instance(
         label,

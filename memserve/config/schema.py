@@ -134,6 +134,7 @@ class RunConfig:
     index_source: Any = MISSING
     eviction: Any = MISSING
     queue: Any = MISSING
+    batching: Any = MISSING
     preemption: Any = MISSING
     swap: Any = MISSING
     fetch: Any = MISSING

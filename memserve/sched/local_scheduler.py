@@ -7,11 +7,12 @@ A request's life here (states of request.Phase):
     WAITING -> SWAPPING_IN while what is cached comes up from DRAM, where that is copied beside compute -> WAITING
     RUNNING -> preempted when a decode step finds no block -> WAITING, ahead of the queue; any -> abort -> FINISHED
 
-There is no prefill phase or decode phase: each step, every running request gets as many of its tokens computed as the
-token budget allows. Blocks enter the index only in `commit`, after the forward that wrote them.
+There is no prefill phase or decode phase: each step, running requests get as many of their tokens computed as the token
+budget allows, all of them or those whose turn it is (batching.py). Blocks enter the index only in `commit`, after the
+forward that wrote them.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +21,10 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
 from memserve.sched.admission import usable_prefix
+from memserve.sched.batching import Batching, Mixed
 from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
+from memserve.sched.macro_steps import most_steps
 from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.swap_policy import SwapPolicy
@@ -29,7 +32,7 @@ from memserve.sched.waiting_room import WaitingRoom
 
 
 class LocalScheduler:
-    """Continuous batching with chunked prefill over one instance's pool.
+    """Continuous batching with chunked prefill over one instance's pool. batching: who shares a step; Mixed by default.
 
     token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
     max_running: most requests admitted at once.  publishes: what is computed here enters the index.
@@ -50,12 +53,13 @@ class LocalScheduler:
         swap_ahead_blocks: int = 0,
         publishes: bool = True,
         holds_admitted: bool = False,
+        batching: Batching | None = None,
     ) -> None:
         self.pool = pool
         self.room = WaitingRoom(queue)
         self.running: list[Request] = []
         self.counts = SchedulerCounts()
-        self._preemption, self._swap = preemption, swap
+        self._preemption, self._swap, self._batching = preemption, swap, batching or Mixed()
         self._token_budget, self._chunk_size = token_budget, chunk_size or token_budget
         self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
         self._publishes, self._holds_admitted = publishes, holds_admitted
@@ -72,18 +76,16 @@ class LocalScheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """This step's batch, blocks included, or None when there is nothing to do. It pays for swaps since the last."""
-        batch, budget = ScheduledBatch([], []), self._token_budget
-        for request in self._in_turn():
-            if budget == 0:
-                break
-            if request.phase is Phase.RUNNING and not request.on_hold and self._grow(request):
-                budget -= self._take(batch, request, budget)
+        batch = ScheduledBatch([], [])
+        budget = self._serve(batch, self._batching.first(self.running), self._token_budget)
         self.room.unpark()
         while budget > 0 and (head := self._next()) is not None:
             if self._admit(head):
-                budget -= self._take(batch, head, budget) if head.phase is Phase.RUNNING and not head.on_hold else 0
+                budget = self._serve(batch, self._batching.first([head]), budget)
             elif self.running or not (self.room.unpark() or self._drop_swapped()):
                 break
+        if not batch.requests:
+            self._serve(batch, self._batching.otherwise(self.running), budget)
         self._drop_preempted(batch)
         self.pool.swap_ahead(self._swap_ahead_blocks)
         if not batch.requests:
@@ -138,19 +140,7 @@ class LocalScheduler:
 
         1 unless every request decodes and its length is known beforehand, and while blocks are on their way.
         """
-        decoding = all(r.num_computed >= r.prefill_end and not r.params.can_stop_early for r in batch.requests)
-        if not decoding or len(batch.requests) < len(self.running) or self.pool.num_swapping:
-            return 1
-        most = min(r.max_num_tokens - r.num_tokens for r in batch.requests)
-        computed = np.array([r.num_computed for r in batch.requests])
-        held = sum(len(r.block_table) for r in batch.requests)
-        room = self.pool.num_unmoved - self._swap_ahead_blocks
-        low, high = 1, max(most, 1)
-        while low < high:  # the largest number of steps whose blocks can be had
-            middle = (low + high + 1) // 2
-            needed = int(np.sum(-(-(computed + middle) // self.pool.block_size))) - held
-            low, high = (middle, high) if needed <= room else (low, middle - 1)
-        return low
+        return most_steps(batch, self.running, self.pool, self._swap_ahead_blocks)
 
     def extend(self, batch: ScheduledBatch) -> None:
         """Allocates the blocks of a batch's repeated steps (`max_macro_steps` promised them)."""
@@ -161,9 +151,12 @@ class LocalScheduler:
         """Raises unless tables, holders and borders agree; handing_off: what `stop` let go. For tests, fuzzing."""
         check_books(self.pool, self.running, [*self.room.holders(), *handing_off])
 
-    def _in_turn(self) -> list[Request]:
-        """Running requests, those that decode before those that prefill, each in order of admission."""
-        return sorted(self.running, key=lambda r: r.num_to_compute > 1)
+    def _serve(self, batch: ScheduledBatch, requests: Sequence[Request], budget: int) -> int:
+        """Puts the next tokens of those that run into the batch; returns what is left of the budget."""
+        for request in requests:
+            if budget and request.phase is Phase.RUNNING and not request.on_hold and self._grow(request):
+                budget -= self._take(batch, request, budget)
+        return budget
 
     def _take(self, batch: ScheduledBatch, request: Request, budget: int) -> int:
         """Puts the request's next tokens into the batch; returns how many."""

@@ -71,6 +71,14 @@ def test_answers_survive_any_kind_of_message_being_lost_repeated_or_overtaken(ki
     nothing_is_left(cluster)
 
 
+@pytest.mark.parametrize("words", [PD, [*PD, "granularity=by_layer", "sched.chunk_size=16"], ["cluster=colocated_2"]])
+def test_answers_are_the_same_where_prompts_have_steps_of_their_own(words):
+    cluster = local(*words, "batching=prefill_first", "kvcache.block_size=4", "kvcache.num_hbm_blocks=50").cluster()
+    timelines = play(cluster)
+    assert_right(timelines)
+    assert all(timeline.succeeded for timeline in timelines)
+
+
 def test_kv_that_comes_back_too_late_is_counted_once_however_often_it_is_asked_for():
     handoffs = local(*PD).cluster().nodes[0].instance.handoffs
     block_size, late = handoffs.transfers.geometry.block_size, msgspec.msgpack.encode(GivenBack("s"))

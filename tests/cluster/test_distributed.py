@@ -47,7 +47,7 @@ def cases(transport):
     yield "hash", ["cluster=1p1d", "mode=pd_caching_3", "granularity=packed", "kvcache.block_size=4"], 3
     yield "hash", ["cluster=2p1d", "mode=pd_caching_3", "granularity=by_request", "kvcache.num_dram_blocks=30",
                    "kvcache.num_hbm_blocks=16", "preemption=swap", "sched.decode_headroom_blocks=1",
-                   "kvcache.async_swap=true", "kvcache.swap_ahead_blocks=3"], 4  # fmt: skip
+                   "kvcache.async_swap=true", "kvcache.swap_ahead_blocks=3", "batching=prefill_first"], 4  # fmt: skip
     yield "model", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer", "model=tiny"], 3
     yield "model", ["cluster=1p2d", "mode=pd_caching_2", "granularity=by_request", "model=tiny"], 4
     if transport == "gloo":

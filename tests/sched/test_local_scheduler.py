@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from mini_cluster import collect, dispatch, hash_answer, hash_instance, serve
+from mini_cluster import collect, dispatch, hash_answer, hash_instance, serve, sizes
 
 from memserve.kvcache.eviction import LFU
 from memserve.messages import Abort
@@ -8,13 +8,6 @@ from memserve.request import SamplingParams
 from memserve.sched.queue_policy import LongestPrefixFirst
 
 ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)
-
-
-def sizes(instance):
-    """(requests, tokens) of the next step, computed and committed."""
-    batch = instance.schedule(0)
-    instance.commit(batch, instance.forward(batch), np.array([0]))
-    return [(r.request_id, n) for r, n in zip(batch.requests, batch.num_new, strict=True)]
 
 
 def test_a_step_never_exceeds_the_token_budget_and_decodes_go_first():

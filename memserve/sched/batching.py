@@ -1,0 +1,43 @@
+"""Batching: how prompts and running answers share an instance's steps. Knows requests; allocates nothing.
+
+mixed           a step takes a token of every answer, then chunks of prompts with what the budget leaves (Sarathi)
+prefill_first   a step takes prompts alone as long as any can be admitted, and answers in steps of their own (vLLM
+                until it had chunked prefill, the paper's 0.4.0 among them)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from memserve.request import Request
+
+
+class Batching(ABC):
+    """Both lists in the order in which tokens are given out, which may end with the step's budget."""
+
+    @abstractmethod
+    def first(self, running: Sequence[Request]) -> list[Request]:
+        """Those whose tokens are computed before prompts that wait are admitted, or when they just were."""
+
+    @abstractmethod
+    def otherwise(self, running: Sequence[Request]) -> list[Request]:
+        """Those whose tokens are computed in a step that would have none."""
+
+
+class Mixed(Batching):
+    """Nobody waits for prompts: those that decode come before those that prefill, each in order of admission."""
+
+    def first(self, running: Sequence[Request]) -> list[Request]:
+        return sorted(running, key=lambda request: request.num_to_compute > 1)
+
+    def otherwise(self, running: Sequence[Request]) -> list[Request]:
+        return []
+
+
+class PrefillFirst(Batching):
+    """Answers wait for prompts, which makes first tokens soonest and tokens between them uneven."""
+
+    def first(self, running: Sequence[Request]) -> list[Request]:
+        return [request for request in running if request.num_computed < request.prefill_end]
+
+    def otherwise(self, running: Sequence[Request]) -> list[Request]:
+        return [request for request in running if request.num_computed >= request.prefill_end]
