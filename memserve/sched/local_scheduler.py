@@ -90,6 +90,8 @@ class LocalScheduler:
         self.pool.swap_ahead(self._swap_ahead_blocks)
         if not batch.requests:
             return None
+        if len(set(map(id, batch.requests))) < len(batch.requests):
+            raise ValueError(f"{type(self._batching).__name__} gives a request twice: expected each once at most")
         before, self._num_waited = self._num_waited, self.pool.num_waited
         return replace(batch, num_swapped_blocks=self._num_waited - before)
 

@@ -32,6 +32,17 @@ def test_a_prompt_that_finds_no_room_keeps_no_answer_waiting():
     assert [sizes(instance) for _ in range(4)] == [[("a", 1)], [("a", 1)], [("a", 1)], [("b", 12)]]
 
 
+def test_who_gives_a_request_twice_is_named():
+    class Doubling(PrefillFirst):
+        def first(self, running):
+            return super().first(running) * 2
+
+    instance = hash_instance(block_size=4, token_budget=100, chunk_size=4, batching=Doubling())
+    dispatch(instance, "a", np.arange(16), ANSWER)
+    with pytest.raises(ValueError, match="Doubling gives a request twice"):
+        sizes(instance)
+
+
 @pytest.mark.parametrize("words", [["cluster=colocated_1"], ["cluster=1p1d", "mode=pd_caching_3"]])
 def test_of_colocated_answers_alone_it_makes_the_tokens_come_unevenly(words):
     workload = ["workload=synthetic", "workload.num_sessions=60", "workload.rate=20", "workload.prompt_tokens=512"]
