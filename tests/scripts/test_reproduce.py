@@ -34,7 +34,8 @@ def test_what_a_figure_shows_of_a_share_is_relative_to_the_curve_s_first_point(r
     reports = reproduce.play(figure, [], None)
     (curve,), (shown,) = figure.curves, figure.shown
     assert set(reports) == {("p1024", 0), ("p1024", 50)}
-    assert 0.3 < reproduce.value_of(figure, reports, shown, curve, 50) < 0.7
+    whole, half = (reports["p1024", percent]["ttft_s"]["p50"] for percent in (0, 50))
+    assert reproduce.value_of(figure, reports, shown, curve, 50) == half / whole < 0.8
     assert reproduce.paper_value(shown, curve, 50) == 0.76
     assert reproduce.paper_value(shown, curve, 55) is None
 
