@@ -12,7 +12,10 @@ from memserve.request import Request
 
 
 class Batching(ABC):
-    """Both lists in the order in which tokens are given out, which may end with the step's budget."""
+    """Both lists in the order in which tokens are given out, which may end with the step's budget.
+
+    Everybody is in one of the two, else he waits for ever. Who was just admitted is asked for alone.
+    """
 
     @abstractmethod
     def first(self, running: Sequence[Request]) -> list[Request]:

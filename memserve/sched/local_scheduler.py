@@ -78,14 +78,12 @@ class LocalScheduler:
         """This step's batch, blocks included, or None when there is nothing to do. It pays for swaps since the last."""
         batch = ScheduledBatch([], [])
         budget = self._serve(batch, self._batching.first(self.running), self._token_budget)
-        self.room.unpark()
-        while budget > 0 and (head := self._next()) is not None:
-            if self._admit(head):
-                budget = self._serve(batch, self._batching.first([head]), budget)
-            elif self.running or not (self.room.unpark() or self._drop_swapped()):
-                break
-        if not batch.requests:
+        budget = self._admit_waiting(batch, budget)
+        if not batch.requests and self.running:
             self._serve(batch, self._batching.otherwise(self.running), budget)
+            if not self.running:  # the last one that ran found no room: what waits may have what it gave up
+                budget = self._admit_waiting(batch, budget)
+                self._serve(batch, self._batching.otherwise(self.running), 0 if batch.requests else budget)
         self._drop_preempted(batch)
         self.pool.swap_ahead(self._swap_ahead_blocks)
         if not batch.requests:
@@ -138,10 +136,7 @@ class LocalScheduler:
         request.finish_reason = reason
 
     def max_macro_steps(self, batch: ScheduledBatch) -> int:
-        """How often `batch` can be repeated before anybody ends, needs a block that is not there, or could join.
-
-        1 unless every request decodes and its length is known beforehand, and while blocks are on their way.
-        """
+        """How often `batch` can be repeated before anything could change; see `most_steps`."""
         return most_steps(batch, self.running, self.pool, self._swap_ahead_blocks)
 
     def extend(self, batch: ScheduledBatch) -> None:
@@ -152,6 +147,16 @@ class LocalScheduler:
     def check(self, handing_off: Collection[Request] = ()) -> None:
         """Raises unless tables, holders and borders agree; handing_off: what `stop` let go. For tests, fuzzing."""
         check_books(self.pool, self.running, [*self.room.holders(), *handing_off])
+
+    def _admit_waiting(self, batch: ScheduledBatch, budget: int) -> int:
+        """Admits whom the pool has room for, and serves those whose turn it is; returns what is left of the budget."""
+        self.room.unpark()
+        while budget > 0 and (head := self._next()) is not None:
+            if self._admit(head):
+                budget = self._serve(batch, self._batching.first([head]), budget)
+            elif self.running or not (self.room.unpark() or self._drop_swapped()):
+                break
+        return budget
 
     def _serve(self, batch: ScheduledBatch, requests: Sequence[Request], budget: int) -> int:
         """Puts the next tokens of those that run into the batch; returns what is left of the budget."""

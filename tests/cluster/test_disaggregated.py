@@ -79,6 +79,24 @@ def test_answers_are_the_same_where_prompts_have_steps_of_their_own(words):
     assert all(timeline.succeeded for timeline in timelines)
 
 
+TIGHT = [
+    ["mode=pd_caching_3", "workload.rate=2", "workload.prompt_tokens=100", "kvcache.num_hbm_blocks=500",
+     "sched.token_budget=256", "sched.max_running=2", "seed=96"],
+    ["mode=pd_basic", "granularity=by_layer", "workload.rate=20", "workload.prompt_tokens=40",
+     "kvcache.num_hbm_blocks=300", "sched.token_budget=64", "sched.chunk_size=16", "seed=53"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("macro_steps", ["true", "false"])
+@pytest.mark.parametrize("words", TIGHT, ids=["two run", "by layer"])
+def test_who_preempts_itself_as_the_last_that_runs_keeps_nobody_waiting_for_ever(words, macro_steps):
+    workload = ["workload=synthetic", "workload.num_sessions=25", "workload.num_turns=3",
+                "workload.max_output_tokens=60", "kvcache.block_size=4"]  # fmt: skip
+    own = ["exec=simulated", "cluster=1p1d", *workload, *words, f"macro_steps={macro_steps}"]
+    report = LocalCluster(load_config([*own, "batching=prefill_first"])).run()
+    assert report["num_finished"] == 75 and report["num_failed"] == 0
+
+
 def test_kv_that_comes_back_too_late_is_counted_once_however_often_it_is_asked_for():
     handoffs = local(*PD).cluster().nodes[0].instance.handoffs
     block_size, late = handoffs.transfers.geometry.block_size, msgspec.msgpack.encode(GivenBack("s"))
