@@ -19,9 +19,10 @@ def most_steps(batch: ScheduledBatch, running: Sequence[Request], pool: BlockPoo
     most = min(r.max_num_tokens - r.num_tokens for r in batch.requests)
     computed = np.array([r.num_computed for r in batch.requests])
     held = sum(len(r.block_table) for r in batch.requests)
+    room = pool.num_unmoved - num_kept_free
     low, high = 1, max(most, 1)
     while low < high:  # the largest number of steps whose blocks can be had
         middle = (low + high + 1) // 2
         needed = int(np.sum(-(-(computed + middle) // pool.block_size))) - held
-        low, high = (middle, high) if needed <= pool.num_unmoved - num_kept_free else (low, middle - 1)
+        low, high = (middle, high) if needed <= room else (low, middle - 1)
     return low

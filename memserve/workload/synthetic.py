@@ -74,7 +74,7 @@ class SyntheticWorkload(Workload):
         if not isinstance(output_lengths, Lengths | None):
             raise ValueError(f"output_lengths={output_lengths!r}: expected null, or an object of Lengths "
                              "(config: +workload/lengths@workload.output_lengths=NAME)")  # fmt: skip
-        self._lengths, self._output_lengths = lengths, output_lengths or lengths
+        self._lengths, self._output_lengths = lengths, lengths if output_lengths is None else output_lengths
         self._think_time_ns = to_ns(require_duration("think_time_s", think_time_s))
         self._temperature = SamplingParams(temperature=temperature).temperature
 
