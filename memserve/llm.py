@@ -84,8 +84,9 @@ class LLM:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0, in_real_time=True)
         self._num_requests = 0
-        self._turn = threading.RLock()  # of who gives the instance something or computes: one thread at a time
+        self._turn = threading.Lock()  # of who gives the instance something or computes: one at a time
         self._heard: dict[str, deque[Tokens | Finished]] = {}  # for each request what its stream has not read yet
+        self._unread: deque[str] = deque()  # requests that no stream reads any more, to be aborted
 
     def generate(
         self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None = None, *, stream: bool = False
@@ -133,21 +134,32 @@ class LLM:
                     del answers[message.request_id], self._heard[message.request_id]
                 yield delta
         finally:
-            with self._turn:
-                for name in answers:
-                    del self._heard[name]
-                    self.instance.receive(Abort(name, 0))
-                if answers:
-                    self._pass_on(self.step())
+            for name in answers:
+                del self._heard[name]
+                self._unread.append(name)
+            self._abort_unread()
+
+    def _abort_unread(self) -> None:
+        """Frees what closed streams held. Who computes just now does it in his next step, or after his last: he may be
+        another thread, or this one, whose garbage collector closes a stream whenever it likes.
+        """
+        while self._unread and self._turn.acquire(blocking=False):
+            try:
+                self._pass_on(self.step())
+            finally:
+                self._turn.release()
 
     def _pass_on(self, messages: Iterable[Tokens | Finished]) -> None:
         """To the streams that are open; nobody asks for what else was aborted."""
         for message in messages:
-            if message.request_id in self._heard:
-                self._heard[message.request_id].append(message)
+            heard = self._heard.get(message.request_id)
+            if heard is not None:
+                heard.append(message)
 
     def step(self) -> list[Tokens | Finished]:
         """Computes one batch of what `instance` was given, for who drives it alone; what it has to say since."""
+        while self._unread:
+            self.instance.receive(Abort(self._unread.popleft(), 0))
         batch = self.instance.schedule(monotonic_ns())
         if batch is None:
             self.instance.pool.wait()  # nothing is there to compute meanwhile

@@ -84,6 +84,24 @@ def test_a_stream_that_nobody_reads_to_its_end_leaves_nothing_behind(llm):
     assert len(llm.generate("one", GREEDY)[0].token_ids) == 12
 
 
+@pytest.mark.parametrize("moment", ["receive", "schedule", "forward", "commit"])
+def test_a_stream_that_the_garbage_collector_closes_in_the_midst_of_a_step_waits_for_its_end(llm, monkeypatch, moment):
+    whole = llm.generate(["one", "two"], GREEDY)
+    forgotten = [llm.generate("three", SamplingParams(max_tokens=100, ignore_eos=True), stream=True)]
+    next(forgotten[0])
+    in_midst = getattr(llm.instance, moment)
+
+    def collects_garbage(*arguments):
+        monkeypatch.setattr(llm.instance, moment, in_midst)
+        result = in_midst(*arguments)
+        forgotten.clear()
+        return result
+
+    monkeypatch.setattr(llm.instance, moment, collects_garbage)
+    assert llm.generate(["one", "two"], GREEDY)[1].token_ids == whole[1].token_ids
+    assert not forgotten and settled(llm) and not llm._heard
+
+
 def test_threads_that_share_it_take_turns(llm):
     prompts = [f"number {i}" for i in range(6)]
     whole = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
