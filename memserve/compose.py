@@ -65,6 +65,13 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "workload": Workload,
     "tracking": Tracking,
 }
+GIVEN = {  # arguments of such an object that cluster/ gives, and which are therefore no options
+    "index": ("block_size", "refcounts", "num_hbm_blocks", "eviction"),
+    "index_source": ("num_rows", "block_size"),
+    "swap": ("costs", "block_size"),
+    "granularity": ("layout", "geometry", "num_ranks"),
+    "transport": ("store", "host", "gpu", "link"),
+}
 _PLAIN = {IntegerNode: "an integer", FloatNode: "a number", BooleanNode: "true or false", StringNode: "text"}
 FILLED_IN = ("index_source.max_blocks", "eviction.attention_tokens")  # null until cluster/ knows the pool and the costs
 
@@ -138,8 +145,8 @@ def _check_targets(merged: DictConfig) -> None:
             group = "policy@decode_policy" if name == "decode_policy" else name
             raise ConfigError(f"{name}={merged[name]!r}: expected {group}= and a word of its group")
         node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
-        given = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
-        check_target(name, given, kind)
+        options = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
+        check_target(name, options, kind, GIVEN.get(name, ()))
 
 
 def _refusal(error: OmegaConfBaseException) -> str:

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from memserve.config.errors import ConfigError
@@ -11,9 +11,12 @@ from memserve.config.errors import ConfigError
 _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
 
-def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object) -> None:
+def check_target(
+    name: str, node: Mapping[str, Any], kind: type[object] = object, given: Collection[str] = ()
+) -> None:
     """Raises ConfigError unless node's `_target_` can be imported, is a subclass of `kind`, and takes the node's other
-    keys, numbers and words of the types that it says.
+    keys, numbers and words of the types that it says. given: arguments that are no options, since who builds the
+    object gives them.
     """
     if "_target_" not in node:
         raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
@@ -24,8 +27,8 @@ def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     hints = get_type_hints(target.__init__)
     for key, value in arguments.items():
-        if key not in parameters and not takes_all:
-            takes = ", ".join(parameters) or "nothing"
+        if key in given or (key not in parameters and not takes_all):
+            takes = ", ".join(parameter for parameter in parameters if parameter not in given) or "nothing"
             raise ConfigError(f"{name}.{key}={value!r}: {path} takes {takes}{_instead(name, path)}")
         _check_type(f"{name}.{key}", value, hints.get(key))
         if isinstance(value, Mapping) and "_target_" in value:
