@@ -19,6 +19,7 @@ from options import new_directory
 from rich.console import Console
 
 from memserve.cluster.local import LocalCluster, check_playable
+from memserve.cluster.result import NotWritten
 from memserve.compose import load_config
 from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
@@ -55,8 +56,9 @@ def words_of_each(systems: Sequence[str]) -> dict[str, list[str]]:
     return dict(named)
 
 
-def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = None) -> dict[str, Report]:
-    """The report of each system; out: a directory that gets an output directory for each.
+def compare(systems: Sequence[str], words: Sequence[str], out: Path | None) -> tuple[dict[str, Report], list[OSError]]:
+    """The report of each system, and which files could not be written; out: a directory that gets an output directory
+    for each, and reports.json.
 
     Every system is composed and checked before the first one runs.
     """
@@ -67,11 +69,20 @@ def compare(systems: Sequence[str], words: Sequence[str], out: Path | None = Non
             check_playable(cfg)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    reports = {}
+    reports, not_written = {}, list[OSError]()
     for name, cfg in configured.items():
-        with Progress(name) as progress:
-            reports[name] = LocalCluster(cfg).run(None if out is None else out / name, progress=progress)
-    return reports
+        try:
+            with Progress(name) as progress:
+                reports[name] = LocalCluster(cfg).run(None if out is None else out / name, progress=progress)
+        except NotWritten as error:
+            reports[name] = error.report
+            not_written.append(error)
+    try:
+        if out is not None:
+            (out / "reports.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        not_written.append(error)
+    return reports, not_written
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,12 +94,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("words", nargs="*")
     args = parser.parse_intermixed_args(argv)
     try:
-        reports = compare(args.systems.split(","), args.words, args.out)
-        if args.out is not None:
-            (args.out / "reports.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
+        reports, not_written = compare(args.systems.split(","), args.words, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print_comparison(reports, " ".join(args.words) or "defaults", Console(width=max(100, 22 * len(reports) + 26)))
+    if not_written:
+        sys.exit("\n".join(f"error: {error}" for error in not_written))
 
 
 if __name__ == "__main__":

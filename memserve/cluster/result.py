@@ -45,27 +45,34 @@ def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Pat
     """The report; of several runs the medians and their spread.
 
     output_dir: where the files go (requests, occupancy and activity: of the last run); None writes none. Raises
-    NotWritten, with the report, where they cannot be written.
+    NotWritten, with the report, where they cannot be written; who tracks it has the report by then.
     """
     reports, last = [result.report for result in results], results[-1]
     report = reports[0] if len(reports) == 1 else median_of(reports)
     directory = None if output_dir is None else Path(output_dir)
+    not_written: OSError | None = None
     if directory is not None:
-        recorded = environment({"seed": cfg.seed}, sys.argv)
-        if last.num_threads:
-            recorded["threads"] = {**recorded["threads"], "instances": dict(last.num_threads)}
         try:
-            write_output(
-                directory,
-                config_yaml=to_yaml(cfg),
-                report=report,
-                timelines=last.timelines,
-                occupancy=last.occupancy,
-                activity=last.activity,
-                environment=recorded,
-            )
+            _write(cfg, report, last, directory)
         except OSError as error:
-            raise NotWritten(error, report) from error
+            not_written = error
     tracking: Tracking = make(cfg.tracking)
-    tracking.record(to_dict(cfg), report, directory)
+    tracking.record(to_dict(cfg), report, None if not_written else directory)
+    if not_written:
+        raise NotWritten(not_written, report) from not_written
     return report
+
+
+def _write(cfg: RunConfig, report: Report, last: Result, directory: Path) -> None:
+    recorded = environment({"seed": cfg.seed}, sys.argv)
+    if last.num_threads:
+        recorded["threads"] = {**recorded["threads"], "instances": dict(last.num_threads)}
+    write_output(
+        directory,
+        config_yaml=to_yaml(cfg),
+        report=report,
+        timelines=last.timelines,
+        occupancy=last.occupancy,
+        activity=last.activity,
+        environment=recorded,
+    )

@@ -30,6 +30,7 @@ from memserve.metrics.report import Report
 
 _REPORT, _CONFIG, _LOG, _WORDS = "report.json", "config.yaml", "printed.log", "words.json"
 MAX_NAME_BYTES = 200  # of a directory; file systems take 255
+_HEED_S = 60.0  # for an interrupted point to end by itself; torchrun gives its ranks 30 seconds
 
 
 def run_point(composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path) -> int:
@@ -98,8 +99,16 @@ def _run(launcher: Sequence[str], script: Path, words: Sequence[str], directory:
             return child.wait()
         finally:
             if child.returncode is None:  # the sweep is interrupted, and its point with it
-                child.terminate()
-                child.wait()
+                _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(_HEED_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _refuse(error: ValueError, directory: Path) -> int:

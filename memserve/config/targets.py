@@ -11,9 +11,7 @@ from memserve.config.errors import ConfigError
 _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
 
-def check_target(
-    name: str, node: Mapping[str, Any], kind: type[object] = object, given: Collection[str] = ()
-) -> None:
+def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object, given: Collection[str] = ()) -> None:
     """Raises ConfigError unless node's `_target_` can be imported, is a subclass of `kind`, and takes the node's other
     keys, numbers and words of the types that it says. given: arguments that are no options, since who builds the
     object gives them.

@@ -1,8 +1,12 @@
 """A sweep's points on a stand-in for run.py that does what its first line says: names, repetition, failure."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from source_tree import ROOT
 
 from memserve import LocalCluster, load_config
+from memserve.cluster.interruption import Interrupted
 from memserve.cluster.result import NotWritten
 from memserve.cluster.sweep import MAX_NAME_BYTES, SweepTable, directory_name, run_point
 from memserve.compose import config_dir, resolve, to_yaml
@@ -98,6 +103,34 @@ def test_a_failed_point_keeps_no_report_of_an_earlier_run(sweep, tmp_path, capsy
     assert not (directory / "report.json").exists() and (directory / "printed.log").read_text() == "printed\n"
     assert json.loads((directory / "words.json").read_text()) == sorted(SIMULATED)
     assert "failed with status 3" in capsys.readouterr().out
+
+
+def test_a_point_that_heeds_no_sigterm_is_killed_with_its_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr("memserve.cluster.sweep._HEED_S", 0.5)
+    script, printed = tmp_path / "child.py", tmp_path / directory_name(SIMULATED) / "printed.log"
+    script.write_text(
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(600)\n"
+    )
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def interrupt():
+        while not (printed.is_file() and printed.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(Interrupted):
+            run_point(composed(SIMULATED), script, SIMULATED, tmp_path)
+    finally:
+        thread.join()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(printed.read_text()), 0)
 
 
 def test_what_a_run_found_is_told_where_its_files_cannot_be_written(tmp_path):

@@ -53,6 +53,16 @@ def test_a_directory_that_cannot_be_made_is_named_before_anything_runs(script, t
     assert "file/new: expected a directory, or where one can be made" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_costs_no_systems_figures(compare, tmp_path, capsys):
+    (tmp_path / "pd" / "requests.jsonl").mkdir(parents=True)
+    (tmp_path / "reports.json").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["--systems", "pd,1p1d", "--out", str(tmp_path), *WORDS, "repeats=1"])
+    lines = str(ended.value).splitlines()
+    assert [line.split(str(tmp_path))[1] for line in lines] == ["/pd/requests.jsonl'", "/reports.json'"]
+    assert "1p1d" in capsys.readouterr().out and (tmp_path / "1p1d" / "report.json").is_file()
+
+
 def test_words_may_stand_on_both_sides_of_an_option(compare, capsys):
     compare.main([*WORDS, "--systems", "pd", "repeats=1"])
     assert "pd" in capsys.readouterr().out
