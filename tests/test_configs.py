@@ -244,6 +244,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["workload.max_turns=1.5"], "workload.max_turns=1.5: expected an integer or null"),
         (["workload=trace"], "workload.path: expected a value"),
         (["exec=distributed", "transport.channels=0"], "transport.channels=0: expected a number in"),
+        (["exec=distributed", "channels=65"], "channels=65: expected an integer from 1 to 64"),
         (["exec=distributed", "transport.patience_s=0"], "transport.patience_s=0: expected a number in"),
         (["exec=distributed", "transport.channels=two"], "transport.channels='two': expected an integer"),
         (["exec=distributed", "transport._target_=memserve.transfer.InProcess"], "transport.channels=1: memserve.tr"),

@@ -23,7 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK_SIZE = 1024
 MAX_SIDE = 2**16  # of a simulated model's KV: layers, heads, elements
 SHORTEST_S = 1e-6  # of what is repeated until it is answered
-OF_TRANSPORT = {"channels": 1, "patience_s": SHORTEST_S}  # least values
+MAX_CHANNELS = 64  # process groups of each pair, with a thread each at both ends
+OF_TRANSPORT = {"channels": (1, MAX_CHANNELS), "patience_s": (SHORTEST_S, LONGEST_S)}  # what ours can be told
 LINK = {  # what a link can be; a message on its way is repeated every transfer.retry_s
     "latency_s": (0.0, 3600.0),
     "message_latency_s": (0.0, 3600.0),
@@ -36,7 +37,7 @@ def check_config(cfg: RunConfig) -> None:
     for name, allowed in CHOICES.items():
         require(getattr(cfg, name) in allowed, name, getattr(cfg, name), f"one of {', '.join(allowed)}")
     require(cfg.repeats >= 1, "repeats", cfg.repeats, "an integer >= 1")
-    require(cfg.channels >= 1, "channels", cfg.channels, "an integer >= 1")
+    require(1 <= cfg.channels <= MAX_CHANNELS, "channels", cfg.channels, f"an integer from 1 to {MAX_CHANNELS}")
     require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
     require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
@@ -130,14 +131,8 @@ def _check_transfer(cfg: RunConfig) -> None:
         value = getattr(cfg.transfer, name)
         require(SHORTEST_S <= value <= LONGEST_S, f"transfer.{name}", value,
                  f"seconds in [{SHORTEST_S:g}, {LONGEST_S:g}]")  # fmt: skip
-    for name, (low, high) in LINK.items():
-        value = cfg.link.get(name)
-        if type(value) in (int, float):
-            require(low <= value <= high, f"link.{name}", value, f"a number in [{low:g}, {high:g}]")
-    for name, least in OF_TRANSPORT.items():
-        value = cfg.transport.get(name)
-        if type(value) in (int, float):
-            require(least <= value <= LONGEST_S, f"transport.{name}", value, f"a number in [{least:g}, {LONGEST_S:g}]")
+    _check_numbers("link", cfg.link, LINK)
+    _check_numbers("transport", cfg.transport, OF_TRANSPORT)
     require(cfg.transfer.on_failure in ON_FAILURE, "transfer.on_failure", cfg.transfer.on_failure,
              f"one of {', '.join(ON_FAILURE)}")  # fmt: skip
     silence_s = cfg.cluster.silence_s
@@ -148,6 +143,14 @@ def _check_transfer(cfg: RunConfig) -> None:
     require(bound is None or bound >= 1, "cluster.max_unfinished", bound, "null or an integer >= 1")
     headroom = cfg.sched.decode_headroom_blocks
     require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
+
+
+def _check_numbers(group: str, node: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Those of these options that a node has."""
+    for name, (low, high) in ranges.items():
+        value = node.get(name)
+        if type(value) in (int, float):
+            require(low <= value <= high, f"{group}.{name}", value, f"a number in [{low:g}, {high:g}]")
 
 
 def _check_slo(cfg: RunConfig) -> None:

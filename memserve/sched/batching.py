@@ -8,13 +8,13 @@ prefill_first   a step takes prompts alone as long as any can be admitted, and a
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from memserve.request import Request
+from memserve.request import Request, ScheduledBatch
 
 
 class Batching(ABC):
     """Both lists in the order in which tokens are given out, which may end with the step's budget.
 
-    Everybody is in one of the two, else he waits for ever. Who was just admitted is asked for alone.
+    Everybody is in one of the two, and once. Who was just admitted is asked for alone.
     """
 
     @abstractmethod
@@ -24,6 +24,15 @@ class Batching(ABC):
     @abstractmethod
     def otherwise(self, running: Sequence[Request]) -> list[Request]:
         """Those whose tokens are computed in a step that would have none."""
+
+    def check(self, running: Sequence[Request], batch: ScheduledBatch) -> None:
+        """Raises ValueError for a batch that has a request twice, or nobody although somebody runs."""
+        in_batch, name = {id(request) for request in batch.requests}, type(self).__name__
+        if len(in_batch) < len(batch.requests):
+            raise ValueError(f"{name} gives a request twice: expected each once at most")
+        waits = next((request for request in running if not request.on_hold), None)
+        if waits is not None and not in_batch:
+            raise ValueError(f"{name} leaves out {waits.request_id!r}, and no other runs: expected it in a list")
 
 
 class Mixed(Batching):

@@ -86,10 +86,9 @@ class LocalScheduler:
                 self._serve(batch, self._batching.otherwise(self.running), 0 if batch.requests else budget)
         self._drop_preempted(batch)
         self.pool.swap_ahead(self._swap_ahead_blocks)
+        self._batching.check(self.running, batch)
         if not batch.requests:
             return None
-        if len(set(map(id, batch.requests))) < len(batch.requests):
-            raise ValueError(f"{type(self._batching).__name__} gives a request twice: expected each once at most")
         before, self._num_waited = self._num_waited, self.pool.num_waited
         return replace(batch, num_swapped_blocks=self._num_waited - before)
 

@@ -43,6 +43,18 @@ def test_who_gives_a_request_twice_is_named():
         sizes(instance)
 
 
+def test_who_leaves_out_all_that_run_is_named():
+    class PromptsAlone(PrefillFirst):
+        def otherwise(self, running):
+            return []
+
+    instance = hash_instance(block_size=4, batching=PromptsAlone())
+    dispatch(instance, "a", np.arange(16), ANSWER)
+    assert sizes(instance) == [("a", 16)]
+    with pytest.raises(ValueError, match="PromptsAlone leaves out 'a', and no other runs"):
+        sizes(instance)
+
+
 @pytest.mark.parametrize("words", [["cluster=colocated_1"], ["cluster=1p1d", "mode=pd_caching_3"]])
 def test_of_colocated_answers_alone_it_makes_the_tokens_come_unevenly(words):
     workload = ["workload=synthetic", "workload.num_sessions=60", "workload.rate=20", "workload.prompt_tokens=512"]
