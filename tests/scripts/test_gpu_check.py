@@ -15,6 +15,7 @@ from memserve import load_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+INTERPRETER = shlex.quote(sys.executable)
 
 
 def gpu_check(page: Path, *words: str, python: str = sys.executable) -> tuple[int, str]:
@@ -50,7 +51,7 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
 
 def test_packages_that_the_interpreter_lacks_are_named_before_anything_runs(tmp_path: Path) -> None:
     bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.write_text(f'#!/bin/sh\nexec {INTERPRETER} -I -S "$@"\n')
     bare.chmod(0o755)
     status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", python=str(bare))
     assert status == 1 and "has no torch triton numpy" in printed and not (tmp_path / "page.md").exists()
@@ -67,7 +68,7 @@ def test_wheels_that_are_brought_along_are_found(tmp_path: Path, monkeypatch: py
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     told.write_text(
-        f'#!/bin/sh\ncase "$1" in scripts/*) ls ${{PYTHONPATH##*:}} ;; *) exec {sys.executable} "$@" ;; esac\n'
+        f'#!/bin/sh\ncase "$1" in scripts/*) ls "${{PYTHONPATH##*:}}" ;; *) exec {INTERPRETER} "$@" ;; esac\n'
     )
     told.chmod(0o755)
     monkeypatch.setenv("WHEELS", str(wheels))
