@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import msgspec
 import torch
@@ -26,11 +27,13 @@ from memserve.cluster.mailbox import PATIENCE, births_of, own_host
 from memserve.cluster.node_messages import Process, this_process
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.watch import watched
+from memserve.compose import config_dir
 from memserve.config.checks_of_members import SCHEDULER
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, GroupShard, Shard
 
+_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
 _REBIRTH = timedelta(seconds=10)  # for rank 0 to answer who was started again: it was there before
 
@@ -74,11 +77,26 @@ def is_first(words: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
 
 def check_words(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Raises ConfigError for a flag of Hydra's (-m, --cfg) where several processes read the words, each for itself."""
+    """Raises ConfigError for a flag of Hydra's (-m, --cfg) where several processes read the words, each for itself, and
+    for what Hydra refuses by a traceback: a group without a word, a directory that cannot be made.
+    """
     flags = [word for word in words if word.startswith("-")]
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
                           "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
+    for word in words:
+        name, _, value = word.partition("=")
+        if value == "null" and (config_dir() / name.partition("@")[0]).is_dir():
+            raise ConfigError(f"{word}: expected a word of its group")
+        if name in _DIRECTORIES and "$" not in value and is_first(words, environment):
+            _make_directory(name, value.strip("'\""))
+
+
+def _make_directory(name: str, value: str) -> None:
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{name}={value}: expected a directory, or where one can be made: {error}") from error
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

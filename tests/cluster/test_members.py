@@ -72,6 +72,24 @@ def test_a_flag_is_refused_where_each_of_several_processes_reads_the_words(flag)
             check_words(words, environment)
 
 
+@pytest.mark.parametrize("word", ["fetch=null", "policy@decode_policy=null", "workload/arrivals=null"])
+def test_a_group_without_a_word_is_refused_by_name(word):
+    with pytest.raises(ConfigError, match=f"{word}: expected a word of its group"):
+        check_words(["index=none", word], {})
+    check_words(["kvcache.num_hbm_blocks=null", "sched.chunk_size=null"], {})
+
+
+@pytest.mark.parametrize("option", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_a_directory_that_cannot_be_made_is_refused_by_name_where_one_is_wanted(tmp_path, option):
+    (tmp_path / "file").touch()
+    word = f"{option}='{tmp_path}/file/new'"
+    with pytest.raises(ConfigError, match=f"{option}={tmp_path}/file/new: expected a directory, or where one can be"):
+        check_words([word], {})
+    check_words([word, "cluster.member=0"], {})
+    check_words([f"{option}={tmp_path}/${{seed}}"], {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_members_have_the_ranks_that_their_place_in_the_cluster_says():
     roster = Roster([1, 2], num_spares=2)
     assert [list(roster.ranks_of_member(number)) for number in range(4)] == [[1], [2, 3], [4], [5]]
