@@ -43,7 +43,7 @@ from memserve.config.schema import RunConfig
 from memserve.kvcache.copy_engine import NothingToCopy
 from memserve.metrics.output import usable_cpus
 from memserve.model.llama import Llama
-from memserve.model.parallel import LEADER, WHOLE, GroupShard, Shard
+from memserve.model.parallel import LEADER, WHOLE, Shard, default_group
 from memserve.sched.cost_model.arch import ArchCostModel
 from memserve.sched.cost_model.fit import MeasuredStep, fit_arch, fit_operators, relative_errors
 from memserve.sched.cost_model.fitted import CostFile, Provenance
@@ -151,11 +151,8 @@ def split_by_torchrun(cfg: RunConfig) -> Iterator[Shard]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     torch.set_num_threads(cfg.model.num_threads or max(1, (usable_cpus() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        assert dist.group.WORLD is not None, "it was made above"
-        yield GroupShard(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    with default_group() as shard:
+        yield shard
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from memserve.compose import config_dir
 from memserve.config.checks_of_members import SCHEDULER
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
-from memserve.model.parallel import WHOLE, GroupShard, Shard
+from memserve.model.parallel import WHOLE, Shard, default_group
 
 _DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
@@ -201,8 +201,5 @@ def joined(team: Store, size: int, part: int, device: torch.device) -> Iterator[
     with ended_at_once():
         store.wait([f"here/{other}" for other in range(size)], PATIENCE)
         dist.init_process_group(backend, store=store, rank=part, world_size=size, timeout=_IDLE)
-    try:
-        assert dist.group.WORLD is not None, "it was made above"
-        yield GroupShard(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    with default_group() as shard:
+        yield shard

@@ -9,7 +9,8 @@ Shape legend: T tokens, E hidden size, S sampled rows, V vocabulary, P = V / ran
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -153,11 +154,30 @@ class GroupShard(Shard):
     def sampler(self, own: Sampler) -> Sampler:
         return _LeadingSampler(own, self) if self.rank == LEADER else _FollowingSampler(self)
 
+    def leave(self) -> None:
+        """Keeps the group no longer; nothing may be asked of this rank any more."""
+        del self._group
+
     def _collectively(self, operation: Callable[[], object]) -> None:
         try:
             operation()
         except RuntimeError as error:
             raise GroupBroken(f"rank {self.rank} of {self.size} lost its tensor-parallel group: {error}") from error
+
+
+@contextmanager
+def default_group() -> Iterator[Shard]:
+    """This rank's share in torch's default group, which ends with it, its threads included.
+
+    One that still lets go of a tensor while the interpreter ends aborts the process.
+    """
+    assert dist.group.WORLD is not None, "who calls this has made it"
+    shard = GroupShard(dist.group.WORLD)
+    try:
+        yield shard
+    finally:
+        shard.leave()
+        dist.destroy_process_group()
 
 
 class _LeadingSampler(Sampler):

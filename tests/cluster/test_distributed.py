@@ -150,7 +150,7 @@ def test_a_port_that_answers_nobody_or_is_in_use_is_named(monkeypatch):
             ["exec=distributed", "transport=mapped", "model.device=mps"],
             "transport=mapped contradicts model.device=mps: expected cpu or cuda",
         ),
-        (["exec=distributed", "channels=0"], "channels=0: expected an integer >= 1"),
+        (["exec=distributed", "channels=0"], "channels=0: expected an integer from 1 to 64"),
         (["exec=distributed", "transport=pigeon"], "Could not find 'transport/pigeon'"),
     ],
 )

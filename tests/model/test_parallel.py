@@ -8,7 +8,7 @@ from pathlib import Path
 import parallel_ranks
 import pytest
 import torch
-from child_process import own_environment
+from child_process import own_environment, run_child
 from mini_engine import RecordingSampler
 from parallel_models import CASES, RANDOM, WIDE, Part, answers, engine_for, model_of
 from ranks import launch
@@ -63,6 +63,25 @@ def whole_runs():
         return kept[name, case]
 
     return of
+
+
+LEAVES = """
+import os, sys, torch, torch.distributed as dist
+from memserve.model.parallel import default_group
+
+def threads():
+    return [open(f"/proc/self/task/{number}/comm").read() for number in os.listdir("/proc/self/task")]
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+with default_group() as kept:
+    kept.broadcast(torch.zeros(3))
+    assert any("gloo" in name for name in threads())
+print(sum("gloo" in name for name in threads()), dist.is_initialized(), kept.size)
+"""
+
+
+def test_a_group_s_threads_have_ended_when_it_is_left_though_a_model_still_knows_its_rank() -> None:
+    assert run_child(["-c", LEAVES]).split() == ["0", "False", "1"]
 
 
 @pytest.mark.parametrize(("name", "size", "case"), RUNS)
