@@ -6,7 +6,7 @@ when it is full, neighbours are joined in pairs, so a long run is told more coar
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -111,7 +111,7 @@ def spans_of(instance: str, tracks: Iterable[Track], labels: Sequence[str]) -> I
 def activity_lines(spans: Iterable[ActivitySpan]) -> Iterator[str]:
     """The lines of activity.jsonl, each with its line end."""
     for span in spans:
-        yield json.dumps(asdict(span), ensure_ascii=False, allow_nan=False) + "\n"
+        yield json.dumps(vars(span), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_activity(directory: Path | str) -> list[ActivitySpan]:

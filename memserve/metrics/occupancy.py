@@ -9,7 +9,7 @@ into a bucket that has its sample costs one comparison. What is lost is a spike 
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ def _set_apart(allocator: Allocator, hbm: dict[str, int], dram: dict[str, int]) 
 def occupancy_lines(samples: Iterable[Sample]) -> Iterator[str]:
     """The lines of occupancy.jsonl, each with its line end."""
     for sample in samples:
-        yield json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) + "\n"
+        yield json.dumps(vars(sample), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def load_occupancy(directory: Path | str) -> list[Sample]:
