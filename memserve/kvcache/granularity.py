@@ -106,6 +106,8 @@ class Granularity(ABC):
         return Move(from_rank, to_rank, row_bytes, source_rows, target_rows, starts, packed)
 
     def _of_a_rank(self, end: End) -> CacheGeometry:
+        if end.num_ranks == self.num_ranks:
+            return self._geometry
         return replace(self._geometry, num_kv_heads=self._num_heads // end.num_ranks)
 
     def _regions(self, end: End, geometry: CacheGeometry, layer: int | None) -> np.ndarray:

@@ -244,17 +244,15 @@ class Sending:
         target_sizes = (pool.num_hbm_blocks, pool.num_dram_blocks)
         blocks = out.blocks[stretch.start : stretch.stop]
         addrs = out.targets[stretch.start - out.first_block : stretch.stop - out.first_block]
-        from_dram, to_dram = blocks >= num_hbm, address.medium_of(addrs) == Medium.DRAM
-        for source in Medium:
-            for target in Medium:
-                chosen = (from_dram == (source is Medium.DRAM)) & (to_dram == (target is Medium.DRAM))
-                if not chosen.any():
-                    continue
-                here = End((out.ask.ticket[0], int(source)), sizes[source], blocks[chosen] - first[source], num_ranks)
-                where = address.block_of(addrs[chosen])
-                there = End((out.peer, int(target)), target_sizes[target], where, pool.num_ranks)
-                for move in self._granularity.moves(here, there, stretch.layer):
-                    self._post_move(out, move, ready_ns)
+        pairs = len(Medium) * (blocks >= num_hbm) + address.medium_of(addrs)
+        for pair in np.flatnonzero(np.bincount(pairs)).tolist():
+            source, target = divmod(pair, len(Medium))
+            chosen = pairs == pair
+            here = End((out.ask.ticket[0], source), sizes[source], blocks[chosen] - first[source], num_ranks)
+            where = address.block_of(addrs[chosen])
+            there = End((out.peer, target), target_sizes[target], where, pool.num_ranks)
+            for move in self._granularity.moves(here, there, stretch.layer):
+                self._post_move(out, move, ready_ns)
 
     def _post_move(self, out: Outgoing, move: Move, ready_ns: int) -> None:
         self._transport.post((*out.ask.ticket, out.num_parts), move, ready_ns)
