@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from memserve.kvcache.block_pool import BlockPool
 from memserve.request import Request, ScheduledBatch
 
@@ -16,13 +14,14 @@ def most_steps(batch: ScheduledBatch, running: Sequence[Request], pool: BlockPoo
     decoding = all(r.num_computed >= r.prefill_end and not r.params.can_stop_early for r in batch.requests)
     if not decoding or len(batch.requests) < len(running) or pool.num_swapping:
         return 1
-    most = min(r.max_num_tokens - r.num_tokens for r in batch.requests)
-    computed = np.array([r.num_computed for r in batch.requests])
-    held = sum(len(r.block_table) for r in batch.requests)
-    room = pool.num_unmoved - num_kept_free
-    low, high = 1, max(most, 1)
+    most = max(min(r.max_num_tokens - r.num_tokens for r in batch.requests), 1)
+    size, computed = pool.block_size, [r.num_computed for r in batch.requests]
+    num_blocks = sum(len(r.block_table) for r in batch.requests) + pool.num_unmoved - num_kept_free
+    filled = (num_blocks * size - sum(computed)) // len(computed)  # steps, if they could fill every block to its end
+    high = max(min(filled, most), 1)
+    low = max(min(filled - (size - 1), most), 1)  # but each request's last block may have a single token
     while low < high:  # the largest number of steps whose blocks can be had
         middle = (low + high + 1) // 2
-        needed = int(np.sum(-(-(computed + middle) // pool.block_size))) - held
-        low, high = (middle, high) if needed <= room else (low, middle - 1)
+        fits = sum(-(-(done + middle) // size) for done in computed) <= num_blocks
+        low, high = (middle, high) if fits else (low, middle - 1)
     return low
