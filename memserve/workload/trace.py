@@ -134,15 +134,13 @@ class TraceWorkload(Workload):
             yield _Request(time_ns, num_prompt, num_output, ids=None)
 
     def _turn(self, request: _Request, number: int, vocab_size: int, seed: int) -> Turn:
-        positions = np.arange(request.num_prompt, dtype=np.uint64)
-        if request.ids is None:
-            text, within = np.uint64(number), positions
-        else:
-            text = request.ids.astype(np.uint64)[positions // np.uint64(self._hash_tokens)]
-            within = positions % np.uint64(self._hash_tokens)
+        texts = np.array([number]) if request.ids is None else request.ids
+        length = request.num_prompt if len(texts) == 1 else self._hash_tokens
+        words = _words(texts, length, seed)[: request.num_prompt]
+        tokens = (mix64(words) % np.uint64(vocab_size)).astype(np.int32)
         num_output = request.num_output if self._most is None else min(request.num_output, self._most)
         params = SamplingParams(max_tokens=num_output, ignore_eos=True)
-        return Turn(_tokens(text, within, vocab_size, seed), params)
+        return Turn(tokens, params)
 
 
 def _begins_as_csv(text: bytes) -> bool:
@@ -151,11 +149,10 @@ def _begins_as_csv(text: bytes) -> bool:
     return bool(set(AZURE) & {cell.strip().strip('"') for cell in first.split(",")})
 
 
-def _tokens(text: np.ndarray | np.uint64, within: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:
-    """int32 [n] tokens, each a hash of the seed, the text that it is in and its place within that."""
-    with np.errstate(over="ignore"):  # one text is a scalar, which warns where an array wraps
-        words = text * np.uint64(GOLDEN64) + (within + np.uint64(seed)) * _PLACE
-    return (mix64(words) % np.uint64(vocab_size)).astype(np.int32)
+def _words(texts: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """uint64 [n * length]: one for each token of n texts (int64 [n]), of the seed, its text and its place in that."""
+    within = np.arange(length, dtype=np.uint64) + np.uint64(seed)
+    return (texts.astype(np.uint64)[:, None] * np.uint64(GOLDEN64) + within * _PLACE).ravel()
 
 
 def _read(rows: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str | Any]]:
