@@ -59,4 +59,7 @@ class RequestTimeline:
 
 
 def _joined(chunks: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(chunks) if chunks else np.empty(0, dtype=dtype)
+    """Of all chunks one, which takes their place: there may be hundreds, and figures ask several times."""
+    if len(chunks) != 1:
+        chunks[:] = [np.concatenate(chunks) if chunks else np.empty(0, dtype=dtype)]
+    return chunks[0]
