@@ -39,6 +39,24 @@ def test_transfers_a_request_and_network_calls_a_block(granularity, layout, tran
     assert counts["bytes"] == NUM_REQUESTS * NUM_BLOCKS * hash_geometry(16).block_bytes
 
 
+@pytest.mark.parametrize(
+    ("granularity", "layout", "calls"),
+    [
+        ("by_layer", "discrete", 2 * NUM_LAYERS),
+        ("by_layer", "aggregated", NUM_LAYERS * NUM_BLOCKS),
+        ("by_request", "discrete", 2 * NUM_LAYERS),
+        ("by_request", "aggregated", 1),
+        ("by_request_agg", "aggregated", 1),
+        ("packed", "discrete", 1),
+    ],
+)
+def test_merged_neighbours_at_both_ends_go_in_one_call(granularity, layout, calls):
+    """Blocks of one request in empty pools: in the layout where a layer's are neighbours, all of that layer's."""
+    counts = sent(f"granularity={granularity}", f"layout={layout}", "granularity.merge=true", "workload.rate=0.001")
+    assert counts["calls"] == calls * NUM_REQUESTS
+    assert counts["bytes"] == NUM_REQUESTS * NUM_BLOCKS * hash_geometry(16).block_bytes
+
+
 @pytest.mark.parametrize(("granularity", "calls"), [("by_request", 2 * 32 * NUM_BLOCKS), ("packed", 1)])
 def test_a_simulated_model_s_kv_has_the_bytes_and_calls_of_its_geometry(granularity, calls):
     words = ["tokens=workload", "geometry=llama3_8b", f"granularity={granularity}", "link=ethernet_10g"]
