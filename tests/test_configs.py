@@ -129,6 +129,16 @@ def test_macro_steps_beside_hand_offs_that_wait_for_room_change_nothing(num_bloc
     assert (macro["ttft_s"], macro["jct_s"]) == (single["ttft_s"], single["jct_s"])
 
 
+def test_macro_steps_change_nothing_where_neighbours_are_sent_in_one_call():
+    """Whose blocks lie side by side depends on the order in which they were taken."""
+    words = ["exec=simulated", "workload=synthetic", "cluster=1p1d", "mode=pd_basic", "granularity.merge=true",
+             "kvcache.block_size=2", "workload.num_sessions=12", "workload.num_turns=3", "workload.rate=20",
+             "workload.prompt_tokens=30", "workload.turn_tokens=8", "workload.max_output_tokens=20"]  # fmt: skip
+    macro, single = (run(*words, f"macro_steps={on}") for on in ("true", "false"))
+    del macro["wall_s"], single["wall_s"]
+    assert macro == single
+
+
 @pytest.mark.parametrize(
     "words",
     [

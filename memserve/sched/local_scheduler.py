@@ -24,7 +24,7 @@ from memserve.sched.admission import usable_prefix
 from memserve.sched.batching import Batching, Mixed
 from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
-from memserve.sched.macro_steps import most_steps
+from memserve.sched.macro_steps import growth, most_steps
 from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.swap_policy import SwapPolicy
@@ -139,9 +139,9 @@ class LocalScheduler:
         return most_steps(batch, self.running, self.pool, self._swap_ahead_blocks)
 
     def extend(self, batch: ScheduledBatch) -> None:
-        """Allocates the blocks of a batch's repeated steps (`max_macro_steps` promised them)."""
-        for request in batch.requests:
-            self._cover(request, request.num_computed + batch.num_steps)
+        """Allocates the blocks of a batch's repeated steps (`max_macro_steps` promised them), as each in turn would."""
+        for request, num_tokens in growth(batch, self.pool.block_size):
+            self._cover(request, num_tokens)
 
     def check(self, handing_off: Collection[Request] = ()) -> None:
         """Raises unless tables, holders and borders agree; handing_off: what `stop` let go. For tests, fuzzing."""

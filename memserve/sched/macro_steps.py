@@ -1,4 +1,4 @@
-"""Macro-steps: how often a decode step can be repeated before anything could change. Decides nothing else."""
+"""Macro-steps: how often a decode step can be repeated before anything could change, and who needs a block when."""
 
 from collections.abc import Sequence
 
@@ -25,3 +25,17 @@ def most_steps(batch: ScheduledBatch, running: Sequence[Request], pool: BlockPoo
         fits = sum(-(-(done + middle) // size) for done in computed) <= num_blocks
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
+
+
+def growth(batch: ScheduledBatch, block_size: int) -> list[tuple[Request, int]]:
+    """Each block that the repeated steps need, as who needs it and how many tokens it has with that block's first one.
+
+    In the order in which the steps, one by one, would take them: which blocks are neighbours in memory decides how many
+    network calls move them (`granularity.merge`).
+    """
+    needed = [
+        (block * block_size - request.num_computed, place, block)
+        for place, request in enumerate(batch.requests)
+        for block in range(len(request.block_table), -(-(request.num_computed + batch.num_steps) // block_size))
+    ]
+    return [(batch.requests[place], block * block_size + 1) for _, place, block in sorted(needed)]
