@@ -203,13 +203,13 @@ class EmulatedCluster:
 
     def stop(self, label: str) -> None:
         """An instance does nothing until `resume`; what it has put on the wire goes on. Nobody is told."""
-        node = self._by_label[self.members.member(label).label]
+        node = self._by_label[self.members.present(label).label]
         self._interrupt(node)
         node.is_stopped = True
 
     def resume(self, label: str) -> None:
         """A stopped instance goes on with everything that has come meanwhile."""
-        node = self._by_label[self.members.member(label).label]
+        node = self._by_label[self.members.present(label).label]
         for kind, what in node.resume(self.now_ns):
             self._queue.push(self.now_ns, kind, node, what)
         self._poll(node)

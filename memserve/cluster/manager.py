@@ -143,6 +143,13 @@ class ClusterManager:
         here = ", ".join(member.label for member in self.members if member.standing is not None)
         raise ValueError(f"instance {label!r} is not in the cluster: expected one of {here}")
 
+    def present(self, label: str) -> Membership:
+        """As `member`, of an instance that is there already. Raises ValueError for one that is starting, too."""
+        member = self.member(label)
+        if member.standing is Standing.STARTING:
+            raise ValueError(f"instance {label!r} is starting: expected one that is there")
+        return member
+
     def joined(self, member: Membership, now_ns: int) -> None:
         """A starting instance is there: it gets requests from now on."""
         assert member.standing is Standing.STARTING, f"{member.label} is {member.standing}"

@@ -278,6 +278,17 @@ def test_changes_of_what_is_not_there_are_refused():
     assert [m.label for m in cluster.members.members if m.standing is None] == ["decode-2"]
 
 
+def test_one_that_is_still_starting_can_neither_stop_nor_go_on():
+    cluster = local("cluster=colocated_2", *scheduled({"at_s": 0, "add": "colocated"}, startup_s=5)).cluster()
+    while len(cluster.members.members) < 3:
+        cluster.advance()
+    for act in (cluster.stop, cluster.resume):
+        with pytest.raises(ValueError, match="'colocated-2' is starting: expected one that is there"):
+            act("colocated-2")
+        with pytest.raises(ValueError, match="'colocated-9' is not in the cluster: expected one of colocated-0"):
+            act("colocated-9")
+
+
 def test_an_idle_instance_leaves_as_soon_as_it_is_to_drain():
     cluster = local("cluster=colocated_2").cluster()
     assert_answered(play(cluster))
