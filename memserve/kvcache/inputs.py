@@ -33,6 +33,16 @@ def as_addrs(addrs: np.ndarray | Sequence[int]) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
+def as_blocks(blocks: np.ndarray | Sequence[int], count: int) -> np.ndarray:
+    """int [n] from an array or a list of numbers of a pool's `count` blocks. Raises ValueError for anything else."""
+    array = np.asarray(blocks)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"blocks of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
+    if array.size and not 0 <= array.min() <= array.max() < count:
+        raise ValueError(f"blocks from {array.min()} to {array.max()}: expected 0 to {count - 1}")
+    return array
+
+
 def as_holder(holder: Holder) -> Holder:
     """A name of whoever holds blocks: strings and integers, at least one."""
     if not isinstance(holder, tuple) or not holder or not _PLAIN.issuperset(map(type, holder)):

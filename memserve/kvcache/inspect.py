@@ -9,6 +9,7 @@ from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import StaleAddress
+from memserve.kvcache.inputs import as_addrs
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class BlockStory:
 
 def explain(addr: int, blocks: BlockPool, book: AddressBook) -> BlockStory:
     """What the books say of an address. Never raises StaleAddress: staleness is an answer here."""
-    addrs = np.array([addr], dtype=np.int64)
+    addrs = as_addrs([addr])
+    addr = int(addrs[0])
     try:
         block = int(book.resolve(addrs)[0])
     except StaleAddress:

@@ -21,7 +21,7 @@ from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine
 from memserve.kvcache.errors import NotHeld
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.granularity import Granularity
-from memserve.kvcache.inputs import Tokens, as_addrs, as_holder, as_tokens, count_of, medium_of, named
+from memserve.kvcache.inputs import Tokens, as_addrs, as_blocks, as_holder, as_tokens, count_of, medium_of, named
 from memserve.kvcache.inspect import BlockStory, explain
 from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
@@ -109,8 +109,8 @@ class MemPool:
                 raise ValueError(f"medium={medium} on instance {instance}: expected one medium for blocks elsewhere")
             return self.transfers.reserve(self._peer(instance), count, medium_of(medium), holder, self._now_ns)
         if medium == Placement.MIXED:
-            return self.addresses(alloc_mixed(self.blocks, count, holder))
-        return self.addresses(self.blocks.alloc(count, holder, medium_of(medium)))
+            return self._book.addresses(alloc_mixed(self.blocks, count, holder))
+        return self._book.addresses(self.blocks.alloc(count, holder, medium_of(medium)))
 
     def free_mem(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Gives up `holder`'s hold; a block is freed with its last holder. Raises StaleAddress or NotHeld.
@@ -143,12 +143,12 @@ class MemPool:
             raise ValueError(f"blocks {blocks.tolist()}: expected each once, and none that is cached for other tokens")
         canonical = self.blocks.publish(array, blocks)
         self.blocks.retain(canonical[~np.isin(canonical, held)], holder)
-        return self.addresses(canonical)
+        return self._book.addresses(canonical)
 
     def match(self, tokens: Tokens, limit: int | None = None) -> AddressMatch:
         """Longest cached prefix of tokens[:limit], in whole blocks. Holds nothing: `retain` before the next call."""
         found = self.blocks.match(as_tokens(tokens), None if limit is None else count_of(limit, "limit"))
-        return AddressMatch(self.addresses(found.blocks), found.num_tokens)
+        return AddressMatch(self._book.addresses(found.blocks), found.num_tokens)
 
     def retain(self, addrs: np.ndarray, *, holder: Holder) -> None:
         """Makes `holder` one more holder of blocks in use.
@@ -257,9 +257,9 @@ class MemPool:
 
     def _peer(self, instance: int) -> int:
         """Raises ValueError for an instance that the transport does not know."""
-        if not self.transfers.knows(instance):
+        if not self.transfers.knows(peer := count_of(instance, "instance")):
             raise ValueError(f"instance={instance}: expected one that is connected to this pool, {self.incarnation}")
-        return instance
+        return peer
 
     def poll(self, now_ns: int) -> list[Ticket]:
         """Sets the time of the calls that follow, in ns; returns the tickets that have ended since the last call."""
@@ -269,8 +269,8 @@ class MemPool:
         return swapped if self._transfers is None else swapped + self._transfers.poll(now_ns)
 
     def addresses(self, blocks: np.ndarray) -> np.ndarray:
-        """The present addresses, int64 [n], of block numbers (int32 [n])."""
-        return self._book.addresses(blocks)
+        """The present addresses, int64 [n], of block numbers (int [n]). Raises ValueError for others than there are."""
+        return self._book.addresses(as_blocks(blocks, len(self.blocks.allocator.refcounts)))
 
     def resolve(self, addrs: np.ndarray) -> np.ndarray:
         """Block numbers, int32 [n], of addresses (int64 [n]). Raises StaleAddress, naming the first bad one."""
@@ -278,7 +278,7 @@ class MemPool:
 
     def explain(self, addr: int) -> BlockStory:
         """Who holds the block of an address, and which tokens it caches; a free or stale one is named as such."""
-        return explain(int(addr), self.blocks, self._book)
+        return explain(addr, self.blocks, self._book)
 
     def describe(self) -> str:
         """What fits, in one line: `4096 blocks of 16 tokens = 65,536 tokens, 1.41 GiB in HBM; 0 in DRAM`."""

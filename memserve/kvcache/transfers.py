@@ -121,6 +121,8 @@ class Transfers:
         if len(np.unique(blocks)) != len(blocks):
             raise ValueError(f"src blocks {blocks.tolist()}: expected each once")
         medium_of(options.medium)
+        if not isinstance(private, bytes):
+            raise ValueError(f"private={private!r}: expected bytes")
         if not options.on_demand and addrs is None:
             raise ValueError("dst_addrs=None: expected addresses, or flags.on_demand")
         if addrs is not None and len(addrs) != needed:

@@ -208,6 +208,21 @@ def test_explain_says_who_holds_a_block_and_what_it_caches():
     pool.check()
 
 
+@pytest.mark.parametrize("blocks", [[8], [-1], [1.0], np.array(["1"]), 3, [[0]]])
+def test_numbers_that_are_no_block_s_have_no_address(blocks):
+    pool = make_pool()
+    assert pool.arena.num_blocks == 8 and len(pool.addresses([])) == 0
+    assert pool.addresses([7]).tolist() == pool.addresses(np.array([7], dtype=np.int32)).tolist()
+    with pytest.raises(ValueError, match="blocks .*: expected"):
+        pool.addresses(blocks)
+
+
+@pytest.mark.parametrize("addr", [2**63, 1.5, "1", None, [1]])
+def test_what_is_no_address_is_not_explained(addr):
+    with pytest.raises(ValueError, match=r"addresses of dtype .*: expected int64 \[n\]"):
+        make_pool().explain(addr)
+
+
 @pytest.mark.parametrize("word", OWN_HOLDERS)
 def test_callers_hold_under_no_name_that_the_pool_itself_uses(word):
     pool, tokens, _ = filled_pool()

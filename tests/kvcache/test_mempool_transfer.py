@@ -388,3 +388,21 @@ def test_bad_words_about_other_instances_are_refused_by_name(pools):
         here.transfer(2, mine, mine)
     assert here.alloc_mem(1, instance=1, holder=A).dtype == np.int64, "here is an instance too"
     here.check()
+
+
+@pytest.mark.parametrize("instance", [2.0, True, "2", None, -2])
+def test_an_instance_that_is_no_number_is_refused_by_name_and_nothing_is_said(pools, instance):
+    here, _ = pools
+    addrs = here.alloc_mem(1, holder=A)
+    with pytest.raises(ValueError, match=f"instance={instance!r}: expected an integer >= 0"):
+        here.transfer(instance, addrs)
+    assert not here.transfers.drain_outbox() and here.transfers.num_open == 0
+
+
+def test_private_data_that_no_wire_could_carry_is_refused_by_name(pools):
+    here, _ = pools
+    addrs = here.alloc_mem(1, holder=A)
+    for private in ("text", None, bytearray(b"x")):
+        with pytest.raises(ValueError, match="private=.*: expected bytes"):
+            here.transfer(2, addrs, private=private)
+    assert not here.transfers.drain_outbox() and here.transfers.num_open == 0
