@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from memserve.clock import to_s
 from memserve.kvcache.address import Medium, incarnation_of
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
@@ -176,7 +177,8 @@ class Reservations:
         """Gives up what nobody has granted in time; asks again for answers that are missing."""
         for ticket_id, wanted in list(self._wanted.items()):
             if now_ns >= wanted.deadline_ns:
-                self._end(ticket_id, "no answer to the reservation within its deadline")
+                patience_s = to_s(self._timeouts.patience_ns)
+                self._end(ticket_id, f"no answer to the reservation within its patience, {patience_s:g} s")
                 self._free(ticket_id, wanted.host, _NO_ADDRS, now_ns, everything=True)
             elif now_ns >= wanted.retry_ns:
                 wanted.retry_ns = now_ns + self._timeouts.retry_ns

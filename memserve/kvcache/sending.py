@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from memserve.clock import to_s
 from memserve.kvcache import address
 from memserve.kvcache.address import Medium
 from memserve.kvcache.alarms import Alarms
@@ -129,8 +130,13 @@ class Sending:
 
     def _let_time_pass(self, out: Outgoing, now_ns: int) -> None:
         if out.state is not SenderState.DRAINING and now_ns >= out.deadline_ns:
-            waited = "grant" if out.state is SenderState.ASKED else "end"
-            self.event(out, SenderEvent.DEADLINE, now_ns, f"no {waited} of the transfer within its deadline")
+            asked, t = out.state is SenderState.ASKED, self._timeouts
+            reason = (
+                f"no grant of the transfer within its patience, {to_s(t.patience_ns):g} s"
+                if asked
+                else f"no end of the transfer within its deadline, {to_s(t.deadline_ns):g} s"
+            )
+            self.event(out, SenderEvent.DEADLINE, now_ns, reason)
         elif out.state is SenderState.SENDING:
             self._check_drained(out, now_ns)
         elif now_ns >= out.retry_ns:

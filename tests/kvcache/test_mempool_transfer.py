@@ -303,7 +303,7 @@ def test_a_reservation_nobody_answers_fails_and_what_was_granted_meanwhile_comes
     here, there = pools
     ticket = here.alloc_mem(3, instance=2, holder=A)
     play(pools, lose=lambda message: type(message).__name__ == "Reserved", until_ns=2 * 10**9, step_ns=10**7)
-    assert ticket.state is TicketState.FAILED and "deadline" in ticket.reason
+    assert ticket.state is TicketState.FAILED and "within its patience, 1 s" in ticket.reason
     assert there.stats().num_free == 8 and here.transfers.num_open == 0
 
 

@@ -121,6 +121,21 @@ def test_a_hand_off_waits_for_room_with_its_blocks_held_at_the_sender():
     assert ticket.state is TicketState.DONE
 
 
+def test_a_transfer_that_came_too_late_names_what_was_too_short_for_it():
+    """There are two times that it may have passed, and an option for each."""
+    wires = Wires()
+    p, d = wires.pool(1), wires.pool(2, num_blocks=4)
+    d.blocks.alloc(3, ("request", "other", 0))
+    waiting, _ = send(wires, p, d, 2 * B)
+    wires.run(until_ns=TIMEOUTS.patience_ns + 1)
+    assert waiting.reason == "no grant of the transfer within its patience, 0.005 s"
+    d.blocks.release_all(("request", "other", 0))
+    unanswered, _ = send(wires, p, d, 2 * B)
+    wires.lose = lambda message: isinstance(message, Done)
+    wires.run(until_ns=2 * TIMEOUTS.patience_ns + 1)
+    assert unanswered.reason == "no end of the transfer within its deadline, 0.001 s"
+
+
 def test_waiting_asks_are_granted_in_order():
     wires = Wires()
     p, d = wires.pool(1), wires.pool(2, num_blocks=6)
