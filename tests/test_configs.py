@@ -129,6 +129,17 @@ def test_macro_steps_beside_hand_offs_that_wait_for_room_change_nothing(num_bloc
     assert (macro["ttft_s"], macro["jct_s"]) == (single["ttft_s"], single["jct_s"])
 
 
+@pytest.mark.parametrize("batching", ["mixed", "prefill_first"])
+def test_macro_steps_change_nothing_where_a_decode_step_preempts(batching):
+    """Who waits may have the room that it made, in the very next step."""
+    words = ["exec=simulated", f"batching={batching}", "workload=synthetic", "kvcache.block_size=2",
+             "kvcache.num_hbm_blocks=101", "sched.chunk_size=1", "workload.prompt_tokens=1",
+             "workload.prefix_tokens=100", "workload.share_ratio=100", "workload.rate=2"]  # fmt: skip
+    macro, single = (run(*words, f"macro_steps={on}") for on in ("true", "false"))
+    del macro["wall_s"], single["wall_s"]
+    assert macro == single and macro["preemptions"] > 0
+
+
 def test_macro_steps_change_nothing_where_neighbours_are_sent_in_one_call():
     """Whose blocks lie side by side depends on the order in which they were taken."""
     words = ["exec=simulated", "workload=synthetic", "cluster=1p1d", "mode=pd_basic", "granularity.merge=true",

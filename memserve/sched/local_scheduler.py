@@ -64,7 +64,7 @@ class LocalScheduler:
         self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
         self._publishes, self._holds_admitted = publishes, holds_admitted
         self._admitted: list[Request] = []
-        self._num_waited = 0  # blocks that were swapped up to the last batch
+        self._num_waited, self._made_room = 0, False  # blocks swapped up to the last batch; preempted since admitting
 
     @property
     def num_unfinished(self) -> int:
@@ -136,7 +136,7 @@ class LocalScheduler:
 
     def max_macro_steps(self, batch: ScheduledBatch) -> int:
         """How often `batch` can be repeated before anything could change; see `most_steps`."""
-        return most_steps(batch, self.running, self.pool, self._swap_ahead_blocks)
+        return 1 if self._made_room else most_steps(batch, self.running, self.pool, self._swap_ahead_blocks)
 
     def extend(self, batch: ScheduledBatch) -> None:
         """Allocates the blocks of a batch's repeated steps (`max_macro_steps` promised them), as each in turn would."""
@@ -149,6 +149,7 @@ class LocalScheduler:
 
     def _admit_waiting(self, batch: ScheduledBatch, budget: int) -> int:
         """Admits whom the pool has room for, and serves those whose turn it is; returns what is left of the budget."""
+        self._made_room = False
         self.room.unpark()
         while budget > 0 and (head := self._next()) is not None:
             if self._admit(head):
@@ -192,7 +193,7 @@ class LocalScheduler:
         self.running.remove(victim)
         self._publish(victim)
         self._preemption.preempt(victim, self.pool)
-        victim.phase = Phase.WAITING
+        victim.phase, self._made_room = Phase.WAITING, True
         self.counts.preempted(victim)
         self.room.returning.insert(0, victim)
 
