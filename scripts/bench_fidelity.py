@@ -99,6 +99,7 @@ def play_as_processes(words: Sequence[str], directory: Path) -> Played:
     num_ranks = Roster.of(load_config(words)).world_size
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command = [*launcher, str(RUN), *words, f"hydra.run.dir={directory}"]
+    print(f"{directory.name}: {num_ranks} processes", file=sys.stderr, flush=True)
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)}: {ended.stderr[-2000:]}")

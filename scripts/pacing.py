@@ -3,7 +3,9 @@
 What others do on a shared machine makes everything here one and a half times as slow for a part of a second, and then
 not. Medians of a few repeats then say more about when each call had its turn than about the calls. A call as long as
 such changes or longer averages over them by itself. A shorter one is run in turn with the pace, a call that is always
-the same; how many times as long as the pace it takes, hardly changes. Knows no model and no transfer.
+the same; how many times as long as the pace it takes, hardly changes. What the pace takes right after another call says
+something of that, too (of the processor's caches, which it has filled), so it counts once it has run for a while.
+Knows no model and no transfer.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from rich.progress import track
 
 Timed = Callable[[], float]
 LONG_S = 0.1  # a call that averages over the machine's changes by itself
+SETTLE_S = 0.004  # after which the pace no longer depends on what ran before it
 
 
 def paced_times(
@@ -42,8 +45,17 @@ def paced_times(
 
 def _in_turn(call: Timed, pace: Timed, num_runs: int) -> tuple[float, float]:
     """(mean seconds of the call, mean seconds of the pace beside it)."""
-    beside, own = [pace()], []
+    beside, own = [_settled(pace)], []
     for _ in range(num_runs):
         own.append(call())
-        beside.append(pace())
+        beside.append(_settled(pace))
     return float(np.mean(own)), float(np.mean(beside))
+
+
+def _settled(pace: Timed) -> float:
+    """Seconds of the pace's last run, of as many as take SETTLE_S; one where it is longer itself."""
+    spent_s = last_s = pace()
+    while spent_s < SETTLE_S:
+        last_s = pace()
+        spent_s += last_s
+    return last_s

@@ -102,6 +102,12 @@ def test_a_stream_that_the_garbage_collector_closes_in_the_midst_of_a_step_waits
     assert not forgotten and settled(llm) and not llm._heard
 
 
+def test_a_stop_token_that_the_vocabulary_does_not_have_is_refused_by_name(llm):
+    with pytest.raises(ValueError, match=r"prompt 0: stop_token_ids=\[300\]: expected 0 to 299"):
+        llm.generate("one", SamplingParams(stop_token_ids=(7, 300)))
+    assert settled(llm)
+
+
 def test_threads_that_share_it_take_turns(llm):
     prompts = [f"number {i}" for i in range(6)]
     whole = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]

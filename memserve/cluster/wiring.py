@@ -151,7 +151,8 @@ def _group(cfg: RunConfig, name: str, members: Sequence[tuple[str, int]]) -> Gro
     tree = _prompt_index(cfg, len(members))
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
-        raise ConfigError(f"{name}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
+        group = "policy@decode_policy" if name == "decode_policy" else name
+        raise ConfigError(f"{group}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
     costs: CostModel | None = make(cfg.cost_model) if name == "policy" else None
     return Group([label for label, _ in members], [number for _, number in members], policy, tree, costs)
 

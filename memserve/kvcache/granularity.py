@@ -93,16 +93,16 @@ class Granularity(ABC):
     def _move(self, source: End, target: End, layer: int | None, part: HeadPart) -> Move:
         here, there = self._of_a_rank(source), self._of_a_rank(target)
         source_rows, target_rows = self._regions(source, here, layer), self._regions(target, there, layer)
-        order = np.argsort(source_rows) if self._merge else np.arange(len(source_rows))  # neighbours side by side
-        source_rows, target_rows = source_rows[order], target_rows[order]
+        order = np.argsort(source_rows) if self._merge else None  # neighbours side by side
+        source_rows, target_rows = _ordered(source_rows, order), _ordered(target_rows, order)
         starts, packed = self._calls(source_rows, target_rows)
         row_bytes = self._row_bytes(here)
         if here != there:
-            count = part.num_heads
+            num_regions, count = len(source_rows), part.num_heads
             row_bytes = count * here.head_dim * here.dtype.itemsize
-            source_rows = self._heads(source, here, layer, (part.source_first, count), row_bytes, order)
-            target_rows = self._heads(target, there, layer, (part.target_first, count), row_bytes, order)
-            starts = starts * (len(source_rows) // len(order))
+            source_rows = _ordered(self._heads(source, here, layer, (part.source_first, count), row_bytes), order)
+            target_rows = _ordered(self._heads(target, there, layer, (part.target_first, count), row_bytes), order)
+            starts = starts * (len(source_rows) // num_regions)
         from_rank = (endpoint_of(source.endpoint[0], part.source_rank), source.endpoint[1])
         to_rank = (endpoint_of(target.endpoint[0], part.target_rank), target.endpoint[1])
         return Move(from_rank, to_rank, row_bytes, source_rows, target_rows, starts, packed)
@@ -118,20 +118,12 @@ class Granularity(ABC):
         return regions_of(self._layout, geometry, end.num_blocks, end.blocks, layer=layer, row_bytes=size).rows
 
     def _heads(
-        self,
-        end: End,
-        geometry: CacheGeometry,
-        layer: int | None,
-        heads: tuple[int, int],
-        row_bytes: int,
-        order: np.ndarray,
+        self, end: End, geometry: CacheGeometry, layer: int | None, heads: tuple[int, int], row_bytes: int
     ) -> np.ndarray:
-        """The rows of some heads, one a token, region after region in that order (int64 [num_regions])."""
-        rows = regions_of(
+        """The rows of some heads, one a token, region after region."""
+        return regions_of(
             self._layout, geometry, end.num_blocks, end.blocks, layer=layer, heads=heads, row_bytes=row_bytes
         ).rows
-        ordered: np.ndarray = rows.reshape(len(order), -1)[order].ravel()
-        return ordered
 
     def _calls(self, source_rows: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, bool]:
         """Where the network calls begin, and whether they are packed."""
@@ -140,6 +132,14 @@ class Granularity(ABC):
     @abstractmethod
     def _row_bytes(self, geometry: CacheGeometry) -> int:
         """Bytes of one region in arenas of that shape."""
+
+
+def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Rows of regions, as many of each, in that order of the regions (int64 [num_regions]); None: as they are."""
+    if order is None:
+        return rows
+    ordered: np.ndarray = rows.reshape(len(order), -1)[order].ravel()
+    return ordered
 
 
 class ByLayer(Granularity):

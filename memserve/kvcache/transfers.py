@@ -46,6 +46,9 @@ class Transfers:
         timeouts: Timeouts,
         headroom_blocks: int = 0,
     ) -> None:
+        for value, kind in ((transport, Transport), (timeouts, Timeouts)):
+            if not isinstance(value, kind):
+                raise ValueError(f"{kind.__name__.lower()}={value!r}: expected a {kind.__name__}")
         self.geometry, self.granularity = granularity.wire_geometry, granularity
         self._pool, self._book, self._transport = pool, book, transport
         self._outbox: list[tuple[int, PoolMessage]] = []

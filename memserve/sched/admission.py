@@ -35,6 +35,9 @@ class Limits:
         bad = prompt[(prompt < 0) | (prompt >= self.vocab_size)]
         if len(bad):
             raise RequestRefused(f"prompt token {bad[0]}: expected 0 to {self.vocab_size - 1}")
+        beyond = [token for token in params.stop_token_ids if token >= self.vocab_size]
+        if beyond:
+            raise RequestRefused(f"stop_token_ids={beyond}: expected 0 to {self.vocab_size - 1}")
         num_kv = len(prompt) + self.max_tokens(len(prompt), params) - 1  # the last token's KV never exists
         needed = -(-num_kv // self.block_size)
         if needed > self.num_blocks:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from memserve.clock import to_ns
+from memserve.values import require_bool, require_number
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,10 @@ class LinkModel:
 
     def __post_init__(self) -> None:
         for name in ("latency_s", "message_latency_s"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name}={value}: expected a finite number >= 0")
-        if not self.gb_per_s > 0:
-            raise ValueError(f"gb_per_s={self.gb_per_s}: expected a number > 0")
+            require_number(name, getattr(self, name), "a finite number >= 0", minimum=0.0)
+        if self.gb_per_s != math.inf:
+            require_number("gb_per_s", self.gb_per_s, "a number > 0", minimum=0.0, exclusive=True)
+        require_bool("contention", self.contention)
 
     def duration_ns(self, num_calls: int, num_bytes: int) -> int:
         """Nanoseconds from the first call to the last byte."""

@@ -161,6 +161,22 @@ def test_a_headroom_that_is_no_number_of_the_pool_s_blocks_is_refused_and_connec
     pool.connect(transport, ByRequest(DiscreteLayout(), GEOMETRY), Timeouts(1, 1, 1), headroom_blocks=8)
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"transport": None}, "transport=None: expected a Transport"),
+        ({"timeouts": 60}, "timeouts=60: expected a Timeouts"),
+    ],
+)
+def test_what_is_no_transport_and_no_timeouts_is_refused_and_connects_nothing(given, named):
+    pool = make_pool()
+    good = {"transport": InProcess(LinkModel(0.0, 1.0)), "timeouts": Timeouts(1, 1, 1)}
+    good["granularity"] = ByRequest(DiscreteLayout(), GEOMETRY)
+    with pytest.raises(ValueError, match=named):
+        pool.connect(**(good | given))
+    pool.connect(**good)
+
+
 def test_who_inherits_an_arrival_may_hold_its_prefix_and_inherits_once(pools):
     here, there = pools
     tokens = list(range(8))

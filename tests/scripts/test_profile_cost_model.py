@@ -62,6 +62,20 @@ def test_the_steps_fitted_and_held_out_stay_within_the_limits_and_are_of_every_k
     assert {(False, False, True), (True, True, False), (True, False, True), (True, True, True)} <= kinds
 
 
+def test_a_call_that_slows_the_pace_behind_it_counts_as_what_it_takes(script):
+    """It leaves the caches full of its own: the pace is twice as slow right after it, and as ever a run later."""
+    pacing, ran = script("pacing"), []
+
+    def run(name, seconds):
+        follows_large = ran[-1:] == ["large"]
+        ran.append(name)
+        return seconds * (1 + (follows_large and name == "pace"))
+
+    calls = [partial(run, "large", 0.02), partial(run, "small", 0.002)]
+    times = pacing.paced_times(calls, partial(run, "pace", 0.001), 3, 0.04, np.random.default_rng(0))
+    assert times.tolist() == [pytest.approx([0.02] * 3), pytest.approx([0.002] * 3)]
+
+
 def test_a_short_call_counts_by_the_pace_beside_it_and_a_long_one_by_itself(script):
     """A machine that is half as fast in every other repeat: the figures agree all the same, at the mean pace."""
     pacing, calls = script("pacing"), itertools.count()

@@ -101,3 +101,19 @@ def test_who_is_to_be_polled_next_and_at_once_where_another_poll_has_moved_the_b
     assert transport.due_ns() == {0: 1016}
     assert transport.poll(0, 1016) and transport.due_ns() == {1: 0}
     assert transport.poll(1, 1016) and transport.due_ns() == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"latency_s": "x"}, "latency_s='x': expected a finite number >= 0"),
+        ({"message_latency_s": -1}, "message_latency_s=-1: expected a finite number >= 0"),
+        ({"gb_per_s": None}, "gb_per_s=None: expected a number > 0"),
+        ({"gb_per_s": 0}, "gb_per_s=0: expected a number > 0"),
+        ({"contention": 1}, "contention=1: expected true or false"),
+    ],
+)
+def test_a_link_of_other_than_numbers_is_refused_by_name(given, named):
+    with pytest.raises(ValueError, match=named):
+        LinkModel(**({"latency_s": 0.0, "gb_per_s": 1.0} | given))
+    assert LinkModel(0.0, float("inf")).duration_ns(3, 10**12) == 0
