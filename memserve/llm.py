@@ -132,6 +132,7 @@ class LLM:
                 delta = answers[message.request_id].take(message)
                 if isinstance(message, Finished):
                     del answers[message.request_id], self._heard[message.request_id]
+                self._abort_unread()  # of streams that were closed during the step
                 yield delta
         finally:
             for name in answers:
@@ -140,8 +141,8 @@ class LLM:
             self._abort_unread()
 
     def _abort_unread(self) -> None:
-        """Frees what closed streams held. Who computes just now does it in his next step, or after his last: he may be
-        another thread, or this one, whose garbage collector closes a stream whenever it likes.
+        """Frees what closed streams held. Who computes just now does it, when he has: he may be another thread, or this
+        one, whose garbage collector closes a stream whenever it likes.
         """
         while self._unread and self._turn.acquire(blocking=False):
             try:
@@ -157,7 +158,9 @@ class LLM:
                 heard.append(message)
 
     def step(self) -> list[Tokens | Finished]:
-        """Computes one batch of what `instance` was given, for who drives it alone; what it has to say since."""
+        """Computes one batch of what `instance` was given, for who drives it alone, with no stream open; what it has to
+        say since.
+        """
         while self._unread:
             self.instance.receive(Abort(self._unread.popleft(), 0))
         batch = self.instance.schedule(monotonic_ns())

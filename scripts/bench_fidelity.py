@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import msgspec
 from compare import words_of_each
 from options import integer, new_file
 from rich.console import Console
@@ -70,10 +71,10 @@ class Played:
 
 @dataclass(frozen=True)
 class Off:
-    """A figure of one point. measured: median of the repeats.  noise, off: shares of it."""
+    """A figure of one point. measured: median of the repeats.  noise, off: shares of it; of one repeat nobody knows."""
 
     measured: float
-    noise: float
+    noise: float | None
     simulated: float
 
     @property
@@ -98,12 +99,17 @@ def play_as_processes(words: Sequence[str], directory: Path) -> Played:
     """Under torchrun. Raises RuntimeError with the last it said if it fails."""
     num_ranks = Roster.of(load_config(words)).world_size
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [*launcher, str(RUN), *words, f"hydra.run.dir={directory}"]
+    command = [*launcher, str(RUN), *words, f"hydra.run.dir={quoted(directory)}"]
     print(f"{directory.name}: {num_ranks} processes", file=sys.stderr, flush=True)
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)}: {ended.stderr[-2000:]}")
     return played(directory)
+
+
+def quoted(path: Path) -> str:
+    """As Hydra reads it whatever is in it."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def played(directory: Path) -> Played:
@@ -118,10 +124,11 @@ def played(directory: Path) -> Played:
 
 def check_same(point: Point, real: Sizes, simulated: Sizes) -> None:
     """Raises ValueError for requests that are not the same ones."""
-    for request_id, sizes in real.items():
-        if simulated.get(request_id) != sizes:
+    for request_id in sorted(real.keys() | simulated.keys()):
+        sizes, others = real.get(request_id), simulated.get(request_id)
+        if sizes != others:
             raise ValueError(f"{point[0]} at {point[1]:g}: {request_id} has {sizes} tokens of prompt and answer where "
-                             f"a model runs, {simulated.get(request_id)} simulated: expected the same")  # fmt: skip
+                             f"a model runs, {others} simulated: expected the same")  # fmt: skip
 
 
 def offs_of(runs: Sequence[Played], simulated: Played) -> dict[str, Off]:
@@ -131,7 +138,7 @@ def offs_of(runs: Sequence[Played], simulated: Played) -> dict[str, Off]:
         real, other = [figure(run.report, path) for run in runs], figure(simulated.report, path)
         if other is not None and None not in real:
             middle = median(real)
-            offs[name] = Off(middle, (max(real) - min(real)) / 2 / middle, other)
+            offs[name] = Off(middle, (max(real) - min(real)) / 2 / middle if len(real) > 1 else None, other)
     return offs
 
 
@@ -150,7 +157,9 @@ def measure(
     player: Callable[[Sequence[str], Path], Played] = play_as_processes if args.processes else play
     instead = words_for_simulation(costs)
     for words in points.values():
-        load_config([*words, *real])
+        measured = load_config([*words, *real])
+        if not args.processes:
+            check_playable(measured)
         check_playable(load_config([*words, *instead]))
     simulated = {point: play([*words, *instead], out / f"{label(point)}-simulated") for point, words in points.items()}
     runs: dict[Point, list[Played]] = {point: [] for point in points}
@@ -173,15 +182,20 @@ def table_of(found: Mapping[Point, Mapping[str, Off]], title: str) -> Table:
     for (system, rate), offs in found.items():
         for i, (name, off) in enumerate(offs.items()):
             table.add_row(
-                f"{system}, {rate:g}" if i == 0 else "", name, f"{off.measured:.4g}", f"{off.noise:.1%}",
+                f"{system}, {rate:g}" if i == 0 else "", name, f"{off.measured:.4g}", _percent(off.noise),
                 f"{off.simulated:.4g}", f"{off.off:+.1%}", end_section=i == len(offs) - 1,
             )  # fmt: skip
     for name in FIGURES:
         each = [offs[name] for offs in found.values() if name in offs]
         if each:
-            noise, off = mean(o.noise for o in each), mean(abs(o.off) for o in each)
-            table.add_row("mean of all", name, "", f"{noise:.1%}", "", f"{off:.1%}")
+            noises = [o.noise for o in each if o.noise is not None]
+            off = mean(abs(o.off) for o in each)
+            table.add_row("mean of all", name, "", _percent(mean(noises) if noises else None), "", f"{off:.1%}")
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def rates_of(word: str) -> list[float]:
@@ -207,10 +221,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     try:
         costs = load_cost_file(args.costs)
-        of_costs = ["cost_model=fitted", f"cost_model.path={args.costs}"]
+        by_costs = ["cost_model=fitted", f"cost_model.path={quoted(args.costs)}"]
         named = words_of_each(args.systems.split(","))
         points = {
-            (name, rate): [*WORDS, *of_costs, *own, *args.words, f"workload.rate={rate:g}"]
+            (name, rate): [*WORDS, *by_costs, *own, *args.words, f"workload.rate={rate:g}"]
             for name, own in named.items()
             for rate in args.rates
         }
@@ -222,8 +236,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Console(width=120).print(table_of(found, f"Measured {clock}; simulated by costs of {costs.provenance.written_at}"))
     if args.json is not None:
         figures = {label(p): {n: vars(o) | {"off": o.off} for n, o in offs.items()} for p, offs in found.items()}
-        written = {"environment": environment({}, sys.argv), "costs": costs.provenance, "figures": figures}
-        args.json.write_text(json.dumps(written, indent=2, default=str) + "\n", encoding="utf-8")
+        written = {
+            "environment": environment({}, sys.argv),
+            "costs": msgspec.to_builtins(costs.provenance),
+            "figures": figures,
+        }
+        args.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

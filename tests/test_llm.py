@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -100,6 +101,25 @@ def test_a_stream_that_the_garbage_collector_closes_in_the_midst_of_a_step_waits
     monkeypatch.setattr(llm.instance, moment, collects_garbage)
     assert llm.generate(["one", "two"], GREEDY)[1].token_ids == whole[1].token_ids
     assert not forgotten and settled(llm) and not llm._heard
+
+
+def test_a_stream_that_another_thread_closes_during_a_step_is_gone_when_that_step_has_ended(llm, monkeypatch):
+    long = SamplingParams(max_tokens=100, ignore_eos=True)
+    closed, reading = llm.generate("three", long, stream=True), llm.generate("one", GREEDY, stream=True)
+    next(closed)
+    forward = llm.instance.forward
+
+    def meanwhile(batch):
+        monkeypatch.undo()
+        thread = threading.Thread(target=closed.close)
+        thread.start()
+        thread.join()  # it does not wait for the step
+        return forward(batch)
+
+    monkeypatch.setattr(llm.instance, "forward", meanwhile)
+    next(reading)
+    assert llm.instance.num_unfinished == 1 and not llm._unread
+    assert [delta.output for delta in reading][-1] is not None and settled(llm)
 
 
 def test_a_stop_token_that_the_vocabulary_does_not_have_is_refused_by_name(llm):

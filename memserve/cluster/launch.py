@@ -33,7 +33,6 @@ from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, Shard, default_group
 
-_DIRECTORIES = ("hydra.run.dir", "hydra.sweep.dir")
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
 _REBIRTH = timedelta(seconds=10)  # for rank 0 to answer who was started again: it was there before
 
@@ -84,19 +83,24 @@ def check_words(words: Sequence[str], environment: Mapping[str, str] = os.enviro
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
                           "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
+    groups = {path.name for path in config_dir().glob("**/") if path != config_dir()}
     for word in words:
         name, _, value = word.partition("=")
-        if value == "null" and (config_dir() / name.partition("@")[0]).is_dir():
+        if value.lower() == "null" and name.lstrip("+").partition("@")[0].rpartition("/")[2] in groups:
             raise ConfigError(f"{word}: expected a word of its group")
-        if name in _DIRECTORIES and "$" not in value and is_first(words, environment):
-            _make_directory(name, value.strip("'\""))
+        is_wanted = name.lstrip("+") == ("hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir")
+        if is_wanted and is_first(words, environment):
+            _check_directory(word, value.strip("'\""))
 
 
-def _make_directory(name: str, value: str) -> None:
-    try:
-        Path(value).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{name}={value}: expected a directory, or where one can be made: {error}") from error
+def _check_directory(word: str, value: str) -> None:
+    """Raises ConfigError where a directory of that name cannot be made, as far as it is known before Hydra reads it."""
+    if any(character in value for character in "$\\"):
+        return
+    wanted = Path(value).absolute()
+    there = next(path for path in (wanted, *wanted.parents) if os.access(path, os.F_OK))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{word}: expected a directory, or where one can be made; {there} is none")
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

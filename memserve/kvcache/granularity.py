@@ -136,7 +136,7 @@ class Granularity(ABC):
 
 def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:
     """Rows of regions, as many of each, in that order of the regions (int64 [num_regions]); None: as they are."""
-    if order is None:
+    if order is None or not len(rows):
         return rows
     ordered: np.ndarray = rows.reshape(len(order), -1)[order].ravel()
     return ordered

@@ -167,9 +167,8 @@ class GroupShard(Shard):
 
 @contextmanager
 def default_group() -> Iterator[Shard]:
-    """This rank's share in torch's default group, which ends with it, its threads included.
-
-    One that still lets go of a tensor while the interpreter ends aborts the process.
+    """This rank's share in torch's default group, which ends with it, its threads included, unless an error on its way
+    still refers to it. One that lets go of a tensor while the interpreter ends aborts the process.
     """
     assert dist.group.WORLD is not None, "who calls this has made it"
     shard = GroupShard(dist.group.WORLD)

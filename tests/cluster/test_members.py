@@ -1,6 +1,7 @@
 """Members that are started one by one: where they meet, what they agree on, who is who after a new start."""
 
 import os
+import re
 from datetime import timedelta
 
 import pytest
@@ -72,22 +73,26 @@ def test_a_flag_is_refused_where_each_of_several_processes_reads_the_words(flag)
             check_words(words, environment)
 
 
-@pytest.mark.parametrize("word", ["fetch=null", "policy@decode_policy=null", "workload/arrivals=null"])
+@pytest.mark.parametrize(
+    "word", ["fetch=null", "policy@decode_policy=null", "workload/arrivals=Null", "+experiment=null"]
+)
 def test_a_group_without_a_word_is_refused_by_name(word):
-    with pytest.raises(ConfigError, match=f"{word}: expected a word of its group"):
+    with pytest.raises(ConfigError, match=f"{re.escape(word)}: expected a word of its group"):
         check_words(["index=none", word], {})
-    check_words(["kvcache.num_hbm_blocks=null", "sched.chunk_size=null"], {})
+    check_words(["kvcache.num_hbm_blocks=null", "sched.chunk_size=null", "=null", "x" * 300 + "=null"], {})
 
 
-@pytest.mark.parametrize("option", ["hydra.run.dir", "hydra.sweep.dir"])
-def test_a_directory_that_cannot_be_made_is_refused_by_name_where_one_is_wanted(tmp_path, option):
+@pytest.mark.parametrize(("option", "flags"), [("hydra.run.dir", []), ("hydra.sweep.dir", ["-m"])])
+def test_a_directory_that_cannot_be_made_is_refused_by_name_where_it_is_wanted(tmp_path, option, flags):
     (tmp_path / "file").touch()
     word = f"{option}='{tmp_path}/file/new'"
-    with pytest.raises(ConfigError, match=f"{option}={tmp_path}/file/new: expected a directory, or where one can be"):
-        check_words([word], {})
+    with pytest.raises(ConfigError, match=f"expected a directory, or where one can be made; {tmp_path}/file is none"):
+        check_words([word, *flags], {})
     check_words([word, "cluster.member=0"], {})
-    check_words([f"{option}={tmp_path}/${{seed}}"], {})
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    check_words([word, *([] if flags else ["-m"])], {})
+    check_words([f"{option}={tmp_path}/file/${{seed}}", *flags], {})
+    check_words([f"{option}={tmp_path}/new/er", *flags], {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "Hydra makes it"
 
 
 def test_members_have_the_ranks_that_their_place_in_the_cluster_says():

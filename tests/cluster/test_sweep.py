@@ -116,7 +116,8 @@ def test_a_point_that_heeds_no_sigterm_is_killed_with_its_sweep(tmp_path, monkey
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def interrupt():
-        while not (printed.is_file() and printed.read_text()):
+        give_up_s = time.monotonic() + 60
+        while not (printed.is_file() and printed.read_text()) and time.monotonic() < give_up_s:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
