@@ -3,6 +3,7 @@
 `load_config(["index=none", "workload.rate=2"])` is what `scripts/run.py index=none workload.rate=2` runs.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -102,6 +103,17 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     return resolve(composed)
 
 
+def quoted(text: str) -> str:
+    """Text as a word's value, as it is: Hydra reads "=", "," and more in a bare one."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
+
+
+def group_of(name: str) -> str:
+    """By what a node of the configuration is chosen on a command line."""
+    return "policy@decode_policy" if name == "decode_policy" else name
+
+
 @contextmanager
 def _hydra_apart() -> Iterator[None]:
     """Our configuration directory is Hydra's; a Hydra in which the caller runs is as it was, afterwards."""
@@ -142,8 +154,7 @@ def _check_targets(merged: DictConfig) -> None:
     """Raises ConfigError for a node that describes no object of its group's class."""
     for name, kind in TARGETS.items():
         if not isinstance(merged[name], DictConfig):
-            group = "policy@decode_policy" if name == "decode_policy" else name
-            raise ConfigError(f"{name}={merged[name]!r}: expected {group}= and a word of its group")
+            raise ConfigError(f"{name}={merged[name]!r}: expected {group_of(name)}= and a word of its group")
         node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
         options = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
         check_target(name, options, kind, GIVEN.get(name, ()))

@@ -17,7 +17,7 @@ import numpy as np
 
 from memserve.clock import monotonic_ns
 from memserve.cluster.build import build_engine, build_instance
-from memserve.compose import load_config
+from memserve.compose import load_config, quoted
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
@@ -275,6 +275,5 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        return quoted(value)
     return str(value)

@@ -8,11 +8,11 @@ from collections.abc import Generator
 
 import numpy as np
 
+from memserve.mixing import GOLDEN64, MASK64
 from memserve.request import Request, ScheduledBatch, StepOutput
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = np.uint64(GOLDEN64)
 _MIXER = np.uint64(0xBF58476D1CE4E5B9)
-_ALL_BITS = 0xFFFFFFFFFFFFFFFF
 
 
 class TraceRunner:
@@ -36,7 +36,7 @@ class TraceRunner:
 
     def _tokens(self, requests: list[Request], num_steps: int) -> np.ndarray:
         """uint64 [num_requests, num_steps]: of all at once, since a call of NumPy takes longer than a token."""
-        firsts = [(r.num_tokens + r.seed * int(_GOLDEN)) & _ALL_BITS for r in requests]
+        firsts = [(r.num_tokens + r.seed * GOLDEN64) & MASK64 for r in requests]
         mixed: np.ndarray = np.array(firsts, dtype=np.uint64)[:, None] + np.arange(num_steps, dtype=np.uint64)
         mixed *= _MIXER
         mixed ^= mixed >> np.uint64(29)

@@ -4,7 +4,7 @@ python scripts/profile_cost_model.py --out costs.json model.path=DIR model.num_t
 python scripts/bench_fidelity.py --costs costs.json --rates 1,2,4 model.path=DIR model.num_threads=1
 python scripts/bench_fidelity.py --costs costs.json --rates 1,2 --systems pd_cc,1p1d_cc --processes model.path=DIR
 
-Every system (compare.py's words) is played at every rate three ways, the first of them --repeats times, in turn:
+Every system (compare.py's words) is played at every rate both ways, the first of them --repeats times, in turn:
 
 measured    exec=emulated: the real model, each step as long as it took; with --processes a process each under torchrun,
             by the wall clock, which adds messages, threads and two processes on one core
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import msgspec
 from compare import words_of_each
@@ -34,11 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 from memserve.cluster.local import LocalCluster, check_playable
-from memserve.cluster.roster import Roster
-from memserve.compose import load_config
+from memserve.cluster.sweep import launcher_of
+from memserve.compose import load_config, quoted
+from memserve.metrics.comparison import value_at
 from memserve.metrics.output import environment
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
+from memserve.metrics.table import format_figure
 from memserve.sched.cost_model.fitted import CostFile, load_cost_file
 
 WORDS = ["workload=synthetic", "workload.num_sessions=40", "workload.num_turns=3", "workload.prompt_tokens=120",
@@ -97,19 +98,12 @@ def play(words: Sequence[str], directory: Path) -> Played:
 
 def play_as_processes(words: Sequence[str], directory: Path) -> Played:
     """Under torchrun. Raises RuntimeError with the last it said if it fails."""
-    num_ranks = Roster.of(load_config(words)).world_size
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [*launcher, str(RUN), *words, f"hydra.run.dir={quoted(directory)}"]
-    print(f"{directory.name}: {num_ranks} processes", file=sys.stderr, flush=True)
+    command = [*launcher_of(load_config(words)), str(RUN), *words, f"hydra.run.dir={quoted(str(directory))}"]
+    print(f"{directory.name}: under torchrun", file=sys.stderr, flush=True)
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(command)}: {ended.stderr[-2000:]}")
     return played(directory)
-
-
-def quoted(path: Path) -> str:
-    """As Hydra reads it whatever is in it."""
-    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def played(directory: Path) -> Played:
@@ -135,18 +129,11 @@ def offs_of(runs: Sequence[Played], simulated: Played) -> dict[str, Off]:
     """Every figure that all of them have."""
     offs = {}
     for name, path in FIGURES.items():
-        real, other = [figure(run.report, path) for run in runs], figure(simulated.report, path)
+        real, other = [value_at(run.report, path) for run in runs], value_at(simulated.report, path)
         if other is not None and None not in real:
             middle = median(real)
             offs[name] = Off(middle, (max(real) - min(real)) / 2 / middle if len(real) > 1 else None, other)
     return offs
-
-
-def figure(report: Report, path: Sequence[str]) -> Any:
-    part: Any = report
-    for key in path:
-        part = None if part is None else part[key]
-    return part
 
 
 def measure(
@@ -182,20 +169,17 @@ def table_of(found: Mapping[Point, Mapping[str, Off]], title: str) -> Table:
     for (system, rate), offs in found.items():
         for i, (name, off) in enumerate(offs.items()):
             table.add_row(
-                f"{system}, {rate:g}" if i == 0 else "", name, f"{off.measured:.4g}", _percent(off.noise),
-                f"{off.simulated:.4g}", f"{off.off:+.1%}", end_section=i == len(offs) - 1,
+                f"{system}, {rate:g}" if i == 0 else "", name, f"{off.measured:.4g}", format_figure(off.noise, "share"),
+                f"{off.simulated:.4g}", f"{100 * off.off:+.1f} %", end_section=i == len(offs) - 1,
             )  # fmt: skip
     for name in FIGURES:
         each = [offs[name] for offs in found.values() if name in offs]
         if each:
             noises = [o.noise for o in each if o.noise is not None]
             off = mean(abs(o.off) for o in each)
-            table.add_row("mean of all", name, "", _percent(mean(noises) if noises else None), "", f"{off:.1%}")
+            noise = format_figure(mean(noises) if noises else None, "share")
+            table.add_row("mean of all", name, "", noise, "", format_figure(off, "share"))
     return table
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
 
 
 def rates_of(word: str) -> list[float]:
@@ -221,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     try:
         costs = load_cost_file(args.costs)
-        by_costs = ["cost_model=fitted", f"cost_model.path={quoted(args.costs)}"]
+        by_costs = ["cost_model=fitted", f"cost_model.path={quoted(str(args.costs))}"]
         named = words_of_each(args.systems.split(","))
         points = {
             (name, rate): [*WORDS, *by_costs, *own, *args.words, f"workload.rate={rate:g}"]

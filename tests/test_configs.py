@@ -6,13 +6,14 @@ import msgspec
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobRuntime
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.costs import build_cost_model, subject_of
-from memserve.compose import config_dir
+from memserve.compose import config_dir, quoted
 from memserve.config.errors import ConfigError
 from memserve.sched.cost_model.fitted import CostFile, Provenance
 from memserve.sched.cost_model.operator import OperatorCostModel
@@ -361,6 +362,11 @@ def test_a_class_in_the_place_of_one_with_options_begins_without_them_when_the_g
         load_config(["exec=simulated", f"cost_model._target_={path}"])
     words = ["exec=simulated", "~cost_model", f"+cost_model={{_target_: {path}, seconds: 0.5}}"]
     assert build_cost_model(load_config(words), None).exec_time_s(0, 9) == 0.5
+
+
+@pytest.mark.parametrize("text", ["a,b=c", "a b", "it's", "a\\b", "a\\'b", "ends with \\", "\\\\", ""])
+def test_text_in_quotes_is_read_as_it_is(text):
+    assert OverridesParser.create().parse_override(f"x={quoted(text)}").value() == text
 
 
 def test_fetching_takes_others_who_cache_or_who_may_come():

@@ -83,14 +83,18 @@ def check_words(words: Sequence[str], environment: Mapping[str, str] = os.enviro
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
                           "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
-    groups = {path.name for path in config_dir().glob("**/") if path != config_dir()}
+    makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"
     for word in words:
-        name, _, value = word.partition("=")
-        if value.lower() == "null" and name.lstrip("+").partition("@")[0].rpartition("/")[2] in groups:
+        name, _, value = word.lstrip("+").partition("=")
+        if value.lower() == "null" and _is_group(name.partition("@")[0]):
             raise ConfigError(f"{word}: expected a word of its group")
-        is_wanted = name.lstrip("+") == ("hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir")
-        if is_wanted and is_first(words, environment):
+        if name == makes and is_first(words, environment):
             _check_directory(word, value.strip("'\""))
+
+
+def _is_group(name: str) -> bool:
+    """Whether words of configs/ are chosen by it, workload/arrivals for one."""
+    return any(name == str(path.relative_to(config_dir())) for path in config_dir().glob("**/"))
 
 
 def _check_directory(word: str, value: str) -> None:

@@ -50,17 +50,19 @@ def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Pat
     reports, last = [result.report for result in results], results[-1]
     report = reports[0] if len(reports) == 1 else median_of(reports)
     directory = None if output_dir is None else Path(output_dir)
-    not_written: OSError | None = None
-    if directory is not None:
-        try:
+    try:
+        if directory is not None:
             _write(cfg, report, last, directory)
-        except OSError as error:
-            not_written = error
-    tracking: Tracking = make(cfg.tracking)
-    tracking.record(to_dict(cfg), report, None if not_written else directory)
-    if not_written:
-        raise NotWritten(not_written, report) from not_written
+    except OSError as error:
+        _track(cfg, report, None)
+        raise NotWritten(error, report) from error
+    _track(cfg, report, directory)
     return report
+
+
+def _track(cfg: RunConfig, report: Report, directory: Path | None) -> None:
+    tracking: Tracking = make(cfg.tracking)
+    tracking.record(to_dict(cfg), report, directory)
 
 
 def _write(cfg: RunConfig, report: Report, last: Result, directory: Path) -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from memserve.cluster.interruption import raised_on_sigterm
 from memserve.cluster.roster import Roster
-from memserve.compose import resolve, to_yaml
+from memserve.compose import quoted, resolve, to_yaml
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_points
@@ -47,7 +47,7 @@ def run_point(composed: DictConfig, script: Path, words: Sequence[str], sweep_di
         if is_done(cfg, directory):
             print(f"{name}: done before", flush=True)
             return 0
-        status = _run(_launcher(cfg), script, words, directory)
+        status = _run(launcher_of(cfg), script, words, directory)
     except ValueError as error:
         status = _refuse(error, directory)
     outcome = "done" if status == 0 else f"failed with status {status}, see {directory / _LOG}"
@@ -76,8 +76,8 @@ def is_done(cfg: RunConfig, directory: Path) -> bool:
     return (directory / _REPORT).is_file() and config.is_file() and config.read_text("utf-8") == to_yaml(cfg)
 
 
-def _launcher(cfg: RunConfig) -> list[str]:
-    """What starts a script for this configuration."""
+def launcher_of(cfg: RunConfig) -> list[str]:
+    """What starts a script for this configuration. Raises ConfigError where each member is started by itself."""
     if cfg.exec != "distributed":
         return [sys.executable]
     if cfg.cluster.store is not None:
@@ -91,8 +91,7 @@ def _launcher(cfg: RunConfig) -> list[str]:
 def _run(launcher: Sequence[str], script: Path, words: Sequence[str], directory: Path) -> int:
     """The child's exit status. An earlier run's report goes first: it says nothing of this one, should it fail."""
     (directory / _REPORT).unlink(missing_ok=True)
-    quoted = str(directory).replace("'", "\\'")  # Hydra reads "=" and "," in a bare value
-    command = [*launcher, str(script), *words, f"hydra.run.dir='{quoted}'"]
+    command = [*launcher, str(script), *words, f"hydra.run.dir={quoted(str(directory))}"]
     with (directory / _LOG).open("w", encoding="utf-8") as printed, raised_on_sigterm():
         child = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
         try:

@@ -9,6 +9,7 @@ from torch.distributed.distributed_c10d import Store
 from memserve.bequest import Bequest
 from memserve.clock import to_ns
 from memserve.cluster.make import make, make_asking, maker
+from memserve.compose import group_of
 from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
@@ -151,8 +152,7 @@ def _group(cfg: RunConfig, name: str, members: Sequence[tuple[str, int]]) -> Gro
     tree = _prompt_index(cfg, len(members))
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
-        group = "policy@decode_policy" if name == "decode_policy" else name
-        raise ConfigError(f"{group}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
+        raise ConfigError(f"{group_of(name)}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
     costs: CostModel | None = make(cfg.cost_model) if name == "policy" else None
     return Group([label for label, _ in members], [number for _, number in members], policy, tree, costs)
 

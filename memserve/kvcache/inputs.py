@@ -35,9 +35,7 @@ def as_addrs(addrs: np.ndarray | Sequence[int]) -> np.ndarray:
 
 def as_blocks(blocks: np.ndarray | Sequence[int], count: int) -> np.ndarray:
     """int [n] from an array or a list of numbers of a pool's `count` blocks. Raises ValueError for anything else."""
-    array = np.asarray(blocks)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"blocks of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
+    array = _as_integers("blocks", blocks)
     if array.size and not 0 <= array.min() <= array.max() < count:
         raise ValueError(f"blocks from {array.min()} to {array.max()}: expected 0 to {count - 1}")
     return array
@@ -59,9 +57,14 @@ def named(holder: Holder) -> Holder:
 
 def as_tokens(tokens: Tokens) -> np.ndarray:
     """C-contiguous int32 [n] from an array or a list of token ids. Raises ValueError for anything else."""
-    array = np.asarray(tokens)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"tokens of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
+    array = _as_integers("tokens", tokens)
     if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
         raise ValueError(f"token ids from {array.min()} to {array.max()}: expected int32 >= 0")
     return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _as_integers(name: str, values: np.ndarray | Sequence[int]) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"{name} of dtype {array.dtype}, shape {array.shape}: expected integers [n]")
+    return array

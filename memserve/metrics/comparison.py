@@ -106,19 +106,19 @@ def print_comparison(reports: Mapping[str, Report], title: str = "", console: Co
 
 def _had(reports: Mapping[str, Report], rows: Sequence[_Row]) -> list[_Row]:
     """Those of `rows` that any report has a figure of."""
-    return [row for row in rows if any(_at(report, row.path) is not None for report in reports.values())]
+    return [row for row in rows if any(value_at(report, row.path) is not None for report in reports.values())]
 
 
 def _cell(report: Report, row: _Row) -> str:
-    text = format_figure(_at(report, row.path), row.unit)
-    spread = _at(report.get("spread", {}), row.path)
+    text = format_figure(value_at(report, row.path), row.unit)
+    spread = value_at(report.get("spread", {}), row.path)
     if spread is None:
         return text
     low, high = (format_figure(spread[end], row.unit) for end in ("min", "max"))
     return text if low == high else f"{text} ({low} .. {high})"
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def value_at(tree: Any, path: tuple[str, ...]) -> Any:
     """What stands at `path`, or None where there is no such place."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, dict) else None

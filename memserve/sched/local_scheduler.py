@@ -64,7 +64,8 @@ class LocalScheduler:
         self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
         self._publishes, self._holds_admitted = publishes, holds_admitted
         self._admitted: list[Request] = []
-        self._num_waited, self._made_room = 0, False  # blocks swapped up to the last batch; preempted since admitting
+        self._num_waited = 0  # blocks that were swapped up to the last batch
+        self._made_room = False  # somebody was preempted since waiting requests were last asked
 
     @property
     def num_unfinished(self) -> int:
@@ -162,15 +163,11 @@ class LocalScheduler:
         """Puts the next tokens of those that run into the batch; returns what is left of the budget."""
         for request in requests:
             if budget and request.phase is Phase.RUNNING and not request.on_hold and self._grow(request):
-                budget -= self._take(batch, request, budget)
+                num_new = min(request.num_to_compute, self._chunk_size, budget)
+                batch.requests.append(request)
+                batch.num_new.append(num_new)
+                budget -= num_new
         return budget
-
-    def _take(self, batch: ScheduledBatch, request: Request, budget: int) -> int:
-        """Puts the request's next tokens into the batch; returns how many."""
-        num_new = min(request.num_to_compute, self._chunk_size, budget)
-        batch.requests.append(request)
-        batch.num_new.append(num_new)
-        return num_new
 
     def _grow(self, request: Request) -> bool:
         """Makes room for the request's tokens, preempting the youngest until there is; False if that was itself."""
@@ -193,7 +190,8 @@ class LocalScheduler:
         self.running.remove(victim)
         self._publish(victim)
         self._preemption.preempt(victim, self.pool)
-        victim.phase, self._made_room = Phase.WAITING, True
+        victim.phase = Phase.WAITING
+        self._made_room = True
         self.counts.preempted(victim)
         self.room.returning.insert(0, victim)
 
