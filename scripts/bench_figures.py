@@ -57,7 +57,7 @@ class Run:
     @property
     def roofline(self) -> float:
         """Tokens per second that the machine allows."""
-        return self.num_tokens / sum(work.seconds(self.machine) for work in self.works)
+        return self.num_tokens / sum(self.machine.seconds(work) for work in self.works)
 
 
 @dataclass(frozen=True)

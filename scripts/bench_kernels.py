@@ -103,7 +103,7 @@ def steps(scale: Scale, decoding: DecodeSteps, read: float, with_hf: bool) -> It
     """Whole decode steps, sampled tokens read: milliseconds beside the roofline's, so below is better."""
     machine = Machine(gemm_flops=float("inf"), read_bytes=read)
     for batch, context in scale.steps:
-        limit_s = decode_work(decoding.config, np.full(batch, context), scale.dtype.itemsize).seconds(machine)
+        limit_s = machine.seconds(decode_work(decoding.config, np.full(batch, context), scale.dtype.itemsize))
         what = f"decode step, batch {batch}, {context} tokens each"
         yield Measured(what, decoding.ours_s(batch, context) * 1e3, limit_s * 1e3, "ms", "<= 1.25")
         if batch <= MAX_ROWS:

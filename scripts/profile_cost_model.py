@@ -32,7 +32,7 @@ from options import new_file
 from pacing import paced_times
 from rich.console import Console
 from rich.table import Table
-from step_grid import PACE, Case, StepTimer, fitted_cases, held_out_cases, linear_points
+from step_grid import PACE, Case, StepTimer, by_kind, fitted_cases, held_out_cases, linear_points
 
 from memserve.cluster.build import build_engine
 from memserve.cluster.costs import subject_of
@@ -76,17 +76,8 @@ def measure(
 def show(fit: Fit, held_out: list[MeasuredStep], console: Console) -> dict[str, float]:
     """Prints the errors by kind of step; returns the mean of each level."""
     table = Table("held-out steps", "number", "noise %", "operator: mean %", "worst %", "arch: mean %", "worst %")
-    kinds = {
-        "one prompt": [s for s in held_out if len(s.num_new) == 1 and s.num_new[0] > 1],
-        "several prompts": [s for s in held_out if len(s.num_new) > 1 and min(s.num_new) > 1],
-        "decode": [s for s in held_out if max(s.num_new) == 1],
-        "decode and a chunk": [s for s in held_out if max(s.num_new) > 1 and min(s.num_new) == 1],
-        "all": held_out,
-    }
     means = {}
-    for kind, steps in kinds.items():
-        if not steps:
-            continue
+    for kind, steps in by_kind(held_out).items():
         noise = 100 * float(np.mean([s.spread for s in steps]))
         errors = [100 * np.abs(relative_errors(model, steps)) for model in (fit.operator, fit.arch)]
         means = dict(zip(("operator", "arch"), (float(e.mean()) for e in errors), strict=True))

@@ -1,12 +1,11 @@
 """Roofline: the least time a step can take on this machine, from its GEMM rate and its memory bandwidth, both measured.
 
-    decode step   bytes = weights that are multiplied + KV of every request; operations = 2 per weight and request
-                  + 4 per query head, head dim and token of KV, in every layer
-    prefill       bytes = weights; operations = 2 per weight of the layers and token + 4 per query head, head dim and
-                  pair (token, earlier token or itself), in every layer, + 2 per weight of the head for the last token
-    seconds       = max(operations / GEMM rate, bytes / bandwidth)
+    decode step   products and head for every request; attention to all of its KV, which is read
+    prefill       products for every new token, the head for the last one; attention to what is before each, of which
+                  the KV that was cached is read
+    seconds       = max(operations / GEMM rate, bytes / bandwidth), of all of this together
 
-The embedding table is looked up, not multiplied: it counts only as the head, once. Elements have the size of `dtype`.
+What these are, operator by operator: memserve/sched/cost_model/work.py. Elements have the size of `dtype`.
 """
 
 from collections.abc import Callable
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 
 from memserve.clock import monotonic_ns, to_s
+from memserve.cluster.costs import shape_of
 from memserve.model.model_config import ModelConfig
-from memserve.model.weights import tensor_shapes
+from memserve.sched.cost_model.work import Shape, StepWork, Work
 
 GEMM_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (512, 576, 3072), (2048, 576, 3072))
 NUM_TRIES = 5
@@ -31,19 +31,12 @@ class Machine:
     gemm_flops: float
     read_bytes: float
 
+    def seconds(self, work: Work) -> float:
+        """At least, for what all of this has to do."""
+        return max(work.flops / self.gemm_flops, work.num_bytes / self.read_bytes)
+
     def mean_with(self, other: "Machine") -> "Machine":
         return Machine((self.gemm_flops + other.gemm_flops) / 2, (self.read_bytes + other.read_bytes) / 2)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one step cannot avoid doing."""
-
-    flops: float
-    num_bytes: float
-
-    def seconds(self, machine: Machine) -> float:
-        return max(self.flops / machine.gemm_flops, self.num_bytes / machine.read_bytes)
 
 
 def measure_machine(read_mib: int = 512) -> Machine:
@@ -65,33 +58,19 @@ def measure_machine(read_mib: int = 512) -> Machine:
 
 def decode_work(config: ModelConfig, seq_lens: np.ndarray, itemsize: int = 4) -> Work:
     """One step in which every request, with seq_lens tokens of KV (its own new one included), gets a token."""
-    num_weights, num_kv = _layer_weights(config) + _head_weights(config), float(seq_lens.sum())
-    flops = 2 * num_weights * len(seq_lens) + _attention_flops(config) * num_kv
-    return Work(flops, itemsize * (num_weights + _kv_elements(config) * num_kv))
+    work, num_kv = _step_work(config, itemsize), float(seq_lens.sum())
+    return sum(work.products(len(seq_lens)), work.head(len(seq_lens)) + work.attention(num_kv, num_kv))
 
 
 def prefill_work(config: ModelConfig, num_tokens: int, num_cached: int = 0, itemsize: int = 4) -> Work:
     """A prompt of num_tokens, of which num_cached have their KV, up to its first token."""
-    num_new = num_tokens - num_cached
-    pairs = num_new * num_cached + num_new * (num_new + 1) / 2
-    flops = 2 * _layer_weights(config) * num_new + 2 * _head_weights(config) + _attention_flops(config) * pairs
-    return Work(flops, itemsize * (_layer_weights(config) + _head_weights(config) + _kv_elements(config) * num_cached))
+    work, num_new = _step_work(config, itemsize), num_tokens - num_cached
+    num_pairs = num_new * num_cached + num_new * (num_new + 1) / 2
+    return sum(work.products(num_new), work.head(1) + work.attention(num_pairs, num_cached))
 
 
-def _layer_weights(config: ModelConfig) -> int:
-    return sum(int(np.prod(s)) for name, s in tensor_shapes(config).items() if name.startswith("model.layers."))
-
-
-def _head_weights(config: ModelConfig) -> int:
-    return config.vocab_size * config.hidden_size
-
-
-def _attention_flops(config: ModelConfig) -> int:
-    return 4 * config.num_layers * config.num_heads * config.head_dim
-
-
-def _kv_elements(config: ModelConfig) -> int:
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
+def _step_work(config: ModelConfig, itemsize: int) -> StepWork:
+    return StepWork(Shape(**shape_of(config), bytes_per_element=itemsize))
 
 
 def _best_s(run: Callable[[], object]) -> float:

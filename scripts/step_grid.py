@@ -18,6 +18,7 @@ from memserve.kvcache.layout import DiscreteLayout
 from memserve.model.llama import Llama
 from memserve.model.runner import ModelRunner, geometry
 from memserve.request import Request, Runner, SamplingParams, ScheduledBatch
+from memserve.sched.cost_model.fit import MeasuredStep
 
 PREFIX_SHARES = (0.0, 0.25, 0.5, 0.9)
 NUM_SWAPPED = 64
@@ -94,6 +95,18 @@ def held_out_cases(
                 Case([draw(16, max_context // 2) for _ in range(size)] + [0], [1] * size + [draw(16, max_tokens)])
             )
     return cases
+
+
+def by_kind(steps: list[MeasuredStep]) -> dict[str, list[MeasuredStep]]:
+    """Those of each kind of which there are any, and all."""
+    kinds = {
+        "one prompt": [s for s in steps if len(s.num_new) == 1 and s.num_new[0] > 1],
+        "several prompts": [s for s in steps if len(s.num_new) > 1 and min(s.num_new) > 1],
+        "decode": [s for s in steps if max(s.num_new) == 1],
+        "decode and a chunk": [s for s in steps if max(s.num_new) > 1 and min(s.num_new) == 1],
+        "all": steps,
+    }
+    return {kind: found for kind, found in kinds.items() if found}
 
 
 class StepTimer:

@@ -35,6 +35,8 @@ BESIDE = {  # what a word needs
     "mode": ["cluster=1p1d"],
     "fetch": ["cluster=colocated_2"],
     "geometry": ["exec=simulated", "tokens=workload"],
+    "cost_model/gpu": ["exec=simulated", "cost_model=roofline"],
+    "cost_model/shape": ["exec=simulated", "cost_model=roofline"],
     "scaling": DISAGGREGATED,
     "heir": ["scaling=schedule"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],

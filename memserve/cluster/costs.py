@@ -6,10 +6,12 @@ import torch
 
 from memserve.cluster.make import make
 from memserve.config.errors import ConfigError
-from memserve.config.schema import RunConfig
+from memserve.config.schema import GeometryConfig, RunConfig
+from memserve.kvcache.layout import CacheGeometry
 from memserve.metrics.output import cpu_model, usable_cpus
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
+from memserve.model.runner import geometry
 from memserve.sched.cost_model.base import CostModel, Subject, attention_tokens
 
 SHAPE = (
@@ -35,21 +37,26 @@ def build_cost_model(cfg: RunConfig, model: Llama | None) -> CostModel:
 
 
 def subject_of(cfg: RunConfig, model: Llama | None) -> Subject:
-    """This machine, and the model on it."""
+    """This machine, and the model on it; of a simulation, whose KV its blocks hold."""
     cuda = model is not None and model.device.type == "cuda"
     machine = torch.cuda.get_device_name(model.device) if model is not None and cuda else cpu_model()
-    place = Subject(machine, usable_cpus() or 0, torch.get_num_threads())
+    cores, threads = usable_cpus() or 0, torch.get_num_threads()
     if model is None:
-        return place
-    shape = shape_of(model.config)
-    return Subject(
-        place.machine, place.cores, place.threads, shape, cfg.model.dtype, cfg.model.attention, model.shard.size
-    )
+        return Subject(machine, cores, threads, kv={} if cfg.geometry is None else kv_of(cfg.geometry))
+    shape, kv = shape_of(model.config), kv_of(geometry(model.config, cfg.kvcache.block_size, model.dtype))
+    return Subject(machine, cores, threads, shape, cfg.model.dtype, cfg.model.attention, model.shard.size, kv)
 
 
 def shape_of(config: ModelConfig) -> dict[str, int]:
     """The sizes that a step's time depends on, by name; of a model split over ranks, this rank's."""
     return {name: getattr(config, name) for name in SHAPE}
+
+
+def kv_of(of: CacheGeometry | GeometryConfig) -> dict[str, int]:
+    """What a token's KV is, on one rank."""
+    dtype = getattr(torch, of.dtype) if isinstance(of.dtype, str) else of.dtype
+    sizes = {"num_layers": of.num_layers, "num_kv_heads": of.num_kv_heads, "head_dim": of.head_dim}
+    return {**sizes, "bytes_per_element": dtype.itemsize}
 
 
 def price_of_attention(node: Any, costs: CostModel) -> dict[str, float]:

@@ -181,7 +181,7 @@ def test_a_file_of_this_machine_is_the_model_that_was_fitted(write):
 
 @pytest.mark.parametrize(
     "words",
-    [["cost_model=fixed"], ["cost_model=fitted"], ["cost_model=h800_llama2_13b"], ["cost_model=h800_llama2_13b_vllm"]],
+    [[f"cost_model={word}"] for word in ("fixed", "fitted", "h800_llama2_13b", "h800_llama2_13b_vllm", "roofline")],
 )
 def test_swaps_cost_as_much_for_each_token_whatever_the_size_of_blocks(words, write):
     path = [f"cost_model.path={write(here())}"] if words == ["cost_model=fitted"] else []

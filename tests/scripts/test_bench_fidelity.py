@@ -1,22 +1,11 @@
 """A simulation by measured costs is held against the same requests played by the model, and against no others."""
 
 import json
-import sys
 
 import pytest
-from scripts.test_profile_cost_model import SMALLEST
 
 WORDS = ["model=tiny", "model.num_threads=1", "workload.num_sessions=3", "workload.num_turns=2",
          "workload.prompt_tokens=20", "workload.turn_tokens=8", "workload.max_output_tokens=4"]  # fmt: skip
-
-
-@pytest.fixture
-def costs(script, tmp_path, monkeypatch):
-    path = tmp_path / "costs.json"
-    words = ["--out", str(path), "model=tiny", "model.num_threads=1", *SMALLEST]
-    monkeypatch.setattr(sys, "argv", ["profile_cost_model.py", *words])
-    script("profile_cost_model").main()
-    return str(path)
 
 
 def test_each_figure_stands_beside_its_noise_and_what_the_simulation_says(script, costs, tmp_path, capsys):

@@ -14,7 +14,7 @@ from memserve.model.model_path import open_random_model
 
 Script = Callable[[str], ModuleType]
 CONFIG = ModelConfig("llama", 40, 8, 12, 2, 2, 1, 4, 64, tie_embeddings=True)
-LAYER_WEIGHTS = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8)
+LAYER_WEIGHTS = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12)
 HEAD_WEIGHTS = 40 * 8
 
 
@@ -50,8 +50,8 @@ def test_the_roofline_counts_weights_kv_and_operations(script: Script) -> None:
     prefill = roofline.prefill_work(CONFIG, 5, num_cached=2)
     assert prefill.flops == 2 * LAYER_WEIGHTS * 3 + 2 * HEAD_WEIGHTS + 4 * 2 * 2 * 4 * (3 + 4 + 5)
     machine = roofline.Machine(gemm_flops=1e3, read_bytes=1e12)
-    assert decode.seconds(machine) == decode.flops / 1e3
-    assert decode.seconds(roofline.Machine(1e12, 1e3)) == decode.num_bytes / 1e3
+    assert machine.seconds(decode) == decode.flops / 1e3
+    assert roofline.Machine(1e12, 1e3).seconds(decode) == decode.num_bytes / 1e3
     assert machine.mean_with(roofline.Machine(3e3, 3e12)) == roofline.Machine(2e3, 2e12)
 
 

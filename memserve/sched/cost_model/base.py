@@ -19,6 +19,7 @@ class Subject(msgspec.Struct, frozen=True):
     """What costs are of. machine: its processor's or GPU's name.  cores, threads: usable, and torch's.
 
     shape: the model's sizes by name, empty where no model runs.  tensor_parallel: ranks that share it.
+    kv: what a token's KV is on one rank (num_layers, num_kv_heads, head_dim, bytes_per_element), where it is a model's.
     """
 
     machine: str
@@ -28,6 +29,7 @@ class Subject(msgspec.Struct, frozen=True):
     dtype: str = ""
     attention: str = ""
     tensor_parallel: int = 1
+    kv: dict[str, int] = {}
 
 
 SWAP_BLOCK_TOKENS = 16  # of the block that swap_block_s is of, unless it is said

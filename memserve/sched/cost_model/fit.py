@@ -4,7 +4,8 @@ Each step is weighted by 1 / its seconds, so that what is minimised is the relat
 milliseconds counts as much as a prefill of seconds.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -12,6 +13,11 @@ import numpy as np
 from memserve.sched.cost_model.arch import ArchCostModel, arch_features
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.cost_model.operator import TERMS, OperatorCostModel, operator_features
+from memserve.sched.cost_model.roofline import DataSheet, RooflineCostModel, step_totals
+from memserve.sched.cost_model.work import Shape
+
+SHARES = ("compute_share", "attention_share", "bandwidth_share")
+STARTS = (0.1, 0.5, 0.9)  # of a data sheet's rates, and of the shortest step
 
 
 class MeasuredStep(msgspec.Struct, frozen=True):
@@ -52,6 +58,48 @@ def fit_arch(steps: Sequence[MeasuredStep], swap_block_s: float = 0.0) -> ArchCo
     scales_N = np.linalg.norm(weighted_MN, axis=0)
     surface, *_ = np.linalg.lstsq(weighted_MN / scales_N, ones_M)
     return ArchCostModel((surface / scales_N).tolist(), swap_block_s)
+
+
+def fit_roofline(
+    steps: Sequence[MeasuredStep], gpu: DataSheet, shape: Shape, tensor_parallel: int = 1
+) -> dict[str, float]:
+    """The shares and step_s of RooflineCostModel with the least mean error: the best of searches from several points.
+
+    Raises ValueError where there is no step.
+    """
+    if not steps:
+        raise ValueError("steps=[]: expected measured steps")
+
+    totals_M6 = np.array([step_totals(*step.columns()) for step in steps])
+    seconds_M = np.array([step.seconds for step in steps])
+
+    def error(found: dict[str, float]) -> float:
+        predicted_M = RooflineCostModel(gpu, shape, tensor_parallel, **found).total_s(totals_M6)
+        return float(np.abs(predicted_M / seconds_M - 1).mean())
+
+    shortest_s = float(seconds_M.min())
+    starts = [{**dict.fromkeys(SHARES, share), "step_s": part * shortest_s} for share in STARTS for part in STARTS]
+    return min((_descend(error, start) for start in starts), key=error)
+
+
+def _descend(error: Callable[[dict[str, float]], float], found: dict[str, float]) -> dict[str, float]:
+    """Scales all of them, each by one of three factors that come nearer to 1, as long as the error falls."""
+    least, factor = error(found), 2.0
+    while factor > 1.01:
+        factors = itertools.product((1 / factor, 1.0, factor), repeat=len(found))
+        beside = [
+            {name: _scaled(name, found[name], by) for name, by in zip(found, each, strict=True)} for each in factors
+        ]
+        errors = [error(other) for other in beside]
+        if min(errors) < least - 1e-6:
+            least, found = min(errors), beside[int(np.argmin(errors))]
+        else:
+            factor **= 0.5
+    return found
+
+
+def _scaled(name: str, value: float, by: float) -> float:
+    return value * by if name == "step_s" else min(value * by, 1.0)
 
 
 def relative_errors(model: CostModel, steps: Sequence[MeasuredStep]) -> np.ndarray:

@@ -1,0 +1,154 @@
+"""RooflineCostModel: a step's seconds from data sheets, for models and GPUs that nobody here has. Measures nothing.
+
+    seconds = step_s
+            + for each product, and the attention of prompts and of answers:
+                  max(operations / (rate x its share), bytes / (bandwidth x bandwidth_share))
+            + the other bytes / (bandwidth x bandwidth_share)
+            + 2 all-reduces a layer of T h elements, where a model is split over n ranks:
+                  link_latency_s + 2 (n - 1) / n x bytes / link's rate
+
+Operators and what each has to do: work.py. What a GPU reaches of its data sheet is a number between 0 and 1 that the
+options say; a share of 1 everywhere and step_s=0 is the least time that a step can take (Williams et al. 2009).
+Operator by operator, since one whole step's maximum would let products hide behind attention's bytes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, Subject, require_seconds
+from memserve.sched.cost_model.work import Shape, StepWork
+from memserve.values import require_number, require_part
+
+Number = float | np.ndarray  # of one step, or of each of several
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """What a data sheet says. tflops: dense, of the weights' dtype.  hbm_gb_per_s: of its memory.
+
+    link_gb_per_s: to another rank of a model, one way.  link_latency_s: of an all-reduce, however short.
+    host_gb_per_s: to DRAM.
+    """
+
+    tflops: float
+    hbm_gb_per_s: float
+    link_gb_per_s: float
+    host_gb_per_s: float
+    link_latency_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("tflops", "hbm_gb_per_s", "link_gb_per_s", "host_gb_per_s"):
+            require_number(f"gpu.{name}", getattr(self, name), "a finite number above 0", minimum=0.0, exclusive=True)
+        require_seconds(**{"gpu.link_latency_s": self.link_latency_s})
+
+
+class RooflineCostModel(CostModel):
+    """Costs of a decoder of this shape on one GPU, or split over tensor_parallel of them.
+
+    compute_share, attention_share: of tflops that products and the attention of prompts reach.  bandwidth_share: of
+    hbm_gb_per_s, whatever is bound by it.  step_s: of every step beside: scheduling, launches, sampling.
+
+    Raises ValueError for a share that is not in (0, 1], and for ranks that heads cannot be split over.
+    """
+
+    def __init__(
+        self,
+        gpu: DataSheet,
+        shape: Shape,
+        tensor_parallel: int = 1,
+        compute_share: float = 1.0,
+        attention_share: float = 1.0,
+        bandwidth_share: float = 1.0,
+        step_s: float = 0.0,
+    ) -> None:
+        require_part("cost_model", "gpu", gpu, DataSheet)
+        require_part("cost_model", "shape", shape, Shape)
+        shares = {"compute": compute_share, "attention": attention_share, "bandwidth": bandwidth_share}
+        for name, share in shares.items():
+            allowed = "a number above 0, at most 1"
+            require_number(f"cost_model.{name}_share", share, allowed, minimum=0.0, maximum=1.0, exclusive=True)
+        require_seconds(step_s=step_s)
+        self._work = work = StepWork(shape, tensor_parallel)
+        flop_s, pair_flop_s = (1 / (1e12 * gpu.tflops * share) for share in (compute_share, attention_share))
+        byte_s = 1 / (1e9 * gpu.hbm_gb_per_s * bandwidth_share)
+        products = (*work.products(1), work.head(1))
+        *self._products, self._head = [(product.flops * flop_s, product.num_bytes * byte_s) for product in products]
+        kv_bytes = work.attention(0, 1).num_bytes
+        self._pair_s, self._kv_s = work.attention(1, 0).flops * pair_flop_s, kv_bytes * byte_s
+        latency_s, token_s = _all_reduces_s(work, gpu)
+        self._each_s, self._token_s = step_s + latency_s, token_s + work.the_rest(1).num_bytes * byte_s
+        self._price_swaps(SWAP_BLOCK_TOKENS * kv_bytes / (1e9 * gpu.host_gb_per_s), SWAP_BLOCK_TOKENS)
+
+    def check(self, subject: Subject) -> None:
+        """Raises ValueError where a model that runs, or the KV whose bytes a simulation counts, is another one."""
+        shape, ranks = self._work.shape, self._work.num_ranks
+        ours = {**vars(shape), "num_kv_heads": self._work.num_kv_heads}
+        ours |= {"num_heads": shape.num_heads // ranks, "intermediate_size": shape.intermediate_size // ranks}
+        whose = "the model that runs" if subject.shape else "geometry"
+        for name, theirs in (*subject.shape.items(), *subject.kv.items()):
+            if theirs != ours[name]:
+                raise ValueError(f"cost_model.shape with tensor_parallel={ranks} has {name}={ours[name]} on a rank: "
+                                 f"expected {theirs}, as {whose} has")  # fmt: skip
+
+    def _one_s(self, num_cached: int, num_new: int) -> float:
+        return float(self._prompt_s(num_cached, num_new))
+
+    def _column_s(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        return np.where(num_new > 0, self._prompt_s(num_cached, num_new), 0.0)
+
+    def _prompt_s(self, num_cached: Number, num_new: Number) -> Number:
+        """One step that computes num_new tokens of one prompt and samples."""
+        num_kv = num_cached + num_new
+        return self._tokens_s(num_new, 1) + self._attention_s(num_new * num_cached + _triangle(num_new), num_kv)
+
+    def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
+        now, num_answers = step_totals(num_cached, num_new), np.count_nonzero(num_new == 1)
+        num_tokens, num_prompts = num_new.sum() - num_answers, len(num_new) - num_answers
+        growth = np.array([0, 0, num_answers, num_answers, num_tokens, num_prompts])
+        return self.total_s(now + num_more[:, None] * growth)
+
+    def total_s(self, totals_M6: np.ndarray) -> np.ndarray:
+        """float64 [M]: seconds of steps with these totals (`step_totals`)."""
+        tokens, requests, *attended = totals_M6.T
+        answers, prompts = attended[:2], attended[2:]
+        return np.asarray(self._tokens_s(tokens, requests) + self._attention_s(*answers) + self._attention_s(*prompts))
+
+    def _tokens_s(self, num_tokens: Number, num_rows: Number) -> Number:
+        """Everything but attention, which depends on no more than how many tokens there are."""
+        per_row_s, least_s = self._head
+        seconds = self._each_s + self._token_s * num_tokens + _greater(per_row_s * num_rows, least_s)
+        for per_token_s, least_s in self._products:
+            seconds = seconds + _greater(per_token_s * num_tokens, least_s)
+        return seconds
+
+    def _attention_s(self, num_pairs: Number, num_kv: Number) -> Number:
+        return _greater(self._pair_s * num_pairs, self._kv_s * num_kv)
+
+
+def step_totals(num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+    """float64 [6] of a step's columns (int64 [R]): new tokens and requests; then pairs and tokens of KV that attention
+    has, first of requests with one new token, then of the others.
+    """
+    pairs, kv, one = num_cached * num_new + _triangle(num_new), num_cached + num_new, num_new == 1
+    sums = [part.sum() for mask in (one, ~one) for part in (pairs[mask], kv[mask])]
+    return np.array([num_new.sum(), len(num_new), *sums], dtype=np.float64)
+
+
+def _all_reduces_s(work: StepWork, gpu: DataSheet) -> tuple[float, float]:
+    """(of a step, of a token in it). By rings: each rank sends 2 (n - 1) / n of the elements."""
+    shape, ranks = work.shape, work.num_ranks
+    if ranks == 1:
+        return 0.0, 0.0
+    num_bytes = 2 * (ranks - 1) / ranks * shape.hidden_size * shape.bytes_per_element
+    num_calls = 2 * shape.num_layers
+    return num_calls * gpu.link_latency_s, num_calls * num_bytes / (1e9 * gpu.link_gb_per_s)
+
+
+def _greater(a: Number, b: Number) -> Number:
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
+
+
+def _triangle(num_new: Number) -> Number:
+    """Pairs of new tokens with themselves and those before them."""
+    return num_new * (num_new + 1) / 2
