@@ -1,11 +1,12 @@
 """The paper's figures that a simulation can answer: what is run for each point of each curve, and what the paper has.
 
-Numbers of the paper (arXiv 2406.17565v3): those of its text as they stand there, those of drawings as read off them, to
-one or two per cent. Knows no command line and runs nothing.
+Numbers of the paper's text stand here, those of its drawings in paper_curves.py. Knows no command line; runs nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from paper_curves import CACHED_PERCENT, FIG8, RATES, TTFT_BY_POLICY
 
 
 @dataclass(frozen=True)
@@ -52,49 +53,6 @@ class Figure:
     is_relative: bool = False
 
 
-RATES = (1, 2, 3, 4, 5)  # of Fig. 8, requests/s an instance
-FIG8: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {  # its curves, seconds
-    "sharegpt": {
-        "mean JCT": {
-            "PD": (4.31, 6.25, 10, 11.7, 12.4),
-            "PD-CC": (4.21, 5.7, 8.12, 10.8, 11.4),
-            "1P1D": (5.53, 10.4, 11.5, 11.8, 12.1),
-            "1P1D-CC": (5.2, 9.63, 10.8, 11.3, 11.5),
-            "1P2D": (4.76, 7.4, 8.27, 8.4, 8.67),
-            "1P2D-CC": (4.44, 6.19, 7.08, 7.12, 7.14),
-            "2P1D": (8.33, 11.5, 11.9, 12.3, 12.3),
-        },
-        "mean TTFT": {
-            "PD": (0.0451, 0.0517, 0.0625, 0.0687, 0.0695),
-            "PD-CC": (0.0528, 0.0553, 0.0631, 0.0735, 0.0764),
-            "1P1D": (0.0523, 0.0802, 0.104, 0.111, 0.112),
-            "1P1D-CC": (0.0458, 0.0607, 0.069, 0.0757, 0.0916),
-            "1P2D": (0.0979, 1.28, 1.78, 1.68, 1.62),
-            "1P2D-CC": (0.102, 0.523, 0.814, 0.787, 0.673),
-            "2P1D": (0.0449, 0.0462, 0.0435, 0.0466, 0.0466),
-        },
-    },
-    "loogle": {
-        "mean JCT": {
-            "PD": (0.312, 0.339, 0.383, 0.411, 0.46),
-            "PD-CC": (0.28, 0.297, 0.314, 0.34, 0.356),
-            "1P1D": (0.322, 0.353, 0.387, 0.433, 0.48),
-            "1P1D-CC": (0.285, 0.298, 0.322, 0.333, 0.35),
-            "2P1D": (0.31, 0.331, 0.356, 0.379, 0.412),
-            "2P1D-CC": (0.305, 0.319, 0.372, 0.375, 0.4),
-            "1P2D": (0.331, 0.374, 0.432, 0.509, 0.887),
-        },
-        "mean TTFT": {
-            "PD": (0.0672, 0.0708, 0.0754, 0.0789, 0.0854),
-            "PD-CC": (0.0434, 0.0445, 0.0458, 0.0482, 0.0482),
-            "1P1D": (0.0698, 0.0773, 0.0892, 0.107, 0.13),
-            "1P1D-CC": (0.0435, 0.0454, 0.052, 0.0528, 0.0569),
-            "2P1D": (0.0641, 0.0651, 0.0674, 0.0705, 0.0761),
-            "2P1D-CC": (0.0523, 0.0472, 0.0614, 0.0559, 0.0591),
-            "1P2D": (0.073, 0.0909, 0.118, 0.164, 0.479),
-        },
-    },
-}
 LATENCIES = [
     Shown(f"{statistic} {name.upper()}", (f"{name}_s", statistic.lower()))
     for name in ("jct", "ttft", "tpot")
@@ -167,18 +125,6 @@ def prompt_of(length: int) -> Callable[[float], list[str]]:
     return at
 
 
-CACHED_PERCENT = {  # Fig. 13, block 16, batch 1, in HBM: TTFT cached / uncached in per cent at 10, 20 .. 100 % cached
-    512: (102, 100, 99, 100, 95, 95, 95, 96, 106, 95),
-    1024: (107, 104, 92, 89, 76, 74, 68, 67, 64, 65),
-    2048: (100, 92, 84, 78, 69, 68, 54, 46, 35, 35),
-    4096: (103, 94, 91, 86, 73, 60, 54, 49, 30, 23),
-}
-TTFT_BY_POLICY = {  # Fig. 15: P50 and P99 at share ratios 2 and 3
-    "round_robin": {"P50 TTFT": {2: 0.0939, 3: 0.1289}, "P99 TTFT": {2: 0.3166, 3: 0.3159}},
-    "session_affinity": {"P50 TTFT": {2: 0.0447, 3: 0.0510}, "P99 TTFT": {2: 0.1258, 3: 0.2132}},
-    "prompt_tree": {"P50 TTFT": {2: 0.0426, 3: 0.0411}, "P99 TTFT": {2: 0.1161, 3: 0.0873}},
-    "cost_based": {},
-}
 _ALL = [
     Figure(
         "fig8_sharegpt", "Fig. 8, ShareGPT", "requests/s an instance", RATES, LATENCIES,

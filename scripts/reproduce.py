@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.figure
@@ -110,27 +111,49 @@ def claims_of(figure: Figure, reports: Reports) -> Iterator[str]:
                    f"(paper: {claim.percent:+g} %)")  # fmt: skip
 
 
+def distances_of(figure: Figure, reports: Reports) -> Iterator[str]:
+    """How far what is shown is from the paper's values, over all of them that there are."""
+    for shown in figure.shown:
+        off = {}
+        for curve in figure.curves:
+            for point in figure.points:
+                ours, theirs = value_of(figure, reports, shown, curve, point), paper_value(shown, curve, point)
+                if ours is not None and theirs:
+                    off[f"{curve.name} at {point:g}"] = abs(ours / theirs - 1)
+        if off:
+            where = max(off, key=off.__getitem__)
+            yield (f"{shown.label}: off by {100 * mean(off.values()):.0f} % on average over {len(off)} values of the "
+                   f"paper, by {100 * off[where]:.0f} % at most ({where})")  # fmt: skip
+
+
 def drawn(figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
-    """A panel for each thing shown: ours as lines, the paper's dashed in the same colour."""
-    picture = matplotlib.figure.Figure(figsize=(4.2 * len(figure.shown), 3.6), layout="constrained")
-    panels = picture.subplots(1, len(figure.shown), squeeze=False)[0]
-    for panel, shown in zip(panels, figure.shown, strict=True):
-        for number, curve in enumerate(figure.curves):
-            ours = [value_of(figure, reports, shown, curve, point) for point in figure.points]
-            theirs = [paper_value(shown, curve, point) for point in figure.points]
-            _line(panel, figure.points, ours, "o-", color=f"C{number}", label=curve.name)
-            _line(panel, figure.points, theirs, "x--", color=f"C{number}")
-        panel.set(title=shown.label, xlabel=figure.axis)
-        panel.set_ylim(bottom=0)
-    panels[0].legend(fontsize="small")
-    picture.suptitle(f"{figure.title} (dashed: the paper)")
+    """A column for each thing shown: ours above, and below it, to the same scale, the paper's where there is any."""
+    has_paper = any(curve.paper for curve in figure.curves)
+    rows = {"simulated here": value_of, "the paper": _paper_value} if has_paper else {"simulated here": value_of}
+    picture = matplotlib.figure.Figure(figsize=(3.4 * len(figure.shown), 2.8 * len(rows) + 0.4), layout="constrained")
+    panels = picture.subplots(len(rows), len(figure.shown), squeeze=False, sharex=True, sharey="col")
+    for (whose, value), row in zip(rows.items(), panels, strict=True):
+        for panel, shown in zip(row, figure.shown, strict=True):
+            for number, curve in enumerate(figure.curves):
+                values = [value(figure, reports, shown, curve, point) for point in figure.points]
+                _line(panel, figure.points, values, "os^Dv<>"[number % 7], color=f"C{number}", label=curve.name)
+            panel.set_title(f"{shown.label}, {whose}")
+    for panel in panels[-1]:
+        panel.set_xlabel(figure.axis)
+        panel.set_ylim(bottom=0)  # of its whole column, now that all of it is there
+    panels[0][0].legend(fontsize="x-small", ncols=2)
+    picture.suptitle(figure.title)
     return picture
 
 
-def _line(panel: Axes, points: Sequence[float], values: Sequence[float | None], *style: Any, **more: Any) -> None:
+def _paper_value(figure: Figure, reports: Reports, shown: Shown, curve: Curve, point: float) -> float | None:
+    return paper_value(shown, curve, point)
+
+
+def _line(panel: Axes, points: Sequence[float], values: Sequence[float | None], marker: str, **more: Any) -> None:
     there = [(point, value) for point, value in zip(points, values, strict=True) if value is not None]
     if there:
-        panel.plot(*zip(*there, strict=True), *style, **more)
+        panel.plot(*zip(*there, strict=True), marker=marker, markersize=4, **more)
 
 
 def reproduce(figure: Figure, words: Sequence[str], out: Path | None) -> None:
@@ -139,7 +162,7 @@ def reproduce(figure: Figure, words: Sequence[str], out: Path | None) -> None:
     console = Console(width=max(100, 20 + 20 * len(figure.curves)))
     for shown in figure.shown:
         console.print(table_of(figure, reports, shown))
-    for line in claims_of(figure, reports):
+    for line in (*distances_of(figure, reports), *claims_of(figure, reports)):
         console.print(line, highlight=False)
     if out is not None:
         values = {
