@@ -48,7 +48,8 @@ class RequestMetrics:
     ttft: time to first token, the first token at the client minus the arrival.
     second_token: the second token minus the arrival; what a hand-off after prefill delays (section 5.1).
     tpot: time per output token, (last token - first token) / (n - 1); an answer of one token has none.
-    itl: inter-token latencies, float64 [n - 1], every gap between neighbouring tokens; empty for n < 2.
+    itl: inter-token latencies, float64 [n - 1], every gap between neighbouring tokens; empty for n < 2. In the first
+        one lies the hand-off, where there is any; the others are decoding alone.
     jct: job completion time, the end of the answer minus the arrival.
     """
 

@@ -142,6 +142,7 @@ def _latencies(succeeded: Sequence[formulas.RequestMetrics]) -> Report:
         "second_token_s": _present(request.second_token for request in succeeded),
         "tpot_s": _present(request.tpot for request in succeeded),
         "itl_s": distribution(np.concatenate(gaps) if gaps else []),
+        "decode_itl_s": distribution(np.concatenate([gap[1:] for gap in gaps]) if gaps else []),
         "jct_s": _present(request.jct for request in succeeded),
         "phases_s": {
             phase.name: _present(getattr(request.phases, phase.name) for request in succeeded)

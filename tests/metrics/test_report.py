@@ -31,7 +31,7 @@ def test_the_keys_that_others_read_are_there(make_timeline):
         "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
         "instances", "quarantined_blocks", "near_ties", "wall_s",
     }  # fmt: skip
-    for latency in ("ttft_s", "tpot_s", "itl_s", "jct_s"):
+    for latency in ("ttft_s", "tpot_s", "itl_s", "decode_itl_s", "jct_s"):
         assert report[latency].keys() == {"mean", "p50", "p90", "p99"}
     assert list(report["tokens"]) == [
         "prompt",
@@ -67,6 +67,7 @@ def test_counts_and_latencies_of_a_small_run(make_timeline):
     assert report["ttft_s"]["mean"] == 3.0 and report["ttft_s"]["p50"] == 3.0  # of those that succeeded
     assert report["tpot_s"] == {"mean": 1.5, "p50": 1.5, "p90": 1.5, "p99": 1.5}  # one token: none
     assert report["itl_s"]["mean"] == 1.5 and report["itl_s"]["p90"] == pytest.approx(1.9)
+    assert report["decode_itl_s"]["mean"] == report["decode_itl_s"]["p50"] == 2.0  # not the gap after a first token
     # of all that were begun: the refused one never was
     assert report["tokens"] == {
         "prompt": 400, "cached_local": 80, "fetched": 0, "computed": 220, "computed_on_decode": 0, "generated": 5,
