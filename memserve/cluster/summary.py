@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -9,8 +10,8 @@ from memserve.cluster.manager import ClusterManager
 from memserve.config.schema import SloConfig
 from memserve.instance import Instance
 from memserve.kvcache.ticket import TransferCounts
-from memserve.metrics.activity import Activity, ActivitySpan, Track, spans_of
-from memserve.metrics.formulas import Slo
+from memserve.metrics.activity import Activity, ActivitySpan, Track, late_steps_ns, spans_of
+from memserve.metrics.formulas import Slo, window_ns
 from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
 from memserve.request import Role
@@ -82,10 +83,12 @@ def report_of(
     slo: SloConfig,
 ) -> Report:
     """The report of a run. summaries: of the instances that are left at its end, or have left before."""
+    timelines = list(scheduler.timelines.values())
+    window = window_ns(timelines)
     transfers = _transfers(summaries, [member.role for member in manager.members])
     return build_report(
-        list(scheduler.timelines.values()),
-        [manager.dated(summary.stats) for summary in summaries],
+        timelines,
+        [manager.dated(_within(window, summary)) for summary in summaries],
         wall_s=wall_s,
         turns_over_context=counts.turns_over_context,
         turns_not_sent=counts.turns_not_sent,
@@ -98,6 +101,14 @@ def report_of(
         slo=Slo(slo.ttft_s, slo.tpot_s, slo.jct_s),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
+
+
+def _within(window: tuple[int, int] | None, summary: Summary) -> InstanceStats:
+    """An instance's counts, without the time of steps after the last end of a request: one that was given up may still
+    be computed then.
+    """
+    late_ns = 0 if window is None else late_steps_ns(summary.tracks, window[1])
+    return replace(summary.stats, busy_ns=summary.stats.busy_ns - late_ns)
 
 
 def _bequests(summaries: Sequence[Summary]) -> dict[str, int]:

@@ -22,12 +22,14 @@ STEPS = -1  # the track of an instance's own steps; others are numbered by whom 
 class Track(msgspec.Struct, frozen=True):
     """The spans of one track, [n] each. peer: the instance that is sent to, or STEPS.
 
-    counts: how many steps or transfers a span stands for.  figures: what they add up to, by name.
+    counts: how many steps or transfers a span stands for.  lasted_ns: how long these took together.  figures: what they
+    add up to, by name.
     """
 
     peer: int
     starts_ns: list[int]
     ends_ns: list[int]
+    lasted_ns: list[int]
     counts: list[int]
     figures: dict[str, list[int]]
 
@@ -77,11 +79,12 @@ class Activity:
     def _add(self, peer: int, start_ns: int, end_ns: int, count: int, figures: dict[str, int]) -> None:
         track = self._tracks.get(peer)
         if track is None:
-            track = self._tracks[peer] = Track(peer, [], [], [], {name: [] for name in figures})
+            track = self._tracks[peer] = Track(peer, [], [], [], [], {name: [] for name in figures})
         elif len(track.counts) == self._max_spans:
             track = self._tracks[peer] = _joined_in_pairs(track)
         track.starts_ns.append(start_ns)
         track.ends_ns.append(end_ns)
+        track.lasted_ns.append(end_ns - start_ns)
         track.counts.append(count)
         for name, figure in figures.items():
             track.figures[name].append(figure)
@@ -93,7 +96,19 @@ def _joined_in_pairs(track: Track) -> Track:
 
     ends_ns = [max(track.ends_ns[i : i + 2]) for i in range(0, len(track.ends_ns), 2)]
     figures = {name: sums(values) for name, values in track.figures.items()}
-    return Track(track.peer, track.starts_ns[::2], ends_ns, sums(track.counts), figures)
+    return Track(track.peer, track.starts_ns[::2], ends_ns, sums(track.lasted_ns), sums(track.counts), figures)
+
+
+def late_steps_ns(tracks: Iterable[Track], end_ns: int) -> int:
+    """How long an instance's steps went on after `end_ns`. Of a span of several that it cuts, only the rest is late."""
+    spans = [
+        (start_ns, lasted_ns)
+        for track in tracks
+        if track.peer == STEPS
+        for start_ns, span_end_ns, lasted_ns in zip(track.starts_ns, track.ends_ns, track.lasted_ns, strict=True)
+        if span_end_ns > end_ns
+    ]
+    return sum(max(lasted_ns - max(end_ns - start_ns, 0), 0) for start_ns, lasted_ns in spans)
 
 
 def spans_of(instance: str, tracks: Iterable[Track], labels: Sequence[str]) -> Iterator[ActivitySpan]:

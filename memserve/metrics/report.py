@@ -34,7 +34,8 @@ _NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 
 class InstanceStats:
     """What an instance counted over a run; what requests say of it is added in the report.
 
-    id: its label.  role: a Role.  busy_ns: time spent in steps.  num_evicted_blocks: index blocks given up for space.
+    id: its label.  role: a Role.  busy_ns: time spent in steps, for a report without what came after the last
+    request's end.  num_evicted_blocks: index blocks given up for space.
     num_swapped_out_blocks, num_swapped_in_blocks: blocks moved to DRAM and back.  num_swaps_dropped: requests that were
     preempted to DRAM and had to be recomputed after all.
     num_blocks: size of its pool.  peak_used_blocks: most that anyone but the index held at a time.  num_indexed_blocks:

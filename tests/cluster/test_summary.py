@@ -60,3 +60,15 @@ def test_every_token_that_was_computed_is_in_the_report(granularity, on_failure)
     print_report(report, console=Console(file=out, width=100))
     line = next(line for line in out.getvalue().splitlines() if "tokens in vain" in line)
     assert f"{tokens['computed_in_vain']:,} computed, {tokens['generated_in_vain']:,} generated" in line
+
+
+def test_a_step_that_goes_on_after_the_last_request_has_failed_is_in_use_until_then_alone():
+    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=1", "workload.prompt_tokens=4000"]
+    local = LocalCluster(load_config([*words, "cluster=1p1d", "mode=pd_basic", "transfer.on_failure=fail"]))
+    cluster = local.cluster()
+    lost_ns = cluster.client.next_time_ns() + 10_000_000
+    cluster.call_at(lost_ns, lambda: cluster.crash("decode-1"))
+    result = local.play(cluster)
+    (row,), (step,) = result.report["instances"], result.activity
+    assert result.report["failures"] == {"instance_lost": 1} and step.end_s > step.start_s + 0.05
+    assert (row["busy_s"], row["utilisation"], result.report["makespan_s"]) == (0.01, 1.0, 0.01)

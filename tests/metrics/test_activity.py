@@ -4,7 +4,7 @@ import pytest
 
 from memserve import LocalCluster, load_config
 from memserve.kvcache.ticket import Sent
-from memserve.metrics.activity import Activity, activity_lines, load_activity, spans_of
+from memserve.metrics.activity import Activity, activity_lines, late_steps_ns, load_activity, spans_of
 from memserve.request import Request, SamplingParams, ScheduledBatch
 
 SIMULATED = ["exec=simulated", "workload.num_sessions=5", "workload.max_turns=3", "workload.max_output_tokens=40"]
@@ -42,6 +42,20 @@ def test_a_full_track_is_told_more_coarsely_and_loses_nothing(num_steps):
     assert sum(span.figures["decode_tokens"] for span in spans) == num_steps
     assert spans[0].start_s == 0 and spans[-1].end_s == (10 * num_steps - 3) / 1e9
     assert all(before.end_s <= after.start_s for before, after in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("max_spans", [100, 8, 2])
+def test_of_a_step_that_goes_on_after_an_end_only_the_rest_is_late(max_spans):
+    activity = Activity(max_spans)
+    for n in range(20):
+        activity.step(ScheduledBatch([request(5, 5)], [1]), 10 * n, 10 * n + 7)
+    activity.sent([Sent((0, 0), 1, 0, 500, 16, 64)])
+    late = [late_steps_ns(activity.tracks(), end_ns) for end_ns in range(210)]
+    assert late[0] == 20 * 7 and set(late[197:]) == {0}
+    assert late == sorted(late, reverse=True)
+    assert all(20 * 7 - late_ns <= end_ns for end_ns, late_ns in enumerate(late)), "busy no longer than there was time"
+    if max_spans == 100:
+        assert (late[193], late[187], late[180], late[178]) == (4, 7, 14, 14)
 
 
 def test_a_track_of_fewer_than_two_spans_is_refused():
