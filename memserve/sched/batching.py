@@ -14,7 +14,8 @@ from memserve.request import Request, ScheduledBatch
 class Batching(ABC):
     """Both lists in the order in which tokens are given out, which may end with the step's budget.
 
-    Everybody is in one of the two, and once. Who was just admitted is asked for alone.
+    Everybody is in one of the two, and once. Who was just admitted is asked for alone; where all whose turn it was were
+    preempted, both are asked again of those that are left.
     """
 
     @abstractmethod

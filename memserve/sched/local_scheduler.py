@@ -65,6 +65,7 @@ class LocalScheduler:
         self._publishes, self._holds_admitted = publishes, holds_admitted
         self._admitted: list[Request] = []
         self._num_waited = 0  # blocks that were swapped up to the last batch
+        self._budget = 0  # tokens that the step being scheduled may still have
         self._made_room = False  # somebody was preempted since waiting requests were last asked
 
     @property
@@ -77,15 +78,9 @@ class LocalScheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """This step's batch, blocks included, or None when there is nothing to do. It pays for swaps since the last."""
-        batch = ScheduledBatch([], [])
-        budget = self._serve(batch, self._batching.first(self.running), self._token_budget)
-        budget = self._admit_waiting(batch, budget)
-        if not batch.requests and self.running:
-            self._serve(batch, self._batching.otherwise(self.running), budget)
-            if not self.running:  # the last one that ran found no room: what waits may have what it gave up
-                budget = self._admit_waiting(batch, budget)
-                self._serve(batch, self._batching.otherwise(self.running), 0 if batch.requests else budget)
-        self._drop_preempted(batch)
+        batch, self._budget = ScheduledBatch([], []), self._token_budget
+        while self._fill(batch):
+            pass
         self.pool.swap_ahead(self._swap_ahead_blocks)
         self._batching.check(self.running, batch)
         if not batch.requests:
@@ -148,28 +143,36 @@ class LocalScheduler:
         """Raises unless tables, holders and borders agree; handing_off: what `stop` let go. For tests, fuzzing."""
         check_books(self.pool, self.running, [*self.room.holders(), *handing_off])
 
-    def _admit_waiting(self, batch: ScheduledBatch, budget: int) -> int:
-        """Admits whom the pool has room for, and serves those whose turn it is; returns what is left of the budget."""
+    def _fill(self, batch: ScheduledBatch) -> bool:
+        """Puts those into the batch whose turn it is; True if who had it found no room, and others have it now."""
+        num_preemptions = self.counts.preemptions
+        self._serve(batch, self._batching.first(self.running))
+        self._admit_waiting(batch)
+        if not batch.requests:
+            self._serve(batch, self._batching.otherwise(self.running))
+        return not batch.requests and self.counts.preemptions > num_preemptions
+
+    def _admit_waiting(self, batch: ScheduledBatch) -> None:
+        """Admits whom the pool has room for, and serves those whose turn it is."""
         self._made_room = False
         self.room.unpark()
-        while budget > 0 and (head := self._next()) is not None:
+        while self._budget > 0 and (head := self._next()) is not None:
             if self._admit(head):
-                budget = self._serve(batch, self._batching.first([head]), budget)
+                self._serve(batch, self._batching.first([head]))
             elif self.running or not (self.room.unpark() or self._drop_swapped()):
                 break
-        return budget
 
-    def _serve(self, batch: ScheduledBatch, requests: Sequence[Request], budget: int) -> int:
-        """Puts the next tokens of those that run into the batch; returns what is left of the budget."""
+    def _serve(self, batch: ScheduledBatch, requests: Sequence[Request]) -> None:
+        """Puts the next tokens of those that run into the batch, as far as the budget goes."""
         for request in requests:
-            if budget and request.phase is Phase.RUNNING and not request.on_hold and self._grow(request):
-                num_new = min(request.num_to_compute, self._chunk_size, budget)
+            can_run = request.phase is Phase.RUNNING and not request.on_hold
+            if self._budget and can_run and self._grow(request, batch):
+                num_new = min(request.num_to_compute, self._chunk_size, self._budget)
                 batch.requests.append(request)
                 batch.num_new.append(num_new)
-                budget -= num_new
-        return budget
+                self._budget -= num_new
 
-    def _grow(self, request: Request) -> bool:
+    def _grow(self, request: Request, batch: ScheduledBatch) -> bool:
         """Makes room for the request's tokens, preempting the youngest until there is; False if that was itself."""
         while True:
             try:
@@ -177,7 +180,7 @@ class LocalScheduler:
                 return True
             except OutOfBlocks:
                 victim = self.running[-1]
-                self._preempt(victim)
+                self._preempt(victim, batch)
                 if victim is request:
                     return False
 
@@ -186,20 +189,19 @@ class LocalScheduler:
         if missing > 0:
             request.block_table.extend(self.pool.alloc(missing, request.holder))
 
-    def _preempt(self, victim: Request) -> None:
+    def _preempt(self, victim: Request, batch: ScheduledBatch) -> None:
+        """Takes a request's place, and what it was given in this step."""
         self.running.remove(victim)
+        if victim in batch.requests:
+            row = batch.requests.index(victim)
+            del batch.requests[row]
+            self._budget += batch.num_new.pop(row)
         self._publish(victim)
         self._preemption.preempt(victim, self.pool)
         victim.phase = Phase.WAITING
         self._made_room = True
         self.counts.preempted(victim)
         self.room.returning.insert(0, victim)
-
-    def _drop_preempted(self, batch: ScheduledBatch) -> None:
-        """Takes out requests that were preempted after they had been put into the batch."""
-        kept = [(r, n) for r, n in zip(batch.requests, batch.num_new, strict=True) if r.phase is Phase.RUNNING]
-        batch.requests[:] = [r for r, _ in kept]
-        batch.num_new[:] = [n for _, n in kept]
 
     def num_cached(self, request: Request) -> int:
         """Tokens of a request that would come from the cache now."""

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from mini_cluster import dispatch, hash_instance, sizes
+from mini_cluster import collect, dispatch, hash_answer, hash_instance, sizes
 
 from memserve import LocalCluster, load_config
 from memserve.request import SamplingParams
-from memserve.sched.batching import PrefillFirst
+from memserve.sched.batching import Batching, PrefillFirst
 
 ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)
 
@@ -65,3 +65,54 @@ def test_of_colocated_answers_alone_it_makes_the_tokens_come_unevenly(words):
     longest = {name: report["tpot_s"]["p99"] for name, report in found.items()}
     assert (longest["prefill_first"] > 1.2 * longest["mixed"]) == (words == ["cluster=colocated_1"])
     assert {report["num_finished"] for report in found.values()} == {60}
+
+
+class YoungestFirst(Batching):
+    """Who came last is served first, which is fair to nobody and allowed."""
+
+    def first(self, running):
+        return list(reversed(running))
+
+    def otherwise(self, running):
+        return []
+
+
+class YoungestAlone(YoungestFirst):
+    def first(self, running):
+        return running[-1:]
+
+    def otherwise(self, running):
+        return running[:-1]
+
+
+def test_who_is_preempted_by_an_older_one_and_comes_back_in_the_same_step_is_not_taken_for_given_twice():
+    instance = hash_instance(num_blocks=9, block_size=4, batching=YoungestFirst())
+    for name in "ab":  # one prompt, computed twice at once: what "b" then has of its own it does not need
+        dispatch(instance, name, np.arange(16), ANSWER)
+    assert sizes(instance) == [("a", 16), ("b", 16)]
+    assert sizes(instance) == [("a", 1), ("b", 1)], "it gave 'b' first, took its blocks for 'a', and 'b' had room still"
+    instance.check()
+    assert instance.scheduler.counts.preemptions == 1
+    answers, _ = collect(instance)
+    assert answers == {name: hash_answer(range(16), 4) for name in "ab"}
+
+
+def test_who_runs_on_when_the_others_have_found_no_room_is_asked_for_again():
+    instance = hash_instance(num_blocks=8, block_size=4, batching=YoungestAlone())
+    dispatch(instance, "a", np.arange(15), ANSWER)
+    assert sizes(instance) == [("a", 15)]
+    dispatch(instance, "b", np.arange(100, 116), ANSWER)
+    assert sizes(instance) == [("a", 1), ("b", 16)]
+    assert sizes(instance) == [("a", 1)], "'b' needs a ninth block: it goes, and 'a' is the youngest now"
+    instance.check()
+
+
+def test_what_a_preempted_request_took_of_the_budget_is_there_for_others():
+    instance = hash_instance(num_blocks=12, block_size=4, token_budget=10, chunk_size=9, batching=YoungestFirst())
+    dispatch(instance, "a", np.arange(5), ANSWER)
+    dispatch(instance, "b", np.arange(100, 103), ANSWER)
+    assert sizes(instance) == [("a", 5), ("b", 3)]
+    dispatch(instance, "c", np.arange(200, 236), ANSWER)
+    assert sizes(instance) == [("b", 1), ("a", 1), ("c", 8)]
+    assert sizes(instance) == [("b", 1), ("a", 1)], "'c' had 9 tokens of 10 until 'b' needed its blocks"
+    instance.check()
