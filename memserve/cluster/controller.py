@@ -1,7 +1,7 @@
 """Controller: rank 0 in one run: the client, the global scheduler, and the watch over the instances' processes."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -61,6 +61,7 @@ class Controller:
         engine: Engine,
         sessions: Sequence[Session],
         concurrency: int | None,
+        figures: Mapping[str, str | float | None],
         run: int = 0,
     ) -> None:
         self._mailbox, self._roster, self._run = mailbox, roster, run
@@ -68,7 +69,7 @@ class Controller:
         scaling = build_scaling(cfg, [role for _, role in roles])
         self._members = ClusterManager(roles, scaling, self._scheduler, make(cfg.heir))
         self._client = SessionPlayer(sessions, engine.max_context, concurrency)
-        self._slo = cfg.slo
+        self._slo, self._figures = cfg.slo, figures
         self._stop_s = cfg.transfer.deadline_s + STOP_S
         self._waits = cfg.cluster.patience_s > 0  # for instances, where none is left
         self._num_members = len(roles) + cfg.cluster.spares
@@ -96,7 +97,8 @@ class Controller:
             self._turnover.tell(Leave(), list(self._watch.idle))
         left = [self._summaries[i] for i in sorted(self._summaries) if self._member(i).joined_ns is not None]
         timelines = list(self._scheduler.timelines.values())
-        report = report_of(self._scheduler, self._members, left, self._client.counts, to_s(end_ns), self._slo)
+        counted = (self._client.counts, to_s(end_ns), self._slo, self._figures)
+        report = report_of(self._scheduler, self._members, left, *counted)
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}
         return Result(report, timelines, occupancy, activity_of(left, self._members.labels), threads, self._missing())

@@ -109,6 +109,7 @@ class DistributedCluster:
                 engine,
                 sessions,
                 workload.concurrency,
+                workload.figures,
                 number,
             )
             results.append(controller.run(progress))

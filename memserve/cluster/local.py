@@ -50,10 +50,10 @@ class LocalCluster:
         self.cfg = cfg
         self._roles = build_roles(cfg)
         workload: Workload = make(cfg.workload)
-        self._concurrency = workload.concurrency
         self.engine: Engine = build_engine(cfg)
         self._step_time = build_step_time(cfg, self.engine)
         self._sessions: list[Session] = sessions_of(workload, self.engine.tokenizer, cfg.seed)
+        self._concurrency, self._figures = workload.concurrency, workload.figures
         self.memory = describe_pool(cfg, self.engine)
         built = self._build()  # a pool that does not fit fails here, and a policy that contradicts its index source
         self._built = None if self._step_time.is_measured else built  # a warm-up needs the memory of its pools
@@ -84,7 +84,8 @@ class LocalCluster:
                 node.instance.check()
         timelines, summaries = list(cluster.scheduler.timelines.values()), cluster.summaries()
         wall_s = to_s(monotonic_ns() - started_ns)
-        report = report_of(cluster.scheduler, cluster.members, summaries, player.counts, wall_s, self.cfg.slo)
+        counted = (player.counts, wall_s, self.cfg.slo, self._figures)
+        report = report_of(cluster.scheduler, cluster.members, summaries, *counted)
         occupancy = [sample for summary in summaries for sample in summary.occupancy]
         return Result(report, timelines, occupancy, activity_of(summaries, cluster.members.labels))
 

@@ -1,7 +1,7 @@
 """Summary: what an instance has to say at a run's end, and the report of all of them. The same in every execution."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -81,8 +81,12 @@ def report_of(
     counts: PlayerCounts,
     wall_s: float,
     slo: SloConfig,
+    workload: Mapping[str, str | float | None],
 ) -> Report:
-    """The report of a run. summaries: of the instances that are left at its end, or have left before."""
+    """The report of a run. summaries: of the instances that are left at its end, or have left before.
+
+    workload: its figures.
+    """
     timelines = list(scheduler.timelines.values())
     window = window_ns(timelines)
     transfers = _transfers(summaries, [member.role for member in manager.members])
@@ -99,6 +103,7 @@ def report_of(
         membership={**manager.counts(), **_bequests(summaries)},
         stays_ns=manager.stays_ns(),
         slo=Slo(slo.ttft_s, slo.tpot_s, slo.jct_s),
+        workload=workload,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 

@@ -27,6 +27,7 @@ STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 _NO_TRANSFERS = TransferCounts()
 _NO_SLO = formulas.Slo()
 _NOBODY_CAME = {"joined": 0, "left": 0, "lost": 0, "switched": 0, "bequeathed_tokens": 0, "bequests_declined": 0}
+_NO_FIGURES: Mapping[str, Any] = {}
 _NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 0}
 
 
@@ -78,6 +79,7 @@ def build_report(
     membership: Mapping[str, int] = _NOBODY_CAME,
     stays_ns: Sequence[tuple[int, int | None]] | None = None,
     slo: formulas.Slo = _NO_SLO,
+    workload: Mapping[str, Any] = _NO_FIGURES,
 ) -> Report:
     """The report of one run.
 
@@ -88,21 +90,20 @@ def build_report(
     tree_counts: of the global scheduler's prompt trees.
     membership: instances that came and went, and what they left to others.  stays_ns: from when until when each was
     there, those included of which `instances` has no row; None: as the rows say.
-    slo: what counts under `goodput`, which is null where it asks for nothing.
+    slo: what counts under `goodput`, which is null where it asks for nothing.  workload: its figures.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
     window = formulas.window_ns(timelines)
-    makespan_s = formulas.makespan_s(window)
-    rows = _instances(instances, timelines, window)
+    makespan_s, rows = formulas.makespan_s(window), _instances(instances, timelines, window)
     stays = [(stats.joined_ns, stats.left_ns) for stats in instances] if stays_ns is None else stays_ns
-    tokens = _tokens(_begun(timelines))
-    tokens |= {key: sum(row["tokens"][key] for row in rows) for key in ("computed_in_vain", "generated_in_vain")}
+    tokens = _all_tokens(timelines, rows)
     return {
         "num_requests": len(timelines),
         "num_finished": len(succeeded),
         "num_failed": len(timelines) - len(succeeded),
         "num_sessions": len({timeline.session_id for timeline in timelines}),
         "failures": _failures(timelines),
+        "workload": dict(workload),
         "turns_over_context": turns_over_context,
         "turns_not_sent": turns_not_sent,
         **_latencies(succeeded),
@@ -181,6 +182,12 @@ def _begun(timelines: Sequence[RequestTimeline]) -> list[RequestStats]:
     """The counts of the requests that an instance began to compute."""
     found = [timeline.stats for timeline in timelines]
     return [stats for stats in found if stats is not None and stats.first_scheduled_ns is not None]
+
+
+def _all_tokens(timelines: Sequence[RequestTimeline], rows: Sequence[Report]) -> dict[str, int]:
+    """Those of the requests, and what the instances' rows have beside."""
+    in_vain = {key: sum(row["tokens"][key] for row in rows) for key in ("computed_in_vain", "generated_in_vain")}
+    return _tokens(_begun(timelines)) | in_vain
 
 
 def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:

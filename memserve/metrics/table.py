@@ -1,6 +1,7 @@
 """Table: one run's report for people, in full. Knows the report's keys; computes nothing."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -97,6 +98,7 @@ def _totals_table(report: Report) -> Table:
     tokens = report["tokens"]
     rows = {
         "requests": _requests_text(report),
+        **_workload_text(report["workload"]),
         "prompt tokens": f"{_count(tokens['prompt'])}: {_count(tokens['cached_local'])} cached, "
         f"{_count(tokens['fetched'])} fetched, {_count(tokens['computed'])} computed"
         + (f", {_count(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
@@ -172,6 +174,12 @@ def _requests_text(report: Report) -> str:
     text = f"{_count(report['num_finished'])} of {_count(report['num_requests'])} finished"
     failures = ", ".join(f"{_count(n)} {reason}" for reason, n in report["failures"].items())
     return f"{text}; {failures}" if failures else text
+
+
+def _workload_text(figures: Mapping[str, Any]) -> dict[str, str]:
+    """What the workload says of itself, but for what is none or zero."""
+    texts = {key: value if isinstance(value, str) else f"{value:,.12g}" for key, value in figures.items() if value}
+    return {"workload": ", ".join(f"{key} {text}" for key, text in texts.items())} if texts else {}
 
 
 def _instance_table(report: Report) -> Table:

@@ -37,7 +37,8 @@ class ChatWorkload(Workload):
     output_length: "free" lets the model end its answer; "from_file" gives each answer the token count of the file's
         own as its limit (at most max_output_tokens), which with ignore_eos it reaches exactly.
     tool_role: the role under which tool results reach the chat template; "user" works with every template.
-    skip_invalid: leave out conversations that cannot be played, say how many, and go on, instead of raising.
+    skip_invalid: leave out conversations that cannot be played, say how many in the log and in the report, and go on,
+        instead of raising.
     temperature, top_k, top_p, ignore_eos: see SamplingParams.
 
     Raises ValueError naming option, value and what is allowed.
@@ -98,6 +99,7 @@ class ChatWorkload(Workload):
                 errors.append(conversation)
             else:
                 raise conversation
+        self.figures = {"skipped_invalid": len(errors)} if self._skip_invalid else {}
         if errors:
             _logger.warning("%d conversations skipped, %d kept; the first: %s", len(errors), num_good, errors[0])
         held = f"{self._path} holds {num_good} conversations ({len(errors)} skipped)"

@@ -79,13 +79,18 @@ def iter_conversations(path: Path) -> Iterator[Conversation | BadConversation]:
 
 def read_file(option: str, path: Path) -> bytes:
     """The file's bytes without a byte order mark. Raises ValueError naming option and path if it cannot be read."""
-    if not path.is_file():
-        what = "is a directory: expected a file" if path.is_dir() else "no such file"
-        raise ValueError(f"{option}={str(path)!r}: {what}")
+    require_file(option, path)
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{option}={str(path)!r}: cannot be read: {error.strerror}") from error
+
+
+def require_file(option: str, path: Path) -> None:
+    """Raises ValueError naming option and path unless there is such a file."""
+    if not path.is_file():
+        what = "is a directory: expected a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{option}={str(path)!r}: {what}")
 
 
 def _bad(where: str, problem: str) -> BadConversation:

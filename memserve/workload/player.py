@@ -56,6 +56,11 @@ class _Live:
     def request_id(self) -> str:
         return f"{self.session.session_id}/{self.turn}"
 
+    @property
+    def seen_as(self) -> str:
+        """The session that the cluster takes it for."""
+        return self.session.session_id if self.session.chat is None else self.session.chat
+
     def add_output(self, index: int, token_ids: np.ndarray) -> None:
         """Tokens [index, index + n) of the answer; what is known already is dropped."""
         assert index <= self.num_output, f"{self.request_id}: token {index} came before token {self.num_output}"
@@ -107,9 +112,7 @@ class SessionPlayer:
             due_ns, _, live = heapq.heappop(self._due)
             self._in_flight[live.request_id] = live
             params = live.session.turns[live.turn].params
-            submits.append(
-                Submit(live.request_id, live.session.session_id, pack_tokens(live.prompt), params, arrival_ns=due_ns)
-            )
+            submits.append(Submit(live.request_id, live.seen_as, pack_tokens(live.prompt), params, arrival_ns=due_ns))
         self._count(turns_submitted=len(submits))
         return submits
 

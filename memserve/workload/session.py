@@ -9,6 +9,7 @@ KV the earlier turns left in a cache:
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,8 +67,10 @@ class Session:
 
     arrival_ns: when its first turn is submitted, in open loop.
     suffix: int32 [n], the tokens that close an answer.  eos_token_ids: those that an answer can end with by itself.
+    chat: what policies and the report take it for, with others of that chat: a trace's, each at its own time; None: for
+    one of its own.
     Raises ValueError when there is no turn, or when it goes on for longer than a clock can tell; for an arrival that is
-    no integer from 0 on, a session_id that is no string, and another suffix.
+    no integer from 0 on, a session_id or a chat that is no string, and another suffix.
     """
 
     session_id: str
@@ -75,10 +78,13 @@ class Session:
     turns: tuple[Turn, ...]
     suffix: np.ndarray
     eos_token_ids: Collection[int] = ()
+    chat: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.session_id, str):
             raise ValueError(f"session_id={self.session_id!r}: expected a string")
+        if self.chat is not None and not isinstance(self.chat, str):
+            raise ValueError(f"chat={self.chat!r} of session {self.session_id!r}: expected a string, or None")
         if not self.turns:
             raise ValueError(f"session {self.session_id!r} has no turns: expected at least one")
         _require_tokens(f"suffix of session {self.session_id!r}", self.suffix)
@@ -113,9 +119,12 @@ class Workload(ABC):
     """A source of sessions.
 
     concurrency: sessions in progress at a time (closed loop), or None (open loop: sessions start when they arrive).
+    figures: what the report has under `workload`: of the sessions given last, how they were understood, what was left
+    out.
     """
 
     concurrency: int | None = None
+    figures: Mapping[str, str | float | None] = MappingProxyType({})
 
     @abstractmethod
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:

@@ -46,7 +46,7 @@ def test_every_token_that_was_computed_is_in_the_report(granularity, on_failure)
     while cluster.advance():
         pass
     summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in cluster.nodes]
-    report = report_of(cluster.scheduler, cluster.members, summaries, cluster.client.counts, 1.0, SloConfig())
+    report = report_of(cluster.scheduler, cluster.members, summaries, cluster.client.counts, 1.0, SloConfig(), {})
     assert (report["num_failed"] > 0) == (on_failure == "fail")
     tokens, counted = report["tokens"], [n.instance.scheduler.counts for n in cluster.nodes]
     assert tokens["computed_in_vain"] > 0 < tokens["generated_in_vain"]

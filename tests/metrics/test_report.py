@@ -60,7 +60,9 @@ def test_counts_and_latencies_of_a_small_run(make_timeline):
         make_timeline("d/0", token_times=(), finished=None, reason=None, num_cached=0, num_computed=0),
     ]
     instances = [dataclasses.replace(INSTANCES[0], num_computed=300, num_generated=5), INSTANCES[1]]
-    report = build_report(timelines, instances, wall_s=0.5, turns_over_context=3, turns_not_sent=4)
+    counted = {"turns_over_context": 3, "turns_not_sent": 4, "workload": {"skipped_empty": 7}}
+    report = build_report(timelines, instances, wall_s=0.5, **counted)
+    assert report["workload"] == {"skipped_empty": 7}
     assert (report["num_requests"], report["num_finished"], report["num_failed"]) == (5, 2, 3)
     assert report["failures"] == {"aborted": 1, "refused": 1, "unfinished": 1}
     assert (report["num_sessions"], report["turns_over_context"], report["turns_not_sent"]) == (4, 3, 4)

@@ -66,6 +66,14 @@ def test_one_report_is_readable_at_100_columns(make_timeline):
     assert max(len(line) for line in shown.splitlines()) <= 100
 
 
+def test_what_a_workload_says_of_itself_is_shown_but_for_what_is_none_or_zero(make_timeline):
+    figures = {"format": "Mooncake", "hash_tokens": 512, "span_s": 3536.999, "missing": None, "skipped_empty": 0}
+    for workload, shown in ((figures, ["workload format Mooncake, hash_tokens 512, span_s 3,536.999"]), ({}, [])):
+        out = console()
+        print_report(make_report(make_timeline, workload=workload), "a run", out)
+        assert [" ".join(line.split()) for line in text(out).splitlines() if "workload" in line] == shown
+
+
 def test_an_instance_with_large_counts_fits_into_88_columns(make_timeline):
     report = make_report(make_timeline)
     row = report["instances"][0]

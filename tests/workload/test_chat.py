@@ -101,8 +101,9 @@ def test_a_bad_conversation_stops_the_run_unless_skipping_is_asked_for(tokenizer
     with pytest.raises(BadConversation, match=r"some.jsonl:2: no user turn"):
         ChatWorkload(path=path).sessions(tokenizer, seed=0)
     with caplog.at_level(logging.WARNING):
-        sessions = ChatWorkload(path=path, skip_invalid=True).sessions(tokenizer, seed=0)
-    assert [session.session_id for session in sessions] == ["c0", "c2"]
+        workload = ChatWorkload(path=path, skip_invalid=True)
+        sessions = workload.sessions(tokenizer, seed=0)
+    assert [session.session_id for session in sessions] == ["c0", "c2"] and workload.figures == {"skipped_invalid": 1}
     assert "1 conversations skipped, 2 kept" in caplog.text and "some.jsonl:2" in caplog.text
 
 

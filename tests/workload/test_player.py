@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -152,3 +153,12 @@ def test_bad_players_are_refused():
     with pytest.raises(ValueError, match="concurrency=0"):
         SessionPlayer([], 10, concurrency=0)
     assert SessionPlayer([], 10).done
+
+
+def test_sessions_of_one_chat_are_one_to_the_cluster_and_do_not_wait_for_each_other():
+    chat = [
+        dataclasses.replace(make_session(name, arrival, num_turns=1), chat="c")
+        for name, arrival in (("a", 0), ("b", 3))
+    ]
+    player = SessionPlayer([*chat, make_session("d")], max_context=100)
+    assert [(s.request_id, s.session_id) for s in player.poll(3)] == [("a/0", "c"), ("d/0", "d"), ("b/0", "c")]

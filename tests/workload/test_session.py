@@ -38,5 +38,7 @@ def test_an_end_token_that_the_answer_generated_is_not_doubled(output, suffix, b
 
 
 def test_a_session_without_turns_is_refused():
+    with pytest.raises(ValueError, match="chat=7 of session 's': expected a string, or None"):
+        Session("s", 0, (), np.empty(0, np.int32), chat=7)
     with pytest.raises(ValueError, match="session 's' has no turns"):
         Session("s", 0, (), suffix=ids())

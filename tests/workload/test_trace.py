@@ -115,8 +115,8 @@ def test_a_line_that_is_no_request_is_named(mooncake, changed, named):
     [
         ("yesterday,3,4", "csv:4: TIMESTAMP='yesterday': expected a date"),
         ("2023-11-16 18:15:46,three,4", "csv:4: ContextTokens='three'"),
-        ("2023-11-16 18:15:46,3", "csv:4: GeneratedTokens=None"),
-        ("2023-11-16 18:15:46,-3,4", "ContextTokens='-3'"),
+        ("2023-11-16 18:15:46,3", "csv:4: 2 cells: expected 3, one for each column"),
+        ("2023-11-16 18:15:46,-3,4", "ContextTokens=-3: expected a number of tokens"),
         ("2023-11-16 18:15:46,3,4,5,6", "csv:4: 5 cells: expected 3, one for each column"),
         (f"2023-11-16 18:15:46,{'9' * 5000},4", "csv:4: ContextTokens='9999"),
         (f"{'9' * 200_000},3,4", "csv:4: field larger than"),
@@ -157,7 +157,14 @@ def test_a_file_that_is_no_trace_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("speedup", 0), ("speedup", "fast"), ("hash_tokens", 0), ("num_sessions", 0), ("max_output_tokens", 0)],
+    [
+        ("speedup", 0),
+        ("speedup", "fast"),
+        ("hash_tokens", 0),
+        ("num_sessions", 0),
+        ("max_output_tokens", 0),
+        ("skip_empty", 1),
+    ],
 )
 def test_options_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
@@ -173,6 +180,26 @@ def test_a_cluster_plays_it_and_finds_the_prefixes_that_it_shares(mooncake):
     report = LocalCluster(load_config([*WORDS, f"workload.path={mooncake(*spread)}", "policy=prompt_tree"])).run()
     assert report["num_finished"] == 4 and report["tokens"]["generated"] == 5 + 700 + 1 + 5
     assert report["tokens"]["cached_local"] == 1024 + 1088  # of the second, and of the first one's repetition
+
+
+def test_session_affinity_keeps_a_chat_of_a_trace_on_one_instance_though_its_requests_overlap(mooncake, tmp_path):
+    lines = [
+        {"chat_id": n, "parent_chat_id": n - 8 if n >= 8 else -1, "timestamp": n * 0.01, "input_length": 40,
+         "output_length": 500 if n != 5 else 0, "hash_ids": [n % 8, n % 8 + 8, n + 100]}
+        for n in range(64)
+    ]  # fmt: skip
+    words = [f"workload.path={mooncake(*lines)}", "workload.skip_empty=true", "policy=session_affinity"]
+    cluster = LocalCluster(load_config([*WORDS, *words, "cluster=colocated_4", "repeats=2"]))
+    report = cluster.run(tmp_path / "out")
+    assert report["num_finished"] == 63 and report["num_sessions"] == 8
+    assert report["workload"] == {"format": "Qwen-Bailian", "time_unit": "s", "hash_tokens": 16, "skipped_empty": 1,
+                                  "span_s": 0.63}  # fmt: skip
+    places = {
+        (r["session_id"], r["instance"])
+        for r in map(json.loads, (tmp_path / "out/requests.jsonl").read_text().splitlines())
+    }
+    assert len(places) == 8 and len({instance for _, instance in places}) > 1
+    assert report["tokens"]["cached_local"] > 0
 
 
 def test_a_real_trace_has_the_hit_ratio_that_its_hash_ids_promise(shared_workloads):
