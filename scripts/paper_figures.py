@@ -104,15 +104,26 @@ def _system(name: str, num_turns: int, num_sessions: int, paper: Mapping[str, Ma
     return Curve(name, [cluster, *words], at, paper)
 
 
+GRANULARITIES = {  # the paper's three ways to send a prompt's KV, and ours
+    "by_layer": ["layout=discrete", "granularity=by_layer"],
+    "by_request": ["layout=discrete", "granularity=by_request"],
+    "by_request_agg": ["layout=aggregated", "granularity=by_request_agg"],
+    "packed": ["layout=discrete", "granularity=packed"],
+}
+# The paper counts 2L calls a prompt by layer, which takes blocks that lie side by side, and 2L a block by request.
+GRANULARITIES_BY_ITS_CALLS = {
+    "by_layer_merged": [*GRANULARITIES["by_layer"], "granularity.merge=true"],
+    **GRANULARITIES,
+}
+
+
 def granularities(
-    at: Callable[[float], Sequence[str]], paper: Mapping[str, Mapping[str, Mapping[float, float]]]
+    words: Mapping[str, Sequence[str]],
+    at: Callable[[float], Sequence[str]],
+    paper: Mapping[str, Mapping[str, Mapping[float, float]]],
 ) -> list[Curve]:
-    """The paper's three ways to send a prompt's KV, and ours."""
-    return [
-        Curve(name, ["layout=aggregated" if name == "by_request_agg" else "layout=discrete", f"granularity={name}"], at,
-              paper.get(name, {}))
-        for name in ("by_layer", "by_request", "by_request_agg", "packed")
-    ]  # fmt: skip
+    """A curve for each of `words`, by their names."""
+    return [Curve(name, of_it, at, paper.get(name, {})) for name, of_it in words.items()]
 
 
 def prompt_of(length: int) -> Callable[[float], list[str]]:
@@ -146,14 +157,14 @@ _ALL = [
     Figure(
         "fig11", "Fig. 11a, one communicator: the KV of one prompt from P to D", "tokens", (256, 512, 1024, 2048),
         [Shown("transfer", ("phases_s", "transfer", "mean"))],
-        granularities(lambda tokens: [f"workload.prompt_tokens={tokens}"],
+        granularities(GRANULARITIES, lambda tokens: [f"workload.prompt_tokens={tokens}"],
                       {"by_request": {"transfer": {2048: 0.102}},
                        "by_request_agg": {"transfer": {2048: 0.0193}}}),
     ),
     Figure(
         "fig12", "Fig. 12: granularities under load", "requests/s", (1, 5, 10, 15, 20, 25),
         [Shown("mean JCT", ("jct_s", "mean")), Shown("second token", ("second_token_s", "mean"))],
-        granularities(lambda rate: [f"workload.rate={rate}"], {}),
+        granularities(GRANULARITIES_BY_ITS_CALLS, lambda rate: [f"workload.rate={rate}"], {}),
     ),
     Figure(
         "fig13", "Fig. 13: TTFT by what is cached, of the uncached", "per cent cached", range(0, 101, 10),
