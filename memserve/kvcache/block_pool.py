@@ -69,6 +69,11 @@ class BlockPool:
         return a.num_free if a.num_dram_blocks or is_followed else self.num_available
 
     @property
+    def num_displaced(self) -> int:
+        """Blocks in DRAM that others used when the index took another copy in their place."""
+        return self._swaps.num_displaced
+
+    @property
     def num_waited(self) -> int:
         """Blocks moved between the media, both ways, while somebody waited: all, unless copies go on beside compute."""
         return self._swaps.num_waited
@@ -241,14 +246,9 @@ class BlockPool:
             return canonical
         better = (canonical >= self.num_blocks) & (blocks < self.num_blocks)
         better &= (self.allocator.refcounts[blocks] & 1) == 0  # a block is cached in one place only
-        return self._take_over(canonical, blocks, better) if better.any() else canonical
-
-    def _take_over(self, canonical: np.ndarray, blocks: np.ndarray, better: np.ndarray) -> np.ndarray:
-        """Points the index to the caller's copies in HBM where its own lie in DRAM (bool [n])."""
-        old, new = canonical[better], blocks[better]
-        self.index.repoint(old, new)
-        self.allocator.retain(new, INDEX)
-        self.allocator.release(old, INDEX)
+        if not better.any():
+            return canonical
+        self._swaps.displace(canonical[better], blocks[better])  # by the caller's copies
         return np.where(better, blocks, canonical)
 
     def delete(self, tokens: np.ndarray) -> int:

@@ -62,7 +62,7 @@ class Swap:
 
 class Swaps:
     """The swaps of one pool. num_out, num_in: blocks moved down and up since it was made.  num_waited: of these, those
-    for whose copies somebody waited.
+    for whose copies somebody waited.  num_displaced: blocks that others used when the index took a copy for them.
     """
 
     def __init__(self, allocator: Allocator, index: Index, engine: CopyEngine) -> None:
@@ -72,6 +72,7 @@ class Swaps:
         self.num_out = 0
         self.num_in = 0
         self.num_waited = 0
+        self.num_displaced = 0
 
     @property
     def waited_ns(self) -> int:
@@ -144,9 +145,7 @@ class Swaps:
             swap.moved = cached = counts == 3  # the index and this swap: whoever came to use it meanwhile stays there
         else:
             swap.moved = np.isin(swap.sources, a.held_by(swap.holder))
-        self._index.repoint(swap.sources[cached], swap.targets[cached])
-        a.retain(swap.targets[cached], INDEX)
-        a.release(swap.sources[cached], INDEX)
+        self.displace(swap.sources[cached], swap.targets[cached], 2 + 2 * swap.moved[cached])
         if swap.holder != INDEX:
             a.retain(swap.arrived, swap.holder)
             a.release(swap.sources[swap.moved], swap.holder)
@@ -156,6 +155,13 @@ class Swaps:
         else:
             self.num_in += num_kept
         return num_kept
+
+    def displace(self, old: np.ndarray, new: np.ndarray, num_ours: np.ndarray | int = 0) -> None:
+        """The index has blocks `new` in the place of `old`. num_ours: what counts of these are the mover's."""
+        self.num_displaced += int(np.count_nonzero(self._allocator.refcounts[old] > 1 + num_ours))
+        self._index.repoint(old, new)
+        self._allocator.retain(new, INDEX)
+        self._allocator.release(old, INDEX)
 
     def _close(self, swap: Swap) -> None:
         """Nothing is held for the swap any more, and who waits for its end is told."""

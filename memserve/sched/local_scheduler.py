@@ -15,8 +15,6 @@ forward that wrote them.
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
@@ -26,6 +24,7 @@ from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
 from memserve.sched.macro_steps import growth, most_steps
 from memserve.sched.preemption import Preemption, Recompute
+from memserve.sched.publisher import Publisher
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.sched.waiting_room import WaitingRoom
@@ -62,7 +61,7 @@ class LocalScheduler:
         self._preemption, self._swap, self._batching = preemption, swap, batching or Mixed()
         self._token_budget, self._chunk_size = token_budget, chunk_size or token_budget
         self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
-        self._publishes, self._holds_admitted = publishes, holds_admitted
+        self._publisher, self._holds_admitted = Publisher(pool, publishes), holds_admitted
         self._admitted: list[Request] = []
         self._num_waited = 0  # blocks that were swapped up to the last batch
         self._budget = 0  # tokens that the step being scheduled may still have
@@ -79,8 +78,10 @@ class LocalScheduler:
     def schedule(self) -> ScheduledBatch | None:
         """This step's batch, blocks included, or None when there is nothing to do. It pays for swaps since the last."""
         batch, self._budget = ScheduledBatch([], []), self._token_budget
+        self._publisher.follow(self.room.holders())
         while self._fill(batch):
             pass
+        self._publisher.follow(self.room.holders())
         self.pool.swap_ahead(self._swap_ahead_blocks)
         self._batching.check(self.running, batch)
         if not batch.requests:
@@ -99,10 +100,11 @@ class LocalScheduler:
             if is_prefill:
                 self.counts.computed += num_new
                 request.num_prefilled += num_new
-                self._publish(request)
+                self._publisher.publish(request)
             if samples:
                 request.tokens.extend(row)
                 self.counts.generated += len(row)
+        self._publisher.follow(self.room.holders())
 
     def adopt(self, request: Request) -> None:
         """Takes a request whose KV is in its block table already; it runs once there is room for one token more."""
@@ -111,7 +113,7 @@ class LocalScheduler:
 
     def stop(self, request: Request) -> None:
         """Stops running a request; its computed full blocks enter the index, and it keeps all until it is finished."""
-        self._publish(request)
+        self._publisher.publish(request)
         self.running.remove(request)
         request.phase = Phase.HANDING_OFF
 
@@ -196,7 +198,7 @@ class LocalScheduler:
             row = batch.requests.index(victim)
             del batch.requests[row]
             self._budget += batch.num_new.pop(row)
-        self._publish(victim)
+        self._publisher.publish(victim)
         self._preemption.preempt(victim, self.pool)
         victim.phase = Phase.WAITING
         self._made_room = True
@@ -241,8 +243,7 @@ class LocalScheduler:
         if not self._bring_up(request):
             return False
         if request.phase is Phase.RUNNING:
-            request.num_published = 0
-            self._publish(request)
+            self._publisher.publish_again(request)
         return True
 
     def _bring_up(self, request: Request) -> bool:
@@ -280,20 +281,3 @@ class LocalScheduler:
         request.on_hold = self._holds_admitted and request.max_num_tokens > request.num_prompt + 1
         if request.on_hold:
             self._admitted.append(request)
-
-    def _publish(self, request: Request) -> None:
-        """Indexes the request's computed full blocks and retains those that somebody else computed first.
-
-        It keeps its own copies of those too: block tables are append-only.
-        """
-        num_full = request.num_computed // self.pool.block_size
-        num_tokens = num_full * self.pool.block_size
-        if not self._publishes or num_tokens == request.num_published:
-            return
-        blocks = request.block_table.view[:num_full]
-        canonical = self.pool.publish(request.tokens.view[:num_tokens], blocks)
-        theirs = canonical[canonical != blocks]
-        if len(theirs):
-            held = self.pool.allocator.held_by(request.holder)
-            self.pool.retain(theirs[~np.isin(theirs, held)], request.holder)
-        request.num_published = num_tokens

@@ -177,6 +177,23 @@ def test_a_decode_instance_too_small_for_its_load_makes_hand_offs_wait_and_compu
     nothing_is_left(cluster)
 
 
+def test_what_waits_with_a_prefix_in_dram_holds_what_took_its_place_when_another_brought_it_up():
+    """Between any two steps: nothing that is used lies below a cached block that is not, which could not be evicted."""
+    shared = ["workload.num_sessions=18", "workload.num_turns=3", "workload.rate=40", "workload.max_output_tokens=40",
+              "workload.prefix_tokens=24", "workload.share_ratio=6"]  # fmt: skip
+    pools = ["kvcache.block_size=4", "kvcache.num_hbm_blocks=60", "kvcache.num_dram_blocks=300"]
+    num_displaced = []
+
+    def check(cluster):
+        decode = cluster.nodes[1]
+        num_displaced.append(decode.instance.pool.num_displaced)
+        if decode.step is None:
+            decode.instance.check()
+
+    play(local("cluster=1p1d", "mode=pd_caching_3", *shared, *pools).cluster(), check)
+    assert num_displaced[-1] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

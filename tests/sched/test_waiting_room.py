@@ -14,9 +14,10 @@ from memserve.messages import Abort
 from memserve.request import Phase, Request, SamplingParams
 from memserve.sched.preemption import SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
+from memserve.sched.swap_policy import Never
 from memserve.sched.waiting_room import WaitingRoom
 
-ANSWER = SamplingParams(max_tokens=3, ignore_eos=True)
+ANSWER, LONG = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 12))
 WARM, OTHER = np.arange(16), np.arange(500, 512)
 
 
@@ -132,3 +133,21 @@ def test_an_order_of_ones_own_may_look_at_the_index_even_if_it_extends_that_of_a
     assert room.next(lambda r: cached[r.request_id]).request_id == "b"
     cached["a"] = 8
     assert room.next(lambda r: cached[r.request_id]).request_id == "a"
+
+
+def test_a_block_that_was_computed_anew_above_one_that_waits_with_its_request_is_not_room():
+    """A swapped request comes up slowly; another one computes its first block meanwhile and is done."""
+    engine = functools.partial(InVirtualTime, seconds_for=lambda num_blocks: 1e-6)
+    tiers = {"num_blocks": 6, "num_dram_blocks": 3, "engine": engine, "preemption": SwapOut(), "swap": Never()}
+    instance = hash_instance(**tiers)
+    dispatch(instance, "older", np.arange(100, 111), LONG)
+    dispatch(instance, "swapped", np.arange(8), LONG)
+    assert [step(instance, now_ns) for now_ns in (1, 2)] == [["older", "swapped"]] * 2
+    assert step(instance, 3) == ["older"], "its fourth block took the place of the others' three"
+    instance.receive(Abort("older", 0))
+    dispatch(instance, "again", np.arange(6), LONG)
+    assert step(instance, 4) == ["again"] and instance.pool.num_swapping == 1
+    instance.receive(Abort("again", 0))
+    step(instance, 5)
+    instance.check()  # of what is cached, a block in use is below one that is not
+    assert instance.pool.num_available == 2, "the block above those that are coming up is not to be had"
