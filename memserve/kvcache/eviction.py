@@ -14,7 +14,8 @@ class Evictable(Protocol):
     """What a policy may look at.
 
     born, last_used: the index operations (counted from 1) that inserted the node and last used it.  num_uses: how often
-    it was used, its insertion included.  num_tokens_before, num_tokens_end: tokens before it, and with its own.
+    it was looked up, and once for its insertion: a prompt that is entered chunk by chunk has not used its own beginning
+    each time.  num_tokens_before, num_tokens_end: tokens before it, and with its own.
     """
 
     born: int

@@ -130,7 +130,7 @@ class HashIndex(Index):
                 self._entries[digest] = self._entry_of[block] = entry
                 new.append(block)
             else:
-                entry.use(self._num_operations)
+                entry.last_used = self._num_operations
             path.append(entry)
             parent = entry
         if parent is not None and not parent.children:

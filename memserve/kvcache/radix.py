@@ -70,7 +70,7 @@ class RadixIndex(Index):
             raise ValueError(
                 f"{len(tokens)} tokens for {len(blocks)} blocks: expected exactly {self._block_size} tokens a block"
             )
-        nodes, num_tokens = self._use(tokens, len(tokens))
+        nodes, num_tokens = self._touch(tokens, len(tokens))
         if num_tokens < len(tokens):
             new = np.array(blocks[num_tokens // self._block_size :], dtype=np.int32)
             leaf = self._grow(nodes, tokens[num_tokens:].copy(), new)
@@ -172,7 +172,14 @@ class RadixIndex(Index):
         return length - length % self._block_size
 
     def _use(self, tokens: np.ndarray, end: int) -> tuple[list[RadixNode], int]:
-        """The nodes of the longest cached prefix of tokens[:end], marked used, and its length.
+        """As `_touch`, for who looks tokens up: counted as a use."""
+        nodes, num_tokens = self._touch(tokens, end)
+        for node in nodes:
+            node.num_uses += 1
+        return nodes, num_tokens
+
+    def _touch(self, tokens: np.ndarray, end: int) -> tuple[list[RadixNode], int]:
+        """The nodes of the longest cached prefix of tokens[:end], the youngest of all now, and its length.
 
         An edge of which only the head is used is split, so that its tail keeps its age.
         """
@@ -184,7 +191,6 @@ class RadixIndex(Index):
                 self._place(nodes[-1], nodes[-1].blocks)
         for node in nodes:
             node.last_used = self._num_operations
-            node.num_uses += 1
         if nodes and not nodes[-1].children:
             self._leaves.offer(nodes[-1])
         return nodes, num_tokens + shared

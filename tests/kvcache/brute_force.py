@@ -50,17 +50,22 @@ class BruteForceIndex:
         return [tuple(tokens[: i + size]) for i in range(0, end - end % size, size)]
 
     def match(self, tokens, limit=None):
+        found = self._touch(tokens, limit)
+        for prefix in found:
+            self.used[prefix].num_uses += 1
+        return [self.blocks[prefix] for prefix in found]
+
+    def _touch(self, tokens, limit=None):
         self.clock += 1
         found = []
         for prefix in self.prefixes(tokens, limit):
             if prefix not in self.blocks:
                 break
             self.used[prefix].last_used = self.clock
-            self.used[prefix].num_uses += 1
             found.append(prefix)
         if found and self.has_nodes:
             self._cut_after(found[-1])
-        return [self.blocks[prefix] for prefix in found]
+        return found
 
     def _cut_after(self, end):
         for prefix, use in self.used.items():
@@ -68,7 +73,7 @@ class BruteForceIndex:
                 use.start = len(end)
 
     def insert(self, tokens, blocks):
-        num_found, path = len(self.match(tokens)), self.prefixes(tokens)
+        num_found, path = len(self._touch(tokens)), self.prefixes(tokens)
         for i, (prefix, block) in list(enumerate(zip(path, blocks, strict=True)))[num_found:]:
             self.blocks[prefix] = block
             start = num_found if self.has_nodes else i

@@ -93,12 +93,22 @@ def test_lfu_moves_to_dram_in_the_order_in_which_it_evicts_after_a_split_too():
     assert len(index.coldest(1)) == 0
 
 
-def test_lfu_counts_an_insert_that_leaves_an_edge_as_a_use_of_its_head():
+def test_lfu_does_not_count_what_an_insert_goes_on_from_as_used_once_more():
     index = index_of(LFU(), tokens(1, 2, 3, 4), tokens(1, 2, 5))
     [head] = index._tree.root.children.values()
-    assert head.num_uses == 2 and [node.num_uses for node in head.children.values()] == [1, 1]
+    assert head.num_uses == 1 and [node.num_uses for node in head.children.values()] == [1, 1]
     index.match(tokens(1, 2, 3, 4))
     assert index.evict(5).tolist() == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("kind", [RadixIndex, HashIndex])
+def test_lfu_keeps_nothing_for_the_chunks_in_which_it_was_entered(kind):
+    index = kind(1, np.ones(10, dtype=np.int32), LFU())
+    for end in (1, 2, 3):
+        index.insert(tokens(1, 2, 3)[:end], np.arange(end, dtype=np.int32))
+    index.insert(tokens(9), np.array([9], dtype=np.int32))
+    index.match(tokens(9))
+    assert index.evict(4).tolist() == [2, 1, 0, 9]
 
 
 @pytest.mark.parametrize("kind", [RadixIndex, HashIndex])

@@ -55,14 +55,15 @@ def nodes_of_a_request_that_grows(policy, num_blocks=20):
     return index, list(subtree(index._tree.root))[1:]
 
 
-def test_blocks_entered_one_by_one_make_one_node():
-    index, nodes = nodes_of_a_request_that_grows(LRU())
+@pytest.mark.parametrize("policy", [LRU(), LFU()], ids=["lru", "lfu"])
+def test_blocks_entered_one_by_one_make_one_node(policy):
+    index, nodes = nodes_of_a_request_that_grows(policy)
     assert len(nodes) == 1 and nodes[0].blocks.tolist() == list(range(20))
     assert index.match(np.arange(40, dtype=np.int32)).blocks.tolist() == list(range(20))
     assert index.evict(3).tolist() == [19, 18, 17]
 
 
-@pytest.mark.parametrize("policy", [LFU(), FIFO(), CostAware()], ids=["lfu", "fifo", "cost_aware"])
+@pytest.mark.parametrize("policy", [FIFO(), CostAware()], ids=["fifo", "cost_aware"])
 def test_blocks_that_an_order_tells_apart_stay_nodes_of_their_own(policy):
     assert len(nodes_of_a_request_that_grows(policy)[1]) == 20
 
