@@ -17,6 +17,7 @@ import numpy as np
 
 from memserve.clock import monotonic_ns
 from memserve.cluster.build import build_engine, build_instance
+from memserve.cluster.interruption import sigint_held_back
 from memserve.compose import load_config, quoted
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
@@ -94,8 +95,8 @@ class LLM:
         """Answers to `prompts`, in their order: list[Output], or with stream=True an iterator of Delta as they come.
 
         params: for all prompts, or one for each; greedy and 128 tokens by default. Several streams may be open at once,
-        in threads or in one: what one of them makes the model compute is kept for the others. Raises ValueError naming
-        the first prompt that cannot be served, before any is.
+        in threads or in one: what one of them makes the model compute is kept for the others, also where Ctrl-C
+        ends it. Raises ValueError naming the first prompt that cannot be served, before any is.
         """
         many, token_ids = _as_list(prompts), list[np.ndarray]()
         each = _one_each(params, len(many))
@@ -115,18 +116,18 @@ class LLM:
         """Serves the prompts; what is unfinished when the caller stops listening is aborted."""
         answers: dict[str, _Answer] = {}
         heard: deque[Tokens | Finished] = deque()
-        with self._turn:
-            for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
-                name = f"llm/{self._num_requests}"
-                self._num_requests += 1
-                answers[name] = _Answer(i, ids, p, self.tokenizer)
-                self._heard[name] = heard
-                self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
         try:
+            with self._turn:
+                for i, (ids, p) in enumerate(zip(prompts, params, strict=True)):
+                    name = f"llm/{self._num_requests}"
+                    self._num_requests += 1
+                    answers[name] = _Answer(i, ids, p, self.tokenizer)
+                    self._heard[name] = heard
+                    self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
             while answers:
                 with self._turn:
                     if not heard:
-                        self._pass_on(self.step())
+                        self._serve()
                         continue
                 message = heard.popleft()
                 delta = answers[message.request_id].take(message)
@@ -136,7 +137,7 @@ class LLM:
                 yield delta
         finally:
             for name in answers:
-                del self._heard[name]
+                self._heard.pop(name, None)
                 self._unread.append(name)
             self._abort_unread()
 
@@ -146,7 +147,7 @@ class LLM:
         """
         while self._unread and self._turn.acquire(blocking=False):
             try:
-                self._pass_on(self.step())
+                self._serve()
             finally:
                 self._turn.release()
 
@@ -161,15 +162,27 @@ class LLM:
         """Computes one batch of what `instance` was given, for who drives it alone, with no stream open; what it has to
         say since.
         """
-        while self._unread:
-            self.instance.receive(Abort(self._unread.popleft(), 0))
-        batch = self.instance.schedule(monotonic_ns())
-        if batch is None:
-            self.instance.pool.wait()  # nothing is there to compute meanwhile
-        else:
-            output = self.instance.forward(batch)
-            self.instance.commit(batch, output, np.array([monotonic_ns()]))
+        self._compute()
         return [m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished)]
+
+    def _serve(self) -> None:
+        """Computes one batch for the streams. What it has to say stays with the instance until they have it."""
+        self._compute()
+        with sigint_held_back():
+            self._pass_on(m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished))
+
+    def _compute(self) -> None:
+        """One batch. SIGINT may end the forward: what that has written is in no book yet."""
+        with sigint_held_back():
+            while self._unread:
+                self.instance.receive(Abort(self._unread.popleft(), 0))
+            batch = self.instance.schedule(monotonic_ns())
+            if batch is None:
+                self.instance.pool.wait()  # nothing is there to compute meanwhile
+                return
+        output = self.instance.forward(batch)
+        with sigint_held_back():
+            self.instance.commit(batch, output, np.array([monotonic_ns()]))
 
     def _token_ids(self, prompt: Any) -> np.ndarray:
         """Integers [n] from a string, a chat or token ids, which may be out of range."""

@@ -3,6 +3,7 @@
 while it waits for others in a store     they end it: no handler runs below Python, and it has nothing yet
 while it is a part of the cluster        Interrupted is raised in it, once
 while it waits for a process it started  SIGTERM raises Interrupted too, so that the other is not left alone
+while an LLM changes its books           SIGINT waits until it has, since what was half done would stay so
 """
 
 import signal
@@ -64,3 +65,20 @@ def raised_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def sigint_held_back() -> Iterator[None]:
+    """Meanwhile SIGINT waits, where a handler of Python's would raise in the midst of this; then that handler runs."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came = list[FrameType | None]()
+    signal.signal(signal.SIGINT, lambda _, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(signal.SIGINT, came[-1])
