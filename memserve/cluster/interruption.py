@@ -6,13 +6,16 @@ while it waits for a process it started  SIGTERM raises Interrupted too, so that
 while an LLM changes its books           SIGINT waits until it has, since what was half done would stay so
 """
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SOON_S = 0.01
 
 
 class Interrupted(BaseException):
@@ -20,13 +23,29 @@ class Interrupted(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.status = 128 + signum
+        self.signum, self.status = signum, 128 + signum
 
 
 def leave(signum: int, frame: FrameType | None = None) -> None:
-    """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way."""
+    """Once: a terminal and torchrun both send one, and what is cleaned up meanwhile is not to be left half-way.
+
+    Where it comes in the midst of a `__del__` or a weak reference's callback, whose exceptions Python drops, it comes
+    again soon.
+    """
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    before = sys.unraisablehook
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(what.exc_value, Interrupted):
+            before(what)
+            return
+        sys.unraisablehook = before
+        for each in _SIGNALS:
+            signal.signal(each, leave)
+        threading.Timer(_SOON_S, os.kill, (os.getpid(), what.exc_value.signum)).start()
+
+    sys.unraisablehook = dropped
     raise Interrupted(signum)
 
 
