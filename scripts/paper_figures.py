@@ -126,15 +126,29 @@ def granularities(
     return [Curve(name, of_it, at, paper.get(name, {})) for name, of_it in words.items()]
 
 
-def prompt_of(length: int) -> Callable[[float], list[str]]:
-    """Eleven prompts one after the other; the first computes what the other ten share, a percentage of each."""
+def cached(name: str, percent: Sequence[float]) -> Curve:
+    """A curve of Fig. 13, by a name of CACHED_PERCENT. In DRAM: what nobody uses has gone there by the next prompt."""
+    length, _, how = name.removeprefix("p").partition("_")
+    num_together = int(how.removeprefix("bs")) if how.startswith("bs") else 1
+    words = {
+        "": [],
+        "dram": ["kvcache.hbm_bytes=null", "kvcache.num_hbm_blocks=600", "kvcache.num_dram_blocks=4000",
+                 "kvcache.async_swap=true", "kvcache.swap_ahead_blocks=600"],
+    }  # fmt: skip
+    in_turn = ["workload/arrivals=closed_loop", f"workload.arrivals.concurrency={num_together}", "workload.rate=null"]
+    paper = by_point(range(10, 101, 10), [p / 100 for p in percent])
+    return Curve(name, words.get(how, in_turn), prompt_of(int(length), num_together), {"TTFT": paper})
+
+
+def prompt_of(length: int, num_together: int = 1) -> Callable[[float], list[str]]:
+    """Eleven prompts, or times so many, after each other; the first computes what the others share, a percentage."""
 
     def at(percent: float) -> list[str]:
         if not 0 <= percent <= 100:
             raise ValueError(f"{percent:g} per cent of a prompt: expected 0 to 100")
-        shared = min(round(length * percent / 100), length - 1)
-        sharing = [f"workload.prefix_tokens={shared}", "workload.share_ratio=11"] if shared else []
-        return [f"workload.prompt_tokens={length - shared}", *sharing]
+        shared, num_sessions = min(round(length * percent / 100), length - 1), 11 * num_together
+        sharing = [f"workload.prefix_tokens={shared}", f"workload.share_ratio={num_sessions}"] if shared else []
+        return [f"workload.num_sessions={num_sessions}", f"workload.prompt_tokens={length - shared}", *sharing]
 
     return at
 
@@ -169,8 +183,7 @@ _ALL = [
     Figure(
         "fig13", "Fig. 13: TTFT by what is cached, of the uncached", "per cent cached", range(0, 101, 10),
         [Shown("TTFT", ("ttft_s", "p50"), "share")],
-        [Curve(f"p{length}", [], prompt_of(length), {"TTFT": by_point(range(10, 101, 10), [p / 100 for p in percent])})
-         for length, percent in CACHED_PERCENT.items()],
+        [cached(name, percent) for name, percent in CACHED_PERCENT.items()],
         is_relative=True,
     ),
     Figure(

@@ -32,10 +32,13 @@ from memserve.workload.session import Session, Workload, sessions_of
 
 
 def check_playable(cfg: RunConfig) -> None:
-    """Raises ConfigError for what no LocalCluster can be made of, as far as that is seen without model and workload."""
+    """Raises ConfigError for what no LocalCluster can be made of, as far as that is seen without the model and the
+    workload's files.
+    """
     if cfg.exec == "distributed":
         raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
     build_global_scheduler(cfg, build_roles(cfg), np.random.default_rng(cfg.seed))
+    make(cfg.workload)
 
 
 class LocalCluster:

@@ -50,6 +50,12 @@ def test_the_times_of_fig_11_are_the_paper_s(reproduce, figures):
         assert ours == pytest.approx(reproduce.paper_value(figure.shown[0], curve, 2048), rel=0.02)
 
 
+def test_words_that_a_late_point_refuses_are_refused_before_the_first_one_runs(reproduce, capfd):
+    with pytest.raises(SystemExit, match="a closed loop has no rate"):
+        reproduce.main(["fig13", "--curves", "p512,p512_bs2", "--points", "50", "workload.rate=2"])
+    assert "cluster time" not in capfd.readouterr().err
+
+
 def test_how_far_a_figure_is_off_is_the_mean_over_what_the_paper_has(reproduce, figures):
     figure = reproduce.narrowed(figures["fig15"], ["prompt_tree", "cost_based"], [2, 3])
     reports = {(curve.name, point): {"ttft_s": {"p50": 0.0426, "p99": 0.0873}, "hit_ratio": 0.5}
@@ -79,6 +85,10 @@ def test_every_claim_is_of_a_curve_a_point_and_a_value_that_its_figure_has(figur
         (["fig15", "--points", "two"], None),
         (["fig15", "nonsense=1"], "nonsense"),
         (["fig13", "--points", "120"], "120 per cent of a prompt: expected 0 to 100"),
+        (
+            ["fig13", "--curves", "p512_bs2", "workload.rate=2"],
+            "rate=2.*: a closed loop has no rate; expected rate=null",
+        ),
     ],
 )
 def test_what_is_no_figure_curve_or_word_is_named(reproduce, words, named):
