@@ -97,10 +97,10 @@ class BlockPool:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def fits(self, blocks: np.ndarray, num_tokens: int) -> bool:
-        """Whether HBM has room for those of `blocks` (int32 [n]) that lie in DRAM, and what else `num_tokens` need."""
-        num_new = self.blocks_for(num_tokens) - len(blocks)
-        return int(np.count_nonzero(blocks >= self.num_blocks)) + max(num_new, 0) <= self.num_available
+    def fits(self, blocks: np.ndarray, num_tokens: int, num_kept: int) -> bool:
+        """Whether HBM has room for those of `blocks` (int32 [n]) in DRAM, what else `num_tokens` need, and num_kept."""
+        num_new = max(self.blocks_for(num_tokens) - len(blocks), 0)
+        return int(np.count_nonzero(blocks >= self.num_blocks)) + num_new + num_kept <= self.num_available
 
     def alloc(self, num_blocks: int, holder: Holder, medium: Medium = Medium.HBM) -> np.ndarray:
         """Exactly `num_blocks` blocks, int32. What only the index holds makes room: moved to DRAM, else evicted.

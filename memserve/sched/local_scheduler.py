@@ -187,9 +187,11 @@ class LocalScheduler:
                     return False
 
     def _cover(self, request: Request, num_tokens: int) -> None:
-        missing = self.pool.blocks_for(num_tokens) - len(request.block_table)
-        if missing > 0:
-            request.block_table.extend(self.pool.alloc(missing, request.holder))
+        if num_missing := self._num_missing(request, num_tokens):
+            request.block_table.extend(self.pool.alloc(num_missing, request.holder))
+
+    def _num_missing(self, request: Request, num_tokens: int) -> int:
+        return max(self.pool.blocks_for(num_tokens) - len(request.block_table), 0)
 
     def _preempt(self, victim: Request, batch: ScheduledBatch) -> None:
         """Takes a request's place, and what it was given in this step."""
@@ -248,7 +250,7 @@ class LocalScheduler:
 
     def _bring_up(self, request: Request) -> bool:
         """Swaps the block table in and allocates the rest; it runs, or is parked while it comes. False: no room."""
-        if not self.pool.fits(request.block_table.view, request.num_tokens):
+        if not self.pool.fits(request.block_table.view, request.num_tokens, self._num_owed()):
             return False
         try:
             swap = self.pool.swap_in(request.block_table.view, request.holder)
@@ -261,6 +263,10 @@ class LocalScheduler:
             return False
         self._run(request)
         return True
+
+    def _num_owed(self) -> int:
+        """Blocks that those who run need for tokens that they have: none if they were served before others come in."""
+        return sum(self._num_missing(request, request.num_tokens) for request in self.running)
 
     def _drop_swapped(self) -> bool:
         """Lets the youngest request that waits and still holds blocks be recomputed; False when there is none.

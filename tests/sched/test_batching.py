@@ -6,7 +6,8 @@ from mini_cluster import collect, dispatch, hash_answer, hash_instance, sizes
 
 from memserve import LocalCluster, load_config
 from memserve.request import SamplingParams
-from memserve.sched.batching import Batching, PrefillFirst
+from memserve.sched.batching import Batching, Mixed, PrefillFirst
+from memserve.sched.preemption import SwapOut
 
 ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)
 
@@ -116,3 +117,33 @@ def test_what_a_preempted_request_took_of_the_budget_is_there_for_others():
     assert sizes(instance) == [("b", 1), ("a", 1), ("c", 8)]
     assert sizes(instance) == [("b", 1), ("a", 1)], "'c' had 9 tokens of 10 until 'b' needed its blocks"
     instance.check()
+
+
+class Noting(SwapOut):
+    def __init__(self):
+        self.preempted = []
+
+    def preempt(self, request, pool):
+        self.preempted.append(request.request_id)
+        super().preempt(request, pool)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "num_blocks", "prompts", "max_tokens"),
+    [(2, 8, [2] * 5, 9), (2, 10, [2] * 6, 9), (4, 7, [2, 3, 4, 5, 6], 14)],
+)
+@pytest.mark.parametrize("batching", [Mixed, PrefillFirst])
+def test_nobody_comes_back_and_is_preempted_in_one_step(batching, block_size, num_blocks, prompts, max_tokens):
+    """With PrefillFirst who comes back does so before others have the blocks for the tokens that they have got."""
+    noting, params = Noting(), SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    tiers = {"num_blocks": num_blocks, "num_dram_blocks": 40, "block_size": block_size, "preemption": noting}
+    instance = hash_instance(**tiers, batching=batching())
+    for number, num_tokens in enumerate(prompts):
+        dispatch(instance, str(number), np.arange(100 * number, 100 * number + num_tokens), params)
+    while instance.num_unfinished or instance.has_inbox:
+        ran = {request.request_id for request in instance.scheduler.running}
+        noting.preempted.clear()
+        sizes(instance)
+        assert set(noting.preempted) <= ran
+        instance.check()
+    assert instance.pool.stats().num_swapped_in > 0
