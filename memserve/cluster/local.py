@@ -19,7 +19,7 @@ from memserve.cluster.manager import ClusterManager
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import activity_of, report_of
 from memserve.cluster.warm_up import warm_up
-from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport
+from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport, check_wired
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
@@ -37,8 +37,7 @@ def check_playable(cfg: RunConfig) -> None:
     """
     if cfg.exec == "distributed":
         raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
-    build_global_scheduler(cfg, build_roles(cfg), np.random.default_rng(cfg.seed))
-    make(cfg.workload)
+    check_wired(cfg, build_roles(cfg))
 
 
 class LocalCluster:

@@ -2,7 +2,10 @@
 
 import os
 import re
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from child_process import free_port
@@ -136,6 +139,21 @@ def test_who_is_started_again_and_finds_nobody_need_not_be_started_again(monkeyp
     monkeypatch.setattr("memserve.cluster.launch._REBIRTH", timedelta(seconds=1))
     with pytest.raises(RunOver, match="nobody is at cluster.store=127.0.0.1"):
         find_place(member(0, f"127.0.0.1:{free_port()}"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["scaling=by_load", "scaling.max_instances=4", "cluster.spares=1"], "scaling.max_instances=4 contradicts"),
+        (["policy=prompt_tree", "index=none"], "policy=PromptTree contradicts index=none"),
+        (["workload=synthetic", "workload.rate=-1"], "rate=-1.*: expected"),
+    ],
+)
+def test_words_that_contradict_each_other_are_refused_by_a_member_that_finds_nobody_too(words, named, capfd):
+    run = Path(__file__).parents[2] / "scripts" / "run.py"
+    started = [*DISTRIBUTED, *words, f"cluster.store=127.0.0.1:{free_port()}", "cluster.member=0"]
+    assert subprocess.run([sys.executable, run, *started], timeout=60, check=False).returncode == 1
+    assert re.search(named, capfd.readouterr().err)
 
 
 def test_members_that_were_given_other_words_are_refused_by_the_options_names():
