@@ -72,7 +72,7 @@ class Group:
         tree: PromptIndex,
         cost_model: CostModel | None = None,
     ) -> None:
-        self.labels, self.incarnations, self.tree = list(labels), list(incarnations), tree
+        self.labels, self.incarnations, self.tree = tuple(labels), list(incarnations), tree
         self._policy, self._cost_model = policy, cost_model
         self._rows = _new_rows(len(labels))
         self._homes: OrderedDict[str, int] = OrderedDict()  # row of each session, the least recently used first
@@ -100,7 +100,7 @@ class Group:
 
     def add(self, label: str, incarnation: int) -> None:
         """An instance joins, the last row, with nothing to do and nothing cached."""
-        self.labels = [*self.labels, label]  # another list: records of earlier choices keep theirs
+        self.labels = (*self.labels, label)
         self.incarnations.append(incarnation)
         self.tree.add_row()
         self._rows = np.append(self._rows, _new_rows(1))
@@ -129,16 +129,19 @@ class Group:
         return np.flatnonzero(can)
 
     def snapshot(self, rows: np.ndarray, num_cached: np.ndarray, session_id: str) -> ClusterSnapshot:
-        """What the policy sees now of some rows, for a request of a session. num_cached: int64 [n], of these rows."""
+        """What the policy sees now of some rows, for a request of a session.
+
+        num_cached: int64 [n], of these rows; nobody writes to it any more.
+        """
         home = np.flatnonzero(rows == self._homes.get(session_id, -1))
         return ClusterSnapshot(
-            labels=self.labels if len(rows) == len(self.labels) else [self.labels[row] for row in rows],
-            num_requests=self._rows["num_requests"][rows],
-            num_tokens=self._rows["num_tokens"][rows],
+            labels=self.labels if len(rows) == len(self.labels) else tuple(self.labels[row] for row in rows),
+            num_requests=_read_only(self._rows["num_requests"][rows]),
+            num_tokens=_read_only(self._rows["num_tokens"][rows]),
             num_routed=self._num_routed,
-            num_cached=num_cached,
-            queued_work=self._rows["queued_work"][rows],
-            num_lately=self._rows["num_lately"][rows],
+            num_cached=_read_only(num_cached),
+            queued_work=_read_only(self._rows["queued_work"][rows]),
+            num_lately=_read_only(self._rows["num_lately"][rows]),
             home=int(home[0]) if len(home) else None,
         )
 
@@ -220,6 +223,12 @@ class Group:
         self._rows["num_tokens"][placement.row] += sign * placement.num_tokens
         self._rows["queued_work"][placement.row] += sign * placement.work
         self._rows["queued_ns"][placement.row] += sign * placement.queued_ns
+
+
+def _read_only(column: np.ndarray) -> np.ndarray:
+    """The same array, for a policy to look at: what a choice is recorded and counted by is read from it afterwards."""
+    column.setflags(write=False)
+    return column
 
 
 def _new_rows(num_rows: int) -> np.ndarray:

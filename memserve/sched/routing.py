@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ClusterSnapshot:
-    """The instances that can take a request, a row each.
+    """The instances that can take a request, a row each. To be looked at: columns that are written to raise ValueError.
 
     labels: their names.  num_requests: int64 [n], dispatched and unfinished; on prefill instances those whose KV
     has not been handed over.  num_tokens: int64 [n], prompt tokens of those.  num_routed: requests routed so far in
@@ -24,7 +24,7 @@ class ClusterSnapshot:
     session that is new, or that has not come for 65,536 others, or whose row is not here.
     """
 
-    labels: list[str]
+    labels: tuple[str, ...]
     num_requests: np.ndarray
     num_tokens: np.ndarray
     num_routed: int

@@ -26,7 +26,7 @@ def choose(policy, cached, requests=None, tokens=None, work=None, lately=None, h
 
 def chosen_and_why(policy, cached, requests=None, tokens=None, work=None, lately=None, home=None):
     zeros = [0] * len(cached)
-    labels = [f"prefill-{i}" for i in range(len(cached))]
+    labels = tuple(f"prefill-{i}" for i in range(len(cached)))
     columns = [np.array(c or zeros, dtype=np.int64) for c in (requests, tokens)]
     more = [np.array(c or zeros, dtype=kind) for c, kind in ((work, np.int64), (lately, np.float64))]
     snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), *more, home)
@@ -133,7 +133,7 @@ def test_each_choice_is_recorded_with_what_it_would_have_cost_elsewhere():
     serve(scheduler, "b", np.arange(21), [1])
     [choice] = scheduler.timelines["b"].routes
     here = int(label[-1])
-    assert choice.labels == ["i-0", "i-1"] and choice.chosen == here and choice.why == "soonest first token"
+    assert choice.labels == ("i-0", "i-1") and choice.chosen == here and choice.why == "soonest first token"
     assert choice.num_cached[here] == 12 and choice.num_cached[1 - here] == 0
     assert choice.first_token_s.tolist()[here] == pytest.approx(0.01 + 9 * 0.001)
     assert choice.elsewhere_s == pytest.approx(0.01 + 21 * 0.001) and choice.regret_s == 0

@@ -10,7 +10,7 @@ from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, R
 
 
 def snapshot(requests, tokens=None, num_routed=0, **columns):
-    labels = [f"colocated-{i}" for i in range(len(requests))]
+    labels = tuple(f"colocated-{i}" for i in range(len(requests)))
     none = np.zeros(len(requests), dtype=np.int64)
     columns = {"num_cached": none, "queued_work": none, "num_lately": none, "home": None, **columns}
     return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)
@@ -26,6 +26,19 @@ def test_least_load_takes_the_fewest_requests_then_tokens_then_a_seeded_tie():
     assert LeastLoad().choose(route(), snapshot([1, 1, 3], [50, 40, 1]), rng) == 1
     chosen = {LeastLoad().choose(route(), snapshot([1, 1, 1]), rng) for _ in range(50)}
     assert chosen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("column", ["num_requests", "num_tokens", "num_cached", "queued_work", "num_lately", "labels"])
+def test_a_policy_that_writes_into_what_it_is_shown_is_stopped(column):
+    class Marks(LeastLoad):
+        def choose(self, request, cluster, rng):
+            getattr(cluster, column)[0] = 1
+            return super().choose(request, cluster, rng)
+
+    group = group_of(["a", "b"], Marks())
+    with pytest.raises((ValueError, TypeError), match="read-only|does not support item assignment"):
+        group.choose(route(), 0, np.random.default_rng(0))
+    assert group.labels == ("a", "b")
 
 
 def test_round_robin_takes_turns():
