@@ -21,7 +21,7 @@ from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance
-from memserve.kvcache.arena import Arena, TwoTiers
+from memserve.kvcache.arena import Arena, TwoTiers, as_device
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
 from memserve.kvcache.index import Index, NullIndex
@@ -107,10 +107,9 @@ def _open(cfg: RunConfig) -> OpenedModel:
 
 def _device(word: str) -> torch.device:
     try:
-        device = torch.device(word)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model.device={word}: expected cpu, or a device of this machine ({error})") from error
+        device = as_device(word, "model.device")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on this thread's device
     return device

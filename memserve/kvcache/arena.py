@@ -10,13 +10,26 @@ from memserve.transfer.block_copy import copy_rows
 from memserve.transfer.shared_memory import SharedHandle, SharedMemory, available_bytes, page_lock
 
 
+def as_device(value: torch.device | str, name: str = "device") -> torch.device:
+    """A device that memory can be had on. Raises ValueError, naming the value, for one that this machine has not."""
+    expected = f"{name}={value!s}: expected cpu, or a device of this machine"
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"{expected} ({str(error).splitlines()[0]})") from error
+    if device.type == "meta":
+        raise ValueError(f"{expected}, which keeps what is written")
+    return device
+
+
 class Arena:
     """`num_blocks` blocks of `geometry` by `layout` on `device`, zero-filled; on a host page-locked if `pinned`.
 
     tensor: the contiguous memory, shaped by the layout.  kv: the same as [L, 2, N, B, K, D], a strided view.
     shared: by which another process maps the same bytes; None for a device's memory, or none.
     Raises MemoryError, naming the bytes asked for, when they cannot be had; a host's are compared with what is
-    available before any is touched.
+    available before any is touched; ValueError for a layout or a geometry that is none.
     """
 
     def __init__(
@@ -24,6 +37,8 @@ class Arena:
     ) -> None:
         if not isinstance(layout, Layout):
             raise ValueError(f"layout={layout!r}: expected an object of a Layout, such as DiscreteLayout()")
+        if not isinstance(geometry, CacheGeometry):
+            raise ValueError(f"geometry={geometry!r}: expected a CacheGeometry")
         self.layout, self.geometry, self.num_blocks = layout, geometry, num_blocks
         self.num_bytes = num_blocks * geometry.block_bytes
         self._memory: SharedMemory | None = None

@@ -62,6 +62,16 @@ class CopyEngine(ABC):
         """Copies blocks `source` to `target`, int32 [n] each. What raises writes nothing any more."""
 
 
+def made_by(engine: Callable[[BlockCopier], CopyEngine], copier: BlockCopier) -> CopyEngine:
+    """The engine that `engine` makes of a copier. Raises ValueError where that is none."""
+    if not callable(engine):
+        raise ValueError(f"engine={engine!r}: expected what makes a CopyEngine, such as the class AtOnce")
+    made: object = engine(copier)
+    if not isinstance(made, CopyEngine):
+        raise ValueError(f"engine={engine!r} made {made!r}: expected a CopyEngine")
+    return made
+
+
 class _Ended(Copy):
     def has_ended(self, now_ns: int) -> bool:
         return True

@@ -15,9 +15,9 @@ import torch
 from memserve.kvcache.address import Medium, Placement
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
-from memserve.kvcache.arena import Arena, TwoTiers
+from memserve.kvcache.arena import Arena, TwoTiers, as_device
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
-from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine
+from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, made_by
 from memserve.kvcache.errors import NotHeld
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.kvcache.granularity import Granularity
@@ -64,11 +64,11 @@ class MemPool:
         self.geometry, self.layout, self.incarnation = geometry, layout, incarnation
         self._now_ns = 0
         self._transfers: Transfers | None = None
-        device = torch.device(device)
+        device = as_device(device)
         self.arena = Arena(layout, geometry, num_blocks, device)
         pinned = device.type != "cpu" and num_dram_blocks > 0
         self.dram = Arena(layout, geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)
-        copies = engine(TwoTiers(self.arena, self.dram, num_blocks))
+        copies = made_by(engine, TwoTiers(self.arena, self.dram, num_blocks))
         size = geometry.block_size
         self.blocks = BlockPool(num_blocks, size, index, num_dram_blocks=num_dram_blocks, engine=copies)
         self._book = AddressBook(self.blocks.allocator, incarnation)

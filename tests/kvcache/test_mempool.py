@@ -264,6 +264,26 @@ def test_the_peak_counts_cached_blocks_that_requests_use():
     assert pool.stats().peak_used == 4
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"device": "nonsense"}, "device=nonsense: expected cpu, or a device of this machine"),
+        ({"device": "cuda:9999"}, "device=cuda:9999: expected cpu, or a device of this machine"),
+        ({"device": "meta"}, "device=meta: expected cpu, or a device of this machine, which keeps what is written"),
+        ({"device": None}, "device=None: expected cpu, or a device of this machine"),
+        ({"device": -1}, "device=-1: expected cpu, or a device of this machine"),
+        ({"engine": "on_a_thread"}, "engine='on_a_thread': expected what makes a CopyEngine, such as the class AtOnce"),
+        ({"engine": None}, "engine=None: expected what makes a CopyEngine"),
+        ({"engine": str}, "engine=<class 'str'> made '<.*>': expected a CopyEngine"),
+        ({"geometry": "16 tokens"}, "geometry='16 tokens': expected a CacheGeometry"),
+    ],
+)
+def test_what_is_no_device_no_engine_and_no_geometry_is_refused_by_its_value(words, said):
+    parts = {"geometry": GEOMETRY, "layout": DiscreteLayout(), "num_blocks": 4, "index": RadixIndex}
+    with pytest.raises(ValueError, match=said):
+        MemPool(**{**parts, **words})
+
+
 def test_what_is_no_layout_no_index_no_medium_and_no_time_is_refused_by_its_value():
     with pytest.raises(ValueError, match=r"layout='discrete': expected an object of a Layout"):
         MemPool(GEOMETRY, "discrete", 4, RadixIndex)
