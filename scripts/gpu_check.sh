@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # On a machine with one GPU: the tests that need it, the benchmarks, and a page with what came out beside its goals.
 #
-#   scripts/gpu_check.sh                        all parts but tune, about a quarter of an hour:
+#   scripts/gpu_check.sh                        all parts but tune and costs, about a quarter of an hour:
 #                                               docs/results/gpu-YYYY-MM-DD.md
-#   scripts/gpu_check.sh tests kernels          some of: tests clusters kernels decode transfer serve tune
+#   scripts/gpu_check.sh tests kernels          some of: tests clusters kernels decode transfer serve tune costs
 #   scripts/gpu_check.sh --dry                  without a GPU: every command runs, no figure means anything
 #
 # Each part has a time limit; one that fails or runs past it is named at the end, and the others go on. At its limit a
 # part is interrupted, so that tests still say what has failed so far. PYTHON names another interpreter, PAGE another page
 # (a part is appended to it). Where a command may take ten minutes at most, these end before: `kernels decode`,
-# `tests serve`, `clusters transfer`, `tune`, in this order if time is short.
+# `tests serve`, `clusters transfer`, `tune`, `costs`, in this order if time is short.
 #
 # Images with a GPU's torch have few of the other packages. For such a machine, and its Python, say 3.12:
 #
@@ -81,6 +81,19 @@ serve() {
         exec=distributed cluster=1p1d mode=pd_caching_3 transport=mapped granularity=by_request_agg layout=aggregated "${words[@]}"
 }
 
+costs() { # what steps cost here, beside the data sheet's roofline; the file stays beside the page
+    local file=${page%.md}-costs.json few=(--repeats 3 --repeat-s 0.05) sheet=measured
+    [[ $device == cuda ]] && sheet=$("$python" -c 'import torch
+sheets = {"H200": "h200", "H100": "h100", "H800": "h800", "A100": "a100_80g", "B200": "b200", "L40S": "l40s"}
+name = torch.cuda.get_device_name()
+print(next((word for part, word in sheets.items() if part in name), f"none-of-configs/cost_model/gpu-is-{name}"))')
+    [[ $device == cpu ]] && few=(--repeats 1 --repeat-s 0 --max-context 64 --max-tokens 64 --max-batch 2 --held-out 4)
+    run "costs, profile" 400 "none: a file for cost_model=fitted" "$python" scripts/profile_cost_model.py --out "$file" \
+        "${few[@]}" "${model[@]}" "model.device=$device"
+    run "costs, roofline" 100 "none: how far a data sheet is from measured steps, with its shares fitted" \
+        "$python" scripts/bench_roofline.py --costs "$file" --gpu "$sheet"
+}
+
 for part in "${parts[@]}"; do
     case $part in
     tests)
@@ -109,8 +122,9 @@ for part in "${parts[@]}"; do
             --parts device --device "$device" --megabytes "$megabytes" --repeats 5
         ;;
     serve) serve ;;
+    costs) costs ;;
     *)
-        echo "error: $part: expected of tests, clusters, kernels, decode, transfer, serve, tune"
+        echo "error: $part: expected of tests, clusters, kernels, decode, transfer, serve, tune, costs"
         exit 2
         ;;
     esac

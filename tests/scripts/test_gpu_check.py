@@ -42,6 +42,14 @@ def test_the_benchmarks_and_the_tuning_of_kernels_run_dry(tmp_path: Path) -> Non
     assert page.count("Goal: ") == page.count("Status 0") == 4
 
 
+def test_costs_are_profiled_and_held_against_a_roofline_dry(tmp_path: Path) -> None:
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "costs")
+    assert status == 0, printed
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("Status 0") == 2 and "cost_model.compute_share=" in page
+    assert (tmp_path / "page-costs.json").exists()
+
+
 def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
     status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "transfer", "serve", python="false")
     assert status == 1
@@ -78,7 +86,7 @@ def test_wheels_that_are_brought_along_are_found(tmp_path: Path, monkeypatch: py
 
 def test_a_part_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     status, printed = gpu_check(tmp_path / "page.md", "--dry", "speed")
-    expected = "error: speed: expected of tests, clusters, kernels, decode, transfer, serve, tune"
+    expected = "error: speed: expected of tests, clusters, kernels, decode, transfer, serve, tune, costs"
     assert status == 2 and expected in printed
 
 
