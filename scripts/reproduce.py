@@ -3,7 +3,7 @@
 python scripts/reproduce.py                          # names the figures
 python scripts/reproduce.py fig8_loogle fig15        # tables of what a figure shows, then what the text says of it
 python scripts/reproduce.py fig8_loogle --points 1,5 --curves PD,1P1D,1P1D-CC --out outputs/fig8
-python scripts/reproduce.py fig15 workload.rate=10   # other arguments are words of run.py and hold for all points
+python scripts/reproduce.py fig15 workload.rate=30   # other arguments are words of run.py and hold for all points
 
 A figure's options are in configs/experiment/, for run.py as +experiment=fig15; its curves in paper_figures.py.
 Durations come from the paper's own figures (cost_model=h800_llama2_13b_vllm, link=nvlink_h800), and what it does not
