@@ -19,6 +19,13 @@ import gc
 
 gc.disable()  # what is imported is no garbage; to look for some in it is a quarter of the time that a process starts in
 
+import os
+
+from memserve.cluster.torchrun import own_torchrun
+
+TORCHRUN = own_torchrun(os.environ)
+TORCHRUN.end_with()  # also before it is a part of the cluster: a torchrun that is killed ends nobody
+
 import atexit
 import logging
 import signal
@@ -106,7 +113,7 @@ def control(cfg: RunConfig, output_dir: Path) -> Report:
     place.store.set("output_dir", str(output_dir.resolve()))
     log_to(output_dir / "rank-0.log")
     with Progress() as progress:
-        report = DistributedCluster(cfg, place).run(output_dir, progress=progress)
+        report = DistributedCluster(cfg, place, TORCHRUN).run(output_dir, progress=progress)
     assert report is not None, "rank 0 reports"
     return report
 
@@ -122,7 +129,7 @@ def serve(words: list[str]) -> None:
             print(f"cluster.member={cfg.cluster.member} looks for the scheduler at {cfg.cluster.store}", flush=True)
         place = find_place(cfg)
         log_to(Path(place.store.get("output_dir").decode()) / f"rank-{place.rank}.log")
-        DistributedCluster(cfg, place).run()
+        DistributedCluster(cfg, place, TORCHRUN).run()
     except RunOver as error:
         print(error)  # and torchrun need not try again
     except LeftEarly as error:

@@ -17,13 +17,14 @@ from memserve.cluster.controller import Controller
 from memserve.cluster.farewell import Farewell
 from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
 from memserve.cluster.interruption import Interrupted, ended_at_once, heed_signals, leave
-from memserve.cluster.launch import Place, own_torchrun
+from memserve.cluster.launch import Place
 from memserve.cluster.mailbox import Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.member import Member
 from memserve.cluster.node_messages import Broken, LeftAlone, LeftEarly
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
+from memserve.cluster.torchrun import NO_TORCHRUN, Torchrun
 from memserve.cluster.turnover import InstanceFailed
 from memserve.config.schema import RunConfig
 from memserve.config.targets import node_class
@@ -37,15 +38,14 @@ from memserve.workload.session import Workload, sessions_of
 class DistributedCluster:
     """This process's part of the cluster. Raises ConfigError or ValueError for what cannot be run as configured.
 
-    Collective: every rank makes the same calls.
+    torchrun: what started it, and is to end it with itself.  Collective: every rank makes the same calls.
     """
 
-    def __init__(self, cfg: RunConfig, place: Place) -> None:
-        self.cfg, self._place = cfg, place
+    def __init__(self, cfg: RunConfig, place: Place, torchrun: Torchrun = NO_TORCHRUN) -> None:
+        self.cfg, self._place, self._torchrun = cfg, place, torchrun
         self._roles = build_roles(cfg)
         self._neighbours = self._meet()
         self._mailbox = Mailbox(place.rank, place.store, place.host, place.birth)
-        self._torchrun = own_torchrun()
 
     def _meet(self) -> list[int]:
         """The ranks on this rank's host, it among them; none for rank 0."""
@@ -116,13 +116,12 @@ class DistributedCluster:
         return results
 
     def _heed_signals(self) -> None:
-        """A clean end on SIGINT, SIGTERM and the death of torchrun. A follower waits for its leader below Python, where
-        no handler runs: it has nothing to clean up, and is just ended.
+        """A clean end on SIGINT and SIGTERM, which comes when torchrun is killed, too. A follower waits for its leader
+        below Python, where no handler runs: it has nothing to clean up, and is just ended.
         """
         roster, rank = Roster.of(self.cfg), self._place.rank
         follows = rank != CONTROLLER and roster.part(rank) > 0
         heed_signals(has_nothing=follows)
-        self._torchrun.end_with()
 
     def _serve(self) -> None:
         """An instance's rank; rank 0 learns why it ends."""

@@ -22,7 +22,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from memserve.cluster.agreement import check_agreed
 from memserve.cluster.interruption import ended_at_once
-from memserve.cluster.lifeline import Torchrun
 from memserve.cluster.mailbox import PATIENCE, births_of, own_host
 from memserve.cluster.node_messages import Process, this_process
 from memserve.cluster.roster import CONTROLLER, Roster
@@ -62,11 +61,6 @@ class Place:
 
 def is_under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
-
-
-def own_torchrun(environment: Mapping[str, str] = os.environ) -> Torchrun:
-    """What started this process, if it was torchrun."""
-    return Torchrun(os.getppid() if "TORCHELASTIC_RUN_ID" in environment else None)
 
 
 def is_first(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> bool:

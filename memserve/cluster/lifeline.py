@@ -1,6 +1,6 @@
-"""Lifelines: what a process of the cluster does not outlive: the torchrun that started it, and rank 0's store.
+"""Lifeline: rank 0's store, which a process of the cluster does not outlive; nor its torchrun (torchrun.py).
 
-Each is a thread that looks now and then, and sends its own process a SIGTERM.
+A thread that looks now and then, and sends its own process a SIGTERM.
 """
 
 import logging
@@ -12,35 +12,10 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.cluster.mailbox import births_of
 from memserve.cluster.roster import CONTROLLER
+from memserve.cluster.torchrun import LOOK_S
 from memserve.transfer.store import own_connection
 
-_LOOK_S = 0.5
 _log = logging.getLogger("memserve")
-
-
-class Torchrun:
-    """What started this process. Knows when it is gone: killed, without ending its ranks.
-
-    process: its number; None for a rank that was started without it, which may outlive who started it.
-    """
-
-    def __init__(self, process: int | None) -> None:
-        self._process = process
-
-    @property
-    def is_gone(self) -> bool:
-        return self._process is not None and os.getppid() != self._process
-
-    def end_with(self) -> None:
-        """Once it is gone, this process gets a SIGTERM."""
-        if self._process is not None:
-            threading.Thread(target=self._outlive, name="torchrun's end", daemon=True).start()
-
-    def _outlive(self) -> None:
-        while not self.is_gone:
-            threading.Event().wait(_LOOK_S)
-        _log.error("torchrun, process %d, is gone", self._process)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StoreLine:
@@ -56,7 +31,7 @@ class StoreLine:
         self._is_cut.set()
 
     def _outlive(self) -> None:
-        while not self._is_cut.wait(_LOOK_S):
+        while not self._is_cut.wait(LOOK_S):
             try:
                 self._store.check([births_of(CONTROLLER)])
             except RuntimeError as error:

@@ -76,6 +76,31 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(s
     assert not [path for path in Path("/dev/shm").iterdir() if any(mark in path.name for mark in marks)]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_ranks_whose_torchrun_is_killed_while_they_start_end_too(tmp_path):
+    """They have met nobody yet, and would wait for each other."""
+    script = str(TESTS.parent / "scripts" / "run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    words = ["exec=distributed", "model.num_threads=1", *WHOLE, *LONG, f"hydra.run.dir={tmp_path}"]
+    printed = tmp_path / "printed"
+    with printed.open("wb") as out:
+        run = subprocess.Popen([*command, *words], stdout=out, stderr=out, env=own_environment())
+    ranks = {}
+    try:
+        wait_until(lambda: len(children(run.pid)) == 2, STARTS_S, printed.read_text)
+        ranks = children(run.pid)
+        tasks = [Path(f"/proc/{pid}/task") for pid in ranks]
+        wait_until(lambda: all(len(list(task.iterdir())) > 1 for task in tasks), STARTS_S, printed.read_text)
+        run.kill()
+        run.wait()
+        wait_until(lambda: all(Watched(pid).is_gone for pid in ranks), 30.0, printed.read_text)
+    finally:
+        run.kill()
+        for pid in ranks:
+            if not Watched(pid).is_gone:
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_a_member_that_waits_for_the_scheduler_ends_on_ctrl_c(tmp_path):
     words = ["exec=distributed", *WHOLE, f"cluster.store=127.0.0.1:{free_port()}", "cluster.member=0"]
     command = [sys.executable, str(TESTS.parent / "scripts" / "run.py"), *words]
