@@ -82,17 +82,15 @@ serve() {
 }
 
 costs() { # what steps cost here, beside the data sheet's roofline; the file stays beside the page
-    local file=${page%.md}-costs.json few=(--repeats 3 --repeat-s 0.05) sheet=measured
-    [[ $device == cuda ]] && sheet=$("$python" -c 'import torch
-sheets = {"H200": "h200", "H100": "h100", "H800": "h800", "A100": "a100_80g", "B200": "b200", "L40S": "l40s"}
-name = torch.cuda.get_device_name()
-print(next((word for part, word in sheets.items() if part in name), f"none-of-configs/cost_model/gpu-is-{name}"))')
-    [[ $device == cpu ]] && few=(--repeats 1 --repeat-s 0 --max-context 64 --max-tokens 64 --max-batch 2 --held-out 4
-        model.attention=sdpa) # interpreted it takes minutes
+    local file=${page%.md}-costs.json few=(--repeats 3 --repeat-s 0.05) sheet=()
+    if [[ $device == cpu ]]; then # interpreted attention would take minutes
+        few=(--repeats 1 --repeat-s 0 --max-context 64 --max-tokens 64 --max-batch 2 --held-out 4 model.attention=sdpa)
+        sheet=(--gpu measured)
+    fi
     run "costs, profile" 400 "none: a file for cost_model=fitted" "$python" scripts/profile_cost_model.py --out "$file" \
         "${few[@]}" "${model[@]}" "model.device=$device"
     run "costs, roofline" 100 "none: how far a data sheet is from measured steps, with its shares fitted" \
-        "$python" scripts/bench_roofline.py --costs "$file" --gpu "$sheet"
+        "$python" scripts/bench_roofline.py --costs "$file" "${sheet[@]}"
 }
 
 for part in "${parts[@]}"; do

@@ -31,12 +31,17 @@ WORDS = sorted(
     if path.parent != config_dir()
 )
 DISAGGREGATED = ["mode=pd_caching_3", "cluster=1p1d"]
-BESIDE = {  # what a word needs
+BESIDE = {  # what a word needs, by its group or itself
     "mode": ["cluster=1p1d"],
     "fetch": ["cluster=colocated_2"],
     "geometry": ["exec=simulated", "tokens=workload"],
-    "cost_model/gpu": ["exec=simulated", "cost_model=roofline"],
-    "cost_model/shape": ["exec=simulated", "cost_model=roofline"],
+    "cost_model/gpu": ["exec=simulated", "cost_model=roofline", "tokens=workload", "geometry=llama3_8b"],
+    "cost_model/shape": ["exec=simulated", "cost_model=roofline", "tokens=workload"],
+    "cost_model=roofline": ["tokens=workload", "geometry=llama3_8b"],
+    "cost_model/shape=llama3_8b": ["geometry=llama3_8b"],
+    "cost_model/shape=llama2_13b": ["geometry=llama2_13b_tp2", "cost_model.tensor_parallel=2"],
+    "cost_model/shape=llama3_70b": ["geometry=llama3_70b_tp4", "cost_model.tensor_parallel=4"],
+    "cost_model/shape=qwen3_32b": ["geometry=qwen3_32b_tp2", "cost_model.tensor_parallel=2"],
     "scaling": DISAGGREGATED,
     "heir": ["scaling=schedule"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
@@ -93,7 +98,7 @@ def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monke
         if word.startswith(("workload=s", "workload=d", "workload/lengths"))
         else SMALL
     )
-    words = [*BESIDE.get(word.partition("=")[0], []), *words]
+    words = [*BESIDE.get(word.partition("=")[0], []), *BESIDE.get(word, []), *words]
     if word.startswith("cluster=") and "p" in word:
         words = ["mode=pd_caching_3", *words]
     if not word.startswith(("exec", "model")):

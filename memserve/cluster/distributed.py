@@ -24,7 +24,7 @@ from memserve.cluster.member import Member
 from memserve.cluster.node_messages import Broken, LeftAlone, LeftEarly
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
-from memserve.cluster.torchrun import NO_TORCHRUN, Torchrun
+from memserve.cluster.torchrun import Torchrun
 from memserve.cluster.turnover import InstanceFailed
 from memserve.config.schema import RunConfig
 from memserve.config.targets import node_class
@@ -41,7 +41,7 @@ class DistributedCluster:
     torchrun: what started it, and is to end it with itself.  Collective: every rank makes the same calls.
     """
 
-    def __init__(self, cfg: RunConfig, place: Place, torchrun: Torchrun = NO_TORCHRUN) -> None:
+    def __init__(self, cfg: RunConfig, place: Place, torchrun: Torchrun) -> None:
         self.cfg, self._place, self._torchrun = cfg, place, torchrun
         self._roles = build_roles(cfg)
         self._neighbours = self._meet()

@@ -100,7 +100,9 @@ def _joined_in_pairs(track: Track) -> Track:
 
 
 def late_steps_ns(tracks: Iterable[Track], end_ns: int) -> int:
-    """How long an instance's steps went on after `end_ns`. Of a span of several that it cuts, only the rest is late."""
+    """How long an instance's steps went on after `end_ns`. Of a span that several were joined to and that it cuts, as
+    much as is late for sure: they may have been anywhere in it.
+    """
     spans = [
         (start_ns, lasted_ns)
         for track in tracks

@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from memserve.cluster.distributed import DistributedCluster
 from memserve.cluster.launch import find_place
+from memserve.cluster.torchrun import NO_TORCHRUN
 
 
 def play(cases, out):
@@ -25,7 +26,7 @@ def play(cases, out):
         if place.rank >= world_size:
             continue
         store = PrefixStore(f"case/{number}", place.store) if len(cases) > 1 else place.store
-        for result in DistributedCluster(cfg, replace(place, world_size=world_size, store=store)).play():
+        for result in DistributedCluster(cfg, replace(place, world_size=world_size, store=store), NO_TORCHRUN).play():
             tokens = {t.request_id: t.token_ids.tolist() for t in result.timelines}
             ends = {t.request_id: [str(t.reason), t.detail, t.attempt] for t in result.timelines}
             found.append({"tokens": tokens, "ends": ends, "report": result.report, "missing": dict(result.missing)})

@@ -185,10 +185,8 @@ def test_a_file_of_this_machine_is_the_model_that_was_fitted(write):
 )
 def test_swaps_cost_as_much_for_each_token_whatever_the_size_of_blocks(words, write):
     path = [f"cost_model.path={write(here())}"] if words == ["cost_model=fitted"] else []
-    costs = [
-        build_cost_model(load_config(["exec=simulated", *words, *path, f"kvcache.block_size={size}"]), None)
-        for size in (1, 16, 64)
-    ]
+    words = ["exec=simulated", "tokens=workload", "geometry=llama3_8b", *words, *path]
+    costs = [build_cost_model(load_config([*words, f"kvcache.block_size={size}"]), None) for size in (1, 16, 64)]
     assert costs[1].swap_time_s(2) == costs[1].swap_block_s * 2 > 0
     for other, num_blocks in ((costs[0], 32), (costs[2], 0.5)):
         assert other.swap_time_s(num_blocks) == pytest.approx(costs[1].swap_time_s(2))

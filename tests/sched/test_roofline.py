@@ -30,6 +30,28 @@ def columns(*pairs):
     return tuple(np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
 
 
+def test_each_share_slows_what_it_is_of_and_nothing_else():
+    # 3 layers of 64 x 256 + 128 x 64 + 64 x 320 + 160 x 64 weights, and 8 heads of 16: 4,000 tokens, 8,002,000 pairs
+    products_s = 2 * 3 * (64 * 256 + 128 * 64 + 64 * 320 + 160 * 64) * 4000 / 2e9
+    pairs_s = 4 * 3 * 128 * 8_002_000 / 2e9
+    # 8 x 64 + 2 x 256 + 3 x 160 elements of 2 bytes a token and layer, and a head of 64 x 99 that is read once
+    bytes_s = (3 * 1504 * 2 * 4000 + 64 * 99 * 2) / 1e8
+    assert PEAK.exec_time_s(0, 4000) == pytest.approx(products_s + pairs_s + bytes_s, rel=1e-12)
+    slowed = {
+        "compute_share": 2 * products_s + pairs_s + bytes_s,
+        "attention_share": products_s + 2 * pairs_s + bytes_s,
+        "bandwidth_share": products_s + pairs_s + 2 * bytes_s,
+    }
+    for name, seconds in slowed.items():
+        assert RooflineCostModel(GPU, SHAPE, **{name: 0.5}).exec_time_s(0, 4000) == pytest.approx(seconds, rel=1e-12)
+    decode = [
+        costs.step_time_s(np.array([299]), np.array([1]), NOW)[0]
+        for costs in (PEAK, RooflineCostModel(GPU, SHAPE, bandwidth_share=0.5))
+    ]
+    assert decode[1] == pytest.approx(2 * decode[0], rel=1e-12)
+    assert RooflineCostModel(GPU, SHAPE, step_s=0.25).exec_time_s(0, 4000) == PEAK.exec_time_s(0, 4000) + 0.25
+
+
 def test_products_are_the_weights_that_are_multiplied():
     config = ModelConfig("llama", 99, 64, 160, 3, 8, 4, 16, 64, tie_embeddings=True)
     multiplied = {name: np.prod(shape) for name, shape in tensor_shapes(config).items() if "norm" not in name}
@@ -122,7 +144,9 @@ def test_a_fit_finds_shares_that_predict_what_was_measured():
 
 
 def cost_model(*words):
-    return build_cost_model(load_config(["exec=simulated", "tokens=workload", "cost_model=roofline", *words]), None)
+    beside = [] if any(word.startswith("geometry=") for word in words) else ["geometry=llama3_8b"]
+    words = ["exec=simulated", "tokens=workload", "cost_model=roofline", *beside, *words]
+    return build_cost_model(load_config(words), None)
 
 
 def test_words_choose_gpu_shape_and_ranks():
@@ -137,6 +161,10 @@ def test_words_choose_gpu_shape_and_ranks():
     ("words", "named"),
     [
         (["geometry=llama2_13b_tp2"], "num_layers=32 on a rank: expected 40, as geometry has"),
+        (
+            ["geometry=own"],
+            "geometry=own: blocks would have the bytes of nobody's KV, expected tokens=workload and the",
+        ),
         (["geometry=llama3_8b", "cost_model.tensor_parallel=2"], "num_kv_heads=4 on a rank: expected 8"),
         (["geometry=llama3_8b", "geometry.dtype=float32"], "bytes_per_element=2 on a rank: expected 4"),
         (["cost_model.tensor_parallel=3"], "tensor_parallel=3: expected a divisor of shape.num_heads=32"),
@@ -158,12 +186,13 @@ def test_what_cannot_be_and_what_is_of_another_model_is_refused_by_name(words, n
 
 def test_a_model_that_runs_is_compared_by_its_rank_s_sizes():
     whole = ModelConfig("llama", 99, 64, 160, 3, 8, 4, 16, 64)
-    rank = msgspec.structs.replace(Subject("m", 1, 1), shape=shape_of(whole), tensor_parallel=1)
+    kv = {"num_layers": 3, "num_kv_heads": 4, "head_dim": 16, "bytes_per_element": 2}
+    rank = msgspec.structs.replace(Subject("m", 1, 1), shape=shape_of(whole), tensor_parallel=1, kv=kv)
     PEAK.check(rank)
     with pytest.raises(ValueError, match="with tensor_parallel=2 has intermediate_size=80 on a rank: expected 160"):
         REAL.check(rank)
     halves = {**shape_of(whole), "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 80}
-    REAL.check(msgspec.structs.replace(rank, shape=halves, tensor_parallel=2))
+    REAL.check(msgspec.structs.replace(rank, shape=halves, tensor_parallel=2, kv={**kv, "num_kv_heads": 2}))
     with pytest.raises(ConfigError, match="as the model that runs has"):
         LocalCluster(load_config(["model=tiny", "step_time=model", "cost_model=roofline"]))
 

@@ -7,9 +7,10 @@
             + 2 all-reduces a layer of T h elements, where a model is split over n ranks:
                   link_latency_s + 2 (n - 1) / n x bytes / link's rate
 
-Operators and what each has to do: work.py. What a GPU reaches of its data sheet is a number between 0 and 1 that the
-options say; a share of 1 everywhere and step_s=0 is the least time that a step can take (Williams et al. 2009).
-Operator by operator, since one whole step's maximum would let products hide behind attention's bytes.
+Operators and what each has to do: work.py. The formula is the roofline's (Williams et al. 2009), operator by operator,
+since one whole step's maximum would let products hide behind attention's bytes. What a GPU reaches of its computing and
+memory rates is a number between 0 and 1 that the options say; links are taken as the sheet has them. Every request of
+a step counts as sampled from, a prompt's chunk before its last one too: that is not said of a step.
 """
 
 from dataclasses import dataclass
@@ -81,7 +82,10 @@ class RooflineCostModel(CostModel):
         self._price_swaps(SWAP_BLOCK_TOKENS * kv_bytes / (1e9 * gpu.host_gb_per_s), SWAP_BLOCK_TOKENS)
 
     def check(self, subject: Subject) -> None:
-        """Raises ValueError where a model that runs, or the KV whose bytes a simulation counts, is another one."""
+        """Raises ValueError where a model that runs, or the KV whose bytes a simulation counts, is another or none."""
+        if not subject.kv:
+            raise ValueError("cost_model.shape with geometry=own: blocks would have the bytes of nobody's KV, expected "
+                             "tokens=workload and the geometry of the shape")  # fmt: skip
         shape, ranks = self._work.shape, self._work.num_ranks
         ours = {**vars(shape), "num_kv_heads": self._work.num_kv_heads}
         ours |= {"num_heads": shape.num_heads // ranks, "intermediate_size": shape.intermediate_size // ranks}

@@ -1,4 +1,4 @@
-"""Work: the operations and bytes that a step of a decoder cannot avoid, operator by operator. Knows no machine.
+"""Work: the operations and bytes of a decoder's step, operator by operator, none fused. Knows no machine.
 
     products    h x (H + 2 K) D, H D x h, h x 2 I and I x h in every layer: 2 operations a weight and token, and the
                 weights read once; the head, h x V, for the tokens that are sampled from
