@@ -25,17 +25,10 @@ class Publisher:
 
         It keeps its own copies of those too: block tables are append-only.
         """
-        num_full = request.num_computed // self._pool.block_size
-        num_tokens = num_full * self._pool.block_size
-        if not self._publishes or num_tokens == request.num_published:
-            return
-        blocks = request.block_table.view[:num_full]
-        canonical = self._pool.publish(request.tokens.view[:num_tokens], blocks)
-        theirs = canonical[canonical != blocks]
-        if len(theirs):
-            held = self._pool.allocator.held_by(request.holder)
-            self._pool.retain(theirs[~np.isin(theirs, held)], request.holder)
-        request.num_published = num_tokens
+        tokens, blocks = self._full_blocks(request)
+        if self._publishes and len(tokens) != request.num_published:
+            self._hold(request, self._pool.publish(tokens, blocks))
+            request.num_published = len(tokens)
 
     def publish_again(self, request: Request) -> None:
         """The same for one whose blocks are no longer, or not known to be, those of the index."""
@@ -47,7 +40,19 @@ class Publisher:
 
         What runs lies in HBM, where a block that is used keeps its place.
         """
-        if self._num_displaced != self._pool.num_displaced:
-            self._num_displaced = self._pool.num_displaced
-            for request in waiting:
-                self.publish_again(request)
+        if self._publishes and self._num_displaced != self._pool.num_displaced:
+            for request in waiting:  # they use nothing by that: what they have published is looked at, not looked up
+                self._hold(request, self._pool.index.peek(self._full_blocks(request)[0]).blocks)
+        self._num_displaced = self._pool.num_displaced
+
+    def _full_blocks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        """int32: the tokens of the request's computed full blocks, and those."""
+        num_full = request.num_computed // self._pool.block_size
+        return request.tokens.view[: num_full * self._pool.block_size], request.block_table.view[:num_full]
+
+    def _hold(self, request: Request, canonical: np.ndarray) -> None:
+        """The request holds what the index has of its path, its own copies or not."""
+        theirs = canonical[canonical != request.block_table.view[: len(canonical)]]
+        if len(theirs):
+            held = self._pool.allocator.held_by(request.holder)
+            self._pool.retain(theirs[~np.isin(theirs, held)], request.holder)
