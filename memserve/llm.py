@@ -163,13 +163,16 @@ class LLM:
         say since.
         """
         self._compute()
-        return [m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished)]
+        return self._said()
 
     def _serve(self) -> None:
         """Computes one batch for the streams. What it has to say stays with the instance until they have it."""
         self._compute()
         with sigint_held_back():
-            self._pass_on(m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished))
+            self._pass_on(self._said())
+
+    def _said(self) -> list[Tokens | Finished]:
+        return [m for m in self.instance.drain_outbox() if isinstance(m, Tokens | Finished)]
 
     def _compute(self) -> None:
         """One batch. SIGINT may end the forward: what that has written is in no book yet."""

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -128,14 +129,15 @@ def distances_of(figure: Figure, reports: Reports) -> Iterator[str]:
 
 def drawn(figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
     """A column for each thing shown: ours above, and below it, to the same scale, the paper's where there is any."""
-    has_paper = any(curve.paper for curve in figure.curves)
-    rows = {"simulated here": value_of, "the paper": _paper_value} if has_paper else {"simulated here": value_of}
+    rows = {"simulated here": partial(value_of, figure, reports)}
+    if any(curve.paper for curve in figure.curves):
+        rows["the paper"] = paper_value
     picture = matplotlib.figure.Figure(figsize=(3.4 * len(figure.shown), 2.8 * len(rows) + 0.4), layout="constrained")
     panels = picture.subplots(len(rows), len(figure.shown), squeeze=False, sharex=True, sharey="col")
     for (whose, value), row in zip(rows.items(), panels, strict=True):
         for panel, shown in zip(row, figure.shown, strict=True):
             for number, curve in enumerate(figure.curves):
-                values = [value(figure, reports, shown, curve, point) for point in figure.points]
+                values = [value(shown, curve, point) for point in figure.points]
                 _line(panel, figure.points, values, "os^Dv<>"[number % 7], color=f"C{number}", label=curve.name)
             panel.set_title(f"{shown.label}, {whose}")
     for panel in panels[-1]:
@@ -144,10 +146,6 @@ def drawn(figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
     panels[0][0].legend(fontsize="x-small", ncols=2)
     picture.suptitle(figure.title)
     return picture
-
-
-def _paper_value(figure: Figure, reports: Reports, shown: Shown, curve: Curve, point: float) -> float | None:
-    return paper_value(shown, curve, point)
 
 
 def _line(panel: Axes, points: Sequence[float], values: Sequence[float | None], marker: str, **more: Any) -> None:

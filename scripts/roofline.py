@@ -18,7 +18,7 @@ import torch
 from memserve.clock import monotonic_ns, to_s
 from memserve.cluster.costs import shape_of
 from memserve.model.model_config import ModelConfig
-from memserve.sched.cost_model.work import Shape, StepWork, Work
+from memserve.sched.cost_model.work import Shape, StepWork, Work, num_pairs
 
 GEMM_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (512, 576, 3072), (2048, 576, 3072))
 NUM_TRIES = 5
@@ -65,8 +65,8 @@ def decode_work(config: ModelConfig, seq_lens: np.ndarray, itemsize: int = 4) ->
 def prefill_work(config: ModelConfig, num_tokens: int, num_cached: int = 0, itemsize: int = 4) -> Work:
     """A prompt of num_tokens, of which num_cached have their KV, up to its first token."""
     work, num_new = _step_work(config, itemsize), num_tokens - num_cached
-    num_pairs = num_new * num_cached + num_new * (num_new + 1) / 2
-    return sum(work.products(num_new), work.head(1) + work.attention(num_pairs, num_cached))
+    attention = work.attention(num_pairs(num_cached, num_new), num_cached)
+    return sum(work.products(num_new), work.head(1) + attention)
 
 
 def _step_work(config: ModelConfig, itemsize: int) -> StepWork:

@@ -38,7 +38,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch.distributed import DistError
 
-from memserve.cluster.build import build_roles
+from memserve.cluster.build import check_wired
 from memserve.cluster.distributed import DistributedCluster
 from memserve.cluster.interruption import Interrupted
 from memserve.cluster.launch import RunOver, check_words, find_place, is_first, is_under_torchrun
@@ -48,7 +48,6 @@ from memserve.cluster.result import NotWritten
 from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.sweep import run_point
 from memserve.cluster.turnover import InstanceFailed
-from memserve.cluster.wiring import check_wired
 from memserve.compose import config_dir, load_config, resolve
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
@@ -103,7 +102,7 @@ def play(cfg: RunConfig, output_dir: Path) -> Report:
 
 def control(cfg: RunConfig, output_dir: Path) -> Report:
     """Rank 0 of a distributed cluster."""
-    check_wired(cfg, build_roles(cfg))
+    check_wired(cfg)
     place = find_place(cfg)
     if place.rank != CONTROLLER:
         raise ValueError(f"cluster.member={cfg.cluster.member}: expected on the command line itself")
@@ -124,7 +123,7 @@ def serve(words: list[str]) -> None:
         cfg = load_config([word for word in words if not word.startswith("hydra.")])
         if cfg.exec != "distributed":
             sys.exit(0)  # rank 0 says why
-        check_wired(cfg, build_roles(cfg))  # before it waits for a rank 0 that is refused
+        check_wired(cfg)  # before it waits for a rank 0 that is refused
         if cfg.cluster.store is not None:
             print(f"cluster.member={cfg.cluster.member} looks for the scheduler at {cfg.cluster.store}", flush=True)
         place = find_place(cfg)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from memserve.cluster.costs import build_cost_model, price_of_attention
+from memserve.cluster.costs import build_cost_model, geometry_of_model, price_of_attention
 from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
-from memserve.cluster.wiring import build_handoffs
+from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
@@ -32,7 +32,7 @@ from memserve.model.model_config import ModelConfig
 from memserve.model.model_path import OpenedModel, open_model, open_random_model
 from memserve.model.no_tokenizer import NoTokenizer
 from memserve.model.parallel import WHOLE, Shard, check_divides
-from memserve.model.runner import ModelRunner, geometry
+from memserve.model.runner import ModelRunner
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import Role, Runner
 from memserve.sched.admission import Limits
@@ -221,18 +221,7 @@ def _capacity(cfg: RunConfig, engine: Engine) -> tuple[int, int]:
 
 
 def _geometry(cfg: RunConfig, engine: Engine) -> CacheGeometry:
-    simulated = cfg.geometry
-    if simulated is not None:
-        return CacheGeometry(
-            simulated.num_layers,
-            cfg.kvcache.block_size,
-            simulated.num_kv_heads,
-            simulated.head_dim,
-            getattr(torch, simulated.dtype),
-        )
-    if engine.model is None:
-        return hash_geometry(cfg.kvcache.block_size)
-    return geometry(engine.model.config, cfg.kvcache.block_size, engine.model.dtype)
+    return geometry_of_model(cfg, engine.model) or hash_geometry(cfg.kvcache.block_size)
 
 
 def _runner(cfg: RunConfig, engine: Engine, kv: torch.Tensor) -> Runner:
@@ -280,3 +269,13 @@ def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
         needed = ", ".join(sorted(mode.roles))
         raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
     return [(f"{role}-{i}", role) for i, role in enumerate(roles)]
+
+
+def check_wired(cfg: RunConfig) -> None:
+    """Raises ConfigError for what cannot be one cluster, as far as that is seen without model, peers and the workload's
+    files: whoever has the words can tell alone.
+    """
+    roles = build_roles(cfg)
+    build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
+    build_scaling(cfg, [role for _, role in roles])
+    make(cfg.workload)

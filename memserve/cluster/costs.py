@@ -6,7 +6,7 @@ import torch
 
 from memserve.cluster.make import make
 from memserve.config.errors import ConfigError
-from memserve.config.schema import GeometryConfig, RunConfig
+from memserve.config.schema import RunConfig
 from memserve.kvcache.layout import CacheGeometry
 from memserve.metrics.output import cpu_model, usable_cpus
 from memserve.model.llama import Llama
@@ -40,11 +40,19 @@ def subject_of(cfg: RunConfig, model: Llama | None) -> Subject:
     """This machine, and the model on it; of a simulation, whose KV its blocks hold."""
     cuda = model is not None and model.device.type == "cuda"
     machine = torch.cuda.get_device_name(model.device) if model is not None and cuda else cpu_model()
-    cores, threads = usable_cpus() or 0, torch.get_num_threads()
+    place, kv = (machine, usable_cpus() or 0, torch.get_num_threads()), kv_of(geometry_of_model(cfg, model))
     if model is None:
-        return Subject(machine, cores, threads, kv={} if cfg.geometry is None else kv_of(cfg.geometry))
-    shape, kv = shape_of(model.config), kv_of(geometry(model.config, cfg.kvcache.block_size, model.dtype))
-    return Subject(machine, cores, threads, shape, cfg.model.dtype, cfg.model.attention, model.shard.size, kv)
+        return Subject(*place, kv=kv)
+    return Subject(*place, shape_of(model.config), cfg.model.dtype, cfg.model.attention, model.shard.size, kv)
+
+
+def geometry_of_model(cfg: RunConfig, model: Llama | None) -> CacheGeometry | None:
+    """What blocks hold of the model that runs, or of the one that a simulation is of; None where there is neither."""
+    simulated, size = cfg.geometry, cfg.kvcache.block_size
+    if simulated is not None:
+        dtype = getattr(torch, simulated.dtype)
+        return CacheGeometry(simulated.num_layers, size, simulated.num_kv_heads, simulated.head_dim, dtype)
+    return None if model is None else geometry(model.config, size, model.dtype)
 
 
 def shape_of(config: ModelConfig) -> dict[str, int]:
@@ -52,11 +60,12 @@ def shape_of(config: ModelConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in SHAPE}
 
 
-def kv_of(of: CacheGeometry | GeometryConfig) -> dict[str, int]:
-    """What a token's KV is, on one rank."""
-    dtype = getattr(torch, of.dtype) if isinstance(of.dtype, str) else of.dtype
+def kv_of(of: CacheGeometry | None) -> dict[str, int]:
+    """What a token's KV is, on one rank; empty where it is no model's."""
+    if of is None:
+        return {}
     sizes = {"num_layers": of.num_layers, "num_kv_heads": of.num_kv_heads, "head_dim": of.head_dim}
-    return {**sizes, "bytes_per_element": dtype.itemsize}
+    return {**sizes, "bytes_per_element": of.dtype.itemsize}
 
 
 def price_of_attention(node: Any, costs: CostModel) -> dict[str, float]:

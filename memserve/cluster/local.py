@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from memserve.clock import monotonic_ns, to_s
-from memserve.cluster.build import Engine, build_engine, build_instance, build_roles, build_step_time, describe_pool
+from memserve.cluster.build import (
+    Engine,
+    build_engine,
+    build_instance,
+    build_roles,
+    build_step_time,
+    check_wired,
+    describe_pool,
+)
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.make import make
@@ -19,7 +27,7 @@ from memserve.cluster.manager import ClusterManager
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import activity_of, report_of
 from memserve.cluster.warm_up import warm_up
-from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport, check_wired
+from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
@@ -37,7 +45,7 @@ def check_playable(cfg: RunConfig) -> None:
     """
     if cfg.exec == "distributed":
         raise ConfigError("exec=distributed in one process: expected emulated or simulated, or torchrun")
-    check_wired(cfg, build_roles(cfg))
+    check_wired(cfg)
 
 
 class LocalCluster:

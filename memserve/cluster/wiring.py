@@ -125,15 +125,6 @@ def build_global_scheduler(
     )
 
 
-def check_wired(cfg: RunConfig, members: Sequence[tuple[str, Role]]) -> None:
-    """Raises ConfigError for what cannot be one cluster, as far as that is seen without model, peers and the workload's
-    files: whoever has the words can tell alone.
-    """
-    build_global_scheduler(cfg, members, np.random.default_rng(cfg.seed))
-    build_scaling(cfg, [role for _, role in members])
-    make(cfg.workload)
-
-
 def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
     """Who comes and goes. Raises ConfigError for what a cluster that begins with these roles cannot do."""
     scaling: Scaling = make(cfg.scaling)

@@ -76,7 +76,7 @@ def test_an_interrupted_run_leaves_no_process_and_no_shared_memory_and_says_so(s
     assert not [path for path in Path("/dev/shm").iterdir() if any(mark in path.name for mark in marks)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, to find what torchrun has started")
 def test_ranks_whose_torchrun_is_killed_while_they_start_end_too(tmp_path):
     """They have met nobody yet, and would wait for each other."""
     script = str(TESTS.parent / "scripts" / "run.py")

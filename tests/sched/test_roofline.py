@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memserve import LocalCluster, load_config
-from memserve.cluster.costs import build_cost_model, kv_of, shape_of
+from memserve.cluster.costs import build_cost_model, geometry_of_model, kv_of, shape_of
 from memserve.config.errors import ConfigError
 from memserve.kvcache.layout import CacheGeometry
 from memserve.model.model_config import ModelConfig
@@ -199,4 +199,4 @@ def test_a_model_that_runs_is_compared_by_its_rank_s_sizes():
 
 def test_what_a_token_s_kv_is_says_layout_and_config_alike():
     cfg = load_config(["exec=simulated", "tokens=workload", "geometry=llama3_8b"])
-    assert kv_of(cfg.geometry) == kv_of(CacheGeometry(32, 16, 8, 128, torch.bfloat16))
+    assert kv_of(geometry_of_model(cfg, None)) == kv_of(CacheGeometry(32, 16, 8, 128, torch.bfloat16))

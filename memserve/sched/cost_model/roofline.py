@@ -18,10 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, Subject, require_seconds
-from memserve.sched.cost_model.work import Shape, StepWork
+from memserve.sched.cost_model.work import Number, Shape, StepWork, num_pairs
 from memserve.values import require_number, require_part
-
-Number = float | np.ndarray  # of one step, or of each of several
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,8 @@ class RooflineCostModel(CostModel):
 
     def _prompt_s(self, num_cached: Number, num_new: Number) -> Number:
         """One step that computes num_new tokens of one prompt and samples."""
-        num_kv = num_cached + num_new
-        return self._tokens_s(num_new, 1) + self._attention_s(num_new * num_cached + _triangle(num_new), num_kv)
+        pairs = num_pairs(num_cached, num_new)
+        return self._tokens_s(num_new, 1) + self._attention_s(pairs, num_cached + num_new)
 
     def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
         now, num_answers = step_totals(num_cached, num_new), np.count_nonzero(num_new == 1)
@@ -126,15 +124,15 @@ class RooflineCostModel(CostModel):
             seconds = seconds + _greater(per_token_s * num_tokens, least_s)
         return seconds
 
-    def _attention_s(self, num_pairs: Number, num_kv: Number) -> Number:
-        return _greater(self._pair_s * num_pairs, self._kv_s * num_kv)
+    def _attention_s(self, pairs: Number, num_kv: Number) -> Number:
+        return _greater(self._pair_s * pairs, self._kv_s * num_kv)
 
 
 def step_totals(num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
     """float64 [6] of a step's columns (int64 [R]): new tokens and requests; then pairs and tokens of KV that attention
     has, first of requests with one new token, then of the others.
     """
-    pairs, kv, one = num_cached * num_new + _triangle(num_new), num_cached + num_new, num_new == 1
+    pairs, kv, one = np.asarray(num_pairs(num_cached, num_new)), num_cached + num_new, num_new == 1
     sums = [part.sum() for mask in (one, ~one) for part in (pairs[mask], kv[mask])]
     return np.array([num_new.sum(), len(num_new), *sums], dtype=np.float64)
 
@@ -151,8 +149,3 @@ def _all_reduces_s(work: StepWork, gpu: DataSheet) -> tuple[float, float]:
 
 def _greater(a: Number, b: Number) -> Number:
     return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)
-
-
-def _triangle(num_new: Number) -> Number:
-    """Pairs of new tokens with themselves and those before them."""
-    return num_new * (num_new + 1) / 2

@@ -12,7 +12,11 @@ the kv heads, of these one at least.
 
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from memserve.values import require_int
+
+Number = float | np.ndarray  # of one step, or of each of several
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,8 @@ class StepWork:
     def the_rest(self, num_tokens: float) -> Work:
         """Norms, RoPE and cache write, SwiGLU: nothing but bytes."""
         return Work(0.0, self.shape.num_layers * self._moved * self.shape.bytes_per_element * num_tokens)
+
+
+def num_pairs(num_cached: Number, num_new: Number) -> Number:
+    """Of each new token of a prompt with all before it, cached or new, and itself."""
+    return num_new * num_cached + num_new * (num_new + 1) / 2
