@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from memserve.config.checks import check_config
 from memserve.config.errors import ConfigError
+from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
 from memserve.config.targets import check_target
 from memserve.kvcache.eviction import Eviction
@@ -72,6 +73,10 @@ GIVEN = {  # arguments of such an object that cluster/ gives, and which are ther
     "swap": ("costs", "block_size"),
     "granularity": ("layout", "geometry", "num_ranks"),
     "transport": ("store", "host", "gpu", "link"),
+    "policy": ("cost_model",),
+    "decode_policy": ("cost_model",),
+    "rejection": ("cost_model",),
+    "cost_model": ("tensor_parallel",),
 }
 _PLAIN = {IntegerNode: "an integer", FloatNode: "a number", BooleanNode: "true or false", StringNode: "text"}
 FILLED_IN = ("index_source.max_blocks", "eviction.attention_tokens")  # null until cluster/ knows the pool and the costs
@@ -140,6 +145,8 @@ def resolve(composed: DictConfig) -> RunConfig:
     _check_targets(merged)
     cfg = cast(RunConfig, merged)
     check_config(cfg)
+    for role in dict.fromkeys(cfg.cluster.roles):
+        _check_role(cfg, role)
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
     try:
@@ -158,6 +165,19 @@ def _check_targets(merged: DictConfig) -> None:
         node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
         options = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
         check_target(name, options, kind, GIVEN.get(name, ()))
+
+
+def _check_role(cfg: RunConfig, role: str) -> None:
+    """Raises ConfigError for what is said of a role's instances alone, as of what is said of all."""
+    if not getattr(cfg.per_role, role):
+        return
+    try:
+        theirs = of_role(cfg, role)
+        _check_targets(cast(DictConfig, theirs))
+        check_config(theirs)
+    except (OmegaConfBaseException, ConfigError) as error:
+        said = error if isinstance(error, ConfigError) else _refusal(error)
+        raise ConfigError(f"per_role.{role}: {said}") from error
 
 
 def _refusal(error: OmegaConfBaseException) -> str:

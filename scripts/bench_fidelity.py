@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import msgspec
-from compare import words_of_each
+from compare import names_of, words_of_each
 from options import integer, new_file
 from rich.console import Console
 from rich.table import Table
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         costs = load_cost_file(args.costs)
         by_costs = ["cost_model=fitted", f"cost_model.path={quoted(str(args.costs))}"]
-        named = words_of_each(args.systems.split(","))
+        named = words_of_each(names_of(args.systems))
         points = {
             (name, rate): [*WORDS, *by_costs, *own, *args.words, f"workload.rate={rate:g}"]
             for name, own in named.items()

@@ -59,7 +59,7 @@ def measured_gpu(costs: FittedCostModel) -> DataSheet:
     torch.set_num_threads(costs.file.subject.threads)
     costs.check(subject_of(load_config(["exec=simulated"]), None))
     machine = measure_machine()
-    return DataSheet(machine.gemm_flops / 1e12, machine.read_bytes / 1e9, UNUSED, UNUSED, 0.0)
+    return DataSheet(machine.gemm_flops / 1e12, machine.read_bytes / 1e9, UNUSED, UNUSED, UNUSED, 0.0)
 
 
 def gpu_of(word: str | None, costs: FittedCostModel) -> DataSheet:

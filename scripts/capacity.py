@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matplotlib.figure
-from compare import SYSTEMS, words_of_each
+from compare import SYSTEMS, names_of, words_of_each
 from options import integers, new_directory
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -251,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(argv)
     try:
         asked = Question(args.vary, args.share, args.start, args.precision, args.seeds, args.window, args.words)
-        searches = [(name, Search(name, own, asked)) for name, own in words_of_each(args.systems.split(",")).items()]
+        searches = [(name, Search(name, own, asked)) for name, own in words_of_each(names_of(args.systems)).items()]
         found = {name: search.run() for name, search in searches}
         console = Console(width=WIDTH)
         console.print(table_of(found, asked.vary))

@@ -4,12 +4,14 @@ python scripts/compare.py                                    # PD, PD-CC, 1P1D, 
 python scripts/compare.py --systems pd,1p1d,1p1d_cc exec=simulated workload=synthetic workload.num_turns=3
 python scripts/compare.py --systems pd_cc,big:cluster=1p2d+mode=pd_caching_3 repeats=1 workload.rate=2
 
-A system is a word of the table below or NAME:words, joined by "+". Other arguments are words of run.py and hold for all
-of them. Every run starts from empty pools; a measured one is preceded by a warm-up that counts nowhere.
+A system is a word of the table below or NAME:words, joined by "+" (another one before a word that begins with it), as
+in two:cluster=1p2d++per_role.decode.sched.max_running=9. Other arguments are words of run.py and hold for all of them.
+Every run starts from empty pools; a measured one is preceded by a warm-up that counts nowhere.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -41,10 +43,24 @@ def words_of(system: str) -> tuple[str, list[str]]:
     if colon:
         if not name or Path(name).name != name or not words:
             raise ValueError(f"--systems {system}: expected a name that can be a directory's, a colon and words")
-        return name, words.split("+")
+        return name, re.split(r"(?<!\+)\+", words)
     if name not in SYSTEMS:
         raise ValueError(f"--systems {name}: expected one of {', '.join(SYSTEMS)}, or NAME:word+word")
     return name, SYSTEMS[name]
+
+
+def names_of(text: str) -> list[str]:
+    """The systems in a text that joins them by commas, of which some may be within a list or a dict."""
+    names = [""]
+    for part in re.split("(,)", text):
+        is_within = sum(names[-1].count(opening) for opening in "[{") > sum(
+            names[-1].count(closing) for closing in "]}"
+        )
+        if part == "," and not is_within:
+            names.append("")
+        else:
+            names[-1] += part
+    return names
 
 
 def words_of_each(systems: Sequence[str]) -> dict[str, list[str]]:
@@ -94,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("words", nargs="*")
     args = parser.parse_intermixed_args(argv)
     try:
-        reports, not_written = compare(args.systems.split(","), args.words, args.out)
+        reports, not_written = compare(names_of(args.systems), args.words, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print_comparison(reports, " ".join(args.words) or "defaults", Console(width=max(100, 22 * len(reports) + 26)))

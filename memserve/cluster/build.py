@@ -2,7 +2,7 @@
 
 import gc
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from memserve.cluster.costs import build_cost_model, geometry_of_model, price_of_attention
+from memserve.cluster.capacity import capacity, check_fits, limits_of, rank_geometry
+from memserve.cluster.costs import build_cost_model, price_of_attention
 from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
 from memserve.config.errors import ConfigError
+from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
-from memserve.config.sizes import parse_bytes
-from memserve.hash_runner import HashRunner, hash_geometry
+from memserve.hash_runner import HashRunner
 from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers, as_device
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
 from memserve.kvcache.index import Index, NullIndex
-from memserve.kvcache.layout import CacheGeometry, what_fits
 from memserve.model.byte_tokenizer import ByteTokenizer
 from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
@@ -35,7 +35,6 @@ from memserve.model.parallel import WHOLE, Shard, check_divides
 from memserve.model.runner import ModelRunner
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import Role, Runner
-from memserve.sched.admission import Limits
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.modes import Mode, check_mode
@@ -93,7 +92,7 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True, shard: Shard = WHOL
 def _check_ranks(cfg: RunConfig, config: ModelConfig) -> None:
     for role in sorted(set(cfg.cluster.roles)):
         try:
-            check_divides(config, getattr(cfg.cluster.tensor_parallel, role))
+            check_divides(config, num_ranks(cfg, role))
         except ValueError as error:
             raise ConfigError(f"cluster.tensor_parallel.{role}: {error}") from error
 
@@ -115,11 +114,13 @@ def _device(word: str) -> torch.device:
     return device
 
 
-def build_part(cfg: RunConfig, engine: Engine) -> RankPart:
+def build_part(cfg: RunConfig, engine: Engine, role: Role) -> RankPart:
     """One rank's runner and memory of an instance. Raises MemoryError where the blocks cannot be had."""
+    cfg = of_role(cfg, role)
     if cfg.tokens == "workload":
         return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
-    (num_blocks, num_dram_blocks), geometry = _capacity(cfg, engine), _geometry(cfg, engine)
+    geometry = rank_geometry(cfg, engine.model, role)
+    num_blocks, num_dram_blocks = capacity(cfg, geometry)
     device = torch.device(cfg.model.device if engine.model else "cpu")
     if device.type == "cuda":
         gc.collect()  # an instance of before is a cycle of objects, and its blocks may be most of the GPU's memory
@@ -149,49 +150,56 @@ def build_instance(
     """One instance with its own pool, scheduler and runner. transport: what its mode hands KV over with.
 
     followers: the other ranks of an instance of several.  in_real_time: whoever drives it goes by the machine's clock.
+    Raises ConfigError for what does not fit, and MemoryError where the blocks cannot be had.
     """
-    block_size, costs = cfg.kvcache.block_size, build_cost_model(cfg, engine.model)
-    num_blocks, num_dram_blocks = _capacity(cfg, engine)
-    part = build_part(cfg, engine)
+    everybody, cfg = cfg, of_role(cfg, role)
+    costs = build_cost_model(cfg, engine.model, role)
+    geometry = rank_geometry(cfg, engine.model, role)
+    num_blocks, num_dram_blocks = capacity(cfg, geometry)
+    check_fits(costs, num_blocks * geometry.block_bytes)
+    part = build_part(cfg, engine, role)
     part = part if followers is None else _led(part, followers)
-    index = index_factory(cfg, costs)
     pool = BlockPool(
         num_blocks,
-        block_size,
-        index,
+        cfg.kvcache.block_size,
+        index_factory(cfg, costs),
         num_dram_blocks=num_dram_blocks,
         engine=_swap_engine(cfg, part.copier, costs, in_real_time),
     )
     handoffs = None
     if transport is not None:
         handoffs = build_handoffs(
-            cfg, role, pool, incarnation, _geometry(cfg, engine), transport, part.memories, costs,
-            getattr(cfg.cluster.tensor_parallel, role),
+            cfg, role, pool, incarnation, geometry, transport, part.memories, costs, num_ranks(cfg, role)
         )  # fmt: skip
+    return Instance(
+        label,
+        role,
+        _scheduler(cfg, role, pool, costs, asks_at_admission=handoffs is not None and handoffs.asks_at_admission),
+        part.runner,
+        limits_of(everybody, engine.model, role, engine.max_context, engine.vocab_size),
+        eos_token_ids=eos_token_ids(engine),
+        tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
+        seed=cfg.seed,
+        handoffs=handoffs,
+    )
+
+
+def _scheduler(
+    cfg: RunConfig, role: Role, pool: BlockPool, costs: CostModel, *, asks_at_admission: bool
+) -> LocalScheduler:
     mode: Mode = make(cfg.mode)
-    scheduler = LocalScheduler(
+    return LocalScheduler(
         pool,
         make(cfg.queue),
         make(cfg.preemption),
-        make_asking(cfg.swap, costs=costs, block_size=block_size),
+        make_asking(cfg.swap, costs=costs, block_size=cfg.kvcache.block_size),
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,
         swap_ahead_blocks=cfg.kvcache.swap_ahead_blocks,
         publishes=mode.inserts(role),
-        holds_admitted=role is Role.PREFILL and handoffs is not None and handoffs.asks_at_admission,
+        holds_admitted=role is Role.PREFILL and asks_at_admission,
         batching=make(cfg.batching),
-    )
-    return Instance(
-        label,
-        role,
-        scheduler,
-        part.runner,
-        Limits(engine.max_context, engine.vocab_size, num_blocks, block_size),
-        eos_token_ids=eos_token_ids(engine),
-        tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
-        seed=cfg.seed,
-        handoffs=handoffs,
     )
 
 
@@ -200,28 +208,6 @@ def _swap_engine(cfg: RunConfig, copier: BlockCopier, costs: CostModel, in_real_
     if not cfg.kvcache.async_swap:
         return AtOnce(copier)
     return OnAThread(copier) if in_real_time else InVirtualTime(copier, costs.swap_time_s)
-
-
-def describe_pool(cfg: RunConfig, engine: Engine) -> str:
-    """What fits into an instance's pool, in one line."""
-    return what_fits(_geometry(cfg, engine), *_capacity(cfg, engine))
-
-
-def _capacity(cfg: RunConfig, engine: Engine) -> tuple[int, int]:
-    """Blocks in HBM and in DRAM. Raises ConfigError for bytes that hold not even one block."""
-    kv = cfg.kvcache
-    counts = [kv.num_hbm_blocks or 0, kv.num_dram_blocks]
-    for i, (name, value) in enumerate((("hbm_bytes", kv.hbm_bytes), ("dram_bytes", kv.dram_bytes))):
-        if value is not None:
-            block_bytes = _geometry(cfg, engine).block_bytes
-            counts[i] = parse_bytes(value) // block_bytes
-            if not counts[i]:
-                raise ConfigError(f"kvcache.{name}={value}: expected at least the {block_bytes} bytes of one block")
-    return counts[0], counts[1]
-
-
-def _geometry(cfg: RunConfig, engine: Engine) -> CacheGeometry:
-    return geometry_of_model(cfg, engine.model) or hash_geometry(cfg.kvcache.block_size)
 
 
 def _runner(cfg: RunConfig, engine: Engine, kv: torch.Tensor) -> Runner:
@@ -251,10 +237,11 @@ def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
     return cast(IndexFactory, partial(target, eviction=make(cfg.eviction, **price_of_attention(cfg.eviction, costs))))
 
 
-def build_step_time(cfg: RunConfig, engine: Engine) -> StepTime:
-    if cfg.step_time == "measured":
+def build_step_time(configs: Mapping[Role, RunConfig], engine: Engine) -> StepTime:
+    """configs: `of_role`, of the roles that there are."""
+    if any(cfg.step_time == "measured" for cfg in configs.values()):
         return Measured(engine.model.device if engine.model else None)
-    return Modelled(build_cost_model(cfg, engine.model))
+    return Modelled({role: build_cost_model(cfg, engine.model, role) for role, cfg in configs.items()})
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:

@@ -1,17 +1,20 @@
 """Costs: the cost model of a run, checked against what runs, and handed to the policies that ask for prices."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from memserve.cluster.make import make
+from memserve.cluster.make import make_asking
 from memserve.config.errors import ConfigError
+from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
 from memserve.kvcache.layout import CacheGeometry
 from memserve.metrics.output import cpu_model, usable_cpus
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
 from memserve.model.runner import geometry
+from memserve.request import Role
 from memserve.sched.cost_model.base import CostModel, Subject, attention_tokens
 
 SHAPE = (
@@ -19,40 +22,53 @@ SHAPE = (
 )  # fmt: skip
 
 
-def build_cost_model(cfg: RunConfig, model: Llama | None) -> CostModel:
-    """The run's cost model. model: what computes here; None where nothing does.
+def costs_of(cfg: RunConfig, role: str) -> CostModel:
+    """What steps of a role's instances cost, for who compares them and runs none."""
+    costs: CostModel = make_asking(of_role(cfg, role).cost_model, tensor_parallel=num_ranks(cfg, role))
+    return costs
+
+
+def build_cost_model(cfg: RunConfig, model: Llama | None, role: str = Role.COLOCATED) -> CostModel:
+    """The cost model of a role's instances. model: what computes here; None where nothing does.
 
     Raises ConfigError for costs of another machine or model, and for those without a price of swaps.
     """
-    costs: CostModel = make(cfg.cost_model)
+    costs = costs_of(cfg, role)
     costs.block_size = cfg.kvcache.block_size
     if not hasattr(costs, "swap_block_s"):
         name = type(costs).__name__
         raise ConfigError(f"cost_model={name} has no swap_block_s: expected seconds of a block between HBM and DRAM")
     try:
-        costs.check(subject_of(cfg, model))
+        costs.check(subject_of(cfg, model, num_ranks(cfg, role)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return costs
 
 
-def subject_of(cfg: RunConfig, model: Llama | None) -> Subject:
-    """This machine, and the model on it; of a simulation, whose KV its blocks hold."""
+def subject_of(cfg: RunConfig, model: Llama | None, num_ranks: int = 1) -> Subject:
+    """This machine, and the model on it; of a simulation, whose KV its blocks hold on each of num_ranks ranks."""
+    num_ranks = num_ranks if model is None else model.shard.size
     cuda = model is not None and model.device.type == "cuda"
     machine = torch.cuda.get_device_name(model.device) if model is not None and cuda else cpu_model()
-    place, kv = (machine, usable_cpus() or 0, torch.get_num_threads()), kv_of(geometry_of_model(cfg, model))
+    place, kv = (machine, usable_cpus() or 0, torch.get_num_threads()), kv_of(geometry_of_model(cfg, model, num_ranks))
     if model is None:
-        return Subject(*place, kv=kv)
-    return Subject(*place, shape_of(model.config), cfg.model.dtype, cfg.model.attention, model.shard.size, kv)
+        return Subject(*place, tensor_parallel=num_ranks, kv=kv)
+    return Subject(*place, shape_of(model.config), cfg.model.dtype, cfg.model.attention, num_ranks, kv)
 
 
-def geometry_of_model(cfg: RunConfig, model: Llama | None) -> CacheGeometry | None:
-    """What blocks hold of the model that runs, or of the one that a simulation is of; None where there is neither."""
+def geometry_of_model(cfg: RunConfig, model: Llama | None, num_ranks: int = 1) -> CacheGeometry | None:
+    """What blocks hold, on one of num_ranks ranks, of the model that runs or of the one that a simulation is of; None
+    where there is neither.
+    """
     simulated, size = cfg.geometry, cfg.kvcache.block_size
     if simulated is not None:
-        dtype = getattr(torch, simulated.dtype)
-        return CacheGeometry(simulated.num_layers, size, simulated.num_kv_heads, simulated.head_dim, dtype)
-    return None if model is None else geometry(model.config, size, model.dtype)
+        dtype, num_heads = getattr(torch, simulated.dtype), simulated.num_kv_heads
+        whole = CacheGeometry(simulated.num_layers, size, num_heads, simulated.head_dim, dtype)
+    elif model is not None:
+        whole, num_heads = geometry(model.config, size, model.dtype), model.config.num_kv_heads * model.shard.size
+    else:
+        return None
+    return replace(whole, num_kv_heads=num_heads // num_ranks)
 
 
 def shape_of(config: ModelConfig) -> dict[str, int]:

@@ -193,7 +193,7 @@ class EmulatedCluster:
         """A node is there no more; the others get proof of it."""
         node.is_gone, node.step = True, None
         if self.transport is not None:
-            self.transport.detach(node.incarnation)
+            node.detach(self.transport)
         self._from_scheduler()
         for other in self.nodes:
             if not other.is_gone:

@@ -11,10 +11,12 @@ from memserve.clock import MAX_S, Stopwatch, to_s
 from memserve.cluster.step_time import StepTime, StepWatch
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
+from memserve.kvcache.head_parts import endpoint_of
 from memserve.messages import PoolMessage
 from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import LayerRun, ScheduledBatch, StepOutput
+from memserve.transfer.transport import Transport
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Node:
         else:
             if macro_steps:
                 batch = replace(batch, num_steps=self.max_macro_steps(batch))
-            durations = step_time.durations_ns(batch)
+            durations = step_time.durations_ns(batch, self.instance.role)
         self.step = Step.lasting(batch, now_ns, durations, output, layers_ns)
         return int(self.step.ends_ns[-1])
 
@@ -176,6 +178,13 @@ class Node:
         if handoffs is not None and handoffs.transfers.has_waiting:
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
+
+    def detach(self, transport: Transport) -> None:
+        """Its ranks are there no more."""
+        for rank in range(
+            1 if self.instance.handoffs is None else self.instance.handoffs.transfers.granularity.num_ranks
+        ):
+            transport.detach(endpoint_of(self.incarnation, rank))
 
     @property
     def is_idle(self) -> bool:

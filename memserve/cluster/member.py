@@ -71,7 +71,7 @@ class Member:
             self._lead(number, assigned, engine, shard, num_threads)
 
     def _follow_all(self, engine: Engine, shard: Shard) -> None:
-        _until_stopped(build_part(self._cfg, engine), IdleHand())
+        _until_stopped(self._build_part(engine), IdleHand())
         for number in self._hear_from_leader("runs"):
             for instance in self._hear_from_leader(f"instance/{number}"):
                 self._follow(number, instance, engine, shard)
@@ -131,11 +131,15 @@ class Member:
     def _follow(self, number: int, instance: int, engine: Engine, shard: Shard) -> None:
         """A run, in which this rank is a part of that instance."""
         self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
-        part = build_part(self._cfg, engine)
+        part = self._build_part(engine)
         self._team_store(number).set(f"process/{self._part}", msgspec.json.encode(this_process()).decode())
         with self._hand(number, instance, part) as hand:
             meet(shard, _device(engine))
             _until_stopped(part, hand)
+
+    def _build_part(self, engine: Engine) -> RankPart:
+        """A follower's: its instance is what it is from the start."""
+        return build_part(self._cfg, engine, Role(self._cfg.cluster.roles[self._instance or 0]))
 
     def _team_store(self, number: int) -> PrefixStore:
         """What the ranks of this instance tell each other in a run."""

@@ -10,6 +10,7 @@ An instance that comes later is a rank that was spare, or whose instance has lef
 
 from collections.abc import Sequence
 
+from memserve.config.per_role import num_ranks
 from memserve.config.schema import RunConfig
 from memserve.kvcache.head_parts import endpoint_of
 
@@ -30,7 +31,7 @@ class Roster:
 
     @staticmethod
     def of(cfg: RunConfig) -> "Roster":
-        return Roster([getattr(cfg.cluster.tensor_parallel, role) for role in cfg.cluster.roles], cfg.cluster.spares)
+        return Roster([num_ranks(cfg, role) for role in cfg.cluster.roles], cfg.cluster.spares)
 
     def ranks_of_member(self, number: int) -> range:
         """The ranks of who is started by itself: of an instance that is there from the start, or a spare one."""

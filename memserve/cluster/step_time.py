@@ -1,11 +1,12 @@
 """StepTime: where a step's virtual duration comes from, the machine's clock or a cost model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 
 from memserve.clock import Stopwatch
-from memserve.request import ScheduledBatch
+from memserve.request import Role, ScheduledBatch
 from memserve.sched.cost_model.base import CostModel
 
 
@@ -61,8 +62,8 @@ class StepTime(ABC):
         return StepWatch()
 
     @abstractmethod
-    def durations_ns(self, batch: ScheduledBatch) -> list[int]:
-        """Nanoseconds of each of the batch's steps, known beforehand."""
+    def durations_ns(self, batch: ScheduledBatch, role: Role) -> list[int]:
+        """Nanoseconds of each of the batch's steps on an instance of that role, known beforehand."""
 
 
 class Measured(StepTime):
@@ -76,17 +77,17 @@ class Measured(StepTime):
     def watch(self) -> StepWatch:
         return GpuStepWatch(self._device) if self._device.type == "cuda" else StepWatch()
 
-    def durations_ns(self, batch: ScheduledBatch) -> list[int]:
+    def durations_ns(self, batch: ScheduledBatch, role: Role) -> list[int]:
         raise TypeError("a measured step has no duration before it is computed")
 
 
 class Modelled(StepTime):
-    """By a cost model: repeatable to the nanosecond on any machine."""
+    """By a cost model of each role's instances: repeatable to the nanosecond on any machine."""
 
     is_measured = False
 
-    def __init__(self, cost_model: CostModel) -> None:
-        self._cost_model = cost_model
+    def __init__(self, cost_models: Mapping[Role, CostModel]) -> None:
+        self._cost_models = dict(cost_models)
 
-    def durations_ns(self, batch: ScheduledBatch) -> list[int]:
-        return self._cost_model.step_times_ns(batch)
+    def durations_ns(self, batch: ScheduledBatch, role: Role) -> list[int]:
+        return self._cost_models[role].step_times_ns(batch)

@@ -8,10 +8,12 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.bequest import Bequest
 from memserve.clock import to_ns
+from memserve.cluster.costs import costs_of
 from memserve.cluster.make import make, make_asking, maker
 from memserve.compose import group_of
 from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
+from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
 from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
@@ -113,15 +115,16 @@ def build_global_scheduler(
     """Routes over the members (label, role) that take requests, and over those that decode for them."""
     takers = [(label, i) for i, (label, role) in enumerate(members) if role is not Role.DECODE]
     decoders = [(label, i) for i, (label, role) in enumerate(members) if role is Role.DECODE]
+    taking, decoding = (Role.PREFILL, Role.DECODE) if decoders else (Role.COLOCATED, Role.COLOCATED)
     return GlobalScheduler(
-        _group(cfg, "policy", takers),
+        _group(cfg, "policy", taking, takers),
         rng,
-        decode=_group(cfg, "decode_policy", decoders) if decoders else None,
+        decode=_group(cfg, "decode_policy", decoding, decoders) if decoders else None,
         mode=make(cfg.mode),
         recompute_failed=cfg.transfer.on_failure == "recompute",
         max_unfinished=cfg.cluster.max_unfinished,
         patience_ns=to_ns(cfg.cluster.patience_s),
-        rejection=make(cfg.rejection),
+        rejection=make_asking(cfg.rejection, cost_model=costs_of(cfg, decoding)),
     )
 
 
@@ -147,14 +150,16 @@ def follows_events(cfg: RunConfig) -> bool:
     return isinstance(_prompt_index(cfg, 1), Exact)
 
 
-def _group(cfg: RunConfig, name: str, members: Sequence[tuple[str, int]]) -> Group:
-    policy: Policy = make(getattr(cfg, name))
-    tree = _prompt_index(cfg, len(members))
+def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, int]]) -> Group:
+    """name: of its policy's node.  role: of its instances."""
+    costs = costs_of(cfg, role)
+    policy: Policy = make_asking(getattr(cfg, name), cost_model=costs)
+    tree = _prompt_index(of_role(cfg, role), len(members))
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
         raise ConfigError(f"{group_of(name)}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
-    costs: CostModel | None = make(cfg.cost_model) if name == "policy" else None
-    return Group([label for label, _ in members], [number for _, number in members], policy, tree, costs)
+    prefilling = None if role is Role.DECODE else costs
+    return Group([label for label, _ in members], [number for _, number in members], policy, tree, prefilling)
 
 
 def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:

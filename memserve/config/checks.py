@@ -5,7 +5,9 @@ from typing import Any
 
 from memserve.clock import LONGEST_S
 from memserve.config.checks_of_members import check_heir, check_member, check_scaling
+from memserve.config.checks_of_roles import check_per_role, check_tensor_parallel
 from memserve.config.errors import ConfigError, class_name, require
+from memserve.config.per_role import num_ranks
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.config.targets import is_a, node_class
@@ -62,7 +64,8 @@ def check_config(cfg: RunConfig) -> None:
     _check_execution(cfg)
     _check_roles(cfg)
     _check_fetch(cfg)
-    _check_tensor_parallel(cfg)
+    check_tensor_parallel(cfg)
+    check_per_role(cfg)
     check_scaling(cfg)
     check_heir(cfg)
     check_member(cfg)
@@ -109,7 +112,7 @@ def _check_capacity(cfg: RunConfig) -> None:
 
 
 def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
-    kv, sizes = cfg.kvcache, cfg.cluster.tensor_parallel
+    kv = cfg.kvcache
     require(kv.swap_ahead_blocks >= 0, "kvcache.swap_ahead_blocks", kv.swap_ahead_blocks, "an integer >= 0")
     if kv.num_hbm_blocks is not None and kv.swap_ahead_blocks > kv.num_hbm_blocks:
         raise ConfigError(f"kvcache.swap_ahead_blocks={kv.swap_ahead_blocks} contradicts kvcache.num_hbm_blocks="
@@ -121,7 +124,7 @@ def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
         return
     if not is_tiered:
         raise ConfigError("kvcache.async_swap=true contradicts kvcache.num_dram_blocks=0: expected an integer >= 1")
-    if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
+    if cfg.exec == "distributed" and max(num_ranks(cfg, role) for role in Role) > 1:
         raise ConfigError("kvcache.async_swap=true contradicts cluster.tensor_parallel above 1: the ranks of an "
                           "instance copy together, between two steps")  # fmt: skip
 
@@ -241,29 +244,6 @@ def _check_fetch(cfg: RunConfig) -> None:
     more_may_come = not is_a(cfg.scaling, "NoScaling")
     if not (decode_holds or more_may_come) and sum(role != Role.DECODE.value for role in roles) < 2:
         raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
-
-
-def _check_tensor_parallel(cfg: RunConfig) -> None:
-    """Sizes of roles that exist, of which one divides the other where KV goes between them."""
-    sizes = {role.value: getattr(cfg.cluster.tensor_parallel, role.value) for role in Role}
-    for role, size in sizes.items():
-        name = f"cluster.tensor_parallel.{role}"
-        require(size >= 1, name, size, "an integer >= 1")
-        if size == 1:
-            continue
-        if role not in cfg.cluster.roles:
-            raise ConfigError(f"{name}={size} contradicts cluster.roles={list(cfg.cluster.roles)}: none is {role}")
-        if cfg.exec != "distributed":
-            raise ConfigError(f"{name}={size} contradicts exec={cfg.exec}: expected exec=distributed")
-        if cfg.tokens != "model":
-            raise ConfigError(f"{name}={size} contradicts tokens={cfg.tokens}: there is no model to split")
-        if cfg.model.compile:
-            raise ConfigError(f"{name}={size} contradicts model.compile=true: a compiled step has no sums over ranks")
-    if max(sizes["prefill"], sizes["decode"]) % min(sizes["prefill"], sizes["decode"]):
-        raise ConfigError(
-            f"cluster.tensor_parallel.prefill={sizes['prefill']} and decode={sizes['decode']}: "
-            "expected that one divides the other"
-        )
 
 
 def _word(node: Any, words: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Checks of who is in the cluster, who comes and goes, and who gets what is left. As checks.py, which calls them."""
 
 from memserve.config.errors import ConfigError, class_name, require
+from memserve.config.per_role import num_ranks
 from memserve.config.schema import RunConfig
 from memserve.config.targets import is_a
 
@@ -22,8 +23,7 @@ def check_scaling(cfg: RunConfig) -> None:
     if cluster.store is not None and is_a(cfg.scaling, "Schedule"):
         raise ConfigError(f"scaling=schedule contradicts cluster.store={cluster.store}: who rejoins has a new number, "
                           "and what is scheduled goes by numbers")  # fmt: skip
-    sizes = cluster.tensor_parallel
-    if max(sizes.colocated, sizes.prefill, sizes.decode) > 1:
+    if max(num_ranks(cfg, role) for role in cluster.roles) > 1:
         raise ConfigError(f"scaling={class_name(cfg.scaling)} contradicts cluster.tensor_parallel above 1: "
                           "who comes and goes is one rank")  # fmt: skip
 

@@ -46,7 +46,7 @@ class KVCacheConfig:
 
 @dataclass
 class GeometryConfig:
-    """What the KV of a model that is simulated would be: of one rank, where an instance has several."""
+    """What the KV of a model that is simulated would be; an instance of several ranks splits its heads over them."""
 
     num_layers: int = MISSING
     num_kv_heads: int = MISSING
@@ -85,11 +85,21 @@ class SloConfig:
 
 @dataclass
 class TensorParallelConfig:
-    """Ranks of an instance of each role; its model and its KV heads are split over them."""
+    """Ranks of an instance, over which its model and its KV heads are split: of every one, or of one of a role."""
 
-    colocated: int = 1
-    prefill: int = 1
-    decode: int = 1
+    every: int = 1
+    colocated: int | None = None
+    prefill: int | None = None
+    decode: int | None = None
+
+
+@dataclass
+class PerRoleConfig:
+    """Options of the instances of one role, in the place of those for all (per_role.py says which)."""
+
+    colocated: dict[str, Any] = field(default_factory=dict)
+    prefill: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,6 +138,7 @@ class RunConfig:
     seed: int = 0
     repeats: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    per_role: PerRoleConfig = field(default_factory=PerRoleConfig)
     mode: Any = MISSING
     policy: Any = MISSING
     index: Any = MISSING

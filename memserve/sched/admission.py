@@ -13,12 +13,17 @@ class RequestRefused(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an instance can serve. `max_context`: most tokens of prompt and answer together."""
+    """What an instance can serve. max_context: most tokens of prompt and answer together.
+
+    num_blocks: of its pool.  decode_blocks: of another one's that decodes what this one has prefilled, and which alone
+    needs room for the answer then; None: it decodes itself.
+    """
 
     max_context: int
     vocab_size: int
     num_blocks: int
     block_size: int
+    decode_blocks: int | None = None
 
     def max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
         """Tokens the answer may have: its own limit, or what the context has left."""
@@ -38,13 +43,21 @@ class Limits:
         beyond = [token for token in params.stop_token_ids if token >= self.vocab_size]
         if beyond:
             raise RequestRefused(f"stop_token_ids={beyond}: expected 0 to {self.vocab_size - 1}")
-        num_kv = len(prompt) + self.max_tokens(len(prompt), params) - 1  # the last token's KV never exists
-        needed = -(-num_kv // self.block_size)
-        if needed > self.num_blocks:
-            raise RequestRefused(
-                f"prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} need {needed} blocks of "
-                f"{self.block_size} tokens: the pool has {self.num_blocks}"
-            )
+        self._check_room(len(prompt), params)
+
+    def _check_room(self, num_prompt: int, params: SamplingParams) -> None:
+        num_kv = num_prompt + self.max_tokens(num_prompt, params) - 1  # the last token's KV never exists
+        both = f"prompt of {num_prompt} tokens and max_tokens={params.max_tokens}"
+        if self.decode_blocks is None:
+            self._check_blocks(both, num_kv, self.num_blocks, "the pool")
+        else:
+            self._check_blocks(f"the prompt's {num_prompt} tokens", num_prompt, self.num_blocks, "the pool")
+            self._check_blocks(both, num_kv, self.decode_blocks, "the pool of an instance that decodes")
+
+    def _check_blocks(self, what: str, num_tokens: int, num_blocks: int, whose: str) -> None:
+        needed = -(-num_tokens // self.block_size)
+        if needed > num_blocks:
+            raise RequestRefused(f"{what} need {needed} blocks of {self.block_size} tokens: {whose} has {num_blocks}")
 
 
 def usable_prefix(num_tokens: int) -> int:

@@ -8,7 +8,7 @@ from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.step_time import Measured, Modelled
 from memserve.kvcache import InVirtualTime
-from memserve.request import SamplingParams
+from memserve.request import Role, SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.routing import LeastLoad, RoundRobin
@@ -44,7 +44,7 @@ def run(sessions, macro_steps, instances=2, policy=None, step_time=None, concurr
         group_of([n.instance.label for n in nodes], policy or LeastLoad()), np.random.default_rng(3)
     )
     player = SessionPlayer(sessions, 4000, concurrency)
-    cluster = EmulatedCluster(nodes, scheduler, player, step_time or Modelled(COSTS), macro_steps)
+    cluster = EmulatedCluster(nodes, scheduler, player, step_time or Modelled({Role.COLOCATED: COSTS}), macro_steps)
     num_events = 0
     while cluster.advance():
         num_events += 1

@@ -42,7 +42,7 @@ CASES = [
       "kvcache.num_dram_blocks=30", "preemption=swap", "sched.decode_headroom_blocks=1",
       *sizes(prefill=2, decode=2)], 5),
     (["transport=mapped", "cluster=1p1d", "mode=pd_caching_3", "granularity=by_request_agg", "layout=aggregated",
-      *sizes(prefill=2, decode=4)], 7),
+      "+per_role.decode.kvcache.num_hbm_blocks=300", *sizes(prefill=2, decode=4)], 7),
 ]  # fmt: skip
 
 
@@ -110,7 +110,10 @@ def test_a_world_that_does_not_fit_the_sizes_is_refused_by_both_numbers():
     ("words", "named"),
     [
         (["exec=emulated", *sizes(colocated=2)], "cluster.tensor_parallel.colocated=2 contradicts exec=emulated"),
-        (["exec=simulated", *sizes(colocated=2)], "cluster.tensor_parallel.colocated=2 contradicts exec=simulated"),
+        (["exec=simulated", *sizes(colocated=2)], "cluster.tensor_parallel.colocated=2 contradicts geometry=own"),
+        (["exec=simulated", *sizes(every=2)], "cluster.tensor_parallel.every=2 contradicts geometry=own"),
+        (["exec=simulated", "tokens=workload", "geometry=llama3_8b", *sizes(every=16)],
+         "cluster.tensor_parallel.every=16: expected a divisor of geometry.num_kv_heads=8"),
         (["exec=distributed", "transport=gloo", "tokens=hash", *sizes(colocated=2)], "contradicts tokens=hash"),
         (["exec=distributed", "transport=gloo", *sizes(decode=2)], "none is decode"),
         (["exec=distributed", "transport=gloo", *sizes(colocated=0)], "colocated=0: expected an integer >= 1"),

@@ -19,7 +19,9 @@ from memserve.sched.cost_model.work import Shape, StepWork
 SHAPE = Shape(
     num_layers=3, hidden_size=64, intermediate_size=160, num_heads=8, num_kv_heads=4, head_dim=16, vocab_size=99
 )
-GPU = DataSheet(tflops=2e-3, hbm_gb_per_s=0.1, link_gb_per_s=0.05, host_gb_per_s=0.01, link_latency_s=1e-5)
+GPU = DataSheet(
+    tflops=2e-3, hbm_gb_per_s=0.1, hbm_gib=0.01, link_gb_per_s=0.05, host_gb_per_s=0.01, link_latency_s=1e-5
+)
 PEAK = RooflineCostModel(GPU, SHAPE)
 SHARES = {"compute_share": 0.6, "attention_share": 0.3, "bandwidth_share": 0.8, "step_s": 2e-3}
 REAL = RooflineCostModel(GPU, SHAPE, 2, **SHARES)
@@ -108,7 +110,7 @@ def test_operators_do_not_hide_behind_each_other():
 
 def test_ranks_pay_for_two_all_reduces_in_a_layer():
     links = {"link_gb_per_s": 1e9, "link_latency_s": 0.0}
-    free = RooflineCostModel(DataSheet(2e-3, 0.1, host_gb_per_s=0.01, **links), SHAPE, 2)
+    free = RooflineCostModel(DataSheet(2e-3, 0.1, 0.01, host_gb_per_s=0.01, **links), SHAPE, 2)
     paid = RooflineCostModel(GPU, SHAPE, 2)
     num_bytes = 2 * (2 - 1) / 2 * 10 * 64 * 2  # by rings, ten tokens of 64 elements of two bytes
     assert paid.exec_time_s(0, 10) - free.exec_time_s(0, 10) == pytest.approx(6 * (1e-5 + num_bytes / 5e7), rel=1e-6)
@@ -143,18 +145,21 @@ def test_a_fit_finds_shares_that_predict_what_was_measured():
         fit_roofline([], GPU, SHAPE)
 
 
-def cost_model(*words):
+def simulated(*words):
     beside = [] if any(word.startswith("geometry=") for word in words) else ["geometry=llama3_8b"]
-    words = ["exec=simulated", "tokens=workload", "cost_model=roofline", *beside, *words]
-    return build_cost_model(load_config(words), None)
+    return load_config(["exec=simulated", "tokens=workload", "cost_model=roofline", *beside, *words])
+
+
+def cost_model(*words):
+    return build_cost_model(simulated(*words), None)
 
 
 def test_words_choose_gpu_shape_and_ranks():
     one = cost_model("geometry=llama3_8b")
     more = cost_model("geometry=llama3_8b", "cost_model/gpu=h200")
     assert one.exec_time_s(0, 1) > more.exec_time_s(0, 1)
-    four = ["cost_model/shape=llama3_70b", "cost_model.tensor_parallel=4"]
-    assert cost_model(*four, "geometry=llama3_70b_tp4").exec_time_s(0, 2000) > one.exec_time_s(0, 2000)
+    four = ["cost_model/shape=llama3_70b", "cluster.tensor_parallel.every=4"]
+    assert cost_model(*four, "geometry=llama3_70b").exec_time_s(0, 2000) > one.exec_time_s(0, 2000)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +170,12 @@ def test_words_choose_gpu_shape_and_ranks():
             ["geometry=own"],
             "geometry=own: blocks would have the bytes of nobody's KV, expected tokens=workload and the",
         ),
-        (["geometry=llama3_8b", "cost_model.tensor_parallel=2"], "num_kv_heads=4 on a rank: expected 8"),
+        (["geometry=llama2_13b"], "num_layers=32 on a rank: expected 40, as geometry has"),
+        (["cost_model.tensor_parallel=2"], "Could not override 'cost_model.tensor_parallel'"),
+        (["+cost_model.tensor_parallel=2"], "cost_model.tensor_parallel=2: .* takes gpu, shape, compute_share"),
         (["geometry=llama3_8b", "geometry.dtype=float32"], "bytes_per_element=2 on a rank: expected 4"),
-        (["cost_model.tensor_parallel=3"], "tensor_parallel=3: expected a divisor of shape.num_heads=32"),
-        (["cost_model.tensor_parallel=0"], "tensor_parallel=0: expected an integer >= 1"),
+        (["cluster.tensor_parallel.every=3"], "tensor_parallel.every=3: expected a divisor of geometry.num_kv_heads=8"),
+        (["cluster.tensor_parallel.every=0"], "tensor_parallel.every=0: expected an integer >= 1"),
         (["cost_model.compute_share=1.5"], "compute_share=1.5: expected a number above 0, at most 1"),
         (["cost_model.bandwidth_share=0"], "bandwidth_share=0.*: expected a number above 0, at most 1"),
         (["cost_model.step_s=-1"], "step_s=-1.*: expected seconds"),
@@ -195,6 +202,26 @@ def test_a_model_that_runs_is_compared_by_its_rank_s_sizes():
     REAL.check(msgspec.structs.replace(rank, shape=halves, tensor_parallel=2, kv={**kv, "num_kv_heads": 2}))
     with pytest.raises(ConfigError, match="as the model that runs has"):
         LocalCluster(load_config(["model=tiny", "step_time=model", "cost_model=roofline"]))
+
+
+def test_a_pool_that_a_gpu_has_no_room_for_beside_its_share_of_the_weights_is_refused_with_what_fits():
+    work = StepWork(SHAPE, 2)
+    room = GPU.hbm_gib * 2**30 - work.weight_bytes
+    REAL.check_pool(int(room))
+    with pytest.raises(ValueError, match=r"gpu.hbm_gib=0.01 for .* GiB of weights on a rank and .* of kvcache"):
+        REAL.check_pool(int(room) + 2)
+    words = ["kvcache.num_hbm_blocks=null", "workload=synthetic", "workload.num_sessions=2"]
+    LocalCluster(simulated(*words, "kvcache.hbm_bytes=65GiB"))
+    with pytest.raises(ConfigError, match=r"15.0 GiB of weights .* 66.0 GiB of kvcache: expected .* at most 65.0GiB"):
+        LocalCluster(simulated(*words, "kvcache.hbm_bytes=66GiB"))
+
+
+def test_a_rank_s_weights_are_its_share_of_the_model_s():
+    whole = StepWork(SHAPE).weight_bytes
+    assert whole == SHAPE.bytes_per_element * (3 * (64 * (8 + 8) * 16 + 128 * 64 + 3 * 64 * 160) + 2 * 64 * 99)
+    assert StepWork(SHAPE, 2).weight_bytes == whole / 2
+    llama = StepWork(Shape(32, 4096, 14336, 32, 8, 128, 128256))
+    assert llama.weight_bytes / 2 == pytest.approx(8.03e9, rel=1e-3)  # as its name says, in bf16
 
 
 def test_what_a_token_s_kv_is_says_layout_and_config_alike():

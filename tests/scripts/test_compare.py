@@ -53,6 +53,15 @@ def test_a_directory_that_cannot_be_made_is_named_before_anything_runs(script, t
     assert "file/new: expected a directory, or where one can be made" in capsys.readouterr().err
 
 
+def test_a_system_s_words_may_have_commas_in_lists_and_begin_with_a_plus(compare):
+    text = "pd,a:cluster.roles=[prefill,decode]+mode=pd_basic++per_role.decode.x={a: [1,2], b: 3}+++y=1,b:cluster=1p1d"
+    assert compare.words_of_each(compare.names_of(text)) == {
+        "pd": compare.SYSTEMS["pd"],
+        "a": ["cluster.roles=[prefill,decode]", "mode=pd_basic", "+per_role.decode.x={a: [1,2], b: 3}", "++y=1"],
+        "b": ["cluster=1p1d"],
+    }
+
+
 def test_a_file_that_cannot_be_written_costs_no_systems_figures(compare, tmp_path, capsys):
     (tmp_path / "pd" / "requests.jsonl").mkdir(parents=True)
     (tmp_path / "reports.json").mkdir()

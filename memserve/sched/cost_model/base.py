@@ -105,6 +105,9 @@ class CostModel(ABC):
     def check(self, subject: Subject) -> None:  # noqa: B027 # nothing is to be checked of most models: empty, not abstract
         """Raises ValueError if the costs are not of what is about to run."""
 
+    def check_pool(self, num_bytes: int) -> None:  # noqa: B027 # as above
+        """Raises ValueError where a GPU that is known has no room for an instance's blocks of so many bytes a rank."""
+
 
 def attention_tokens(costs: CostModel, num_tokens: int = 4096) -> float:
     """The prefix length at which a token costs twice as much as the first ones: from the curvature of exec(0, y).

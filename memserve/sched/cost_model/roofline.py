@@ -14,6 +14,7 @@ a step counts as sampled from, a prompt's chunk before its last one too: that is
 """
 
 from dataclasses import dataclass
+from math import floor
 
 import numpy as np
 
@@ -21,23 +22,26 @@ from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, Subject
 from memserve.sched.cost_model.work import Number, Shape, StepWork, num_pairs
 from memserve.values import require_number, require_part
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class DataSheet:
     """What a data sheet says. tflops: dense, of the weights' dtype.  hbm_gb_per_s: of its memory.
 
-    link_gb_per_s: to another rank of a model, one way.  link_latency_s: of an all-reduce, however short.
-    host_gb_per_s: to DRAM.
+    hbm_gib: of what its memory holds.  link_gb_per_s: to another rank of a model, one way.  link_latency_s: of an
+    all-reduce, however short.  host_gb_per_s: to DRAM.
     """
 
     tflops: float
     hbm_gb_per_s: float
+    hbm_gib: float
     link_gb_per_s: float
     host_gb_per_s: float
     link_latency_s: float
 
     def __post_init__(self) -> None:
-        for name in ("tflops", "hbm_gb_per_s", "link_gb_per_s", "host_gb_per_s"):
+        for name in ("tflops", "hbm_gb_per_s", "hbm_gib", "link_gb_per_s", "host_gb_per_s"):
             require_number(f"gpu.{name}", getattr(self, name), "a finite number above 0", minimum=0.0, exclusive=True)
         require_seconds(**{"gpu.link_latency_s": self.link_latency_s})
 
@@ -69,6 +73,7 @@ class RooflineCostModel(CostModel):
             require_number(f"cost_model.{name}_share", share, allowed, minimum=0.0, maximum=1.0, exclusive=True)
         require_seconds(step_s=step_s)
         self._work = work = StepWork(shape, tensor_parallel)
+        self._hbm_gib = gpu.hbm_gib
         flop_s, pair_flop_s = (1 / (1e12 * gpu.tflops * share) for share in (compute_share, attention_share))
         byte_s = 1 / (1e9 * gpu.hbm_gb_per_s * bandwidth_share)
         products = (*work.products(1), work.head(1))
@@ -92,6 +97,15 @@ class RooflineCostModel(CostModel):
             if theirs != ours[name]:
                 raise ValueError(f"cost_model.shape with tensor_parallel={ranks} has {name}={ours[name]} on a rank: "
                                  f"expected {theirs}, as {whose} has")  # fmt: skip
+
+    def check_pool(self, num_bytes: int) -> None:
+        """Raises ValueError where a GPU's memory does not hold its share of the weights and these blocks."""
+        weights_gib, pool_gib = self._work.weight_bytes / GIB, num_bytes / GIB
+        if weights_gib + pool_gib > self._hbm_gib:
+            room_gib = floor(10 * max(self._hbm_gib - weights_gib, 0)) / 10
+            raise ValueError(f"cost_model.gpu.hbm_gib={self._hbm_gib:g} for {weights_gib:.1f} GiB of weights on a rank "
+                             f"and {pool_gib:.1f} GiB of kvcache: expected kvcache.hbm_bytes of at most "
+                             f"{room_gib}GiB, or more ranks")  # fmt: skip
 
     def _one_s(self, num_cached: int, num_new: int) -> float:
         return float(self._prompt_s(num_cached, num_new))

@@ -19,8 +19,8 @@ NUM_MESSAGES = 4  # one after the other: Fetch, Ask and Grant before the first b
 class TransferCost:
     """seconds = 4 messages + latency * calls + bytes / bandwidth.
 
-    block_bytes, block_calls: of a block of KV, all layers, by the granularity in use.  other_calls: whatever the
-    number of blocks.
+    block_bytes, block_calls: of a block of KV, all layers, by the granularity in use; where instances have several
+    ranks, of one pair of them, since all move their heads at the same time.  other_calls: however many blocks.
     """
 
     link: LinkModel
@@ -49,5 +49,5 @@ def _calls_and_bytes(granularity: Granularity, num_blocks: int, num_layers: int)
     here, there = (End((end, 0), 2 * num_blocks, blocks, granularity.num_ranks) for end in (0, 1))
     nothing, everything = np.zeros(num_layers, dtype=np.int64), np.full(num_layers, num_blocks)
     stretches = granularity.stretches(nothing, everything, num_blocks)
-    moves = [move for stretch in stretches for move in granularity.moves(here, there, stretch.layer)]
+    moves = [granularity.moves(here, there, stretch.layer)[0] for stretch in stretches]  # of the first pair
     return sum(move.num_calls for move in moves), sum(move.num_bytes for move in moves)

@@ -77,6 +77,12 @@ class StepWork:
         self._query, self._kv = query, kv
         self._moved = 8 * h + 2 * (query + 2 * kv) + 3 * inner  # elements a token and layer, beside products' own
 
+    @property
+    def weight_bytes(self) -> float:
+        """Of a rank's weights, embedding and head apart; norms are left out."""
+        shape = self.shape
+        return (shape.num_layers * sum(self._weights) + 2 * self._head) * shape.bytes_per_element
+
     def products(self, num_tokens: float) -> list[Work]:
         """Of the four products of a layer, each in all layers."""
         num_layers, size = self.shape.num_layers, self.shape.bytes_per_element

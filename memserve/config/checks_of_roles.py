@@ -1,0 +1,61 @@
+"""Checks of what instances of one role have otherwise than others, and over how many ranks each is split. As checks.py,
+which calls them.
+"""
+
+from collections.abc import Mapping
+
+from memserve.config.errors import ConfigError, require
+from memserve.config.per_role import OPTIONS, num_ranks
+from memserve.config.schema import RunConfig
+from memserve.request import Role
+
+
+def check_per_role(cfg: RunConfig) -> None:
+    """Of roles that exist, and of what may differ. What is said is checked as the configuration of such an instance."""
+    for role in Role:
+        said = getattr(cfg.per_role, role.value)
+        if said and role not in cfg.cluster.roles:
+            raise ConfigError(f"per_role.{role} contradicts cluster.roles={list(cfg.cluster.roles)}: none is {role}")
+        for name in said:
+            require(name in OPTIONS, f"per_role.{role}.{name}", said[name], f"one of {', '.join(OPTIONS)}")
+            require(isinstance(said[name], Mapping), f"per_role.{role}.{name}", said[name], f"options of {name}")
+        if "block_size" in said.get("kvcache", {}):
+            raise ConfigError(f"per_role.{role}.kvcache.block_size={said.kvcache.block_size}: expected "
+                              "kvcache.block_size=, since blocks go from one to another")  # fmt: skip
+
+
+def check_tensor_parallel(cfg: RunConfig) -> None:
+    """Sizes of roles that exist, of which one divides the other where KV goes between them."""
+    sizes = cfg.cluster.tensor_parallel
+    for name in ("every", *(role.value for role in Role)):
+        value = getattr(sizes, name)
+        require(value is None or value >= 1, f"cluster.tensor_parallel.{name}", value, "an integer >= 1")
+        if value is not None and name != "every" and name not in cfg.cluster.roles:
+            raise ConfigError(f"cluster.tensor_parallel.{name}={value} contradicts cluster.roles="
+                              f"{list(cfg.cluster.roles)}: none is {name}")  # fmt: skip
+    for role in dict.fromkeys(cfg.cluster.roles):
+        if num_ranks(cfg, role) > 1:
+            _check_split(cfg, role, num_ranks(cfg, role))
+    prefill, decode = (num_ranks(cfg, role) for role in (Role.PREFILL, Role.DECODE))
+    if max(prefill, decode) % min(prefill, decode):
+        raise ConfigError(f"cluster.tensor_parallel.prefill={prefill} and decode={decode}: expected that one divides "
+                          "the other")  # fmt: skip
+
+
+def _check_split(cfg: RunConfig, role: str, size: int) -> None:
+    """There is a model to split, or one whose KV a simulation counts."""
+    said = "every" if getattr(cfg.cluster.tensor_parallel, role) is None else role
+    name = f"cluster.tensor_parallel.{said}={size}"
+    if cfg.exec == "emulated":
+        raise ConfigError(f"{name} contradicts exec=emulated: expected exec=distributed, or exec=simulated")
+    if cfg.exec == "simulated":
+        if cfg.geometry is None:
+            raise ConfigError(f"{name} contradicts geometry=own: there is no model whose KV is split; expected "
+                              "tokens=workload and a geometry")  # fmt: skip
+        heads = cfg.geometry.num_kv_heads
+        require(heads % size == 0, name.partition("=")[0], size, f"a divisor of geometry.num_kv_heads={heads}")
+        return
+    if cfg.tokens != "model":
+        raise ConfigError(f"{name} contradicts tokens={cfg.tokens}: there is no model to split")
+    if cfg.model.compile:
+        raise ConfigError(f"{name} contradicts model.compile=true: a compiled step has no sums over ranks")

@@ -1,0 +1,48 @@
+"""Per role: what the instances of one role have otherwise than the others, `+per_role.decode.sched.token_budget=512`.
+
+`of_role` is the configuration that such an instance is built and checked by. What is not of an instance, or has to be
+the same at both ends of a transfer (blocks, their layout, the model), is for all.
+"""
+
+import copy
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from memserve.config.schema import PerRoleConfig, RunConfig
+
+OPTIONS = ("batching", "cost_model", "eviction", "kvcache", "preemption", "queue", "sched", "swap")
+
+
+def of_role(cfg: RunConfig, role: str) -> RunConfig:
+    """The configuration of the instances of a role, which says nothing `per_role` itself: `cfg`, where nothing is said
+    of them. A node with a `_target_` takes the place of the one that is for all; others change options of it.
+
+    Raises OmegaConf's errors for what the schema does not allow.
+    """
+    theirs = cast(dict[str, Any], OmegaConf.to_container(getattr(cfg.per_role, role)))
+    if not theirs:
+        return cfg
+    changed = copy.deepcopy(cast(DictConfig, cfg))
+    OmegaConf.set_readonly(changed, False)
+    for name, node in theirs.items():
+        if "_target_" in changed[name]:
+            changed[name] = _changed(OmegaConf.to_container(changed[name]), node)
+        else:
+            changed[name].merge_with(node)  # of the schema's type, which checks it
+    changed.per_role = PerRoleConfig()
+    OmegaConf.set_readonly(changed, True)
+    return cast(RunConfig, changed)
+
+
+def num_ranks(cfg: RunConfig, role: str) -> int:
+    """Over how many ranks an instance of that role is split."""
+    sizes = cfg.cluster.tensor_parallel
+    said: int | None = getattr(sizes, role)
+    return sizes.every if said is None else said
+
+
+def _changed(node: Any, by: Any) -> Any:
+    if not isinstance(node, dict) or not isinstance(by, dict) or "_target_" in by:
+        return by
+    return {**node, **{key: _changed(node.get(key), value) for key, value in by.items()}}
