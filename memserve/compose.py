@@ -30,6 +30,7 @@ from memserve.metrics.tracking import Tracking
 from memserve.model.attention import attention_backend
 from memserve.sched.batching import Batching
 from memserve.sched.cost_model.base import CostModel
+from memserve.sched.departures import Departure
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.sched.heirs import Heir
 from memserve.sched.modes import Mode
@@ -63,6 +64,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "cost_model": CostModel,
     "scaling": Scaling,
     "heir": Heir,
+    "departure": Departure,
     "rejection": Rejection,
     "workload": Workload,
     "tracking": Tracking,

@@ -1,4 +1,4 @@
-"""Decisions: where a request went, who is taken to hold what, and whether it was fetched or computed (Eq. 2)."""
+"""Decisions: where a request went, who is taken to hold what, whether it was fetched or computed (Eq. 2)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +34,17 @@ class FetchRecord(msgspec.Struct, frozen=True):
     outcome: str = "computed"
     reason: str = ""
     num_fetched: int = 0
+
+
+class Migration(msgspec.Struct, frozen=True):
+    """A request that was decoded at `source` was to go on at `target` with the KV of its first num_tokens tokens, and
+    stood still until it did, or, where that could not take it (not `done`), until it went on elsewhere or at `source`.
+    """
+
+    source: str
+    target: str
+    num_tokens: int
+    done: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,61 +3,55 @@
     prefill instance   admitted (by_layer) or prefilled -> ticket -> DONE: the request is decode's
                                                                   -> FAILED: kept until it is redirected or aborted
     decode instance    arrival -> a Request with its blocks -> local scheduler -> finished -> given back (PD-Caching-3)
+    who leaves         a request that decodes here -> ticket -> DONE: it is another's
+                                                             -> FAILED, or no room there now: as above, or it stays
 
-What travels as `private` beside the KV is one of the two words below or that of a fetch (fetches.py) or of a bequest
-(bequest.py), as msgpack.
+What travels as `private` beside the KV is one of words.py.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 
 from memserve.bequest import Bequeathed, Bequest
 from memserve.fetches import FetchedKV, Fetches
+from memserve.kvcache.sending import DECLINED
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
-from memserve.messages import Ask, Fetch, PoolMessage, Refuse, RequestStats, pack_tokens, unpack_tokens
-from memserve.request import FinishReason, Request, SamplingParams, ScheduledBatch
+from memserve.messages import (
+    CANCELLED,
+    Ask,
+    Fetch,
+    Finished,
+    Inherited,
+    Message,
+    PoolMessage,
+    Refuse,
+    Wait,
+    pack_tokens,
+)
+from memserve.request import FinishReason, Request, ScheduledBatch
+from memserve.request_stats import RequestStats
 from memserve.sched.modes import Mode
+from memserve.served import Served
+from memserve.words import GivenBack, HandedOver, packed, read_word, request_of
 
 NUM_REMEMBERED = 4096  # aborted attempts whose KV may still be on its way
 
 
-class HandedOver(msgspec.Struct, frozen=True, tag=True):
-    """A request for its decode instance. tokens: int32 bytes, prompt and what was generated.  stats: of its prefill."""
-
-    request_id: str
-    attempt: int
-    session_id: str
-    arrival_ns: int
-    params: SamplingParams
-    seed: int
-    num_prompt: int
-    max_num_tokens: int
-    tokens: bytes
-    stats: RequestStats | None
-
-
-class GivenBack(msgspec.Struct, frozen=True, tag=True):
-    """The KV of a finished request, for the instance that prefilled it."""
-
-    session_id: str
-
-
-Word = HandedOver | GivenBack | FetchedKV | Bequeathed
-_words: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
-
-
 @dataclass
 class _Handoff:
-    """One request on its way: its ticket, and when a layer's blocks were last marked ready."""
+    """One request on its way: its ticket, the instance that prefilled it, whether it was decoded here before, and what
+    the receiver is told of it; None before it has a token.
+    """
 
     request: Request
-    decode: int
     ticket: Ticket
+    prefill: int | None
+    migrates: bool
+    stats: RequestStats | None = None
 
 
 class Handoffs:
@@ -82,7 +76,7 @@ class Handoffs:
     def admitted(self, request: Request, decode: int, now_ns: int) -> None:
         """Asks for a request that is about to be prefilled; what is cached is ready in every layer at once."""
         self.drop(request.request_id, "the request starts again", now_ns)
-        self._start(request, decode, now_ns, ready=False)
+        self._start(request, decode, now_ns, prefill=self.transfers.incarnation, ready=False)
         self._mark([(request, request.num_computed // self._block_size)], now_ns, now_ns)
 
     def granted(self, request: Request) -> bool:
@@ -105,20 +99,30 @@ class Handoffs:
     def _num_final(self, request: Request, num_computed: int) -> int:
         """The request's leading blocks that nothing more is written into before it is handed over."""
         if num_computed >= request.num_prompt:
-            return len(self._blocks(request))
+            return self._num_blocks(request.num_prompt)
         return num_computed // self._block_size
 
     def prefilled(self, request: Request, decode: int, stats: RequestStats, now_ns: int) -> None:
         """The prompt is computed and the first token there: what is not on its way yet is asked for now."""
         if request.request_id not in self._on_the_way:
-            self._start(request, decode, now_ns, ready=True)
-        self.transfers.tell(self._on_the_way[request.request_id].ticket, self._word(request, stats))
+            self._start(request, decode, now_ns, prefill=self.transfers.incarnation)
+        self._tell(request, stats)
 
-    def redirect(self, request_id: str, decode: int, stats: RequestStats, now_ns: int) -> None:
+    def migrate(self, request: Request, target: int, prefill: int | None, stats: RequestStats, now_ns: int) -> None:
+        """A request that was decoded here, and is stopped, goes on at another instance of the role.
+
+        prefill: the instance that prefilled it, if it may get KV back.
+        """
+        known = prefill if prefill is not None and self.transfers.knows(prefill) else None
+        self._start(request, target, now_ns, prefill=known, migrates=True)
+        self._tell(request, stats)
+
+    def redirect(self, request_id: str, target: int, now_ns: int) -> None:
         """Hands a request whose ticket has failed to another instance."""
-        request = self._on_the_way.pop(request_id).request
-        self._start(request, decode, now_ns, ready=True)
-        self.transfers.tell(self._on_the_way[request_id].ticket, self._word(request, stats))
+        handoff = self._on_the_way.pop(request_id)
+        assert handoff.stats is not None, "it has a token"
+        self._start(handoff.request, target, now_ns, prefill=handoff.prefill, migrates=handoff.migrates)
+        self._tell(handoff.request, handoff.stats)
 
     def drop(self, request_id: str, reason: str, now_ns: int) -> None:
         """Forgets a request's hand-off; an open ticket fails."""
@@ -163,7 +167,7 @@ class Handoffs:
                 self.fetches.receive(sender, message, now_ns)
                 continue
             if isinstance(message, Ask) and self.transfers.is_new(message):
-                word = _words.decode(message.private)
+                word = read_word(message.private)
                 self.num_overtaken += isinstance(word, GivenBack) and word.session_id in sessions
             self.transfers.receive(sender, message, now_ns)
 
@@ -177,9 +181,18 @@ class Handoffs:
         """Takes what answers a ticket or a Fetch of this instance; False for what begins something here."""
         if message.ticket[0] != self.transfers.incarnation:
             return False
+        if isinstance(message, Wait):
+            self._wait_or_stay(message, now_ns)
         if not (isinstance(message, Refuse) and self.fetches.refused(message, now_ns)):
             self.transfers.receive(sender, message, now_ns)
         return True
+
+    def _wait_or_stay(self, message: Wait, now_ns: int) -> None:
+        """There is no room for a request now: one that was decoded here goes on meanwhile, not waits."""
+        for handoff in self._on_the_way.values():
+            if handoff.ticket.ticket_id == message.ticket and handoff.migrates and not handoff.ticket.ended:
+                handoff.ticket.refused = True
+                self.transfers.cancel(handoff.ticket, f"{DECLINED}: no room now", now_ns)
 
     def poll(self, now_ns: int) -> list[Ticket]:
         """Lets time pass; the tickets that have ended."""
@@ -204,28 +217,25 @@ class Handoffs:
         times = (self.transfers.next_time_ns(), self.fetches.next_time_ns())
         return min((t for t in times if t is not None), default=None)
 
-    def read(self, arrival: Arrival) -> Word:
-        """What came with an arrival; a fetch is over with it."""
-        word = _words.decode(arrival.private)
+    def take(self, arrival: Arrival, here: Mapping[str, Served], label: str) -> HandedOver | Message | None:
+        """A request that came, whose KV its ticket holds until `take_over`; else it is settled, and this is to be told.
+
+        here: the requests of this instance, whose name is `label`.
+        """
+        word = read_word(arrival.private)
+        if isinstance(word, HandedOver) and self._is_latest(word, here.get(word.request_id)):
+            return word
         if isinstance(word, FetchedKV):
             self.fetches.arrived(word, arrival)
-        return word
-
-    @staticmethod
-    def is_inherited(word: Word) -> bool:
-        """Whether KV came from an instance that leaves, so that the global scheduler is to be told."""
-        return isinstance(word, Bequeathed)
+        self.transfers.settle(arrival)
+        if isinstance(word, HandedOver):  # its prefill instance may have let go of it before it heard of that
+            return Finished(word.request_id, word.attempt, *CANCELLED, word.stats)
+        return Inherited(label, pack_tokens(arrival.tokens)) if isinstance(word, Bequeathed) else None
 
     def take_over(self, word: HandedOver, arrival: Arrival) -> Request:
         """The request that has arrived; from now on it holds the blocks, not the ticket."""
-        tokens = unpack_tokens(word.tokens)
-        request = Request(
-            word.request_id, tokens[: word.num_prompt], word.params, attempt=word.attempt, session_id=word.session_id,
-            arrival_ns=word.arrival_ns, seed=word.seed, max_num_tokens=word.max_num_tokens,
-        )  # fmt: skip
-        request.tokens.extend(tokens[word.num_prompt :])
+        request = request_of(word)
         request.block_table.extend(arrival.blocks)
-        request.num_computed = request.prefill_end = word.num_prompt
         self.transfers.settle(arrival, heir=request.holder)
         return request
 
@@ -235,30 +245,48 @@ class Handoffs:
         if len(self._aborted) > NUM_REMEMBERED:
             self._aborted.popitem(last=False)
 
-    def is_latest(self, word: HandedOver, here: Request | None) -> bool:
+    def _is_latest(self, word: HandedOver, here: Served | None) -> bool:
         """Whether an attempt that arrives was not given up. here: the request as it is served here, if it is.
 
         An abort and what takes its attempt's place come from different processes, so either may be here first.
         """
-        is_older = here is not None and word.attempt < here.attempt
+        is_older = here is not None and word.attempt < here.request.attempt
         return not is_older and (word.request_id, word.attempt) not in self._aborted
 
     @property
     def _block_size(self) -> int:
         return self.transfers.geometry.block_size
 
-    def _blocks(self, request: Request) -> np.ndarray:
-        """int32: the blocks that hold the prompt's KV."""
-        return request.block_table.view[: -(-request.num_prompt // self._block_size)]
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
 
-    def _start(self, request: Request, decode: int, now_ns: int, *, ready: bool) -> None:
-        hand_off = self._mode.hand_off
-        assert hand_off is not None, "this mode hands nothing over"
-        options, word = TransferOptions(insert=hand_off.insert), self._word(request, None)
-        ticket = self.transfers.start(decode, request.prompt, self._blocks(request), options, word, now_ns, ready=ready)
-        self._on_the_way[request.request_id] = _Handoff(request, decode, ticket)
+    def _start(
+        self,
+        request: Request,
+        target: int,
+        now_ns: int,
+        *,
+        prefill: int | None,
+        migrates: bool = False,
+        ready: bool = True,
+    ) -> None:
+        """Asks `target` for room. ready: the KV is there, of all tokens but the last; else it will be, of a prompt."""
+        num_tokens = request.num_computed if ready else request.num_prompt
+        tokens, blocks = request.tokens.view[:num_tokens], request.block_table.view[: self._num_blocks(num_tokens)]
+        options, word = (
+            TransferOptions(insert=self._mode.keeps_received),
+            packed(request, None, prefill, migrates=migrates),
+        )
+        ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready)
+        self._on_the_way[request.request_id] = _Handoff(request, ticket, prefill, migrates)
         waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
         self.peak_waiting = max(self.peak_waiting, waiting)
+
+    def _tell(self, request: Request, stats: RequestStats) -> None:
+        """What the receiver is to know of a request that is on its way."""
+        handoff = self._on_the_way[request.request_id]
+        handoff.stats = stats
+        self.transfers.tell(handoff.ticket, packed(request, stats, handoff.prefill, migrates=handoff.migrates))
 
     def _mark(self, final: Sequence[tuple[Request, int]], began_ns: int, ended_ns: int) -> None:
         """So many leading blocks of each request are final, in layer after layer: the link takes them in that order."""
@@ -268,12 +296,3 @@ class Handoffs:
             for request, num_blocks in final:
                 ticket = self._on_the_way[request.request_id].ticket
                 self.transfers.mark_ready(ticket, num_blocks, layer, ready_ns)
-
-    @staticmethod
-    def _word(request: Request, stats: RequestStats | None) -> bytes:
-        r, tokens = request, pack_tokens(request.tokens.view)
-        word = HandedOver(
-            r.request_id, r.attempt, r.session_id, r.arrival_ns, r.params, r.seed, r.num_prompt, r.max_num_tokens,
-            tokens, stats,
-        )  # fmt: skip
-        return msgspec.msgpack.encode(word)

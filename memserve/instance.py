@@ -17,27 +17,16 @@ from collections.abc import Collection, Generator
 
 import numpy as np
 
-from memserve.handoff import HandedOver, Handoffs
+from memserve.handoff import Handoffs
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState
-from memserve.messages import (
-    CANCELLED,
-    Abort,
-    Dispatch,
-    Finished,
-    HandoffEnded,
-    Inherited,
-    Message,
-    PoolMessage,
-    Redirect,
-    pack_tokens,
-    unpack_tokens,
-)
+from memserve.messages import CANCELLED, Abort, Dispatch, Finished, Message, PoolMessage, Redirect, unpack_tokens
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.served import Served, adopted, check_stop, new_request, stop_strings
+from memserve.served import Served, adopted, check_stop, handoff_ended, new_request, stop_strings
+from memserve.words import HandedOver
 
 
 class Instance:
@@ -72,6 +61,7 @@ class Instance:
         self._began_ns = 0
         self._peer_inbox: list[tuple[int, PoolMessage]] = []
         self._served: dict[str, Served] = {}
+        self._leaving: dict[str, int] = {}  # requests that go on at another instance as soon as they decode here
         self._inbox: list[Message] = []
         self._outbox: list[Message] = []
 
@@ -135,6 +125,7 @@ class Instance:
                     self._redirect(message, now_ns)
                 case _:
                     raise TypeError(f"an instance takes no {type(message).__name__}")
+        self._migrate(now_ns)
         self.pool.poll(now_ns)
         self._read_peers(now_ns)
         self._add_fetched(now_ns)
@@ -228,6 +219,7 @@ class Instance:
             self.handoffs.finished(request, served.prefill, reason, now_ns)
         self.scheduler.finish(request, reason)
         del self._served[request.request_id]
+        self._leaving.pop(request.request_id, None)
         self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, served.stats(self.label)))
 
     def _ask_for_admitted(self, now_ns: int) -> None:
@@ -245,18 +237,31 @@ class Instance:
 
     def _handed_off(self, request: Request, ticket: Ticket) -> None:
         """A hand-off has ended: forgotten here, or kept until the global scheduler says what becomes of it."""
-        done = ticket.state is TicketState.DONE
-        refused = not done and request.phase is Phase.HANDING_OFF and ticket.refused
-        self._outbox.append(HandoffEnded(request.request_id, request.attempt, self.label, done, refused, ticket.reason))
-        if done:
+        self._outbox.append(handoff_ended(request, self.label, ticket))
+        if ticket.state is TicketState.DONE:
             self.scheduler.finish(request, FinishReason.LENGTH)
             del self._served[request.request_id]
 
     def _redirect(self, message: Redirect, now_ns: int) -> None:
+        """Another instance is named for a request: instead of one that has not taken it, or since this one leaves."""
         served = self._served.get(message.request_id)
-        if served is not None and served.request.attempt == message.attempt and self.handoffs is not None:
-            served.decode = message.decode
-            self.handoffs.redirect(message.request_id, message.decode, served.stats(self.label), now_ns)
+        if served is None or served.request.attempt != message.attempt or self.handoffs is None:
+            return
+        if served.request.phase is not Phase.HANDING_OFF:
+            self._leaving[message.request_id] = message.decode
+        elif message.decode == self.handoffs.transfers.incarnation:  # nobody takes it, and its KV is here
+            self.handoffs.drop(message.request_id, "it goes on here", now_ns)
+            self.scheduler.adopt(served.request)
+        else:
+            self.handoffs.redirect(message.request_id, message.decode, now_ns)
+
+    def _migrate(self, now_ns: int) -> None:
+        """Requests that are to go on elsewhere, and decode, stop here; those that do not decode yet stay."""
+        for request_id in [name for name in self._leaving if self._served[name].decodes]:
+            served, target = self._served[request_id], self._leaving.pop(request_id)
+            assert self.handoffs is not None, "who hands requests over transfers KV"
+            self.scheduler.stop(served.request)
+            self.handoffs.migrate(served.request, target, served.prefill, served.left(self.label), now_ns)
 
     def _read_peers(self, now_ns: int) -> None:
         """Room is made, and what has arrived becomes requests here, between two steps alone."""
@@ -266,19 +271,11 @@ class Instance:
         self.handoffs.receive(inbox, {s.request.session_id for s in self._served.values()} if inbox else (), now_ns)
         self.poll(now_ns)
         for arrival in self.handoffs.transfers.drain_arrivals():
-            word = self.handoffs.read(arrival)
-            older = self._served.get(word.request_id) if isinstance(word, HandedOver) else None
-            if self.handoffs.is_inherited(word):
-                self._outbox.append(Inherited(self.label, pack_tokens(arrival.tokens)))
-            if not isinstance(word, HandedOver):
-                self.handoffs.transfers.settle(arrival)
-            elif self.handoffs.is_latest(word, older.request if older else None):
-                if older is not None:
-                    self._finish(older, *CANCELLED, now_ns)  # its abort is on its way
-                self._adopt(word, arrival)
-            else:  # its prefill instance may have let go of it before it heard of that
-                self.handoffs.transfers.settle(arrival)
-                self._outbox.append(Finished(word.request_id, word.attempt, *CANCELLED, word.stats))
+            came = self.handoffs.take(arrival, self._served, self.label)
+            if isinstance(came, HandedOver):
+                self._adopt(came, arrival, now_ns)
+            elif came is not None:
+                self._outbox.append(came)
 
     def _add_fetched(self, now_ns: int) -> None:
         """Decides for what others hold more of, and lets go on what need not wait for it any more."""
@@ -290,9 +287,11 @@ class Instance:
             served.fetch, served.fetch_end_ns = record, now_ns
             self.scheduler.add(request)
 
-    def _adopt(self, word: HandedOver, arrival: Arrival) -> None:
-        """A request whose prompt was prefilled elsewhere goes on here."""
+    def _adopt(self, word: HandedOver, arrival: Arrival, now_ns: int) -> None:
+        """A request that another instance had before goes on here."""
         assert self.handoffs is not None
+        if (older := self._served.get(word.request_id)) is not None:
+            self._finish(older, *CANCELLED, now_ns)  # its abort is on its way
         request, stops = self.handoffs.take_over(word, arrival), stop_strings(self._tokenizer, word.params)
-        self._served[word.request_id] = adopted(request, stops, arrival, word.stats)
+        self._served[word.request_id] = adopted(request, stops, arrival, word)
         self.scheduler.adopt(request)

@@ -8,9 +8,9 @@
 | `Abort`    | global scheduler -> instance           | stop this attempt and free what it holds                     |
 | `Tokens`   | instance -> global scheduler -> client | new tokens, with the time of each                            |
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
-| `HandoffEnded` | instance -> global scheduler       | the attempt's KV has reached its decode instance, or not     |
+| `HandoffEnded` | instance -> global scheduler       | the attempt's KV has reached whom it was for, or not         |
 | `Inherited` | instance -> global scheduler          | an instance that leaves has left KV to this one              |
-| `Redirect` | global scheduler -> instance           | hand the attempt to another decode instance                  |
+| `Redirect` | global scheduler -> instance           | hand the attempt to another instance, once it decodes        |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
 | `Grant`    | receiving pool -> sending pool         | where it goes, and what is held already                      |
 | `Wait`     | receiving pool -> sending pool         | there is no room yet                                         |
@@ -32,8 +32,9 @@ process and no list of Python integers is built on the way.
 import msgspec
 import numpy as np
 
-from memserve.decisions import FetchRecord, Holding
+from memserve.decisions import Holding
 from memserve.request import FinishReason, SamplingParams, TokenLogprobs
+from memserve.request_stats import RequestStats
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -79,38 +80,6 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     logprobs: list[TokenLogprobs] | None = None
 
 
-class RequestStats(msgspec.Struct, frozen=True):
-    """What an instance counted for one attempt. Token counts; times in nanoseconds on the cluster's clock.
-
-    num_cached_local: prompt tokens found in the instance's own index at first admission; num_fetched: those that had
-    come from another instance for this request. num_computed: tokens
-    prefilled, those computed again after a preemption included; num_computed_on_decode: of them, by a decode instance.
-    num_preemptions_on_decode: of num_preemptions, there. decode_instance: who generated all but the first token, "" if
-    the same. granted_ns, received_ns, decode_scheduled_ns: when it granted the hand-off, had all of the KV, and began
-    its first step.  fetch: what was decided about KV held elsewhere.  fetch_end_ns: when the request waited for
-    it no longer.
-    """
-
-    instance: str
-    queued_ns: int
-    first_scheduled_ns: int | None
-    prefill_end_ns: int | None
-    num_prompt: int
-    num_cached_local: int
-    num_computed: int
-    num_generated: int
-    num_preemptions: int
-    num_fetched: int = 0
-    num_computed_on_decode: int = 0
-    decode_instance: str = ""
-    granted_ns: int | None = None
-    received_ns: int | None = None
-    num_preemptions_on_decode: int = 0
-    decode_scheduled_ns: int | None = None
-    fetch: FetchRecord | None = None
-    fetch_end_ns: int | None = None
-
-
 class Finished(msgspec.Struct, frozen=True, tag=True):
     """The end of an attempt. `detail` names the cause when the reason is a failure."""
 
@@ -125,7 +94,9 @@ CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
 
 
 class HandoffEnded(msgspec.Struct, frozen=True, tag=True):
-    """`instance`: who had the KV, and keeps it unless `done`. `refused`: that decode instance can never take it."""
+    """`instance`: who had the KV, and keeps it unless `done`. `refused`: whoever was asked has not taken it and never
+    will. num_tokens: whose KV it was.
+    """
 
     request_id: str
     attempt: int
@@ -133,6 +104,7 @@ class HandoffEnded(msgspec.Struct, frozen=True, tag=True):
     done: bool
     refused: bool = False
     reason: str = ""
+    num_tokens: int = 0
 
 
 class Inherited(msgspec.Struct, frozen=True, tag=True):
@@ -143,6 +115,8 @@ class Inherited(msgspec.Struct, frozen=True, tag=True):
 
 
 class Redirect(msgspec.Struct, frozen=True, tag=True):
+    """decode: an incarnation; its own tells an instance to go on with what it was to hand over."""
+
     request_id: str
     attempt: int
     decode: int

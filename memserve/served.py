@@ -8,12 +8,14 @@ import msgspec
 import numpy as np
 
 from memserve.decisions import FetchRecord
-from memserve.kvcache.ticket import Arrival
-from memserve.messages import Dispatch, RequestStats, Tokens, pack_times, pack_tokens, unpack_tokens
+from memserve.kvcache.ticket import Arrival, Ticket, TicketState
+from memserve.messages import Dispatch, HandoffEnded, Tokens, pack_times, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from memserve.request import FinishReason, Phase, Request, SamplingParams, TokenLogprobs
+from memserve.request_stats import RequestStats, Stint
 from memserve.sched.admission import RequestRefused
+from memserve.words import HandedOver
 
 
 class StopStrings:
@@ -43,7 +45,9 @@ class Served:
     prefill: int | None = None  # the instance that prefilled it
     first_scheduled_ns: int | None = None
     prefill_end_ns: int | None = None
-    prefill_stats: RequestStats | None = None  # of that instance
+    earlier: RequestStats | None = None  # what those counted that had it before
+    num_brought: int = 0  # tokens that those had generated
+    has_migrated: bool = False  # it was decoded before it came here
     granted_ns: int | None = None
     received_ns: int | None = None
     fetch: FetchRecord | None = None  # what was decided about KV held elsewhere
@@ -77,21 +81,22 @@ class Served:
             else min(self.fetch.num_fetched, max(self.request.num_cached - self.fetch.num_cached, 0))
         )
 
-    def stats(self, label: str) -> RequestStats:
-        """The request's counts; of one that another instance prefilled, both instances' together."""
+    @property
+    def decodes(self) -> bool:
+        """Whether it runs here and has its next token to compute, and that alone."""
         request = self.request
-        if self.prefill_stats is not None:
-            return msgspec.structs.replace(
-                self.prefill_stats,
-                num_generated=request.num_generated,
-                num_preemptions=self.prefill_stats.num_preemptions + request.num_preemptions,
-                num_computed_on_decode=request.num_prefilled,
-                decode_instance=label,
-                granted_ns=self.granted_ns,
-                received_ns=self.received_ns,
-                num_preemptions_on_decode=request.num_preemptions,
-                decode_scheduled_ns=self.first_scheduled_ns,
-            )
+        return request.phase is Phase.RUNNING and request.num_to_compute == 1 and request.num_generated > 0
+
+    def stint(self, label: str) -> Stint:
+        """What this instance, of that name, has done of the answer so far."""
+        r = self.request
+        return Stint(label, r.num_generated - self.num_brought, r.num_prefilled, r.num_preemptions)
+
+    def stats(self, label: str) -> RequestStats:
+        """The request's counts; of one that came from another instance, those of all that had it together."""
+        request = self.request
+        if self.earlier is not None:
+            return self._continued(self.earlier, label)
         return RequestStats(
             instance=label,
             queued_ns=self.queued_ns,
@@ -107,15 +112,47 @@ class Served:
             num_preemptions=request.num_preemptions,
         )
 
+    def _continued(self, earlier: RequestStats, label: str) -> RequestStats:
+        """The counts of before, and this instance's. Of times there is one hand-off, after the prefill."""
+        request, scheduled_ns = self.request, self.first_scheduled_ns
+        stats = msgspec.structs.replace(
+            earlier,
+            num_generated=request.num_generated,
+            num_preemptions=earlier.num_preemptions + request.num_preemptions,
+            num_computed_on_decode=earlier.num_computed_on_decode + request.num_prefilled,
+            decode_instance=label,
+            num_preemptions_on_decode=earlier.num_preemptions_on_decode + request.num_preemptions,
+        )
+        if not self.has_migrated:
+            times_ns = {"granted_ns": self.granted_ns, "received_ns": self.received_ns}
+            return msgspec.structs.replace(stats, decode_scheduled_ns=scheduled_ns, **times_ns)
+        if earlier.received_ns is not None and earlier.decode_scheduled_ns is None:
+            return msgspec.structs.replace(stats, decode_scheduled_ns=scheduled_ns)
+        return stats
 
-def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, stats: RequestStats | None) -> Served:
-    """A request whose prompt was prefilled elsewhere. stats: of that instance."""
+    def left(self, label: str) -> RequestStats:
+        """Its counts when it leaves this instance, in the middle of its answer."""
+        stats = self.stats(label)
+        return msgspec.structs.replace(stats, stints=(*stats.stints, self.stint(label)))
+
+
+def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, word: HandedOver) -> Served:
+    """A request that another instance had before, which says so in `word`."""
     if stops is not None:
         stops.ended_by(request.output_token_ids)
     return Served(
-        request, arrival.received_ns, stops, prefill=arrival.ticket_id[0], prefill_end_ns=arrival.received_ns,
-        prefill_stats=stats, granted_ns=arrival.granted_ns, received_ns=arrival.received_ns,
+        request, arrival.received_ns, stops, prefill=word.prefill, prefill_end_ns=arrival.received_ns,
+        earlier=word.stats, num_brought=request.num_generated, has_migrated=word.migrates,
+        granted_ns=arrival.granted_ns, received_ns=arrival.received_ns,
     )  # fmt: skip
+
+
+def handoff_ended(request: Request, label: str, ticket: Ticket) -> HandoffEnded:
+    """What the global scheduler is told of a hand-off by the instance that had the request, `label`."""
+    done = ticket.state is TicketState.DONE
+    refused = not done and request.phase is Phase.HANDING_OFF and ticket.refused
+    num_tokens = request.num_computed
+    return HandoffEnded(request.request_id, request.attempt, label, done, refused, ticket.reason, num_tokens)
 
 
 def new_request(message: Dispatch, engine_seed: int, max_tokens: int) -> Request:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from memserve.decisions import RouteChoice
-from memserve.messages import RequestStats
+from memserve.decisions import Migration, RouteChoice
 from memserve.request import FinishReason, TokenLogprobs
+from memserve.request_stats import RequestStats
 
 
 @dataclass
@@ -34,6 +34,7 @@ class RequestTimeline:
     num_output: int = 0
     num_promised: int = 0  # prompt tokens that its instance was believed to have when it was dispatched
     routes: list[RouteChoice] = field(default_factory=list)  # of all attempts; where KV is handed over, also to whom
+    migrations: list[Migration] = field(default_factory=list)
     _token_ids: list[np.ndarray] = field(default_factory=list)
     _token_times_ns: list[np.ndarray] = field(default_factory=list)
 

@@ -44,6 +44,7 @@ BESIDE = {  # what a word needs, by its group or itself
     "cost_model/shape=qwen3_32b": ["geometry=qwen3_32b", "cluster.tensor_parallel.every=2"],
     "scaling": DISAGGREGATED,
     "heir": ["scaling=schedule"],
+    "departure": ["scaling=schedule"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
 }
 TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each

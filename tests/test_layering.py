@@ -20,6 +20,7 @@ FLOORS = [
         "values",
         "request",
         "decisions",
+        "request_stats",
         "messages",
         "timeline",
         "config",
@@ -30,7 +31,18 @@ FLOORS = [
     {"kvcache"},  # 2: blocks
     {"model"},  # 3: tensors
     {"sched"},  # 4: decides; names no tensor
-    {"instance", "handoff", "fetches", "bequest", "served", "hash_runner", "trace_runner", "workload", "metrics"},  # 5
+    {
+        "instance",
+        "handoff",
+        "fetches",
+        "bequest",
+        "words",
+        "served",
+        "hash_runner",
+        "trace_runner",
+        "workload",
+        "metrics",
+    },  # 5
     {"compose", "cluster", "llm", "scripts"},  # 6: drivers
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
@@ -39,11 +51,14 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 BESIDE = {
     "request": {"values"},
     "values": {"clock"},
-    "messages": {"request", "decisions"},
-    "timeline": {"decisions", "request", "messages"},
+    "request_stats": {"decisions"},
+    "messages": {"request", "decisions", "request_stats"},
+    "timeline": {"decisions", "request", "request_stats"},
     "config": {"request", "clock"},
-    "handoff": {"fetches", "bequest"},
-    "instance": {"handoff", "served"},
+    "words": {"fetches", "bequest"},
+    "served": {"words"},
+    "handoff": {"fetches", "bequest", "words", "served"},
+    "instance": {"handoff", "served", "words"},
     "cluster": {"compose"},
     "llm": {"compose", "cluster"},
     "scripts": {"compose", "cluster", "llm"},

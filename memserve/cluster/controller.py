@@ -244,7 +244,7 @@ class Controller:
         _log.warning("%s is back", self._label(instance))
         if self._member(instance).standing is Standing.SERVING:
             self._scheduler.instance_back(self._label(instance), self._now_ns())
-            self._members.retry_held()
+            self._members.retry_held(self._now_ns())
 
     def _deliver(self) -> None:
         """What the global scheduler has to say; instances take it in order."""

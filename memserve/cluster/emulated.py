@@ -6,8 +6,7 @@ leave at its virtual end, however long this process took to compute them:
     client --Submit--> global scheduler --Dispatch--> inbox
     begin: schedule (+ forward, when its duration is to be measured) -> [virtual duration] -> end: commit -> messages
 
-Between instances: a pool's messages take the link's message latency, its moves what the link model says, and a move's
-bytes are copied at the moment it arrives.
+Between instances a pool's messages take the link's latency, moves what its model says; bytes are copied as they arrive.
 
 At the same nanosecond: who comes and goes, calls, clients, who has waited in vain for an instance, then events
 (event_queue.py). Messages to and from the global scheduler take no virtual time. A macro-step (a batch repeated
@@ -145,6 +144,7 @@ class EmulatedCluster:
                 self.call_at(self.now_ns + order.delay_ns, partial(self._join, order.member))
             else:
                 self._crash(order.label)
+        self._from_scheduler()
 
     def _join(self, member: Membership) -> None:
         """An instance is there, unless nobody wants it any more."""
@@ -251,6 +251,9 @@ class EmulatedCluster:
 
     def _begin(self, node: Node) -> None:
         node.begin_is_due = False
+        if node.step is not None:  # it began while what it had sent was answered
+            self._arouse(node)
+            return
         watch = node.look_for_work(self.step_time)
         batch = node.instance.schedule(self.now_ns)
         self._send(node)
@@ -259,10 +262,6 @@ class EmulatedCluster:
             return
         ends_ns = node.begin(batch, self.now_ns, self.step_time, watch, self.macro_steps)
         self._queue.push(ends_ns, END, node, node.epoch)
-
-    def _deliver(self, node: Node, message: Message) -> None:
-        node.instance.receive(message)
-        self._arouse(node)
 
     def _arouse(self, node: Node) -> None:
         """Something is new for a node: an idle one begins a step at this very time, a macro-step under way is cut."""
@@ -297,4 +296,5 @@ class EmulatedCluster:
                 assert isinstance(out, Tokens | Finished)
                 self.client.receive(out, self.now_ns)
             elif (node := self._by_label.get(destination)) is not None and not node.is_gone:
-                self._deliver(node, out)
+                node.instance.receive(out)
+                self._arouse(node)

@@ -155,13 +155,13 @@ class ClusterManager:
         assert member.standing is Standing.STARTING, f"{member.label} is {member.standing}"
         member.standing, member.joined_ns = Standing.SERVING, now_ns
         self._scheduler.instance_joined(member.label, member.incarnation, member.role, now_ns)
-        self.retry_held()
+        self.retry_held(now_ns)
 
-    def retry_held(self) -> None:
+    def retry_held(self, now_ns: int) -> None:
         """Somebody serves, or serves again: who waited for that drains."""
         held, self._held = self._held, []
         for member in held:
-            self._drain(member)
+            self._drain(member, now_ns)
 
     def bequest(self, member: Membership, *, is_last: bool) -> Inheritance | None:
         """To whom a draining instance leaves what it has cached; None where that is nobody, or was said before.
@@ -246,10 +246,10 @@ class ClusterManager:
         elif member.standing is Standing.STARTING:
             member.is_leaving = True
             return self._ended(member, now_ns)
-        self._drain(member)
+        self._drain(member, now_ns)
         return []
 
-    def _drain(self, member: Membership) -> None:
+    def _drain(self, member: Membership, now_ns: int) -> None:
         if member.standing is None:
             return  # it was lost while it waited for this
         if member.standing is Standing.STARTING or not any(self._stands_in(other, member) for other in self.members):
@@ -257,12 +257,13 @@ class ClusterManager:
             return
         member.standing, member.is_leaving = Standing.DRAINING, True
         self.draining.append(member)
-        self._scheduler.instance_draining(member.label)
+        self._scheduler.instance_draining(member.label, now_ns)
 
     def _stands_in(self, other: Membership, member: Membership) -> bool:
         """Whether another instance of the role serves, and is neither silent nor about to crash."""
         serves = other.standing is Standing.SERVING and not other.is_doomed
-        return serves and other.role == member.role and other is not member and self._scheduler.is_here(other.label)
+        is_named = self._scheduler.groups.is_here(other.label)
+        return serves and is_named and other.role == member.role and other is not member
 
     def _replace_a_lost(self, role: Role) -> None:
         """Somebody comes: for one that is lost, if one of the role is and nobody has come for it."""

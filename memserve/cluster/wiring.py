@@ -27,6 +27,7 @@ from memserve.kvcache.transfers import Transfers
 from memserve.request import Role
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.cost_model.transfer import TransferCost
+from memserve.sched.departures import Wait
 from memserve.sched.fetch_policy import FetchPrices, NeverFetch
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
@@ -40,7 +41,7 @@ from memserve.transfer.transport import Transport
 
 
 def build_transport(cfg: RunConfig) -> InProcess | None:
-    """What moves KV between the instances of this process; None where nothing is handed over or fetched."""
+    """What moves KV between the instances of this process; None where none is to."""
     transport: InProcess | None = make_asking(cfg.transport, link=make(cfg.link)) if _transfers_kv(cfg) else None
     return transport
 
@@ -48,7 +49,7 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
 def _transfers_kv(cfg: RunConfig) -> bool:
     mode: Mode = make(cfg.mode)
     fetches, bequeaths = not isinstance(make(cfg.fetch), NeverFetch), not isinstance(make(cfg.heir), NoHeir)
-    return mode.hand_off is not None or fetches or bequeaths
+    return mode.hand_off is not None or fetches or bequeaths or not isinstance(make(cfg.departure), Wait)
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:
@@ -93,7 +94,7 @@ def build_handoffs(
         memories,
         granularity,
         timeouts,
-        cfg.sched.decode_headroom_blocks if role is Role.DECODE else 0,
+        0 if role is Role.PREFILL else cfg.sched.decode_headroom_blocks,
     )
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
     prices = FetchPrices(costs, transfer, cfg.kvcache.block_size)
@@ -125,6 +126,7 @@ def build_global_scheduler(
         max_unfinished=cfg.cluster.max_unfinished,
         patience_ns=to_ns(cfg.cluster.patience_s),
         rejection=make_asking(cfg.rejection, cost_model=costs_of(cfg, decoding)),
+        departure=make(cfg.departure),
     )
 
 

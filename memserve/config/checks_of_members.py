@@ -39,6 +39,14 @@ def check_heir(cfg: RunConfig) -> None:
         raise ConfigError(f"heir contradicts {word}: nobody has cached anything; expected heir=none")
 
 
+def check_departure(cfg: RunConfig) -> None:
+    """Somebody leaves."""
+    if is_a(cfg.scaling, "NoScaling") and not is_a(cfg.departure, "Wait"):
+        raise ConfigError(
+            "departure contradicts scaling=fixed: nobody leaves; expected departure=wait, or another scaling"
+        )
+
+
 def check_member(cfg: RunConfig) -> None:
     """Where each member of the cluster is started by itself, it is told which one it is, and where the others meet."""
     store, member = cfg.cluster.store, cfg.cluster.member

@@ -157,6 +157,7 @@ class RunConfig:
     sched: SchedConfig = field(default_factory=SchedConfig)
     scaling: Any = MISSING
     heir: Any = MISSING
+    departure: Any = MISSING
     rejection: Any = MISSING
     slo: SloConfig = field(default_factory=SloConfig)
     workload: Any = MISSING

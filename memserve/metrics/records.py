@@ -9,8 +9,8 @@ import numpy as np
 
 from memserve.clock import NS_PER_S, to_s
 from memserve.decisions import FetchRecord, RouteChoice
-from memserve.messages import RequestStats
 from memserve.metrics.formulas import measure
+from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
 MAX_OTHERS = 7  # instances that a recorded choice lists beside the chosen one: a cluster may have hundreds
@@ -49,6 +49,7 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
         "num_generated": timeline.num_output,
         "num_preemptions": _of(stats, "num_preemptions"),
         "fetch": None if stats is None or stats.fetch is None else fetch_record(stats.fetch),
+        "migrations": msgspec.to_builtins(timeline.migrations),
         "finish_reason": None if timeline.reason is None else str(timeline.reason),
         "detail": timeline.detail,
         "output_token_ids": timeline.token_ids.tolist(),

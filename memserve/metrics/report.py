@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
 from memserve.clock import to_s
 from memserve.kvcache.ticket import TransferCounts
-from memserve.messages import RequestStats
 from memserve.metrics import formulas
+from memserve.metrics.migrations import migration_figures
+from memserve.metrics.parts import instances_of, part_of
 from memserve.metrics.routing_figures import routing_figures
+from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
 Report = dict[str, Any]
@@ -113,6 +114,7 @@ def build_report(
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
         "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p), "between": _transfers(between)},
         "fetches": _fetches(timelines),
+        "migrations": migration_figures(timelines),
         "instances": rows,
         "membership": {**membership, "instance_s": formulas.instance_s(window, stays)},
         "skew": _skew(rows),
@@ -228,8 +230,8 @@ def _instances(
     """The rows of `instances`. The requests are walked once for all of them: both may be many."""
     begun = defaultdict[str, list[RequestStats]](list)
     for whole in _begun(timelines):
-        for instance in {whole.instance, whole.decode_instance} - {""}:
-            begun[instance].append(_part_of(instance, whole))
+        for instance in instances_of(whole):
+            begun[instance].append(part_of(instance, whole))
     refused = Counter(t.instance for t in timelines if t.stats is None or t.stats.first_scheduled_ns is None)
     return [_instance(stats, begun[stats.id], refused[stats.id], window) for stats in instances]
 
@@ -263,23 +265,6 @@ def _in_vain(stats: InstanceStats, tokens: dict[str, int]) -> dict[str, int]:
         "computed_in_vain": stats.num_computed - tokens["computed"] - tokens["computed_on_decode"],
         "generated_in_vain": stats.num_generated - tokens["generated"],
     }
-
-
-def _part_of(instance: str, stats: RequestStats) -> RequestStats:
-    """What one of its instances did for a request: all of it, up to the first token, or what came after it."""
-    first_tokens = stats.num_generated if stats.decode_instance in ("", stats.instance) else 1
-    if stats.instance == instance:
-        preemptions = stats.num_preemptions - stats.num_preemptions_on_decode
-        return replace(stats, num_generated=first_tokens, num_preemptions=preemptions, num_computed_on_decode=0)
-    return replace(
-        stats,
-        num_prompt=0,
-        num_cached_local=0,
-        num_fetched=0,
-        num_computed=0,
-        num_generated=stats.num_generated - first_tokens,
-        num_preemptions=stats.num_preemptions_on_decode,
-    )
 
 
 def _transfers(counts: TransferCounts) -> dict[str, float]:

@@ -109,6 +109,7 @@ def _totals_table(report: Report) -> Table:
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
         **_goodput_text(report["goodput"]),
         **_membership_text(report["membership"]),
+        **_migrations_text(report["migrations"]),
         "makespan": format_figure(report["makespan_s"], "seconds"),
         "wall time": format_figure(report["wall_s"], "seconds"),
     }
@@ -151,6 +152,16 @@ def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
     changes = ", ".join(f"{_count(m[key])} {key}" for key in ("joined", "left", "lost") if m[key])
     left = f", {_count(m['bequeathed_tokens'])} tokens left to others" * bool(m["bequeathed_tokens"])
     return {"instances": f"{changes}; {format_figure(m['instance_s'], 'seconds')} in all{left}"} if changes else {}
+
+
+def _migrations_text(m: Mapping[str, Any]) -> dict[str, str]:
+    """Answers that went on elsewhere, if any were to."""
+    failed = f", {_count(m['failed'])} failed" * bool(m["failed"])
+    mean, most = (format_figure(m["stood_still_s"][key], "seconds") for key in ("mean", "max"))
+    text = (
+        f"{_count(m['number'])}, {_count(m['tokens'])} tokens{failed}; stood still {mean} in the mean, {most} at most"
+    )
+    return {"migrations": text} if m["number"] or m["failed"] else {}
 
 
 def _transfer_texts(report: Report) -> dict[str, str]:

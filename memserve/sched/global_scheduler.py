@@ -3,6 +3,7 @@
     Submit -> policy -> Dispatch to an instance -> Tokens, ordered by index, repeats dropped -> client
     Cancel -> Abort to that instance; Finished from it ends the request -> client
     HandoffEnded, failed -> Redirect to another decode instance, or the next attempt, or the request's failure
+    instance is to leave -> Redirect of what it decodes, if that is to migrate (redirects.py)
     instance joins, drains -> it is named for requests, or for no more of them
     instance gone -> what was there is served again elsewhere, or fails by name
     no instance of a role is left -> a request waits for one, or fails by name
@@ -17,25 +18,13 @@ from collections import Counter
 import numpy as np
 
 from memserve.clock import to_s
-from memserve.messages import (
-    CANCELLED,
-    Abort,
-    Cancel,
-    Dispatch,
-    Finished,
-    HandoffEnded,
-    Inherited,
-    Message,
-    Redirect,
-    Submit,
-    Tokens,
-    unpack_times,
-    unpack_tokens,
-)
+from memserve.messages import CANCELLED, Cancel, Dispatch, Finished, HandoffEnded, Inherited, Message, Submit, Tokens
 from memserve.request import FinishReason, Role
+from memserve.sched.departures import Departure, Wait
 from memserve.sched.group import Group, held_elsewhere
 from memserve.sched.groups import Groups
 from memserve.sched.modes import Colocated, Mode
+from memserve.sched.redirects import Redirects, abort_of, aborts
 from memserve.sched.rejection import NoRejection, Rejection, refusal
 from memserve.sched.routed import Routed
 from memserve.sched.unserved import Unserved
@@ -44,7 +33,7 @@ from memserve.timeline import RequestTimeline
 CLIENT = "client"
 MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
 _COLOCATED = Colocated()
-_NO_REJECTION = NoRejection()
+_NO_REJECTION, _WAIT = NoRejection(), Wait()
 
 
 class GlobalScheduler:
@@ -54,7 +43,7 @@ class GlobalScheduler:
     whose cache.  recompute_failed: a request whose hand-off failed, or whose instance is gone, is served again, up to
     MAX_ATTEMPTS times; else it fails.  max_unfinished: a request that comes when so many are there is refused.
     patience_ns: so long a request waits for an instance to come where none of a role is left.  rejection: refuses one
-    that is about to be sent out for the first time.
+    that is about to be sent out for the first time.  departure: says what becomes of answers whose instance drains.
     """
 
     def __init__(
@@ -68,11 +57,13 @@ class GlobalScheduler:
         max_unfinished: int | None = None,
         patience_ns: int = 0,
         rejection: Rejection = _NO_REJECTION,
+        departure: Departure = _WAIT,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
         self.groups = Groups(group, decode, mode)
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rejection, self._rng = rejection, rng
+        self._redirects = Redirects(self.groups, departure, rng)
         self._live: dict[str, Routed] = {}
         self._unserved = Unserved(patience_ns)
         self._outbox: list[tuple[str, Message]] = []
@@ -135,13 +126,10 @@ class GlobalScheduler:
         self.groups.add(label, incarnation, role)
         self._serve_waiting(now_ns)
 
-    def instance_draining(self, label: str) -> None:
-        """An instance gets no new requests, and nothing is fetched from it; what it has goes on."""
+    def instance_draining(self, label: str, now_ns: int) -> None:
+        """An instance gets no new requests, and nothing is fetched from it; what it has goes on, there or elsewhere."""
         self.groups.remove(label)
-
-    def is_here(self, label: str) -> bool:
-        """Whether an instance is named for requests."""
-        return any(group.is_here(label) for group in self.groups.all)
+        self._outbox += self._redirects.leaves(label, self._live.values(), now_ns)
 
     def loads(self) -> Counter[str]:
         """Unfinished requests at each instance: at a prefill instance those without a first token, at a decode
@@ -152,7 +140,7 @@ class GlobalScheduler:
     def is_needed(self, label: str) -> bool:
         """Whether an unfinished request is at an instance, or will be."""
         decode = self.groups.decode
-        if decode is not None and decode.num_requests(label):
+        if (decode is not None and decode.num_requests(label)) or self._redirects.is_target(label):
             return True
         return bool(self.groups.takers.num_requests(label)) and self.loads()[label] > 0
 
@@ -164,6 +152,7 @@ class GlobalScheduler:
     def instance_gone(self, label: str, now_ns: int) -> None:
         """An instance is gone, or silent for too long. What it says from now on is of attempts given up."""
         self.groups.remove(label)
+        self._redirects.gone(label)
         for routed in list(self._live.values()):
             if self.groups.is_at(routed, label):
                 self._abort(routed)
@@ -182,10 +171,11 @@ class GlobalScheduler:
             self._unserved.add(routed.submit.request_id, now_ns)
 
     def _serve_waiting(self, now_ns: int) -> None:
-        """Somebody has come: if nobody is missing any more, all that wait are sent out."""
+        """Somebody has come: if nobody is missing, all that wait are sent out; who is to migrate may go there."""
         if self.groups.missing_role() is None:
             for request_id in self._unserved.drain():
                 self._dispatch(self._live[request_id], now_ns)
+        self._outbox += self._redirects.retry(now_ns)
 
     def _dispatch(self, routed: Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it, or refuses it."""
@@ -215,8 +205,7 @@ class GlobalScheduler:
 
     def _abort(self, routed: Routed) -> None:
         """Stops the present attempt wherever it may be."""
-        abort = Abort(routed.submit.request_id, routed.timeline.attempt)
-        self._outbox += [(group.labels[place.row], abort) for group, place in self.groups.places(routed)]
+        self._outbox += aborts(routed, self.groups.addressees(routed))
 
     def _answer(self, message: Tokens | Finished, now_ns: int) -> None:
         routed = self._current(message.request_id, message.attempt)
@@ -229,19 +218,16 @@ class GlobalScheduler:
                 self._finish(routed, ready, now_ns)
 
     def _stream(self, routed: Routed, message: Tokens, now_ns: int) -> None:
-        timeline = routed.timeline
         if routed.num_generated == 0:
             self.groups.prefilled(routed)
             self.groups.learn(routed, self.groups.taking_role, 1, now_ns)
-        routed.num_generated = message.index + len(message.token_ids) // 4
-        num_known = timeline.num_output - message.index  # an earlier attempt came so far
-        token_ids, times_ns = unpack_tokens(message.token_ids)[num_known:], unpack_times(message.times_ns)[num_known:]
-        if len(token_ids):
-            timeline.add_tokens(token_ids, times_ns)
-            timeline.logprobs.extend(message.logprobs or ())
+        if routed.enter(message):
             self._outbox.append((CLIENT, message))
+        self._outbox += self._redirects.settled(routed, now_ns)
 
     def _finish(self, routed: Routed, message: Finished, now_ns: int) -> None:
+        if routed.is_of_copy(message):
+            return
         if FinishReason(message.reason).succeeded:
             self.groups.learn_all(routed, now_ns)
         self._end(routed, message, now_ns)
@@ -252,38 +238,51 @@ class GlobalScheduler:
         timeline = routed.timeline
         timeline.finished_ns, timeline.reason, timeline.detail = now_ns, FinishReason(message.reason), message.detail
         timeline.stats = message.stats
-        self.groups.forget(routed)
+        self._forget(routed)
         self._outbox.append((CLIENT, message))
+        self._outbox += self._redirects.retry(now_ns)
+
+    def _forget(self, routed: Routed) -> None:
+        """The attempt has ended."""
+        self.groups.forget(routed)
+        self._redirects.forget(routed)
 
     def _current(self, request_id: str, attempt: int) -> Routed | None:
         routed = self._live.get(request_id)
         return routed if routed is not None and routed.timeline.attempt == attempt else None
 
     def _handoff_ended(self, message: HandoffEnded, now_ns: int) -> None:
-        """It goes on elsewhere; or: another decode instance, or another attempt, or the end."""
-        routed, decode = self._current(message.request_id, message.attempt), self.groups.decode
-        if message.done:
-            if routed is not None:
-                self.groups.handed_over(routed)
-            return
+        """It goes on elsewhere; or: another instance, or another attempt, or the end."""
+        routed = self._current(message.request_id, message.attempt)
         if routed is None:  # it was served all the same, or given up: nobody waits for it there
-            self._outbox.append((message.instance, Abort(message.request_id, message.attempt)))
+            if not message.done:
+                self._outbox.append(abort_of(message))
             return
-        assert decode is not None and routed.decode_place is not None, "only prefill instances hand over"
-        routed.tried.add(routed.decode_place.row)
-        if message.refused and len(decode.rows(routed.tried)):
-            decode.forget(routed.decode_place)
-            routed.decode_place = decode.choose(routed.request, now_ns, self._rng, routed.tried)
-            decode.take(routed.decode_place, routed.submit.session_id, is_first=False)
-            routed.timeline.routes.append(routed.decode_place.choice)
-            redirect = Redirect(message.request_id, message.attempt, decode.incarnations[routed.decode_place.row])
-            self._outbox.append((routed.timeline.instance, redirect))
+        if self._redirects.is_about(routed, message):
+            self._migration_ended(routed, message, now_ns)
+            return
+        if message.done:
+            self.groups.handed_over(routed)
+            self._outbox += self._redirects.settled(routed, now_ns)
+            return
+        if message.refused and (redirect := self._redirects.another(routed, now_ns)):
+            self._outbox += redirect
             return
         self._abort(routed)
         if message.refused:
             self._end(routed, routed.failed(FinishReason.TRANSFER_FAILED, message.reason), now_ns)
         else:
             self._try_again(routed, FinishReason.TRANSFER_FAILED, message.reason, now_ns)
+
+    def _migration_ended(self, routed: Routed, message: HandoffEnded, now_ns: int) -> None:
+        """It is at its next place, or still where it was; or lost with an instance that is gone since."""
+        if not message.done:
+            self._outbox += self._redirects.stayed(routed, message, now_ns)
+        elif routed.is_next_gone:
+            self._abort(routed)
+            self._try_again(routed, FinishReason.INSTANCE_LOST, "the instance that it migrated to is gone", now_ns)
+        else:
+            self._outbox += self._redirects.moved(routed, message, now_ns)
 
     def _try_again(self, routed: Routed, reason: FinishReason, detail: str, now_ns: int) -> None:
         """The next attempt, or the end for want of one."""
@@ -294,6 +293,6 @@ class GlobalScheduler:
         if not more or not self._may_serve:
             self._end(routed, routed.failed(reason, detail), now_ns)
             return
-        self.groups.forget(routed)
+        self._forget(routed)
         routed.timeline.attempt += 1
         self._serve(routed, now_ns)

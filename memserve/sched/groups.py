@@ -49,6 +49,10 @@ class Groups:
         for group in self.all:
             group.restore(label)
 
+    def is_here(self, label: str) -> bool:
+        """Whether an instance is named for requests."""
+        return any(group.is_here(label) for group in self.all)
+
     def missing_role(self) -> str | None:
         """The kind of instance of which none is left, if one that is needed is."""
         if not len(self.takers.rows()):
@@ -79,6 +83,11 @@ class Groups:
             num_decoding_tokens=num_decoding_tokens,
         )
 
+    def addressees(self, routed: Routed) -> list[str]:
+        """The labels of all instances at which a request's present attempt may be, or on its way to."""
+        named = [group.labels[place.row] for group, place in self.places(routed)]
+        return named if routed.next_place is None else [*named, self.all[-1].labels[routed.next_place.row]]
+
     def places(self, routed: Routed) -> list[tuple[Group, Assignment]]:
         """Where a request's present attempt is counted."""
         both = ((self.takers, routed.place), (self.decode, routed.decode_place))
@@ -86,10 +95,34 @@ class Groups:
 
     def is_at(self, routed: Routed, label: str) -> bool:
         """Whether a request is lost with an instance. One that was handed over, or decodes, has left its first one."""
-        is_over = routed.place is not None and not routed.place.is_counted
-        is_decoding = self.decode is not None and (is_over or routed.num_generated > 1)
-        named = [group.labels[place.row] for group, place in self.places(routed)]
-        return label in (named[1:] if is_decoding else named)
+        at = self.decoding_at(routed)
+        return label in [group.labels[place.row] for group, place in ([at] if at else self.places(routed))]
+
+    def decoding_at(self, routed: Routed) -> tuple[Group, Assignment] | None:
+        """Where a request decodes, as far as is known here; None before."""
+        if routed.place is None:
+            return None
+        if self.decode is None:
+            return (self.takers, routed.place) if routed.num_generated else None
+        has_left = routed.num_generated > 1 or not routed.place.is_counted
+        return (self.decode, routed.decode_place) if has_left and routed.decode_place is not None else None
+
+    def move(self, routed: Routed) -> None:
+        """A request decodes at its next place, and has left the one before."""
+        at, to = self.decoding_at(routed), routed.next_place
+        assert at is not None and to is not None, "it migrates"
+        at[0].forget(at[1])
+        routed.next_place = None
+        if self.decode is None:
+            routed.place = to
+        else:
+            routed.decode_place = to
+
+    def forget_next(self, routed: Routed) -> None:
+        """A request goes nowhere else."""
+        if routed.next_place is not None:
+            self.all[-1].forget(routed.next_place)
+        routed.next_place = None
 
     def whereabouts(self, routed: Routed) -> str | None:
         """The label of the instance at which a request waits or is computed: from its first token on, where it decodes.
@@ -111,6 +144,7 @@ class Groups:
 
     def forget(self, routed: Routed) -> None:
         """A request's attempt has ended."""
+        self.forget_next(routed)
         for group, place in self.places(routed):
             group.forget(place)
         routed.place = routed.decode_place = None

@@ -67,6 +67,14 @@ class Mode(ABC):
         return next((step for step in self.at_prefill_end() if isinstance(step, HandOff)), None)
 
     @property
+    def keeps_received(self) -> bool:
+        """Whether who receives a request indexes its KV: as the hand-off says, or where there is none as it does what
+        it computes.
+        """
+        hand_off = self.hand_off
+        return Insert() in self.at_prefill_end() if hand_off is None else hand_off.insert
+
+    @property
     def gives_back(self) -> bool:
         return GiveBack() in self.at_finish()
 

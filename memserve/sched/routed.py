@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from memserve.messages import Finished, Submit, Tokens, unpack_tokens
+from memserve.messages import Finished, Submit, Tokens, unpack_times, unpack_tokens
 from memserve.request import FinishReason
 from memserve.sched.group import Assignment
 from memserve.sched.routing import RouteRequest
@@ -14,16 +14,22 @@ from memserve.timeline import RequestTimeline
 class Routed:
     """Where an unfinished request was sent: its place in the first group, and in the decode group if there is one.
 
-    num_generated: tokens of this attempt so far.  tried: decode rows that refused this attempt.  is_cancelled: the
-    client wants no more of it.
+    next_place: where it is to go on, of the group in which it decodes, while it migrates.  is_next_gone: that instance
+    is gone.  num_generated: tokens of this attempt so far.  tried: rows of that group not to be asked in this attempt
+    any more; declined: those that had no room lately.  has_copies: one of them may have it all the same, and was told
+    to drop it.  is_cancelled: the client wants no more of it.
     """
 
     submit: Submit
     timeline: RequestTimeline
     place: Assignment | None = None
     decode_place: Assignment | None = None
+    next_place: Assignment | None = None
+    is_next_gone: bool = False
     num_generated: int = 0
     tried: set[int] = field(default_factory=set)
+    declined: set[int] = field(default_factory=set)
+    has_copies: bool = False
     is_cancelled: bool = False
     _early: list[Tokens | Finished] = field(default_factory=list)
 
@@ -36,10 +42,27 @@ class Routed:
         """What a policy may know of it."""
         return RouteRequest(self.submit.request_id, self.submit.session_id, unpack_tokens(self.submit.tokens))
 
+    def is_of_copy(self, message: Finished) -> bool:
+        """Whether what ended was a copy that was told to: nobody has asked for the end of the request."""
+        return self.has_copies and message.reason == FinishReason.ABORTED and not self.is_cancelled
+
     def starts(self, place: Assignment, decode_place: Assignment | None = None) -> None:
         """An attempt begins, at an instance of each group."""
         self.place, self.decode_place = place, decode_place
-        self.num_generated, self.tried, self._early = 0, set(), []
+        self.num_generated, self.tried, self.declined, self.has_copies, self._early = 0, set(), set(), False, []
+
+    def enter(self, message: Tokens) -> bool:
+        """Enters tokens into the timeline, without those of which others told it before; whether any is new.
+
+        Told before: by an earlier attempt, or by a copy of this one that migrated and went on where it was, too.
+        """
+        self.num_generated = message.index + len(message.token_ids) // 4
+        new = slice(self.timeline.num_output - message.index, None)
+        token_ids, times_ns = unpack_tokens(message.token_ids)[new], unpack_times(message.times_ns)[new]
+        if len(token_ids):
+            self.timeline.add_tokens(token_ids, times_ns)
+            self.timeline.logprobs.extend(message.logprobs or ())
+        return len(token_ids) > 0
 
     def in_order(self, message: Tokens | Finished) -> Iterator[Tokens | Finished]:
         """What of the present attempt can be taken, with this message: each before the next one is asked for.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from memserve.clock import to_ns
-from memserve.messages import RequestStats
 from memserve.request import FinishReason
+from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
 MakeTimeline = Callable[..., RequestTimeline]

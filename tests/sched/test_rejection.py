@@ -99,7 +99,7 @@ def test_room_comes_back_with_the_first_token_before_it_in_line():
 def test_the_time_that_a_request_has_waited_for_an_instance_counts():
     scheduler = make(EarlyRejection(COSTS, ttft_s=0.5), patience_ns=10**12)
     for label in ("p-0", "p-1"):
-        scheduler.instance_draining(label)
+        scheduler.instance_draining(label, 0)
     scheduler.receive(submit("late"), NOW_NS)
     scheduler.receive(submit("in-time", arrival_ns=NOW_NS + 10**9), NOW_NS + 10**9)
     scheduler.instance_back("p-0", NOW_NS + 10**9)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from memserve.messages import Finished, RequestStats, Submit, Tokens, pack_times, pack_tokens
+from memserve.messages import Finished, Submit, Tokens, pack_times, pack_tokens
 from memserve.request import FinishReason, SamplingParams
+from memserve.request_stats import RequestStats
 from memserve.sched.routed import Routed
 from memserve.timeline import RequestTimeline
 

@@ -1,0 +1,38 @@
+"""Departures: what becomes of the answers that an instance decodes when it is to leave. Knows lengths; moves nothing.
+
+A policy of one's own is one class, named in the config by `departure._target_=my_package.MyDeparture`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One that an instance decodes which is to leave. Tokens: of its prompt, generated so far, and at most in all."""
+
+    num_prompt: int
+    num_generated: int
+    max_tokens: int
+
+
+class Departure(ABC):
+    """Asked of each answer when its instance begins to drain, and again at new tokens of one that stayed."""
+
+    @abstractmethod
+    def moves(self, answer: Answer) -> bool:
+        """Whether it goes on at another instance of the role, with its KV, rather than end where it is."""
+
+
+class Wait(Departure):
+    """An instance leaves when all that it decodes has ended there. The baseline."""
+
+    def moves(self, answer: Answer) -> bool:
+        return False
+
+
+class Migrate(Departure):
+    """Every answer goes on elsewhere, token for token the same: request migration is a transfer (Table 3)."""
+
+    def moves(self, answer: Answer) -> bool:
+        return True

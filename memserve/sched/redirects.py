@@ -1,0 +1,156 @@
+"""Redirects: other instances for requests whose KV cannot go where it was to, or whose instance leaves. Sans-IO.
+
+    prefilled, refused by its decode instance -> another one
+    decodes at an instance that is to leave (departures.py) -> another one, to which its KV is to go
+        HandoffEnded, done -> it is there; its place is that one's from now on
+        not done -> the next one, or, with none left, it goes on where it is, and is asked again when there may be room
+
+A request that migrates has two places: one where it is, and `next_place`, until its instance says how that ended. One
+Redirect is on its way at a time, and each ends by one HandoffEnded, or with the attempt. Whoever may have the KV
+nevertheless (no `Inserted` came in time) is told to drop it, and is not asked again in this attempt.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from memserve.decisions import Migration
+from memserve.messages import Abort, HandoffEnded, Message, Redirect
+from memserve.sched.departures import Answer, Departure
+from memserve.sched.group import Assignment, Group
+from memserve.sched.groups import Groups
+from memserve.sched.routed import Routed
+
+Sent = list[tuple[str, Message]]  # (destination label, message) pairs
+
+
+class Redirects:
+    """groups: in which others are found, by their policies.  departure: says which answers migrate."""
+
+    def __init__(self, groups: Groups, departure: Departure, rng: np.random.Generator) -> None:
+        self._groups, self._departure, self._rng = groups, departure, rng
+        self._leaving: set[str] = set()  # instances that drain, or did
+        self._moving: dict[str, Routed] = {}
+        self._staying: dict[str, Routed] = {}  # were to migrate, and nobody had room
+
+    def another(self, routed: Routed, now_ns: int) -> Sent:
+        """Another decode instance for a request that the one it was to go to has refused; none if there is none."""
+        decode, refused_by = self._groups.decode, routed.decode_place
+        assert decode is not None and refused_by is not None, "only prefill instances hand over"
+        routed.tried.add(refused_by.row)
+        if not len(decode.rows(routed.tried)):
+            return []
+        decode.forget(refused_by)
+        routed.decode_place = self._taken(routed, decode, routed.tried, now_ns)
+        return [self._redirect(routed, routed.timeline.instance, decode.incarnations[routed.decode_place.row])]
+
+    def leaves(self, label: str, live: Iterable[Routed], now_ns: int) -> Sent:
+        """An instance is to leave: what it decodes of `live` migrates, if it is to."""
+        self._leaving.add(label)
+        return [sent for routed in live for sent in self.settled(routed, now_ns)]
+
+    def settled(self, routed: Routed, now_ns: int) -> Sent:
+        """A request may have come to decode where it is: at an instance that is to leave it migrates, if it is to."""
+        request_id = routed.submit.request_id
+        at = self._groups.decoding_at(routed) if self._leaving else None
+        if at is None or request_id in self._moving or request_id in self._staying or routed.is_cancelled:
+            return []
+        group, place = at
+        if group.labels[place.row] not in self._leaving or not self._departure.moves(_answer(routed)):
+            return []
+        if not len(group.rows(routed.tried)):
+            self._staying[request_id] = routed
+            return []
+        return self._ask(routed, group, place, routed.tried, now_ns)
+
+    def is_about(self, routed: Routed, message: HandoffEnded) -> bool:
+        """Whether a hand-off that has ended was this request's migration."""
+        at = self._groups.decoding_at(routed)
+        is_moving = routed.submit.request_id in self._moving
+        return is_moving and at is not None and at[0].labels[at[1].row] == message.instance
+
+    def moved(self, routed: Routed, message: HandoffEnded, now_ns: int) -> Sent:
+        """It goes on at its next place; who stayed for want of room is asked again."""
+        self._note(routed, message)
+        del self._moving[routed.submit.request_id]
+        self._groups.move(routed)
+        return [*self.settled(routed, now_ns), *self.retry(now_ns)]
+
+    def stayed(self, routed: Routed, message: HandoffEnded, now_ns: int) -> Sent:
+        """Its next place has not taken it: another one, or it goes on where it is."""
+        self._note(routed, message)
+        request_id, at, target = routed.submit.request_id, self._groups.decoding_at(routed), routed.next_place
+        assert at is not None and target is not None, "it migrates"
+        group, place = at
+        del self._moving[request_id]
+        self._groups.forget_next(routed)
+        (routed.declined if message.refused else routed.tried).add(target.row)
+        routed.has_copies = routed.has_copies or not message.refused
+        dropped = [] if message.refused else aborts(routed, [group.labels[target.row]])
+        if len(group.rows(tried := routed.tried | routed.declined)):
+            return [*dropped, *self._ask(routed, group, place, tried, now_ns)]
+        self._staying[request_id] = routed
+        return [*dropped, self._redirect(routed, message.instance, group.incarnations[place.row])]
+
+    def retry(self, now_ns: int) -> Sent:
+        """Somebody has come, or an answer has ended: the first of those that stayed may find room now."""
+        for request_id, routed in self._staying.items():
+            del self._staying[request_id]
+            routed.declined.clear()
+            return self.settled(routed, now_ns)
+        return []
+
+    def forget(self, routed: Routed) -> None:
+        """The attempt has ended."""
+        self._moving.pop(routed.submit.request_id, None)
+        self._staying.pop(routed.submit.request_id, None)
+
+    def gone(self, label: str) -> None:
+        """An instance is gone: what was on its way there stays, or is found to be lost with it."""
+        self._leaving.discard(label)
+        for routed in self._moving.values():
+            routed.is_next_gone = routed.is_next_gone or self._next_label(routed) == label
+
+    def is_target(self, label: str) -> bool:
+        """Whether a request is on its way to an instance, from another of its role."""
+        return any(self._next_label(routed) == label for routed in self._moving.values())
+
+    def _next_label(self, routed: Routed) -> str:
+        assert routed.next_place is not None, "it migrates"
+        return self._groups.all[-1].labels[routed.next_place.row]
+
+    def _ask(self, routed: Routed, group: Group, place: Assignment, tried: set[int], now_ns: int) -> Sent:
+        """Its instance is to hand it over to one that was not tried."""
+        routed.next_place, routed.is_next_gone = self._taken(routed, group, tried, now_ns), False
+        group.prefilled(routed.next_place)
+        self._moving[routed.submit.request_id] = routed
+        return [self._redirect(routed, group.labels[place.row], group.incarnations[routed.next_place.row])]
+
+    def _taken(self, routed: Routed, group: Group, tried: set[int], now_ns: int) -> Assignment:
+        """A place by the group's policy, counted there."""
+        place = group.choose(routed.request, now_ns, self._rng, tried)
+        group.take(place, routed.submit.session_id, is_first=False)
+        routed.timeline.routes.append(place.choice)
+        return place
+
+    def _note(self, routed: Routed, message: HandoffEnded) -> None:
+        migration = Migration(message.instance, self._next_label(routed), message.num_tokens, message.done)
+        routed.timeline.migrations.append(migration)
+
+    @staticmethod
+    def _redirect(routed: Routed, label: str, incarnation: int) -> tuple[str, Message]:
+        return label, Redirect(routed.submit.request_id, routed.timeline.attempt, incarnation)
+
+
+def _answer(routed: Routed) -> Answer:
+    return Answer(routed.timeline.num_prompt, routed.num_generated, routed.submit.params.max_tokens)
+
+
+def aborts(routed: Routed, labels: Iterable[str]) -> Sent:
+    """The present attempt is to stop at these instances."""
+    return [(label, Abort(routed.submit.request_id, routed.timeline.attempt)) for label in labels]
+
+
+def abort_of(message: HandoffEnded) -> tuple[str, Message]:
+    """Nobody waits any more for what an instance could not hand over."""
+    return message.instance, Abort(message.request_id, message.attempt)

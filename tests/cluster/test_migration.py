@@ -1,0 +1,254 @@
+"""Answers that go on at another instance when theirs is to leave: the same tokens, and nothing lost or left behind."""
+
+import functools
+
+import numpy as np
+import pytest
+from cluster.test_membership import CLUSTERS, at_random, nothing_is_left
+
+from memserve import LocalCluster, load_config
+from memserve.messages import Cancel
+from memserve.request import FinishReason
+from memserve.sched.scaling import Drain
+from memserve.transfer.faults import MessageFaults
+
+WORKLOAD = [
+    "exec=simulated", "workload=synthetic", "workload.num_sessions=6", "workload.num_turns=2",
+    "workload.prompt_tokens=40", "workload.turn_tokens=20", "workload.max_output_tokens=30", "workload.rate=300",
+    "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5", "link.gb_per_s=0.001",
+    "workload.think_time_s=0.05",
+]  # fmt: skip
+ON_CALL = ["scaling=schedule"]  # of nothing: whoever drives the cluster says who leaves
+MIGRATE = [*ON_CALL, "departure=migrate"]
+SMALL = ["kvcache.block_size=4", "kvcache.num_hbm_blocks=48", "sched.decode_headroom_blocks=1"]
+PRESSURE = {
+    "roomy": [],
+    "recompute": SMALL,
+    "swap": [*SMALL, "preemption=swap", "kvcache.num_dram_blocks=64"],
+    "swap beside": [*SMALL, "preemption=swap", "kvcache.num_dram_blocks=64", "kvcache.async_swap=true"],
+}
+TWO_EACH = "cluster.roles=[prefill,prefill,decode,decode]"
+MODES = {
+    "basic": [TWO_EACH, "mode=pd_basic"],
+    "caching 1": [TWO_EACH, "mode=pd_caching_1"],
+    "caching 2": [TWO_EACH, "mode=pd_caching_2", "policy@decode_policy=least_load"],
+    "caching 3": [TWO_EACH, "mode=pd_caching_3", "index_source=exact", "policy@decode_policy=prompt_tree"],
+    "colocated": ["cluster=colocated_2", "policy=least_load"],
+}
+
+
+@functools.cache
+def local(*words):
+    return LocalCluster(load_config([*WORKLOAD, *words]))
+
+
+def play(cluster, act=lambda cluster, number: None):
+    """Until nothing is left to do; `act` is called after each event with its number. Every book is checked then."""
+    number = 0
+    while cluster.advance():
+        number += 1
+        act(cluster, number)
+        for node in cluster.nodes:
+            if not node.is_gone:
+                node.instance.check()
+    return list(cluster.scheduler.timelines.values())
+
+
+@functools.cache
+def expected(*words):
+    timelines = play(local("cluster=colocated_1", "index=none", *words).cluster())
+    return {t.request_id: t.token_ids.tolist() for t in timelines}
+
+
+def assert_answered(timelines, *words, attempts=(0,)):
+    assert {t.request_id: t.token_ids.tolist() for t in timelines} == expected(*words)
+    assert all(t.succeeded and t.attempt in attempts for t in timelines)
+
+
+def migrations_of(timelines):
+    return [migration for timeline in timelines for migration in timeline.migrations]
+
+
+def last_of(cluster):
+    """An instance that others can stand in for: of the last role, the one that came last."""
+    here = [m for m in cluster.members.members if m.standing == "serving"]
+    return next((m.label for m in here[::-1] if sum(other.role == m.role for other in here) > 1), None)
+
+
+def decoding_at(cluster, label):
+    """Requests that an instance decodes now."""
+    (instance,) = [node.instance for node in cluster.nodes if node.instance.label == label]
+    return [request for request in instance.scheduler.running if request.num_generated]
+
+
+def drained(moment):
+    """The last instance drains, at the `moment`-th event at which it decodes."""
+    num_seen = 0
+
+    def act(cluster, number):
+        nonlocal num_seen
+        if (label := last_of(cluster)) is not None and decoding_at(cluster, label):
+            num_seen += 1
+            if num_seen == moment:
+                cluster.change(Drain(label))
+
+    return act
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request", "packed"])
+@pytest.mark.parametrize("pressure", PRESSURE)
+@pytest.mark.parametrize("name", MODES)
+def test_whenever_an_instance_drains_every_answer_is_the_same(name, pressure, granularity):
+    words = [*MODES[name], *PRESSURE[pressure], *MIGRATE, f"granularity={granularity}"]
+    on, num_done, num_left = ["macro_steps=true", "macro_steps=false"], 0, 0
+    for i, after_events in enumerate(range(1, 44, 6)):
+        cluster = local(*words, on[i % 2]).cluster()
+        timelines = play(cluster, drained(after_events))
+        assert_answered(timelines)
+        nothing_is_left(cluster)
+        num_left += cluster.members.counts()["left"]
+        num_done += sum(migration.done for migration in migrations_of(timelines))
+    assert num_left > 5 and num_done > 3
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_whoever_comes_and_goes_every_request_is_answered_right(name, granularity):
+    """Also who is migrated to may leave, switch its role, or be told to before anything has come."""
+    system, num_done = local(*CLUSTERS[name], *MIGRATE, f"granularity={granularity}"), 0
+    for seed in range(3):
+        cluster = system.cluster()
+        change = at_random(seed, 0.1)
+        timelines = play(cluster, lambda cluster, number, change=change: change(cluster))
+        assert_answered(timelines)
+        nothing_is_left(cluster)
+        num_done += sum(migration.done for migration in migrations_of(timelines))
+    assert num_done > 8
+
+
+LONGER = ("workload.max_output_tokens=80",)
+
+
+def moving(cluster):
+    """The labels of where answers migrate from and to now."""
+    redirects, groups = cluster.scheduler._redirects, cluster.scheduler.groups
+    for routed in redirects._moving.values():
+        group, place = groups.decoding_at(routed)
+        return group.labels[place.row], group.labels[routed.next_place.row]
+    return None
+
+
+THREE = {"caching 3": ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_caching_3"],
+         "basic": ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_basic"],
+         "colocated": ["cluster.roles=[colocated,colocated,colocated]"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+@pytest.mark.parametrize("victim", ["source", "target"])
+@pytest.mark.parametrize("name", THREE)
+def test_an_instance_may_die_at_any_moment_of_a_migration(name, victim, granularity):
+    """Of one that is migrated to nothing is lost: the KV is still where it was, unless it had told that it came."""
+    num_died = 0
+    for moment in (1, 12):
+        for later in range(0, 15, 2):
+            cluster = local(*THREE[name], *MIGRATE, f"granularity={granularity}").cluster()
+            seen, drain = [], drained(moment)
+
+            def act(cluster, number, drain=drain, later=later, seen=seen):
+                drain(cluster, number)
+                seen += [] if seen or moving(cluster) is None else [number, *moving(cluster)]
+                there = [m.label for m in cluster.members.members if m.standing is not None]
+                label = seen[1 if victim == "source" else 2] if seen else ""
+                if seen and number == seen[0] + later and label in there:
+                    cluster.crash(label)
+
+            timelines = play(cluster, act)
+            assert_answered(timelines, attempts=(0, 1))
+            nothing_is_left(cluster)
+            num_died += cluster.members.counts()["lost"]
+    assert num_died > 10
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+@pytest.mark.parametrize("name", MODES)
+def test_lost_and_repeated_messages_cost_time_alone(name, granularity):
+    """A hand-off or migration whose ticket fails all the same is another attempt, or stays where it was."""
+    num_done = 0
+    for seed in range(6):
+        cluster = local(*MODES[name], *MIGRATE, f"granularity={granularity}").cluster()
+        cluster.faults = MessageFaults(np.random.default_rng(seed), drop=0.25, repeat=0.2)
+        timelines = play(cluster, drained(1 + 5 * seed))
+        assert_answered(timelines, attempts=range(3))
+        nothing_is_left(cluster)
+        num_done += sum(migration.done for migration in migrations_of(timelines))
+    assert num_done > 2
+
+
+@pytest.mark.parametrize("name", ["caching 3", "basic", "colocated"])
+def test_an_answer_that_reached_its_target_and_was_kept_nevertheless_is_told_once(name):
+    """No `Inserted` comes through: the target has the request, its source says that it failed, and both go on."""
+    num_failed = 0
+    for moment in (2, 5, 9, 14):
+        cluster = local(*THREE[name], *MIGRATE, *LONGER, "transfer.deadline_s=0.1").cluster()
+        cluster.faults, drain, begun_ns = MessageFaults(np.random.default_rng(0)), drained(moment), []
+
+        def times_ns(kind, due_ns, begun_ns=begun_ns):
+            is_lost = kind == "Inserted" and begun_ns and due_ns < begun_ns[0] + 250_000_000
+            return [] if is_lost else [due_ns]
+
+        def act(cluster, number, drain=drain, begun_ns=begun_ns):
+            drain(cluster, number)
+            begun_ns.extend([cluster.now_ns] if not begun_ns and moving(cluster) else [])
+
+        cluster.faults.times_ns = times_ns
+        timelines = play(cluster, act)
+        assert_answered(timelines, *LONGER, attempts=(0, 1, 2))  # of hand-offs, which take them for lost
+        nothing_is_left(cluster)
+        num_failed += sum(not migration.done for migration in migrations_of(timelines))
+    assert num_failed > 1
+
+
+@pytest.mark.parametrize("name", ["caching 3", "colocated"])
+def test_an_instance_may_stop_in_the_middle_of_a_migration_and_go_on(name):
+    """Longer than the deadline: what was given up is still written, and told, afterwards."""
+    for victim in (1, 2):
+        for later in range(0, 15, 3):
+            cluster = local(*THREE[name], *MIGRATE).cluster()
+            seen, drain = [], drained(4)
+
+            def act(cluster, number, victim=victim, later=later, seen=seen, drain=drain):
+                drain(cluster, number)
+                seen += [] if seen or moving(cluster) is None else [number, *moving(cluster)]
+                there = [m.label for m in cluster.members.members if m.standing is not None]
+                if seen and number == seen[0] + later and seen[victim] in there:
+                    cluster.stop(seen[victim])
+                    resume = functools.partial(cluster.resume, seen[victim])
+                    cluster.call_at(cluster.now_ns + 2_000_000_000, resume)
+
+            timelines = play(cluster, act)
+            assert_answered(timelines, attempts=(0, 1, 2))
+            nothing_is_left(cluster)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_client_may_cancel_at_any_moment_of_a_migration(name):
+    num_cancelled = 0
+    for later in range(0, 21, 3):
+        cluster = local(*MODES[name], *MIGRATE).cluster()
+        seen, drain = [], drained(4)
+
+        def act(cluster, number, later=later, seen=seen, drain=drain):
+            drain(cluster, number)
+            names = list(cluster.scheduler._redirects._moving)
+            seen += [number, names[0]] if names and not seen else []
+            if seen and number == seen[0] + later:
+                cluster._to_scheduler(Cancel(seen[1]))
+
+        timelines = play(cluster, act)
+        for timeline in timelines:
+            tokens = timeline.token_ids.tolist()
+            assert tokens == expected()[timeline.request_id][: len(tokens)]
+            assert timeline.succeeded or timeline.reason == FinishReason.ABORTED
+        nothing_is_left(cluster)
+        num_cancelled += sum(not timeline.succeeded for timeline in timelines)
+    assert num_cancelled > 2
