@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answer:
-    """One that an instance decodes which is to leave. Tokens: of its prompt, generated so far, and at most in all."""
+    """One that an instance decodes which is to leave. Tokens: of its prompt, and that it may have at most.
+
+    How many it has so far is known late where several steps are one event (macro_steps): no choice is to depend on it.
+    """
 
     num_prompt: int
-    num_generated: int
     max_tokens: int
 
 
 class Departure(ABC):
-    """Asked of each answer when its instance begins to drain, and again at new tokens of one that stayed."""
+    """Asked of each answer when its instance begins to drain, or when it begins to decode there."""
 
     @abstractmethod
     def moves(self, answer: Answer) -> bool:

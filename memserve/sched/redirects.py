@@ -53,10 +53,14 @@ class Redirects:
         """A request may have come to decode where it is: at an instance that is to leave it migrates, if it is to."""
         request_id = routed.submit.request_id
         at = self._groups.decoding_at(routed) if self._leaving else None
-        if at is None or request_id in self._moving or request_id in self._staying or routed.is_cancelled:
+        is_asked = request_id in self._moving or request_id in self._staying or routed.ends_here
+        if at is None or is_asked or routed.is_cancelled:
             return []
         group, place = at
-        if group.labels[place.row] not in self._leaving or not self._departure.moves(_answer(routed)):
+        if group.labels[place.row] not in self._leaving:
+            return []
+        if not self._departure.moves(_answer(routed)):
+            routed.ends_here = True
             return []
         if not len(group.rows(routed.tried)):
             self._staying[request_id] = routed
@@ -143,7 +147,7 @@ class Redirects:
 
 
 def _answer(routed: Routed) -> Answer:
-    return Answer(routed.timeline.num_prompt, routed.num_generated, routed.submit.params.max_tokens)
+    return Answer(routed.timeline.num_prompt, routed.submit.params.max_tokens)
 
 
 def aborts(routed: Routed, labels: Iterable[str]) -> Sent:

@@ -17,7 +17,8 @@ class Routed:
     next_place: where it is to go on, of the group in which it decodes, while it migrates.  is_next_gone: that instance
     is gone.  num_generated: tokens of this attempt so far.  tried: rows of that group not to be asked in this attempt
     any more; declined: those that had no room lately.  has_copies: one of them may have it all the same, and was told
-    to drop it.  is_cancelled: the client wants no more of it.
+    to drop it.  ends_here: at the instance where it decodes, also if that leaves.  is_cancelled: the client wants no
+    more of it.
     """
 
     submit: Submit
@@ -30,6 +31,7 @@ class Routed:
     tried: set[int] = field(default_factory=set)
     declined: set[int] = field(default_factory=set)
     has_copies: bool = False
+    ends_here: bool = False
     is_cancelled: bool = False
     _early: list[Tokens | Finished] = field(default_factory=list)
 
@@ -49,7 +51,8 @@ class Routed:
     def starts(self, place: Assignment, decode_place: Assignment | None = None) -> None:
         """An attempt begins, at an instance of each group."""
         self.place, self.decode_place = place, decode_place
-        self.num_generated, self.tried, self.declined, self.has_copies, self._early = 0, set(), set(), False, []
+        self.num_generated, self.tried, self.declined, self._early = 0, set(), set(), []
+        self.has_copies = self.ends_here = False
 
     def enter(self, message: Tokens) -> bool:
         """Enters tokens into the timeline, without those of which others told it before; whether any is new.
