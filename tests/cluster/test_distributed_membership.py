@@ -32,24 +32,29 @@ COMES_AND_GOES = scheduled(
 CASES = {
     "gloo": [*PD, *COMES_AND_GOES, "transport=gloo", "granularity=by_layer", "repeats=2", "heir=least_load"],
     "mapped": [*PD, *COMES_AND_GOES, "transport=mapped", "granularity=by_request", "fetch=always",
-               "heir=least_load"],
+               "heir=least_load", "departure=migrate"],
     "by load": ["cluster=colocated_1", "transport=gloo", "cluster.spares=2", "scaling=by_load", "policy=least_load",
                 "scaling.full.colocated=0.1", "scaling.max_instances=3",  # any request that is seen is too many for one
                 "scaling.interval_s=0.02", "scaling.window_s=1"],
 }  # fmt: skip
 
+LONG = ["workload.num_sessions=5", "workload.num_turns=1", "workload.max_output_tokens=2500", "workload.rate=50"]
+MIGRATES = [*LONG, "cluster.roles=[prefill,decode,decode]", "mode=pd_caching_3", "transport=gloo", "departure=migrate",
+            "policy@decode_policy=least_load", *scheduled({"at_s": 0.5, "drain": "decode-2"})]  # fmt: skip
+
 pytestmark = pytest.mark.timeout(240)
 
 
 @functools.cache
-def expected():
-    cluster = LocalCluster(load_config(["exec=simulated", *WORKLOAD, "cluster=colocated_1", "index=none"]))
+def expected(*words):
+    cluster = LocalCluster(load_config(["exec=simulated", *WORKLOAD, *words, "cluster=colocated_1", "index=none"]))
     return {t.request_id: t.token_ids.tolist() for t in cluster.run_once().timelines}
 
 
 def test_whoever_comes_and_goes_every_request_is_answered_right(tmp_path):
-    cases = [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in CASES.values()]
-    found = found_by(tmp_path, cases, 4, LIMIT_S)
+    cases = [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in (*CASES.values(), MIGRATES)]
+    *found, migrated = found_by(tmp_path, cases, 4, LIMIT_S)
+    answers_migrated(migrated)
     for result in found:
         assert result["tokens"] == expected() and result["missing"] == {}
         report = result["report"]
@@ -63,6 +68,16 @@ def test_whoever_comes_and_goes_every_request_is_answered_right(tmp_path):
         assert ids == ["prefill-0", "decode-1", "decode-2", "prefill-3", "decode-4"]
         assert all(row["num_requests"] for row in report["instances"][2:4])
     assert by_load["membership"]["joined"] >= 1
+
+
+def answers_migrated(result):
+    """They take seconds, and the instance that is to leave at half of one has left before the others end."""
+    assert result["tokens"] == expected(*LONG) and result["missing"] == {}
+    report = result["report"]
+    assert report["num_failed"] == report["quarantined_blocks"] == report["membership"]["lost"] == 0
+    assert all(attempt == 0 for _, _, attempt in result["ends"].values())
+    assert report["membership"]["left"] == 1 and report["migrations"]["number"] > 0
+    assert report["instances"][2]["id"] == "decode-2" and report["instances"][2]["left_s"] < report["makespan_s"]
 
 
 def test_a_spare_takes_the_place_of_one_that_is_killed(tmp_path):
