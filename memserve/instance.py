@@ -251,7 +251,7 @@ class Instance:
             self._leaving[message.request_id] = message.decode
         elif message.decode == self.handoffs.transfers.incarnation:  # nobody takes it, and its KV is here
             self.handoffs.drop(message.request_id, "it goes on here", now_ns)
-            self.scheduler.adopt(served.request)
+            self.scheduler.resume(served.request)
         else:
             self.handoffs.redirect(message.request_id, message.decode, now_ns)
 

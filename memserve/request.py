@@ -5,8 +5,8 @@
     # [0, num_prompt) prompt | [num_prompt, num_tokens) generated
 
 Phases: WAITING -> RUNNING -> FINISHED, where KV is fetched FETCHING before; RUNNING -> WAITING by preemption;
-WAITING -> SWAPPING_IN -> WAITING while KV comes from DRAM beside compute; RUNNING -> HANDING_OFF on a prefill instance;
-any -> FINISHED by abort.
+WAITING -> SWAPPING_IN -> WAITING while KV comes from DRAM beside compute; RUNNING -> HANDING_OFF where it is to go on
+at another instance, and -> WAITING again if nobody takes it; any -> FINISHED by abort.
 """
 
 import enum

@@ -8,10 +8,9 @@ leave at its virtual end, however long this process took to compute them:
 
 Between instances a pool's messages take the link's latency, moves what its model says; bytes are copied as they arrive.
 
-At the same nanosecond: who comes and goes, calls, clients, who has waited in vain for an instance, then events
-(event_queue.py). Messages to and from the global scheduler take no virtual time. A macro-step (a batch repeated
-`num_steps` times) is computed only at its end, and a message that reaches the instance meanwhile cuts it at the next
-boundary between two of its steps.
+At the same nanosecond: who comes and goes, calls, clients, who waited in vain for an instance, then events. Messages to
+and from the global scheduler take no virtual time. A macro-step (a batch repeated `num_steps` times) is computed only
+at its end, and a message that reaches the instance meanwhile cuts it at the next boundary between two of its steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +38,9 @@ from memserve.workload.player import SessionPlayer
 class EmulatedCluster:
     """Runs `nodes` under `scheduler` for one `client` until every request has ended, and every transfer.
 
-    nodes: those that are there; one that leaves is taken out, one that crashes stays.  transport: of the nodes that
-    transfer KV, which are known to it by their place in `nodes`.  faults: of the messages between them.  manager: who
-    comes and goes; None for nobody.  build: makes the instance of (label, role, incarnation) that comes.
+    nodes: those that are there; one that leaves is taken out, one that crashes stays.  transport: of those that send
+    KV; it knows them by their place.  faults: of the messages between them.  manager: who comes and goes; None for
+    nobody.  build: makes the instance of (label, role, incarnation) that comes.
     """
 
     nodes: list[Node]
@@ -59,15 +58,14 @@ class EmulatedCluster:
     _departed: dict[int, Summary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._feed = IndexFeed(self.scheduler, self.event_delay_ns, self.call_at)
         for incarnation, node in enumerate(self.nodes):
             node.incarnation = incarnation
+            self._feed.follow(node)
         self._by_label = {node.instance.label: node for node in self.nodes}
         self._by_incarnation = dict(enumerate(self.nodes))
         roles = [(node.instance.label, node.instance.role) for node in self.nodes]
         self.members = self.manager or ClusterManager(roles, NoScaling(), self.scheduler)
-        self._feed = IndexFeed(self.scheduler, self.event_delay_ns, self.call_at)
-        for node in self.nodes:
-            self._feed.follow(node)
 
     def advance(self) -> bool:
         """Handles the next event in virtual time; False when nothing is left to do.
@@ -192,8 +190,7 @@ class EmulatedCluster:
     def _part_with(self, node: Node) -> None:
         """A node is there no more; the others get proof of it."""
         node.is_gone, node.step = True, None
-        if self.transport is not None:
-            node.detach(self.transport)
+        node.detach(self.transport)
         self._from_scheduler()
         for other in self.nodes:
             if not other.is_gone:
@@ -263,6 +260,10 @@ class EmulatedCluster:
         ends_ns = node.begin(batch, self.now_ns, self.step_time, watch, self.macro_steps)
         self._queue.push(ends_ns, END, node, node.epoch)
 
+    def _deliver(self, node: Node, message: Message) -> None:
+        node.instance.receive(message)
+        self._arouse(node)
+
     def _arouse(self, node: Node) -> None:
         """Something is new for a node: an idle one begins a step at this very time, a macro-step under way is cut."""
         if node.step is None and not node.begin_is_due:
@@ -296,5 +297,4 @@ class EmulatedCluster:
                 assert isinstance(out, Tokens | Finished)
                 self.client.receive(out, self.now_ns)
             elif (node := self._by_label.get(destination)) is not None and not node.is_gone:
-                node.instance.receive(out)
-                self._arouse(node)
+                self._deliver(node, out)

@@ -179,8 +179,10 @@ class Node:
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
 
-    def detach(self, transport: Transport) -> None:
+    def detach(self, transport: Transport | None) -> None:
         """Its ranks are there no more."""
+        if transport is None:
+            return
         for rank in range(
             1 if self.instance.handoffs is None else self.instance.handoffs.transfers.granularity.num_ranks
         ):

@@ -238,6 +238,8 @@ class GlobalScheduler:
         timeline = routed.timeline
         timeline.finished_ns, timeline.reason, timeline.detail = now_ns, FinishReason(message.reason), message.detail
         timeline.stats = message.stats
+        if routed.has_copies:  # which goes on
+            self._abort(routed)
         self._forget(routed)
         self._outbox.append((CLIENT, message))
         self._outbox += self._redirects.retry(now_ns)

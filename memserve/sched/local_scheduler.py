@@ -117,6 +117,11 @@ class LocalScheduler:
         self.running.remove(request)
         request.phase = Phase.HANDING_OFF
 
+    def resume(self, request: Request) -> None:
+        """Goes on with a request that was stopped, before all that wait."""
+        request.phase = Phase.WAITING
+        self.room.returning.insert(0, request)
+
     def drain_admitted(self) -> list[Request]:
         """Requests admitted since the last call that are on hold."""
         admitted, self._admitted = self._admitted, []

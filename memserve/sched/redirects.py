@@ -5,6 +5,8 @@
         HandoffEnded, done -> it is there; its place is that one's from now on
         not done -> the next one, or, with none left, it goes on where it is, and is asked again when there may be room
 
+From each instance one migrates at a time: the others decode meanwhile, where they would wait for the same link.
+
 A request that migrates has two places: one where it is, and `next_place`, until its instance says how that ended. One
 Redirect is on its way at a time, and each ends by one HandoffEnded, or with the attempt. Whoever may have the KV
 nevertheless (no `Inserted` came in time) is told to drop it, and is not asked again in this attempt.
@@ -31,7 +33,7 @@ class Redirects:
         self._groups, self._departure, self._rng = groups, departure, rng
         self._leaving: set[str] = set()  # instances that drain, or did
         self._moving: dict[str, Routed] = {}
-        self._staying: dict[str, Routed] = {}  # were to migrate, and nobody had room
+        self._waiting: dict[str, Routed] = {}  # are to migrate, each when the one before has, or when there is room
 
     def another(self, routed: Routed, now_ns: int) -> Sent:
         """Another decode instance for a request that the one it was to go to has refused; none if there is none."""
@@ -53,32 +55,25 @@ class Redirects:
         """A request may have come to decode where it is: at an instance that is to leave it migrates, if it is to."""
         request_id = routed.submit.request_id
         at = self._groups.decoding_at(routed) if self._leaving else None
-        is_asked = request_id in self._moving or request_id in self._staying or routed.ends_here
-        if at is None or is_asked or routed.is_cancelled:
-            return []
-        group, place = at
-        if group.labels[place.row] not in self._leaving:
+        is_asked = request_id in self._moving or request_id in self._waiting or routed.ends_here
+        if at is None or is_asked or routed.is_cancelled or (label := _label(at)) not in self._leaving:
             return []
         if not self._departure.moves(_answer(routed)):
             routed.ends_here = True
             return []
-        if not len(group.rows(routed.tried)):
-            self._staying[request_id] = routed
-            return []
-        return self._ask(routed, group, place, routed.tried, now_ns)
+        self._waiting[request_id] = routed
+        return self._next_of(label, now_ns)
 
     def is_about(self, routed: Routed, message: HandoffEnded) -> bool:
         """Whether a hand-off that has ended was this request's migration."""
-        at = self._groups.decoding_at(routed)
-        is_moving = routed.submit.request_id in self._moving
-        return is_moving and at is not None and at[0].labels[at[1].row] == message.instance
+        return routed.submit.request_id in self._moving and self._label_of(routed) == message.instance
 
     def moved(self, routed: Routed, message: HandoffEnded, now_ns: int) -> Sent:
-        """It goes on at its next place; who stayed for want of room is asked again."""
+        """It goes on at its next place; whoever is next may leave where it was."""
         self._note(routed, message)
         del self._moving[routed.submit.request_id]
         self._groups.move(routed)
-        return [*self.settled(routed, now_ns), *self.retry(now_ns)]
+        return [*self.settled(routed, now_ns), *self._next_of(message.instance, now_ns)]
 
     def stayed(self, routed: Routed, message: HandoffEnded, now_ns: int) -> Sent:
         """Its next place has not taken it: another one, or it goes on where it is."""
@@ -93,21 +88,18 @@ class Redirects:
         dropped = [] if message.refused else aborts(routed, [group.labels[target.row]])
         if len(group.rows(tried := routed.tried | routed.declined)):
             return [*dropped, *self._ask(routed, group, place, tried, now_ns)]
-        self._staying[request_id] = routed
+        self._waiting[request_id] = routed
         return [*dropped, self._redirect(routed, message.instance, group.incarnations[place.row])]
 
     def retry(self, now_ns: int) -> Sent:
-        """Somebody has come, or an answer has ended: the first of those that stayed may find room now."""
-        for request_id, routed in self._staying.items():
-            del self._staying[request_id]
-            routed.declined.clear()
-            return self.settled(routed, now_ns)
-        return []
+        """Somebody has come, or an answer has ended: whoever waits to migrate may find room now."""
+        labels = dict.fromkeys(self._label_of(routed) for routed in self._waiting.values())
+        return [sent for label in labels for sent in self._next_of(label, now_ns)]
 
     def forget(self, routed: Routed) -> None:
         """The attempt has ended."""
         self._moving.pop(routed.submit.request_id, None)
-        self._staying.pop(routed.submit.request_id, None)
+        self._waiting.pop(routed.submit.request_id, None)
 
     def gone(self, label: str) -> None:
         """An instance is gone: what was on its way there stays, or is found to be lost with it."""
@@ -118,6 +110,27 @@ class Redirects:
     def is_target(self, label: str) -> bool:
         """Whether a request is on its way to an instance, from another of its role."""
         return any(self._next_label(routed) == label for routed in self._moving.values())
+
+    def _next_of(self, label: str, now_ns: int) -> Sent:
+        """The next answer that is to leave an instance does, unless one is on its way from there."""
+        if any(self._label_of(routed) == label for routed in self._moving.values()):
+            return []
+        routed = next((r for r in self._waiting.values() if self._label_of(r) == label), None)
+        at = None if routed is None else self._groups.decoding_at(routed)
+        if routed is None or at is None:
+            return []
+        del self._waiting[routed.submit.request_id]
+        routed.declined.clear()
+        if len(at[0].rows(routed.tried)):
+            return self._ask(routed, *at, routed.tried, now_ns)
+        self._waiting[routed.submit.request_id] = routed
+        return []
+
+    def _label_of(self, routed: Routed) -> str:
+        """Of the instance at which a request decodes."""
+        at = self._groups.decoding_at(routed)
+        assert at is not None, "it decodes"
+        return _label(at)
 
     def _next_label(self, routed: Routed) -> str:
         assert routed.next_place is not None, "it migrates"
@@ -144,6 +157,11 @@ class Redirects:
     @staticmethod
     def _redirect(routed: Routed, label: str, incarnation: int) -> tuple[str, Message]:
         return label, Redirect(routed.submit.request_id, routed.timeline.attempt, incarnation)
+
+
+def _label(at: tuple[Group, Assignment]) -> str:
+    group, place = at
+    return group.labels[place.row]
 
 
 def _answer(routed: Routed) -> Answer:

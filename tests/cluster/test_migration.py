@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 from cluster.test_membership import CLUSTERS, at_random, nothing_is_left, rows_of, scheduled
+from cluster.test_overtaking import LateWays
 from rich.console import Console
 
 from memserve import LocalCluster, load_config
@@ -49,13 +50,13 @@ def local(*words):
     return LocalCluster(load_config([*WORKLOAD, *words]))
 
 
-def play(cluster, act=lambda cluster, number: None):
-    """Until nothing is left to do; `act` is called after each event with its number. Every book is checked then."""
+def play(cluster, act=lambda cluster, number: None, *, check=False):
+    """Until nothing is left to do; `act` is called after each event with its number. check: all books then, too."""
     number = 0
     while cluster.advance():
         number += 1
         act(cluster, number)
-        for node in cluster.nodes:
+        for node in cluster.nodes if check else ():
             if not node.is_gone:
                 node.instance.check()
     return list(cluster.scheduler.timelines.values())
@@ -107,16 +108,16 @@ def drained(moment):
 def test_whenever_an_instance_drains_every_answer_is_the_same(name, pressure):
     """Where all are full nobody may have room, and the answers end where they are."""
     words, num_told, num_done, num_left = [*MODES[name], *PRESSURE[pressure], *MIGRATE], 0, 0, 0
-    for i, moment in enumerate(range(1, 40, 7)):
+    for i, moment in enumerate(range(1, 40, 13)):
         granularity, macro_steps = GRANULARITIES[i % 3], ["true", "false"][i % 2]
         cluster = local(*words, f"granularity={granularity}", f"macro_steps={macro_steps}").cluster()
-        timelines = play(cluster, drained(moment))
+        timelines = play(cluster, drained(moment), check=True)
         assert_answered(timelines)
         nothing_is_left(cluster)
         num_left += cluster.members.counts()["left"]
         num_told += len(migrations_of(timelines))
         num_done += sum(migration.done for migration in migrations_of(timelines))
-    assert num_left > 3 and num_told > 3 and (num_done > 3 or pressure != "roomy")
+    assert num_left > 1 and num_told > 1 and (num_done > 1 or pressure != "roomy")
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -169,7 +170,7 @@ def test_an_instance_may_die_at_any_moment_of_a_migration(name, victim):
                 if seen and number == seen[0] + later and label in there:
                     cluster.crash(label)
 
-            timelines = play(cluster, act)
+            timelines = play(cluster, act, check=later % 2 == 0)
             assert_answered(timelines, attempts=(0, 1))
             nothing_is_left(cluster)
             num_died += cluster.members.counts()["lost"]
@@ -195,7 +196,7 @@ def test_lost_and_repeated_messages_cost_time_alone(name):
 def test_an_answer_that_reached_its_target_and_was_kept_nevertheless_is_told_once(name):
     """No `Inserted` comes through: the target has the request, its source says that it failed, and both go on."""
     num_failed = 0
-    for moment in (2, 5, 9, 14):
+    for moment in (2, 9):
         cluster = local(*THREE[name], *MIGRATE, *LONGER, "transfer.deadline_s=0.1").cluster()
         cluster.faults, drain, begun_ns = MessageFaults(np.random.default_rng(0)), drained(moment), []
 
@@ -212,7 +213,7 @@ def test_an_answer_that_reached_its_target_and_was_kept_nevertheless_is_told_onc
         assert_answered(timelines, *LONGER, attempts=(0, 1, 2))  # of hand-offs, which take them for lost
         nothing_is_left(cluster)
         num_failed += sum(not migration.done for migration in migrations_of(timelines))
-    assert num_failed > 1
+    assert num_failed > 0
 
 
 @pytest.mark.parametrize("name", ["caching 3", "colocated"])
@@ -337,3 +338,25 @@ def test_a_departure_of_one_s_own_says_which_answers_migrate():
 def test_a_departure_where_nobody_leaves_is_refused():
     with pytest.raises(ConfigError, match="departure contradicts scaling=fixed: nobody leaves"):
         load_config([*WORKLOAD, "departure=migrate"])
+
+
+@pytest.mark.parametrize("victim", [None, "source", "target"])
+@pytest.mark.parametrize("name", THREE)
+def test_whatever_is_heard_first_answers_are_right(name, victim):
+    """What an instance says of a migration may come after the target's tokens, or after that is gone."""
+    for seed in range(3):
+        cluster = local(*THREE[name], *MIGRATE, f"granularity={GRANULARITIES[seed % 3]}").cluster()
+        LateWays(cluster, seed)
+        seen, drain = [], drained(2 + 4 * seed)
+
+        def act(cluster, number, seed=seed, seen=seen, drain=drain):
+            drain(cluster, number)
+            seen += [] if seen or moving(cluster) is None else [number, *moving(cluster)]
+            there = [m.label for m in cluster.members.members if m.standing is not None]
+            label = seen[1 if victim == "source" else 2] if seen and victim else ""
+            if seen and number == seen[0] + 4 + 3 * seed and label in there:
+                cluster.crash(label)
+
+        timelines = play(cluster, act)
+        assert_answered(timelines, attempts=(0, 1))
+        nothing_is_left(cluster)
