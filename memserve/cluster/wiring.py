@@ -27,7 +27,7 @@ from memserve.kvcache.transfers import Transfers
 from memserve.request import Role
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.cost_model.transfer import TransferCost
-from memserve.sched.departures import Wait
+from memserve.sched.departures import EndThere
 from memserve.sched.fetch_policy import FetchPrices, NeverFetch
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
@@ -49,7 +49,7 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
 def _transfers_kv(cfg: RunConfig) -> bool:
     mode: Mode = make(cfg.mode)
     fetches, bequeaths = not isinstance(make(cfg.fetch), NeverFetch), not isinstance(make(cfg.heir), NoHeir)
-    return mode.hand_off is not None or fetches or bequeaths or not isinstance(make(cfg.departure), Wait)
+    return mode.hand_off is not None or fetches or bequeaths or not isinstance(make(cfg.departure), EndThere)
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:

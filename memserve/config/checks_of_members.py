@@ -41,7 +41,7 @@ def check_heir(cfg: RunConfig) -> None:
 
 def check_departure(cfg: RunConfig) -> None:
     """Somebody leaves."""
-    if is_a(cfg.scaling, "NoScaling") and not is_a(cfg.departure, "Wait"):
+    if is_a(cfg.scaling, "NoScaling") and not is_a(cfg.departure, "EndThere"):
         raise ConfigError(
             "departure contradicts scaling=fixed: nobody leaves; expected departure=wait, or another scaling"
         )

@@ -88,9 +88,8 @@ def build_report(
     which requests ended, where an instance began them; what instances computed beside that was in vain.
     wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
     p_to_d, d_to_p: sent by prefill instances to decode instances, and back.  between: by those of one role.
-    tree_counts: of the global scheduler's prompt trees.
-    membership: instances that came and went, and what they left to others.  stays_ns: from when until when each was
-    there, those included of which `instances` has no row; None: as the rows say.
+    tree_counts: of the global scheduler's prompt trees.  membership: instances that came and went, and what they left
+    to others.  stays_ns: from when until when each was there, also those without a row; None: as the rows say.
     slo: what counts under `goodput`, which is null where it asks for nothing.  workload: its figures.
     """
     succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]

@@ -26,7 +26,7 @@ class Departure(ABC):
         """Whether it goes on at another instance of the role, with its KV, rather than end where it is."""
 
 
-class Wait(Departure):
+class EndThere(Departure):
     """An instance leaves when all that it decodes has ended there. The baseline."""
 
     def moves(self, answer: Answer) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from memserve.clock import to_s
 from memserve.messages import CANCELLED, Cancel, Dispatch, Finished, HandoffEnded, Inherited, Message, Submit, Tokens
 from memserve.request import FinishReason, Role
-from memserve.sched.departures import Departure, Wait
+from memserve.sched.departures import Departure, EndThere
 from memserve.sched.group import Group, held_elsewhere
 from memserve.sched.groups import Groups
 from memserve.sched.modes import Colocated, Mode
@@ -33,7 +33,7 @@ from memserve.timeline import RequestTimeline
 CLIENT = "client"
 MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
 _COLOCATED = Colocated()
-_NO_REJECTION, _WAIT = NoRejection(), Wait()
+_NO_REJECTION, _WAIT = NoRejection(), EndThere()
 
 
 class GlobalScheduler:

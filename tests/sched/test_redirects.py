@@ -17,7 +17,7 @@ from memserve.messages import (
     pack_tokens,
 )
 from memserve.request import FinishReason, SamplingParams
-from memserve.sched.departures import Migrate, Wait
+from memserve.sched.departures import EndThere, Migrate
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.routing import RoundRobin
 
@@ -82,7 +82,7 @@ def test_an_answer_counts_at_both_places_until_it_has_moved(told):
 
 
 def test_with_departure_wait_nothing_is_said():
-    told = Told(departure=Wait())
+    told = Told(departure=EndThere())
     assert told.said() == [] and told.scheduler.is_needed("a")
 
 
