@@ -11,6 +11,8 @@
 
 .PHONY: setup demo test tests lint style types bench fuzz compile-all survive clean
 .DELETE_ON_ERROR:
+# Tests start more than a hundred processes: each would compile all that it imports anew, torch's thousand files too.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 BIN := $(VENV)/bin

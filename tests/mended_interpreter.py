@@ -1,10 +1,14 @@
-"""Triton's interpreter as tests use it, for pytest: `-p mended_interpreter`. Mended for this process, and for good.
+"""Triton's interpreter as tests use it, for pytest: `-p mended_interpreter`; for a script: `-m mended_interpreter
+scripts/bench_kernels.py --dry`. Mended for this process, and for good.
 
 On its own it multiplies bfloat16 as the integers that hold its bits; here it is widened first, which changes no
 product. And it patches Triton's language anew at every call of a function, nested ones too, which takes half of its
 time: a process in which all kernels are interpreted needs that once.
 """
 
+import runpy
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,3 +35,8 @@ def patch_once() -> None:
 
 widen_bfloat16_products()
 patch_once()
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

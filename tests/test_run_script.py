@@ -14,7 +14,7 @@ from memserve import LocalCluster, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
-LONG = ["exec=simulated", "workload=synthetic", "workload.num_sessions=100000", "workload.num_turns=3"]
+LONG = ["exec=simulated", "workload=synthetic", "workload.num_sessions=5000", "workload.num_turns=3"]
 KEYS = {
     "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
     "instances", "quarantined_blocks", "near_ties", "wall_s",

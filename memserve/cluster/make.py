@@ -37,8 +37,9 @@ def maker(node: Any) -> functools.partial[Any]:
 
 
 def _found(described: str) -> functools.partial[Any]:
-    found: functools.partial[Any] = instantiate(json.loads(described), _partial_=True)
-    return found
+    found = instantiate(json.loads(described), _partial_=True)
+    # Hydra's partial looks at its policy anew whenever it is called, which takes longer than most of our objects.
+    return functools.partial(found.func, *found.args, **found.keywords)
 
 
 _remembered = functools.cache(_found)  # a large cluster's instances are thousands of objects, of some twenty nodes

@@ -4,10 +4,11 @@ A point's directory stands directly in `hydra.sweep.dir` and is named by the poi
 takes them; the words themselves are in a file there. A point that is done already, with the same configuration, is not
 run again, so a sweep that was interrupted goes on when it is started with the same `hydra.sweep.dir`. One that fails
 leaves its reason there and does not stop the others; the sweep's own exit status is then 1. SIGINT or SIGTERM to the
-sweep ends the point that runs, too.
+sweep ends the point that runs, too; so does its death (point.py).
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,15 +78,19 @@ def is_done(cfg: RunConfig, directory: Path) -> bool:
 
 
 def launcher_of(cfg: RunConfig) -> list[str]:
-    """What starts a script for this configuration. Raises ConfigError where each member is started by itself."""
+    """What starts a script for this configuration, as a child of this process that does not outlive it.
+
+    Raises ConfigError where each member is started by itself.
+    """
+    point = [sys.executable, "-m", "memserve.cluster.point", str(os.getpid())]
     if cfg.exec != "distributed":
-        return [sys.executable]
+        return point
     if cfg.cluster.store is not None:
         raise ConfigError(
             f"cluster.store={cfg.cluster.store} contradicts a sweep: expected one torchrun for each point"
         )
     num_ranks = Roster.of(cfg).world_size
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return [*point, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 
 
 def _run(launcher: Sequence[str], script: Path, words: Sequence[str], directory: Path) -> int:

@@ -30,13 +30,7 @@ class Torchrun:
     def end_with(self) -> None:
         """Once it is gone, this process gets a SIGTERM."""
         if self._process is not None:
-            threading.Thread(target=self._outlive, name="torchrun's end", daemon=True).start()
-
-    def _outlive(self) -> None:
-        while not self.is_gone:
-            threading.Event().wait(LOOK_S)
-        _log.error("torchrun, process %d, is gone", self._process)
-        os.kill(os.getpid(), signal.SIGTERM)
+            end_with(self._process, "torchrun")
 
 
 NO_TORCHRUN = Torchrun(None)
@@ -45,3 +39,15 @@ NO_TORCHRUN = Torchrun(None)
 def own_torchrun(environment: Mapping[str, str]) -> Torchrun:
     """What started this process, if it was torchrun, as its environment says."""
     return Torchrun(os.getppid()) if "TORCHELASTIC_RUN_ID" in environment else NO_TORCHRUN
+
+
+def end_with(process: int, name: str) -> None:
+    """Once the process that started this one is gone, this one gets a SIGTERM. name: of the other, for the log."""
+    threading.Thread(target=_outlive, args=(process, name), name=f"{name}'s end", daemon=True).start()
+
+
+def _outlive(process: int, name: str) -> None:
+    while os.getppid() == process:
+        threading.Event().wait(LOOK_S)
+    _log.error("%s, process %d, is gone", name, process)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -12,15 +12,15 @@ An answer's own tokens are no part of a later prompt: that one has what the trac
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from memserve.clock import to_s
+from memserve.clock import to_ns, to_s
 from memserve.mixing import GOLDEN64, mix64
 from memserve.request import SamplingParams
-from memserve.values import require_bool, require_int, require_number
+from memserve.values import require_bool, require_duration, require_int, require_number
 from memserve.workload.conversations import BadConversation
 from memserve.workload.lengths import MAX_TOKENS
 from memserve.workload.records import require_enough
@@ -35,7 +35,9 @@ class TraceWorkload(Workload):
     """Requests of a trace. Every constructor argument is a config option under `workload`.
 
     path: of a file in one of the formats of `trace_formats.py`, known by its fields or columns.
-    num_sessions: the first so many requests; None is all.
+    start_s, duration_s: the requests from so many seconds of the trace after its first line on, and of so many; None is
+        to its end.
+    num_sessions: of these the first so many; None is all.
     speedup: the trace's time runs so many times as fast; 2 doubles the rate.
     hash_tokens: of a block of text that a hash id names; None: as many as the format's.
     max_output_tokens: most tokens of an answer; None: as many as the trace's.
@@ -53,6 +55,8 @@ class TraceWorkload(Workload):
         hash_tokens: int | None = None,
         max_output_tokens: int | None = None,
         skip_empty: bool = False,
+        start_s: float = 0.0,
+        duration_s: float | None = None,
     ) -> None:
         self._path = Path(path)
         self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
@@ -61,14 +65,18 @@ class TraceWorkload(Workload):
         self._most = None if max_output_tokens is None else require_int("max_output_tokens", max_output_tokens, 1)
         self._skip_empty = require_bool("skip_empty", skip_empty)
         self._num_skipped = 0
+        self._start_ns = to_ns(require_duration("start_s", start_s))
+        self._duration_ns = None if duration_s is None else to_ns(require_duration("duration_s", duration_s))
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Of the tokenizer only its `vocab_size` is asked."""
         require_int("seed", seed, 0)
         found, lines = read_trace(self._path, self._given_tokens)
-        requests = list(islice(self._played(found, lines), self._num_sessions))
+        requests = list(islice(self._played(found, self._within(lines)), self._num_sessions))
         skipped = f" ({self._num_skipped} skipped)" if self._skip_empty else ""
-        require_enough(self._num_sessions, len(requests), f"{self._path} holds {len(requests)} requests{skipped}")
+        require_enough(
+            self._num_sessions, len(requests), f"{self._path} holds {len(requests)} requests{self._window()}{skipped}"
+        )
         hash_tokens = self._given_tokens or found.hash_tokens
         first_ns, last_ns = (of(request.time_ns for request in requests) for of in (min, max))
         self.figures = {
@@ -88,6 +96,22 @@ class TraceWorkload(Workload):
             )
             for number, request in enumerate(requests)
         ]
+
+    def _within(self, requests: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
+        """Those of the time that is played."""
+        first = next(requests, None)
+        if first is None:
+            return
+        from_ns = first.time_ns + self._start_ns
+        for request in chain([first], requests):
+            passed_ns = request.time_ns - from_ns
+            if (passed_ns >= 0 or not self._start_ns) and (self._duration_ns is None or passed_ns < self._duration_ns):
+                yield request
+
+    def _window(self) -> str:
+        """Which part of the trace is meant, in words; "" for all of it."""
+        end = "" if self._duration_ns is None else f" for {to_s(self._duration_ns):g} s"
+        return f" from {to_s(self._start_ns):g} s on{end}" if self._start_ns or end else ""
 
     def _played(self, found: TraceFormat, requests: Iterator[TraceRequest]) -> Iterator[TraceRequest]:
         """The requests that have a prompt and an answer."""

@@ -41,7 +41,7 @@ def test_whoever_comes_and_goes_every_request_is_answered_right_and_kv_is_left_t
     num_given = 0
     for seed in range(2):
         cluster = system.cluster()
-        assert_answered(play(cluster, at_random(seed, 0.12)))
+        assert_answered(play(cluster, at_random(seed, 0.05)))
         nothing_is_left(cluster)
         num_given += bequests(cluster)[0]
     assert num_given > 0

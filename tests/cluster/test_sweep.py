@@ -10,6 +10,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from cluster.test_clean_ends import wait_until
+from forking import forking
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 from source_tree import ROOT
@@ -19,6 +21,7 @@ from memserve.cluster.interruption import Interrupted
 from memserve.cluster.result import NotWritten
 from memserve.cluster.sweep import MAX_NAME_BYTES, SweepTable, directory_name, run_point
 from memserve.compose import config_dir, resolve, to_yaml
+from memserve.transfer.liveness import Watched
 
 SIMULATED = ["exec=simulated", "workload=synthetic"]
 
@@ -132,6 +135,33 @@ def test_a_point_that_heeds_no_sigterm_is_killed_with_its_sweep(tmp_path, monkey
             signal.signal(signum, handler)
     with pytest.raises(ProcessLookupError):
         os.kill(int(printed.read_text()), 0)
+
+
+def play_point(words, script, sweep_dir):
+    run_point(composed(words), script, words, sweep_dir)
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["alone", "under torchrun"])
+def test_a_point_ends_with_a_sweep_that_is_killed(distributed, tmp_path):
+    words = ["exec=distributed", "transport=gloo", "tokens=hash"] if distributed else SIMULATED
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "(pathlib.Path(__file__).parent / f'started-{os.getpid()}').touch()\ntime.sleep(100)\n"
+    )
+
+    def started():
+        return [Watched(int(path.name.partition("-")[2])) for path in tmp_path.glob("started-*")]
+
+    sweep = forking().Process(target=play_point, args=(words, script, tmp_path / "sweep"))
+    sweep.start()
+    try:
+        wait_until(lambda: len(started()) == 1 + distributed, 60, lambda: "nobody has started")
+        point = started()
+    finally:
+        sweep.kill()
+        sweep.join()
+    wait_until(lambda: all(process.is_gone for process in point), 30, lambda: "somebody is still there")
 
 
 def test_what_a_run_found_is_told_where_its_files_cannot_be_written(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from memserve.cluster.local import LocalCluster
 from memserve.compose import load_config
 
-WORDS = ["exec=simulated", "workload=synthetic", "workload.num_sessions=60", "workload/lengths=fixed"]
+WORDS = ["exec=simulated", "tokens=workload", "workload=synthetic", "workload.num_sessions=60",
+         "workload/lengths=fixed"]  # fmt: skip
 
 
 @pytest.fixture
@@ -60,11 +61,11 @@ def test_what_nothing_can_overload_is_said_to_hold_everything(capacity, capsys):
 
 
 def test_with_a_window_the_sessions_are_as_many_as_come_in_it(capacity, tmp_path, capsys):
-    more = ["--window", "6", "--precision", ".5", "--start", "64", "--out", str(tmp_path)]
-    capacity.main(["--systems", "pd", *more, *WORDS, "slo.ttft_s=.1"])
+    more = ["--window", "2", "--precision", ".5", "--start", "64", "--out", str(tmp_path)]
+    capacity.main(["--systems", "pd", *more, *WORDS, "slo.ttft_s=.1", "workload.max_output_tokens=8"])
     points = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["systems"]["pd"]["points"]
     assert len(points) > 1
-    assert all(point["report"]["num_sessions"] == math.ceil(6 * point["load"]) for point in points)
+    assert all(point["report"]["num_sessions"] == math.ceil(2 * point["load"]) for point in points)
     assert "try a longer --window" not in capsys.readouterr().out
 
 

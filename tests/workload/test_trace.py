@@ -91,6 +91,25 @@ def test_the_first_requests_alone_may_be_asked_for_but_no_more_than_there_are(mo
         TraceWorkload(mooncake()).sessions(Tokenizer, 0)
 
 
+def test_a_part_of_the_trace_is_played_from_its_own_beginning_by_the_trace_s_time(mooncake):
+    times_ms = [5000, 4000, 5999, 6000, 8000, 7999, 6500]
+    path = mooncake(*({**LINES[0], "timestamp": time_ms, "output_length": 1 + i} for i, time_ms in enumerate(times_ms)))
+
+    def played(**options):
+        workload = TraceWorkload(path, **options)
+        sessions = workload.sessions(Tokenizer, 0)
+        return [(s.turns[0].params.max_tokens - 1, s.arrival_ns / 1e9) for s in sessions], workload.figures["span_s"]
+
+    assert played(start_s=1, duration_s=2) == ([(3, 0), (5, 1.999), (6, 0.5)], 1.999)
+    assert played(start_s=1, duration_s=2, speedup=2, num_sessions=2) == ([(3, 0), (5, 0.9995)], 1.999)
+    assert [number for number, _ in played(start_s=1)[0]] == [3, 4, 5, 6]
+    assert [number for number, _ in played(duration_s=1)[0]] == [0, 1, 2]  # one of before the first line, too
+    with pytest.raises(ValueError, match=r"at least one session, but .* holds 0 requests from 4 s on$"):
+        played(start_s=4)
+    with pytest.raises(ValueError, match=r"num_sessions=9, but .* holds 1 requests from 3 s on for 2\.5 s"):
+        played(start_s=3, duration_s=2.5, num_sessions=9)
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -164,6 +183,8 @@ def test_a_file_that_is_no_trace_is_named(tmp_path):
         ("num_sessions", 0),
         ("max_output_tokens", 0),
         ("skip_empty", 1),
+        ("start_s", -1),
+        ("duration_s", "long"),
     ],
 )
 def test_options_out_of_range_are_named(name, value):

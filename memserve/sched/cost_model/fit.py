@@ -6,6 +6,7 @@ milliseconds counts as much as a prefill of seconds.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import msgspec
 import numpy as np
@@ -70,36 +71,38 @@ def fit_roofline(
     if not steps:
         raise ValueError("steps=[]: expected measured steps")
 
+    names = (*SHARES, "step_s")
     totals_M6 = np.array([step_totals(*step.columns()) for step in steps])
     seconds_M = np.array([step.seconds for step in steps])
 
-    def error(found: dict[str, float]) -> float:
-        predicted_M = RooflineCostModel(gpu, shape, tensor_parallel, **found).total_s(totals_M6)
+    @cache  # most of those beside a point are beside the next one, too
+    def error(found: tuple[float, ...]) -> float:
+        model = RooflineCostModel(gpu, shape, tensor_parallel, **dict(zip(names, found, strict=True)))
+        predicted_M = model.total_s(totals_M6)
         return float(np.abs(predicted_M / seconds_M - 1).mean())
 
     shortest_s = float(seconds_M.min())
-    starts = [{**dict.fromkeys(SHARES, share), "step_s": part * shortest_s} for share in STARTS for part in STARTS]
-    return min((_descend(error, start) for start in starts), key=error)
+    starts = [(*(share for _ in SHARES), part * shortest_s) for share in STARTS for part in STARTS]
+    best = min((_descend(error, start) for start in starts), key=error)
+    return dict(zip(names, best, strict=True))
 
 
-def _descend(error: Callable[[dict[str, float]], float], found: dict[str, float]) -> dict[str, float]:
-    """Scales all of them, each by one of three factors that come nearer to 1, as long as the error falls."""
+def _descend(error: Callable[[tuple[float, ...]], float], found: tuple[float, ...]) -> tuple[float, ...]:
+    """Scales all of them, each by one of three factors that come nearer to 1, as long as the error falls.
+
+    found: SHARES, each 1 at most, and seconds.
+    """
+    most = (*(1.0 for _ in SHARES), np.inf)
     least, factor = error(found), 2.0
     while factor > 1.01:
         factors = itertools.product((1 / factor, 1.0, factor), repeat=len(found))
-        beside = [
-            {name: _scaled(name, found[name], by) for name, by in zip(found, each, strict=True)} for each in factors
-        ]
+        beside = [tuple(min(x * by, limit) for x, by, limit in zip(found, each, most, strict=True)) for each in factors]
         errors = [error(other) for other in beside]
         if min(errors) < least - 1e-6:
             least, found = min(errors), beside[int(np.argmin(errors))]
         else:
             factor **= 0.5
     return found
-
-
-def _scaled(name: str, value: float, by: float) -> float:
-    return value * by if name == "step_s" else min(value * by, 1.0)
 
 
 def relative_errors(model: CostModel, steps: Sequence[MeasuredStep]) -> np.ndarray:
