@@ -1,4 +1,4 @@
-"""Decisions: where a request went, who is taken to hold what, whether it was fetched or computed (Eq. 2)."""
+"""Decisions: where a request went, who is taken to hold what, whether it was fetched or computed (Eq. 2), or moved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -273,10 +273,8 @@ class Handoffs:
         """Asks `target` for room. ready: the KV is there, of all tokens but the last; else it will be, of a prompt."""
         num_tokens = request.num_computed if ready else request.num_prompt
         tokens, blocks = request.tokens.view[:num_tokens], request.block_table.view[: self._num_blocks(num_tokens)]
-        options, word = (
-            TransferOptions(insert=self._mode.keeps_received),
-            packed(request, None, prefill, migrates=migrates),
-        )
+        options = TransferOptions(insert=self._mode.keeps_received)
+        word = packed(request, None, prefill, migrates=migrates)
         ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready)
         self._on_the_way[request.request_id] = _Handoff(request, ticket, prefill, migrates)
         waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())

@@ -18,12 +18,12 @@ class RequestStats(msgspec.Struct, frozen=True):
     """What an instance counted for one attempt. Token counts; times in nanoseconds on the cluster's clock.
 
     num_cached_local: prompt tokens found in the instance's own index at first admission; num_fetched: those that had
-    come from another instance for this request. num_computed: tokens
-    prefilled, those computed again after a preemption included; num_computed_on_decode: of them, by a decode instance.
-    num_preemptions_on_decode: of num_preemptions, there. decode_instance: who generated the last token, "" if
-    the same. granted_ns, received_ns, decode_scheduled_ns: when it granted the hand-off, had all of the KV, and began
-    its first step.  fetch: what was decided about KV held elsewhere.  fetch_end_ns: when the request waited for
-    it no longer.  stints: of instances that the answer has left, in order: it was decoded there before it migrated.
+    come from another instance for this request. num_computed: tokens prefilled, those computed again after a preemption
+    included; num_computed_on_decode: of them, by a decode instance. num_preemptions_on_decode: of num_preemptions,
+    there. decode_instance: who generated the last token, "" if the same. granted_ns, received_ns, decode_scheduled_ns:
+    when it granted the hand-off, had all of the KV, and began its first step.  fetch: what was decided about KV held
+    elsewhere.  fetch_end_ns: when the request waited for it no longer.  stints: of instances that the answer has left,
+    in order: it was decoded there before it migrated.
     """
 
     instance: str

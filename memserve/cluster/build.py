@@ -2,7 +2,7 @@
 
 import gc
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -237,11 +237,11 @@ def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
     return cast(IndexFactory, partial(target, eviction=make(cfg.eviction, **price_of_attention(cfg.eviction, costs))))
 
 
-def build_step_time(configs: Mapping[Role, RunConfig], engine: Engine) -> StepTime:
-    """configs: `of_role`, of the roles that there are."""
-    if any(cfg.step_time == "measured" for cfg in configs.values()):
+def build_step_time(cfg: RunConfig, roles: Collection[Role], engine: Engine) -> StepTime:
+    """roles: that there are."""
+    if cfg.step_time == "measured":
         return Measured(engine.model.device if engine.model else None)
-    return Modelled({role: build_cost_model(cfg, engine.model, role) for role, cfg in configs.items()})
+    return Modelled({role: build_cost_model(cfg, engine.model, role) for role in roles})
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:

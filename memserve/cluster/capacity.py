@@ -1,6 +1,6 @@
 """Capacity: what an instance's blocks hold, how many there are, and which requests they can serve at all."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from memserve.cluster.costs import geometry_of_model
 from memserve.config.errors import ConfigError
@@ -42,10 +42,10 @@ def check_fits(costs: CostModel, pool_bytes: int) -> None:
         raise ConfigError(str(error)) from error
 
 
-def describe_pools(configs: Mapping[Role, RunConfig], model: Llama | None) -> str:
-    """What fits into an instance's pool, in one line. configs: `of_role`, of the roles that there are."""
-    geometries = {role: rank_geometry(cfg, model, role) for role, cfg in configs.items()}
-    fits = {role: what_fits(kv, *capacity(configs[role], kv)) for role, kv in geometries.items()}
+def describe_pools(cfg: RunConfig, roles: Collection[Role], model: Llama | None) -> str:
+    """What fits into an instance's pool, in one line. roles: that there are."""
+    geometries = {role: rank_geometry(cfg, model, role) for role in roles}
+    fits = {role: what_fits(kv, *capacity(of_role(cfg, role), kv)) for role, kv in geometries.items()}
     texts = dict.fromkeys(fits.values())
     return " | ".join(texts if len(texts) == 1 else map(": ".join, fits.items()))
 

@@ -181,12 +181,10 @@ class Node:
 
     def detach(self, transport: Transport | None) -> None:
         """Its ranks are there no more."""
-        if transport is None:
-            return
-        for rank in range(
-            1 if self.instance.handoffs is None else self.instance.handoffs.transfers.granularity.num_ranks
-        ):
-            transport.detach(endpoint_of(self.incarnation, rank))
+        handoffs = self.instance.handoffs
+        if transport is not None and handoffs is not None:
+            for rank in range(handoffs.transfers.granularity.num_ranks):
+                transport.detach(endpoint_of(self.incarnation, rank))
 
     @property
     def is_idle(self) -> bool:

@@ -29,12 +29,10 @@ from memserve.cluster.summary import activity_of, report_of
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport
 from memserve.config.errors import ConfigError
-from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.request import Role
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
 from memserve.workload.player import SessionPlayer
@@ -63,11 +61,11 @@ class LocalCluster:
         self._roles = build_roles(cfg)
         workload: Workload = make(cfg.workload)
         self.engine: Engine = build_engine(cfg)
-        self._configs = {role: of_role(cfg, role) for _, role in self._roles}
-        self._step_time = build_step_time(self._configs, self.engine)
+        kinds = list(dict.fromkeys(role for _, role in self._roles))
+        self._step_time = build_step_time(cfg, kinds, self.engine)
         self._sessions: list[Session] = sessions_of(workload, self.engine.tokenizer, cfg.seed)
         self._concurrency, self._figures = workload.concurrency, workload.figures
-        self.memory = describe_pools(self._configs, self.engine.model)
+        self.memory = describe_pools(cfg, kinds, self.engine.model)
         built = self._build()  # a pool that does not fit fails here, and a policy that contradicts its index source
         self._built = None if self._step_time.is_measured else built  # a warm-up needs the memory of its pools
 
@@ -125,17 +123,15 @@ class LocalCluster:
             transport,
             event_delay_ns=link.message_ns,
             manager=ClusterManager(self._roles, scaling, scheduler, make(self.cfg.heir)),
-            build=partial(self._instance, transport=transport),
+            build=partial(build_instance, self.cfg, self.engine, transport=transport),
         )
 
     def _instances(self, transport: Transport | None) -> list[Instance]:
         return [
-            self._instance(label, role, incarnation, transport) for incarnation, (label, role) in enumerate(self._roles)
+            build_instance(self.cfg, self.engine, label, role, incarnation, transport)
+            for incarnation, (label, role) in enumerate(self._roles)
         ]
-
-    def _instance(self, label: str, role: Role, incarnation: int, transport: Transport | None = None) -> Instance:
-        return build_instance(self.cfg, self.engine, label, role, incarnation, transport)
 
     def _warm_up(self) -> None:
         label, role = self._roles[0]
-        warm_up(self._instance(label, role, incarnation=0))
+        warm_up(build_instance(self.cfg, self.engine, label, role, incarnation=0))

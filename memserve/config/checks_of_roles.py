@@ -45,7 +45,8 @@ def check_tensor_parallel(cfg: RunConfig) -> None:
 def _check_split(cfg: RunConfig, role: str, size: int) -> None:
     """There is a model to split, or one whose KV a simulation counts."""
     said = "every" if getattr(cfg.cluster.tensor_parallel, role) is None else role
-    name = f"cluster.tensor_parallel.{said}={size}"
+    option = f"cluster.tensor_parallel.{said}"
+    name = f"{option}={size}"
     if cfg.exec == "emulated":
         raise ConfigError(f"{name} contradicts exec=emulated: expected exec=distributed, or exec=simulated")
     if cfg.exec == "simulated":
@@ -53,7 +54,7 @@ def _check_split(cfg: RunConfig, role: str, size: int) -> None:
             raise ConfigError(f"{name} contradicts geometry=own: there is no model whose KV is split; expected "
                               "tokens=workload and a geometry")  # fmt: skip
         heads = cfg.geometry.num_kv_heads
-        require(heads % size == 0, name.partition("=")[0], size, f"a divisor of geometry.num_kv_heads={heads}")
+        require(heads % size == 0, option, size, f"a divisor of geometry.num_kv_heads={heads}")
         return
     if cfg.tokens != "model":
         raise ConfigError(f"{name} contradicts tokens={cfg.tokens}: there is no model to split")

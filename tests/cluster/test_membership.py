@@ -13,11 +13,14 @@ from memserve.metrics.table import print_report
 from memserve.request import FinishReason, Role, SamplingParams
 from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, NoScaling
 
+SLOW_LINK = [  # so that much happens while KV is on its way
+    "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5", "link.gb_per_s=0.001",
+    "workload.think_time_s=0.05",
+]  # fmt: skip
 WORKLOAD = [
     "exec=simulated", "workload=synthetic", "workload.num_sessions=8", "workload.num_turns=3",
     "workload.prompt_tokens=60", "workload.turn_tokens=20", "workload.max_output_tokens=12", "workload.rate=100",
-    "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5", "link.gb_per_s=0.001",
-    "workload.think_time_s=0.05",
+    *SLOW_LINK,
 ]  # fmt: skip
 CLUSTERS = {
     "basic": ["cluster=1p2d", "mode=pd_basic"],

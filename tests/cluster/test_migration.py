@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from cluster.test_membership import CLUSTERS, at_random, nothing_is_left, rows_of, scheduled
+from cluster.test_membership import CLUSTERS, SLOW_LINK, at_random, nothing_is_left, rows_of, scheduled
 from cluster.test_overtaking import LateWays
 from rich.console import Console
 
@@ -22,8 +22,7 @@ from memserve.transfer.faults import MessageFaults
 WORKLOAD = [
     "exec=simulated", "workload=synthetic", "workload.num_sessions=6", "workload.num_turns=2",
     "workload.prompt_tokens=40", "workload.turn_tokens=20", "workload.max_output_tokens=30", "workload.rate=300",
-    "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5", "link.gb_per_s=0.001",
-    "workload.think_time_s=0.05",
+    *SLOW_LINK,
 ]  # fmt: skip
 ON_CALL = ["scaling=schedule"]  # of nothing: whoever drives the cluster says who leaves
 MIGRATE = [*ON_CALL, "departure=migrate"]
