@@ -80,3 +80,14 @@ def test_the_readmes_option_words_exist() -> None:
     named = [(group, word) for group, word in words if group in groups]
     assert len(named) > 20
     assert not [f"{g}={w}" for g, w in named if not (ROOT / "configs" / g / f"{w}.yaml").is_file()]
+
+
+def test_the_map_has_every_module_and_no_other() -> None:
+    """A module may be named by the end of its path, as far as that says which one it is."""
+    text = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    modules = {m.relative_to(ROOT / "memserve").as_posix() for m in (ROOT / "memserve").rglob("*.py")}
+    modules = {m for m in modules if not m.endswith("__init__.py")}
+    ends = {name: [m for m in modules if m == name or m.endswith("/" + name)] for name in named}
+    assert not {name: found for name, found in ends.items() if len(found) != 1 and name not in modules}
+    assert not modules - {m for name, found in ends.items() for m in ([name] if name in modules else found)}
