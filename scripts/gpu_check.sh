@@ -64,10 +64,14 @@ pytest=("$python" -m pytest --verbose --tb=short -W default) # what another vers
 failed=()
 
 run() { # NAME LIMIT GOAL COMMAND...: into the page, as it comes
-    local name=$1 limit=$2 goal=$3 start=$SECONDS status=0
+    local name=$1 limit=$2 goal=$3 start=$SECONDS status=0 copying
     shift 3
     { echo; echo "## $name"; echo; echo "Goal: $goal. Limit: $limit s."; echo; echo '```'; } | tee -a "$page"
-    timeout --signal=INT --kill-after=30 "$limit" "$@" 2>&1 | tee -a "$page" || status=$?
+    exec 3> >(exec tee -a "$page") # no pipe: that ends with the last who writes, and a rank that hangs may never
+    copying=$!
+    timeout --signal=INT --kill-after=40 "$limit" "$@" >&3 2>&1 3>&- || status=$? # torchrun kills its ranks after 30 s
+    exec 3>&-
+    timeout 5 tail --pid="$copying" --sleep-interval=.1 -f /dev/null || kill "$copying"
     { echo '```'; echo; echo "Status $status after $((SECONDS - start)) s."; } | tee -a "$page"
     [[ $status == 0 ]] || failed+=("$name")
 }

@@ -7,7 +7,9 @@ step needs goes to the GPU in asynchronous copies from pinned memory, and of the
 Shape legend: R rows of a bucket, one token each; M blocks of the widest table; V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -99,7 +101,8 @@ class CapturedDecode:
         self._max_blocks, self._pool = max_blocks, torch.cuda.graph_pool_handle()
         # One for all: cuBLAS keeps 32 MiB for every stream that products ran on, and torch's own is of one device only.
         self._stream = new_stream(model.device)
-        recorded = [self._record(inputs) for inputs in reversed(self._inputs)]
+        with _nothing_collected():
+            recorded = [self._record(inputs) for inputs in reversed(self._inputs)]
         self._steps = recorded[::-1]
 
     def takes(self, batch: ForwardBatch) -> bool:
@@ -132,6 +135,20 @@ class CapturedDecode:
             return logits_RV
 
         return replay
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within, Python frees no cycle of objects by itself: a recording breaks when a graph of before ends in its thread
+    (pytorch/pytorch, pull request 161037).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 Small enough for the stand-in of a GPU (tests/stand_in), on which these run where there is no other.
 """
 
+import gc
 import warnings
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from mini_engine import MiniEngine, RecordingSampler
 from small_models import SMALL, random_model
 
+from memserve.model import captured_decode
 from memserve.model.llama import Llama, load_model
 from memserve.model.random_weights import RandomWeights
 
@@ -96,6 +98,20 @@ def test_requests_that_come_and_go_are_answered_as_on_a_cpu(compiled, layout) ->
         return engine.finish(requests, num_steps=2)
 
     assert answers(engine_on_gpu(compiled=compiled, layout=layout)) == answers(engine_on_cpu())
+
+
+def test_no_garbage_is_collected_while_graphs_are_recorded(monkeypatch) -> None:
+    """An engine of before, with its graphs, may be a part of it: they would end within the recording."""
+    collects, step = set(), captured_decode.decode_step
+
+    def watched(*args):
+        collects.add(gc.isenabled())
+        return step(*args)
+
+    monkeypatch.setattr(captured_decode, "decode_step", watched)
+    assert gc.isenabled()
+    engine_on_gpu(compiled=True)
+    assert collects == {False} and gc.isenabled()
 
 
 @pytest.mark.parametrize("fused_rows", [0, 8], ids=["products apart", "products fused"])

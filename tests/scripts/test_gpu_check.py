@@ -1,7 +1,9 @@
 """The one command for a machine with a GPU has no mistake that waits for one: without it, its parts run dry."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import zipfile
@@ -11,6 +13,7 @@ import pytest
 from child_process import needs_triton, own_environment
 
 from memserve import load_config
+from memserve.clock import monotonic_ns
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -65,6 +68,20 @@ def test_a_part_that_fails_is_named_and_stops_no_other(tmp_path: Path) -> None:
     assert status == 1
     assert re.findall(r"^failed: (\w+)", printed, flags=re.MULTILINE) == ["kernels", "transfer", "serve", "serve"]
     assert printed.count("Status 1") == 4
+
+
+def test_a_process_that_outlives_its_part_is_not_waited_for(tmp_path: Path) -> None:
+    """In a session of its own, as a rank of torchrun's is: it holds what its part wrote to."""
+    python = tmp_path / "python"
+    left = "setsid sleep 60 & echo $!; exit 3"
+    python.write_text(f'#!/bin/sh\ncase "$1" in scripts/*) {left} ;; *) exec {INTERPRETER} "$@" ;; esac\n')
+    python.chmod(0o755)
+    began_ns = monotonic_ns()
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", python=str(python))
+    assert status == 1 and "Status 3" in printed and monotonic_ns() - began_ns < 40e9
+    left_pid = re.search(r"^(\d+)$", (tmp_path / "page.md").read_text(), flags=re.MULTILINE)
+    assert left_pid is not None, "what the part wrote is in the page"
+    os.kill(int(left_pid[1]), signal.SIGKILL)
 
 
 def test_packages_that_the_interpreter_lacks_are_named_before_anything_runs(tmp_path: Path) -> None:
