@@ -108,6 +108,25 @@ def test_a_contended_link_takes_longer_for_the_same_bytes():
     assert waits[1] > 1.2 * waits[0]
 
 
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+def test_by_default_no_more_gets_into_an_instance_than_its_link_carries(granularity):
+    words = ["cluster=3p1d", "workload.num_sessions=12", "workload.rate=1000", "link=ethernet_10g"]
+    model = ["tokens=workload", "geometry=llama3_8b", f"granularity={granularity}"]
+    report = LocalCluster(load_config([*WORDS, *words, *model])).run()
+    assert report["transfers"]["p_to_d"]["bytes"] / 1.25e9 < report["makespan_s"]
+
+
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
+def test_macro_steps_change_nothing_where_moves_share_ports(granularity):
+    words = ["cluster=3p1d", "mode=pd_caching_3", "workload.num_turns=3", "workload.think_time_s=0.01",
+             "workload.rate=50", "workload.max_output_tokens=40", f"granularity={granularity}"]  # fmt: skip
+    slow = ["link.gb_per_s=0.00002", "link.latency_s=0.0003"]
+    on, off = (
+        LocalCluster(load_config([*WORDS, *words, *slow, f"macro_steps={word}"])).run_once() for word in ("on", "off")
+    )
+    assert on.report["transfers"] == off.report["transfers"] and on.report["jct_s"] == off.report["jct_s"]
+
+
 def returns(*words):
     several = ["workload.num_sessions=2", "workload.num_turns=3", "workload.max_output_tokens=40"]
     report = LocalCluster(load_config([*RETURNING, *several, *words])).run()

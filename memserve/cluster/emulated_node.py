@@ -1,8 +1,10 @@
 """Node: an instance in an emulated cluster, its timeline, and the step that it is in. Decides nothing.
 
-begin: a batch, computed at once if its duration is measured -> catch_up, cut: of a macro-step -> end: commit
+begin: a batch, computed at once if its duration is measured, or if its KV leaves by layer -> catch_up, cut: of a
+macro-step -> end: commit
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,14 +17,14 @@ from memserve.kvcache.head_parts import endpoint_of
 from memserve.messages import PoolMessage
 from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
-from memserve.request import LayerRun, ScheduledBatch, StepOutput
+from memserve.request import LayerRun, Role, ScheduledBatch, StepOutput
 from memserve.transfer.transport import Transport
 
 
 @dataclass
 class Step:
-    """A step under way. ends_ns: int64 [num_steps]. `output` is there already when the step was measured, and with it
-    layers_ns: when each layer was written.
+    """A step under way. ends_ns: int64 [num_steps]. `output` is there already when the step was computed at its
+    beginning, and with it layers_ns: when each layer is written.
     """
 
     batch: ScheduledBatch
@@ -91,8 +93,27 @@ class Node:
             if macro_steps:
                 batch = replace(batch, num_steps=self.max_macro_steps(batch))
             durations = step_time.durations_ns(batch, self.instance.role)
+            if batch.num_steps == 1 and (layers_ns := self._evenly(now_ns, durations[0])):
+                output = self.instance.forward(batch)
         self.step = Step.lasting(batch, now_ns, durations, output, layers_ns)
+        self._announce(batch, layers_ns[:-1])
         return int(self.step.ends_ns[-1])
+
+    def _evenly(self, now_ns: int, lasts_ns: int) -> list[int]:
+        """When each layer is written of a step whose duration alone is known; nothing where none leaves by itself."""
+        handoffs = self.instance.handoffs
+        if handoffs is None or not handoffs.asks_at_admission or self.instance.role is not Role.PREFILL:
+            return []
+        num_layers = handoffs.transfers.geometry.num_layers
+        return [now_ns + lasts_ns * (layer + 1) // num_layers for layer in range(num_layers)]
+
+    def _announce(self, batch: ScheduledBatch, layers_ns: Sequence[int]) -> None:
+        """Puts a step's first layers on the wire, from when each is written; the last one leaves when the step has
+        ended, since what is told with a request's KV is known then.
+        """
+        if self.instance.handoffs is not None:
+            for layer, written_ns in enumerate(layers_ns):
+                self.instance.handoffs.layer_written(batch, layer, written_ns)
 
     def look_for_work(self, step_time: StepTime) -> StepWatch:
         """Times a step from now on, if there is one."""
@@ -149,8 +170,7 @@ class Node:
         step, self.step = self.step, None
         assert step is not None
         if self.instance.handoffs is not None:
-            for layer, written_ns in enumerate(step.layers_ns):
-                self.instance.handoffs.layer_written(step.batch, layer, written_ns)
+            self._announce(step.batch, step.layers_ns)
             self.activity.sent(self.instance.handoffs.transfers.drain_sent())
         self.busy_ns += now_ns - step.start_ns
         if step.output is None:

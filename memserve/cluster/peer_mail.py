@@ -23,6 +23,7 @@ def send_to_peers(
         if (receiver := nodes.get(peer)) is not None:
             for time_ns in times:
                 queue.push(time_ns, PEER, receiver, (node.incarnation, message))
+    transport.run(now_ns)
     for endpoint, due_ns in transport.due_ns().items():
         queue.set_timer(nodes[endpoint], due_ns, now_ns)
 

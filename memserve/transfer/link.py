@@ -12,14 +12,15 @@ class LinkModel:
     """seconds = latency_s * network calls + bytes / (gb_per_s * 1e9), calls one after the other.
 
     The paper's own model has no latency term (Eq. 2), which makes every granularity cost the same.
-    message_latency_s: of a control message, one way.  contention: moves that leave one instance, or reach one, wait for
-    each other; without it each pair of instances has a link of its own. Raises ValueError for what is no link.
+    message_latency_s: of a control message, one way.  contention: every rank of an instance has a port out and a port
+    in of that bandwidth, which moves out of it, and into it, share fairly; without it each pair of ranks has a link of
+    its own, however many senders one receiver has. Raises ValueError for what is no link.
     """
 
     latency_s: float
     gb_per_s: float
     message_latency_s: float = 0.0
-    contention: bool = False
+    contention: bool = True
 
     def __post_init__(self) -> None:
         for name in ("latency_s", "message_latency_s"):

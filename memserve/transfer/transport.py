@@ -1,7 +1,8 @@
 """Transport: moves rows of bytes from one endpoint's memory to another's. Knows endpoints by number, and no KV.
 
-An endpoint attaches its memories once. Whoever writes posts moves and polls for those that have arrived whole; the
-order of moves between two endpoints is kept. A posted move is always completed, unless one of its ends is gone.
+An endpoint attaches its memories once. Whoever writes posts moves and polls for those that have arrived whole; moves
+between two endpoints arrive in the order in which they were ready. A posted move is always completed, unless one of its
+ends is gone.
 """
 
 from abc import ABC, abstractmethod
@@ -88,7 +89,7 @@ class Transport(ABC):
 
     @abstractmethod
     def next_time_ns(self) -> int | None:
-        """When the next move will arrive, on a virtual clock; None when none is under way."""
+        """When to poll next, on a virtual clock: nothing arrives before; None when nothing is under way."""
 
     @abstractmethod
     def close(self) -> None:

@@ -26,7 +26,8 @@ def two_endpoints(link=LINK, count=2):
 def test_rows_arrive_when_the_link_says_and_not_before():
     transport, (here, there) = two_endpoints()
     transport.post((0, 7, 0), move(0, 1, [1, 2], [5, 0]), ready_ns=50)
-    assert transport.next_time_ns() == 50 + 2 * 1000 + 32
+    assert transport.next_time_ns() == 50, "then it begins"
+    assert transport.poll(0, 50) == [] and transport.next_time_ns() == 50 + 2 * 1000 + 32
     assert transport.poll(0, 2081) == [] and there[5].tolist() == [120, 121, 122, 123]
     assert transport.poll(0, 2082) == [Arrived((0, 7, 0), 50, 2082)]
     assert there[5].tolist() == here[1].tolist() and there[0].tolist() == here[2].tolist()
@@ -42,13 +43,78 @@ def test_moves_between_two_endpoints_follow_each_other():
     assert [a.ended_ns for a in arrived] == [1016, 2032, 3048]
 
 
-@pytest.mark.parametrize(("contention", "second_ns"), [(False, 1016), (True, 2032)])
-def test_moves_into_one_endpoint_wait_for_each_other_only_with_contention(contention, second_ns):
-    transport, _ = two_endpoints(LinkModel(1e-6, 1.0, contention=contention), count=3)
-    transport.post((0, 1, 0), move(0, 2, [0], [0]), ready_ns=0)
-    transport.post((1, 1, 0), move(1, 2, [0], [1]), ready_ns=0)
-    transport.poll(0, 10_000)
-    assert transport.poll(1, 10_000)[0].ended_ns == second_ns
+BIG = 1_000_000  # bytes that take 1 ms alone
+
+
+def ends_of(posts, contention=True, latency_s=0.0, until_ns=10**9, polled_ns=()):
+    """When each of (source, target, bytes, network calls, ready_ns) ends."""
+    transport = InProcess(LinkModel(latency_s, 1.0, contention=contention))
+    for endpoint in range(8):
+        transport.attach(endpoint, [None])
+    for number, (source, target, num_bytes, num_calls, ready_ns) in enumerate(posts):
+        transport.post((source, number, 0), move(source, target, [0], [0], num_bytes, num_calls), ready_ns)
+    arrived = [a for at in (*polled_ns, until_ns) for endpoint in range(8) for a in transport.poll(endpoint, at)]
+    ends = {each.move_id[1]: each.ended_ns for each in arrived}
+    return [ends[number] for number in range(len(posts))]
+
+
+@pytest.mark.parametrize(("contention", "ends"), [(False, [BIG] * 3), (True, [3 * BIG] * 3)])
+def test_senders_to_one_endpoint_share_its_port_in_only_with_contention(contention, ends):
+    assert ends_of([(source, 3, BIG, 1, 0) for source in range(3)], contention) == ends
+
+
+def test_a_sender_shares_its_port_out_and_what_comes_in_meanwhile_takes_nothing_of_it():
+    assert ends_of([(0, 1, BIG, 1, 0), (0, 2, BIG, 1, 0), (3, 0, BIG, 1, 0)]) == [2 * BIG, 2 * BIG, BIG]
+
+
+def test_who_comes_later_shares_from_then_on_and_who_stays_has_the_rest():
+    assert ends_of([(0, 2, BIG, 1, 0), (1, 2, BIG // 4, 1, BIG // 2)]) == [BIG // 2 + 3 * BIG // 4, BIG]
+
+
+def test_a_sender_to_a_busy_receiver_sends_to_others_with_all_that_is_left_of_its_port():
+    """0, 1 and 2 send to 3, a third of its port each; what 0 sends to 4 has the other two thirds of 0's."""
+    posts = [*((source, 3, BIG, 1, 0) for source in range(3)), (0, 4, BIG, 1, 0)]
+    assert ends_of(posts) == [3 * BIG] * 3 + [1_500_000]
+
+
+def test_the_latency_of_one_s_calls_leaves_the_port_to_others():
+    """Ten calls of 1,000 bytes, 100 us apart, use a hundredth of the port: the big one beside them hardly notices."""
+    small, big = ends_of([(0, 2, 10_000, 10, 0), (1, 2, BIG, 0, 0)], latency_s=1e-4)
+    assert small == 1_010_000 and BIG < big < 1.011 * BIG
+
+
+def test_what_calls_and_latencies_there_are_a_port_passes_no_more_than_its_bandwidth():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        posts = [
+            (int(rng.integers(3)), int(rng.integers(3, 5)), int(rng.integers(1, BIG)), int(rng.integers(1, 40)),
+             int(rng.integers(BIG)))
+            for _ in range(30)
+        ]  # fmt: skip
+        ends = ends_of(posts, latency_s=1e-5)
+        for place in (0, 1):
+            for port in {post[place] for post in posts}:
+                through = [(post, end) for post, end in zip(posts, ends, strict=True) if post[place] == port]
+                span_ns = max(end for _, end in through) - min(post[4] for post, _ in through)
+                assert sum(post[2] for post, _ in through) <= span_ns + len(posts)
+        assert all(end - post[4] >= post[2] + 10_000 * post[3] - 1 for post, end in zip(posts, ends, strict=True))
+
+
+def test_ends_do_not_depend_on_who_looks_when():
+    posts = [(i % 3, 3 + i % 2, 100_000 + 7_919 * i, 1 + i % 5, 31_337 * i) for i in range(20)]
+    assert ends_of(posts, latency_s=1e-5, polled_ns=range(0, 3 * BIG, 9_973)) == ends_of(posts, latency_s=1e-5)
+
+
+def test_what_a_gone_endpoint_was_sending_leaves_the_port_to_the_others():
+    transport = InProcess(LinkModel(0.0, 1.0))
+    for endpoint in range(3):
+        transport.attach(endpoint, [None])
+    for source in (0, 1):
+        transport.post((source, 0, 0), move(source, 2, [0], [0], BIG), 0)
+    transport.poll(0, BIG)
+    transport.detach(0)
+    transport.poll(1, BIG)
+    assert transport.next_time_ns() == BIG + BIG // 2 and transport.due_ns() == {1: BIG + BIG // 2}
 
 
 def test_what_a_gone_endpoint_had_posted_stops_and_what_others_send_it_reaches_nothing():
@@ -98,6 +164,7 @@ def test_who_is_to_be_polled_next_and_at_once_where_another_poll_has_moved_the_b
     assert transport.due_ns() == {}
     transport.post((0, 1, 0), move(0, 2, [0], [0]), ready_ns=0)
     transport.post((1, 1, 0), move(1, 3, [0], [0]), ready_ns=0)  # ends at the same nanosecond
+    transport.run(0)
     assert transport.due_ns() == {0: 1016}
     assert transport.poll(0, 1016) and transport.due_ns() == {1: 0}
     assert transport.poll(1, 1016) and transport.due_ns() == {}

@@ -1,0 +1,170 @@
+"""Ports: who is on the wire, and how fast, where flows share ports of one bandwidth. Knows no bytes and no endpoints.
+
+    add -> ready -> waits for the flow before it in its lane -> under way, at a speed -> ended
+
+A port is a network card's way out, or its way in. Flows under way share each port's bandwidth fairly (max-min): what
+one cannot use, since its other port is busier or since it waits for the latency of its calls, the others have. Flows
+of one lane, which is a sender and a receiver, follow each other. Speeds change only when a flow begins or ends, so that
+results do not depend on when anybody looks.
+"""
+
+import heapq
+from collections import Counter, defaultdict, deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Flow(Generic[T]):
+    """what: it carries.  lane: whose flows follow each other.  ports: that it goes through.
+
+    alone_ns: it takes where nobody else is.  demand: the share of a port's bandwidth that it uses then, 0 to 1; the
+    rest of its time is latency, in which others may send.
+    """
+
+    what: T
+    lane: Hashable
+    ports: Sequence[Hashable]
+    alone_ns: int
+    demand: float
+    number: int = 0
+    begun_ns: int = 0
+    ends_ns: int = 0
+    is_cancelled: bool = False
+    _left_ns: float = 0.0  # of alone_ns
+    _speed: float = 0.0
+    _since_ns: int = 0
+
+    def begin(self, now_ns: int) -> None:
+        """It is under way, and stands still until it gets a speed."""
+        self.begun_ns = self._since_ns = now_ns
+        self._left_ns, self._speed = float(self.alone_ns), 0.0
+
+    def go_on(self, speed: float, now_ns: int) -> None:
+        """speed: 1 as if it were alone."""
+        if speed != self._speed:
+            self._left_ns -= self._speed * (now_ns - self._since_ns)
+            self._speed, self._since_ns = speed, now_ns
+            self.ends_ns = now_ns + max(0, round(self._left_ns / speed))
+
+
+def fair_shares(flows: Sequence[Flow[T]]) -> list[float]:
+    """The share of its ports' bandwidth that each flow gets: max-min fair, and no more than it demands."""
+    shares, free = [0.0] * len(flows), {port: 1.0 for flow in flows for port in flow.ports}
+    waiting = list(range(len(flows)))
+    while waiting:
+        counts = Counter(port for i in waiting for port in flows[i].ports)
+        levels = {port: free[port] / count for port, count in counts.items()}
+        level = min(levels.values())
+        modest = {i for i in waiting if flows[i].demand <= level}
+        settled = modest or {i for i in waiting if any(levels[port] == level for port in flows[i].ports)}
+        for i in sorted(settled):
+            shares[i] = min(level, flows[i].demand)
+            for port in flows[i].ports:
+                free[port] -= shares[i]
+        waiting = [i for i in waiting if i not in settled]
+    return shares
+
+
+class Ports(Generic[T]):
+    """The flows of some ports. Times are those of the caller, who never goes back."""
+
+    def __init__(self) -> None:
+        self._now_ns = 0  # of the last change of speeds
+        self._num_added = 0
+        self._coming: list[tuple[int, int, Flow[T]]] = []  # a heap by (when it is ready, number)
+        self._lanes: defaultdict[Hashable, deque[Flow[T]]] = defaultdict(deque)  # who is first is under way
+        self._under_way: list[Flow[T]] = []
+
+    def add(self, flow: Flow[T], ready_ns: int) -> None:
+        """A flow that begins at ready_ns or, where that is past for these ports, now."""
+        self._num_added += 1
+        flow.number = self._num_added
+        heapq.heappush(self._coming, (max(ready_ns, self._now_ns), flow.number, flow))
+
+    def run(self, until_ns: int) -> list[Flow[T]]:
+        """Lets time pass up to and with until_ns; the flows that have ended, in order, those cancelled too."""
+        ended = []
+        while (event := self._next()) is not None and event[0] <= until_ns:
+            self._now_ns, flow = max(self._now_ns, event[0]), event[1]
+            if self._under_way_in(flow.lane) is flow:
+                ended.append(flow)
+                self._end([flow])
+            else:
+                heapq.heappop(self._coming)
+                self._arrive(flow)
+        cancelled = [flow for flow in self._under_way if flow.is_cancelled]
+        if cancelled:
+            self._now_ns = max(self._now_ns, until_ns)
+            self._end(cancelled)
+        return ended + cancelled
+
+    def next_event(self) -> tuple[int, T] | None:
+        """When the next flow begins or ends, of those not cancelled, and what it carries."""
+        event = self._next()
+        return None if event is None else (event[0], event[1].what)
+
+    def flows(self) -> Iterable[Flow[T]]:
+        """All that have not ended."""
+        yield from (entry[2] for entry in self._coming)
+        for lane in self._lanes.values():
+            yield from lane
+
+    def clear(self) -> None:
+        """Forgets all flows."""
+        self._coming.clear()
+        self._lanes.clear()
+        self._under_way.clear()
+
+    def _next(self) -> tuple[int, Flow[T]] | None:
+        while self._coming and self._coming[0][2].is_cancelled:
+            heapq.heappop(self._coming)
+        ending = [(flow.ends_ns, 0, flow.number, flow) for flow in self._under_way if not flow.is_cancelled]
+        beginning = [(time_ns, 1, number, flow) for time_ns, number, flow in self._coming[:1]]
+        first = min(ending + beginning, default=None)
+        return None if first is None else (first[0], first[3])
+
+    def _under_way_in(self, lane: Hashable) -> Flow[T] | None:
+        return self._lanes[lane][0] if self._lanes.get(lane) else None
+
+    def _arrive(self, flow: Flow[T]) -> None:
+        self._lanes[flow.lane].append(flow)
+        if self._lanes[flow.lane][0] is flow:
+            self._begin([flow])
+
+    def _end(self, flows: Sequence[Flow[T]]) -> None:
+        """They leave their ports; who is next in their lanes begins."""
+        self._under_way = [flow for flow in self._under_way if flow not in flows]
+        following = []
+        for flow in flows:
+            lane = self._lanes[flow.lane]
+            lane.popleft()
+            while lane and lane[0].is_cancelled:
+                lane.popleft()
+            if lane:
+                following.append(lane[0])
+            else:
+                del self._lanes[flow.lane]
+        self._begin(following, {port for flow in flows for port in flow.ports})
+
+    def _begin(self, flows: Sequence[Flow[T]], freed: Iterable[Hashable] = ()) -> None:
+        """They are under way; whoever shares a port with them, or with a port that was freed, gets a new speed."""
+        for flow in flows:
+            flow.begin(self._now_ns)
+        self._under_way += flows
+        sharing = self._sharing({*freed, *(port for flow in flows for port in flow.ports)})
+        for flow, share in zip(sharing, fair_shares(sharing), strict=True):
+            flow.go_on(share / flow.demand if share < flow.demand else 1.0, self._now_ns)
+
+    def _sharing(self, ports: set[Hashable]) -> list[Flow[T]]:
+        """The flows under way through these ports, and through those that they share with others."""
+        sharing: list[Flow[T]] = []
+        others = self._under_way
+        while near := [flow for flow in others if not ports.isdisjoint(flow.ports)]:
+            sharing += near
+            others = [flow for flow in others if ports.isdisjoint(flow.ports)]
+            ports = ports.union(*(flow.ports for flow in near))
+        return sharing
