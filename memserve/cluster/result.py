@@ -77,4 +77,5 @@ def _write(cfg: RunConfig, report: Report, last: Result, directory: Path) -> Non
         occupancy=last.occupancy,
         activity=last.activity,
         environment=recorded,
+        with_tokens=cfg.tokens != "workload",
     )

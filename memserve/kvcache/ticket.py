@@ -79,7 +79,8 @@ PLAIN = TransferOptions()
 
 @dataclass
 class TransferCounts:
-    """What was sent. tokens: valid ones, apart from bytes.  calls: network calls.  elapsed_ns: on the wire, added up.
+    """What was sent. tokens: valid ones, apart from bytes.  calls: network calls.  bytes, calls: of all ranks of an
+    instance.  elapsed_ns: on the wire, of each move, added up, also of moves that were there at the same time.
 
     transfers: as the paper counts them (Fig. 5), of KV that had to move: 2L for each chunk by layer, else 1 a ticket.
     declined: refused for lack of room, best effort only.  overtaken: what it was sent for had happened already.

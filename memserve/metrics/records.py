@@ -16,8 +16,11 @@ from memserve.timeline import RequestTimeline
 MAX_OTHERS = 7  # instances that a recorded choice lists beside the chosen one: a cluster may have hundreds
 
 
-def request_record(timeline: RequestTimeline) -> dict[str, Any]:
-    """One request as JSON values. Event times in seconds on the cluster's clock, null where it never came so far."""
+def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> dict[str, Any]:
+    """One request as JSON values. Event times in seconds on the cluster's clock, null where it never came so far.
+
+    with_tokens: output_token_ids; without, where they are filler that stands for tokens, their number alone.
+    """
     stats, metrics = timeline.stats, measure(timeline)
     token_times_s = (timeline.token_times_ns / NS_PER_S).tolist()
     record = {
@@ -52,9 +55,10 @@ def request_record(timeline: RequestTimeline) -> dict[str, Any]:
         "migrations": msgspec.to_builtins(timeline.migrations),
         "finish_reason": None if timeline.reason is None else str(timeline.reason),
         "detail": timeline.detail,
-        "output_token_ids": timeline.token_ids.tolist(),
         "token_times_s": token_times_s,
     }
+    if with_tokens:
+        record["output_token_ids"] = timeline.token_ids.tolist()
     if timeline.logprobs:
         record["logprobs"] = msgspec.to_builtins(timeline.logprobs, str_keys=True)
     return record
@@ -110,10 +114,10 @@ def fetch_record(record: FetchRecord) -> dict[str, Any]:
     return {**values, "began_s": to_s(began_ns), "ended_s": _seconds(ended_ns), "actual_fetch_s": fetched_s}
 
 
-def record_lines(timelines: Iterable[RequestTimeline]) -> Iterator[str]:
-    """The lines of requests.jsonl, each with its line end."""
+def record_lines(timelines: Iterable[RequestTimeline], *, with_tokens: bool = True) -> Iterator[str]:
+    """The lines of requests.jsonl, each with its line end. with_tokens: as of `request_record`."""
     for timeline in timelines:
-        yield json.dumps(request_record(timeline), ensure_ascii=False, allow_nan=False) + "\n"
+        yield json.dumps(request_record(timeline, with_tokens=with_tokens), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _of(stats: RequestStats | None, name: str) -> int | None:

@@ -255,6 +255,7 @@ def _instance(
         "hit_ratio": _hit_ratio(tokens),
         "preemptions": sum(request.num_preemptions for request in begun),
         **counts,
+        "peak_used_share": formulas.ratio(stats.peak_used_blocks, stats.num_blocks),
     }
 
 

@@ -33,7 +33,9 @@ def print_report(report: Report, title: str = "", console: Console | None = None
 
 
 def format_figure(value: float | None, unit: str) -> str:
-    """A figure with its unit: seconds (in s, ms or us), share (in %), mega (in millions), count or number."""
+    """A figure with its unit: seconds (in s, ms or us), share (in %), percent (a share in whole ones), mega (in
+    millions), count or number.
+    """
     if value is None:
         return NONE
     if unit == "seconds":
@@ -42,6 +44,8 @@ def format_figure(value: float | None, unit: str) -> str:
         value /= 1e6
     if unit == "share":
         return f"{100 * value:.1f} %"
+    if unit == "percent":
+        return f"{100 * value:.0f} %"
     if unit == "count" and value == int(value):
         return f"{int(value):,}"
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
@@ -196,7 +200,7 @@ def _workload_text(figures: Mapping[str, Any]) -> dict[str, str]:
 def _instance_table(report: Report) -> Table:
     table = plain_table()
     table.add_column("instance", no_wrap=True)
-    for heading in ("reqs", "busy", "in use", "hits", "computed", "output", "preempted", "evicted"):
+    for heading in ("reqs", "busy", "util", "KV\npeak", "hits", "computed", "output", "pre-\nempted", "evict"):
         table.add_column(heading, justify="right", overflow="fold")
     anybody_waited = any(row["peak_waiting_handoffs"] for row in report["instances"])
     if anybody_waited:
@@ -207,6 +211,7 @@ def _instance_table(report: Report) -> Table:
             _count(row["num_requests"]),
             format_figure(row["busy_s"], "seconds"),
             format_figure(row["utilisation"], "share"),
+            format_figure(row["peak_used_share"], "percent"),
             format_figure(row["hit_ratio"], "share"),
             _count(row["tokens"]["computed"]),
             _count(row["tokens"]["generated"]),

@@ -19,6 +19,9 @@ def test_a_record_holds_every_event_count_and_token(make_timeline):
     ]  # fmt: skip
     assert [record[f"{event}_s"] for event in ("prefill_end", "first_token", "finished")] == [2.0, 2.0, 5.0]
     assert record["token_times_s"] == [2.0, 3.0, 5.0] and record["output_token_ids"] == [10, 11, 12]
+    without = request_record(make_timeline("a/1", arrival=0.25), with_tokens=False)
+    del record["output_token_ids"]
+    assert without == record and without["num_generated"] == 3
     assert (record["ttft_s"], record["tpot_s"], record["jct_s"]) == (1.75, 1.5, 4.75)
     assert (record["num_prompt"], record["num_cached_local"], record["num_computed"]) == (100, 40, 60)
     assert (record["num_generated"], record["finish_reason"], record["detail"]) == (3, "length", "")

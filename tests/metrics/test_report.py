@@ -92,6 +92,13 @@ def test_instances_carry_their_own_counts_and_those_of_their_requests(make_timel
     assert report["skew"] == {"busy_s": 2.0, "num_requests": 2.0, "computed_tokens": 2.0}
 
 
+def test_the_most_of_a_pool_that_was_held_is_a_share_of_it():
+    [row] = build_report([], [InstanceStats("a", "colocated", 0, num_blocks=10, peak_used_blocks=4)], wall_s=0)[
+        "instances"
+    ]
+    assert (row["peak_used_share"], row["utilisation"]) == (0.4, None)
+
+
 def test_a_run_without_requests_gives_nulls_and_valid_json():
     report = build_report([], [], wall_s=0.0, slo=Slo(1.0, 1.0))
     assert report["ttft_s"] == {"mean": None, "p50": None, "p90": None, "p99": None}

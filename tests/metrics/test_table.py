@@ -84,11 +84,12 @@ def test_an_instance_with_large_counts_fits_into_88_columns(make_timeline):
         "busy_s": 1234.5,
         "preemptions": 123,
         "num_evicted_blocks": 77777,
+        "peak_used_share": 0.983,
     }
     out = Console(file=io.StringIO(), width=88, color_system=None)
     print_report(report, console=out)
     (line,) = (line for line in text(out).splitlines() if "colocated-31" in line)
-    for expected in ("2,333", "1,234 s", "80.0 %", "1,234,567", "765,432", "123", "77,777"):
+    for expected in ("2,333", "1,234 s", "80.0 %", "98 %", "1,234,567", "765,432", "123", "77,777"):
         assert expected in line
 
 
