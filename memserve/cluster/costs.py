@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from memserve.cluster.make import make_asking
+from memserve.cluster.make import make, make_asking
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
+from memserve.hash_runner import hash_geometry
 from memserve.kvcache.layout import CacheGeometry
 from memserve.metrics.output import cpu_model, usable_cpus
 from memserve.model.llama import Llama
@@ -35,6 +36,8 @@ def build_cost_model(cfg: RunConfig, model: Llama | None, role: str = Role.COLOC
     """
     costs = costs_of(cfg, role)
     costs.block_size = cfg.kvcache.block_size
+    counts_as = geometry_of_model(cfg, model, num_ranks(cfg, role)) or hash_geometry(cfg.kvcache.block_size)
+    costs.pieces_per_block = make(cfg.layout).regions_per_block(counts_as)
     if not hasattr(costs, "swap_block_s"):
         name = type(costs).__name__
         raise ConfigError(f"cost_model={name} has no swap_block_s: expected seconds of a block between HBM and DRAM")

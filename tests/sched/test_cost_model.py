@@ -186,14 +186,26 @@ def test_a_file_of_this_machine_is_the_model_that_was_fitted(write):
 def test_swaps_cost_as_much_for_each_token_whatever_the_size_of_blocks(words, write):
     path = [f"cost_model.path={write(here())}"] if words == ["cost_model=fitted"] else []
     words = ["exec=simulated", "tokens=workload", "geometry=llama3_8b", *words, *path]
+    words += ["cost_model.swap_piece_s=0"] if not path else []
     costs = [build_cost_model(load_config([*words, f"kvcache.block_size={size}"]), None) for size in (1, 16, 64)]
     assert costs[1].swap_time_s(2) == costs[1].swap_block_s * 2 > 0
     for other, num_blocks in ((costs[0], 32), (costs[2], 0.5)):
         assert other.swap_time_s(num_blocks) == pytest.approx(costs[1].swap_time_s(2))
 
 
+@pytest.mark.parametrize(("layout", "pieces"), [("discrete", 2 * 32), ("aggregated", 1)])
+@pytest.mark.parametrize("word", ["fixed", "h800_llama2_13b", "roofline"])
+def test_every_piece_of_a_swapped_block_has_its_price(word, layout, pieces):
+    """Which is what the paper's huge pages save (section 5.2)."""
+    words = ["exec=simulated", "tokens=workload", "geometry=llama3_8b", f"layout={layout}", f"cost_model={word}"]
+    costs = build_cost_model(load_config([*words, "cost_model.swap_piece_s=1e-5"]), None)
+    assert costs.swap_time_s(3) - 3 * costs.swap_block_s == pytest.approx(3 * pieces * 1e-5)
+    with pytest.raises(ValueError, match="cost_model.swap_piece_s=-1"):
+        build_cost_model(load_config([*words, "cost_model.swap_piece_s=-1"]), None)
+
+
 def test_the_block_that_a_swap_s_price_is_of_can_be_another(write):
-    words = ["exec=simulated", "kvcache.block_size=64", "cost_model.swap_block_s=0.5"]
+    words = ["exec=simulated", "kvcache.block_size=64", "cost_model.swap_block_s=0.5", "cost_model.swap_piece_s=0"]
     assert build_cost_model(load_config([*words, "cost_model.swap_block_tokens=64"]), None).swap_time_s(3) == 1.5
     with pytest.raises(ValueError, match="cost_model.swap_block_tokens=0: expected an integer >= 1"):
         build_cost_model(load_config([*words, "cost_model.swap_block_tokens=0"]), None)

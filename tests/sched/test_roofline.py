@@ -120,6 +120,13 @@ def test_a_block_is_swapped_at_the_host_s_rate():
     assert PEAK.swap_time_s(2) == pytest.approx(2 * 16 * 2 * 3 * 4 * 16 * 2 / 1e7)
 
 
+def test_every_request_in_a_step_takes_the_host_its_time():
+    free, paid = (RooflineCostModel(GPU, SHAPE, request_s=seconds) for seconds in (0.0, 1e-3))
+    batch = columns((4000, 1), (100, 1), (0, 500))
+    assert paid.step_time_s(*batch, NOW) - free.step_time_s(*batch, NOW) == pytest.approx([3e-3])
+    assert paid.exec_time_s(0, 10) - free.exec_time_s(0, 10) == pytest.approx(1e-3)
+
+
 def measured(costs):
     rng = np.random.default_rng(0)
     steps = []

@@ -60,7 +60,9 @@ WORDS = ["exec=simulated", "workload=synthetic", "workload.num_sessions=4", "kvc
 def test_the_word_swap_cost_takes_its_prices_from_the_cost_model():
     [node] = LocalCluster(load_config([*WORDS, "swap=cost", "cost_model=h800_llama2_13b"])).cluster().nodes
     policy = node.instance.scheduler._swap
-    assert isinstance(policy, Cheapest) and policy._costs.swap_time_s(10) == pytest.approx(0.0013)
+    assert isinstance(policy, Cheapest) and policy._costs.swap_time_s(10) == pytest.approx(0.0013 + 10 * 4 * 3e-6), (
+        "ten blocks of two layers"
+    )
 
 
 def test_cost_aware_eviction_takes_its_price_of_attention_from_the_cost_model():

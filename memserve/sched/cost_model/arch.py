@@ -24,7 +24,7 @@ class ArchCostModel(CostModel):
     ) -> None:
         if len(surface) != 6 or not np.isfinite(surface).all():
             raise ValueError(f"cost_model.surface={list(surface)}: expected 6 finite numbers")
-        self._price_swaps(swap_block_s, swap_block_tokens)
+        self._price_swaps(swap_block_s, swap_block_tokens, swap_piece_s=0.0)
         self._surface = [float(c) for c in surface]
 
     def arguments(self) -> dict[str, object]:

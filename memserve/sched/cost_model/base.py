@@ -38,13 +38,17 @@ SWAP_BLOCK_TOKENS = 16  # of the block that swap_block_s is of, unless it is sai
 class CostModel(ABC):
     """Predicts seconds. x cached tokens and y new ones of a prompt are exec(x, y) in this package.
 
-    swap_block_s: of a block of swap_block_tokens tokens moved between HBM and DRAM.  block_size: tokens of the run's
-    blocks, which who builds the model sets; until then they are those.
+    swap_block_s: of the bytes of a block of swap_block_tokens tokens moved between HBM and DRAM.  swap_piece_s: of each
+    copy of a piece beside its bytes.  block_size, pieces_per_block: tokens of the run's blocks, and the contiguous
+    pieces that one is made of by the run's layout (2L discrete, 1 aggregated: section 5.2); who builds the model sets
+    them, until then blocks have swap_block_tokens, in one piece.
     """
 
     swap_block_s: float
     swap_block_tokens: int = SWAP_BLOCK_TOKENS
+    swap_piece_s: float = 0.0
     block_size: int | None = None
+    pieces_per_block: int = 1
 
     @overload
     def exec_time_s(self, num_cached: int, num_new: int) -> float: ...
@@ -76,16 +80,19 @@ class CostModel(ABC):
         num_more: int64 [S], tokens by which each request has grown since: a batch that is repeated.
         """
 
-    def _price_swaps(self, swap_block_s: float, swap_block_tokens: int) -> None:
+    def _price_swaps(self, swap_block_s: float, swap_block_tokens: int, swap_piece_s: float) -> None:
         """Keeps the price. Raises ValueError for one that is none."""
-        require_seconds(swap_block_s=swap_block_s)
+        require_seconds(swap_block_s=swap_block_s, swap_piece_s=swap_piece_s)
         require_int("cost_model.swap_block_tokens", swap_block_tokens, 1)
-        self.swap_block_s, self.swap_block_tokens = swap_block_s, swap_block_tokens
+        self.swap_block_s, self.swap_block_tokens, self.swap_piece_s = swap_block_s, swap_block_tokens, swap_piece_s
 
     def swap_time_s(self, num_blocks: int) -> float:
-        """Seconds to move blocks of the run between HBM and DRAM, before a step: so many for each of their tokens."""
+        """Seconds to move blocks of the run between HBM and DRAM, one after the other, before a step: so many for each
+        of their tokens, and of their pieces.
+        """
         size = self.swap_block_tokens if self.block_size is None else self.block_size
-        return self.swap_block_s * num_blocks * size / self.swap_block_tokens
+        bytes_s = self.swap_block_s * num_blocks * size / self.swap_block_tokens
+        return bytes_s + self.swap_piece_s * num_blocks * self.pieces_per_block
 
     def step_times_ns(self, batch: ScheduledBatch) -> list[int]:
         """Nanoseconds of each of the batch's `num_steps` steps, at least 1; what was swapped comes before the first.

@@ -10,8 +10,9 @@ from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, require
 class FixedCostModel(CostModel):
     """step_s + prefill_token_s * prefill tokens + decode_token_s * decode tokens, for each step of a batch.
 
-    Before the first step comes swap_block_s for every swap_block_tokens tokens moved between HBM and DRAM. A request
-    that computes one token and samples from it counts as a decode token. Seconds; none may be negative.
+    Before the first step comes swap_block_s for every swap_block_tokens tokens moved between HBM and DRAM, and
+    swap_piece_s for every piece that they lie in. A request that computes one token and samples from it counts as a
+    decode token. Seconds; none may be negative.
     """
 
     def __init__(
@@ -21,12 +22,13 @@ class FixedCostModel(CostModel):
         decode_token_s: float,
         swap_block_s: float = 0.0,
         swap_block_tokens: int = SWAP_BLOCK_TOKENS,
+        swap_piece_s: float = 0.0,
     ) -> None:
         costs = {"step_s": step_s, "prefill_token_s": prefill_token_s, "decode_token_s": decode_token_s}
         require_seconds(**costs)
         if not any(costs.values()):
             raise ValueError(f"cost_model={costs}: time would stand still, expected a cost above 0")
-        self._price_swaps(swap_block_s, swap_block_tokens)
+        self._price_swaps(swap_block_s, swap_block_tokens, swap_piece_s)
         self._step_s, self._prefill_token_s, self._decode_token_s = step_s, prefill_token_s, decode_token_s
 
     def _one_s(self, num_cached: int, num_new: int) -> float:

@@ -50,6 +50,7 @@ class OperatorCostModel(CostModel):
         mixed_s: float,
         swap_block_s: float = 0.0,
         swap_block_tokens: int = SWAP_BLOCK_TOKENS,
+        swap_piece_s: float = 0.0,
     ) -> None:
         terms = (
             causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, prefill_request_s, decode_request_s, mixed_s,
@@ -64,7 +65,7 @@ class OperatorCostModel(CostModel):
             raise ValueError(f"cost_model.tokens={list(tokens)}: expected two or more rising numbers, as many linear_s")
         for seconds in linear_s:
             require_seconds(linear_s=seconds)
-        self._price_swaps(swap_block_s, swap_block_tokens)
+        self._price_swaps(swap_block_s, swap_block_tokens, swap_piece_s)
         self._terms = terms
         self._tokens, self._linear_s = list(tokens), list(linear_s)
         steps = zip(pairwise(tokens), pairwise(linear_s), strict=True)

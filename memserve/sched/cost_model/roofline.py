@@ -1,6 +1,6 @@
 """RooflineCostModel: a step's seconds from data sheets, for models and GPUs that nobody here has. Measures nothing.
 
-    seconds = step_s
+    seconds = step_s + request_s x requests in the step
             + for each product, and the attention of prompts and of answers:
                   max(operations / (rate x its share), bytes / (bandwidth x bandwidth_share))
             + the other bytes / (bandwidth x bandwidth_share)
@@ -50,7 +50,8 @@ class RooflineCostModel(CostModel):
     """Costs of a decoder of this shape on one GPU, or split over tensor_parallel of them.
 
     compute_share, attention_share: of tflops that products and the attention of prompts reach.  bandwidth_share: of
-    hbm_gb_per_s, whatever is bound by it.  step_s: of every step beside: scheduling, launches, sampling.
+    hbm_gb_per_s, whatever is bound by it.  step_s: of every step beside: scheduling, launches, sampling.  request_s: of
+    the host's work for each request in a step.  swap_piece_s: of a copy between HBM and DRAM beside its bytes.
 
     Raises ValueError for a share that is not in (0, 1], and for ranks that heads cannot be split over.
     """
@@ -64,6 +65,8 @@ class RooflineCostModel(CostModel):
         attention_share: float = 1.0,
         bandwidth_share: float = 1.0,
         step_s: float = 0.0,
+        request_s: float = 0.0,
+        swap_piece_s: float = 0.0,
     ) -> None:
         require_part("cost_model", "gpu", gpu, DataSheet)
         require_part("cost_model", "shape", shape, Shape)
@@ -71,7 +74,7 @@ class RooflineCostModel(CostModel):
         for name, share in shares.items():
             allowed = "a number above 0, at most 1"
             require_number(f"cost_model.{name}_share", share, allowed, minimum=0.0, maximum=1.0, exclusive=True)
-        require_seconds(step_s=step_s)
+        require_seconds(step_s=step_s, request_s=request_s)
         self._work = work = StepWork(shape, tensor_parallel)
         self._hbm_gib = gpu.hbm_gib
         flop_s, pair_flop_s = (1 / (1e12 * gpu.tflops * share) for share in (compute_share, attention_share))
@@ -82,7 +85,8 @@ class RooflineCostModel(CostModel):
         self._pair_s, self._kv_s = work.attention(1, 0).flops * pair_flop_s, kv_bytes * byte_s
         latency_s, token_s = _all_reduces_s(work, gpu)
         self._each_s, self._token_s = step_s + latency_s, token_s + work.the_rest(1).num_bytes * byte_s
-        self._price_swaps(SWAP_BLOCK_TOKENS * kv_bytes / (1e9 * gpu.host_gb_per_s), SWAP_BLOCK_TOKENS)
+        self._request_s = request_s
+        self._price_swaps(SWAP_BLOCK_TOKENS * kv_bytes / (1e9 * gpu.host_gb_per_s), SWAP_BLOCK_TOKENS, swap_piece_s)
 
     def check(self, subject: Subject) -> None:
         """Raises ValueError where a model that runs, or the KV whose bytes a simulation counts, is another or none."""
@@ -131,9 +135,10 @@ class RooflineCostModel(CostModel):
         return np.asarray(self._tokens_s(tokens, requests) + self._attention_s(*answers) + self._attention_s(*prompts))
 
     def _tokens_s(self, num_tokens: Number, num_rows: Number) -> Number:
-        """Everything but attention, which depends on no more than how many tokens there are."""
+        """Everything but attention, which depends on no more than how many tokens and requests there are."""
         per_row_s, least_s = self._head
-        seconds = self._each_s + self._token_s * num_tokens + _greater(per_row_s * num_rows, least_s)
+        seconds = self._each_s + self._request_s * num_rows + self._token_s * num_tokens
+        seconds = seconds + _greater(per_row_s * num_rows, least_s)
         for per_token_s, least_s in self._products:
             seconds = seconds + _greater(per_token_s * num_tokens, least_s)
         return seconds
