@@ -92,6 +92,8 @@ def play(cfg: RunConfig, output_dir: Path) -> Report:
         raise ValueError(f"exec={cfg.exec} under torchrun: expected exec=distributed, or python scripts/run.py")
     cluster = LocalCluster(cfg)
     print(f"pool of an instance: {cluster.memory}")
+    if cluster.moved:
+        print(f"a token's KV, when it moves: {cluster.moved}")
     with Progress() as progress:
         report = cluster.run(output_dir, progress=progress)
     model = cluster.engine.model

@@ -246,7 +246,10 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
             "geometry.dtype='int8': expected one of float32",
         ),
         (["geometry=llama3_8b"], "geometry.num_layers=32 contradicts tokens=model"),
-        (["exec=simulated", "geometry=llama3_8b"], "geometry.num_layers=32 contradicts tokens=hash"),
+        (
+            ["exec=distributed", "tokens=hash", "geometry=llama3_8b", "transport=gloo", "step_time=measured"],
+            "geometry.num_layers=32 contradicts exec=distributed",
+        ),
         (["preemption=swap"], "preemption=swap contradicts kvcache.num_dram_blocks=0"),
         (["kvcache.async_swap=true"], "async_swap=true contradicts kvcache.num_dram_blocks=0"),
         (["kvcache.num_dram_blocks=9", "kvcache.swap_ahead_blocks=3"], "contradicts kvcache.async_swap=false"),

@@ -70,6 +70,50 @@ def test_a_simulated_model_s_kv_has_the_bytes_and_calls_of_its_geometry(granular
     assert 0 < waited_s < 5 * link.message_latency_s
 
 
+@pytest.mark.parametrize(
+    ("granularity", "layout", "calls"),
+    [("by_layer", "discrete", 64), ("by_request", "aggregated", 64), ("by_request_agg", "aggregated", 1)],
+)
+def test_with_a_geometry_hashes_move_as_that_model_s_kv_and_the_answers_stay(granularity, layout, calls):
+    words = [*WORDS, "mode=pd_caching_3", "workload.num_turns=2", "geometry=llama3_8b", "link=ethernet_10g"]
+    chosen = [f"granularity={granularity}", f"layout={layout}"]
+    moved, stayed = (
+        LocalCluster(load_config([*words, *other])).run_once()
+        for other in (chosen, ["cluster=colocated_1", "mode=colocated"])
+    )
+    answers = [{t.request_id: t.token_ids.tolist() for t in result.timelines} for result in (moved, stayed)]
+    assert answers[0] == answers[1]
+    counts, block_bytes = moved.report["transfers"]["p_to_d"], 16 * 2 * 32 * 8 * 128 * 2
+    assert counts["bytes"] == counts["calls"] // calls * block_bytes
+    assert counts["bytes"] / 1.25e9 < moved.report["phases_s"]["transfer"]["mean"] * moved.report["num_requests"]
+
+
+def test_a_geometry_that_hashes_cannot_stand_for_is_refused():
+    words = ["geometry=llama3_8b", "geometry.num_kv_heads=1", "geometry.head_dim=3"]
+    with pytest.raises(ValueError, match="6 bytes of keys a token and layer contradicts tokens=hash: expected a multi"):
+        LocalCluster(load_config([*WORDS, *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "32 bytes in 2 layers, which is HashRunner's own and no model's"),
+        (["geometry=llama2_13b"], "819,200 bytes in 40 layers, by geometry"),
+        (["cluster=colocated_1", "mode=colocated"], ""),
+    ],
+)
+def test_a_simulation_says_how_many_bytes_a_token_s_kv_is_when_it_moves(words, said):
+    assert LocalCluster(load_config([*WORDS, *words])).moved.startswith(said)
+
+
+def test_bytes_and_calls_are_those_of_all_ranks():
+    """Each of them makes its calls, for its half of the bytes, at the same time as the other."""
+    words = ["tokens=workload", "geometry=llama2_13b", "workload.rate=0.001"]
+    whole, split = (sent(*words, f"cluster.tensor_parallel.every={ranks}") for ranks in (1, 2))
+    assert split["bytes"] == whole["bytes"] == NUM_REQUESTS * NUM_BLOCKS * 16 * 819_200
+    assert split["calls"] == 2 * whole["calls"] == 2 * NUM_REQUESTS * NUM_BLOCKS * 2 * 40
+
+
 def test_by_layer_transfers_each_chunk():
     """Chunks of 32, 32 and 6 tokens: 2L transfers each; a block is still sent once."""
     counts = sent("granularity=by_layer", "sched.chunk_size=32")
@@ -110,10 +154,14 @@ def test_a_contended_link_takes_longer_for_the_same_bytes():
 
 @pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
 def test_by_default_no_more_gets_into_an_instance_than_its_link_carries(granularity):
-    words = ["cluster=3p1d", "workload.num_sessions=12", "workload.rate=1000", "link=ethernet_10g"]
-    model = ["tokens=workload", "geometry=llama3_8b", f"granularity={granularity}"]
-    report = LocalCluster(load_config([*WORDS, *words, *model])).run()
-    assert report["transfers"]["p_to_d"]["bytes"] / 1.25e9 < report["makespan_s"]
+    words = ["cluster=3p1d", "workload.num_sessions=40", "workload.prompt_tokens=700", "workload.rate=1000",
+             "tokens=workload", "geometry=llama3_8b", "link=ethernet_10g", "link.latency_s=0",
+             f"granularity={granularity}"]  # fmt: skip
+    shared, apart = (
+        LocalCluster(load_config([*WORDS, *words, *other])).run() for other in ([], ["link.contention=false"])
+    )
+    wire_s = shared["transfers"]["p_to_d"]["bytes"] / 1.25e9
+    assert apart["makespan_s"] < wire_s < shared["makespan_s"]
 
 
 @pytest.mark.parametrize("granularity", ["by_layer", "by_request"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from memserve.cluster.capacity import capacity, check_fits, limits_of, rank_geometry
+from memserve.cluster.capacity import capacity, check_fits, limits_of, rank_geometry, stored_geometry
 from memserve.cluster.costs import build_cost_model, price_of_attention
 from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
@@ -121,6 +121,7 @@ def build_part(cfg: RunConfig, engine: Engine, role: Role) -> RankPart:
         return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
     geometry = rank_geometry(cfg, engine.model, role)
     num_blocks, num_dram_blocks = capacity(cfg, geometry)
+    geometry = stored_geometry(cfg, engine.model, role)
     device = torch.device(cfg.model.device if engine.model else "cpu")
     if device.type == "cuda":
         gc.collect()  # an instance of before is a cycle of objects, and its blocks may be most of the GPU's memory

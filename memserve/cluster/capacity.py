@@ -1,6 +1,12 @@
-"""Capacity: what an instance's blocks hold, how many there are, and which requests they can serve at all."""
+"""Capacity: what an instance's blocks hold, how many there are, and which requests they can serve at all.
+
+In a simulation that is told a geometry two things differ: what a block counts as, in pools, on links and in reports,
+which is that model's KV (`rank_geometry`), and what is stored of it (`stored_geometry`): nothing with tokens=workload,
+and with tokens=hash HashRunner's 8 bytes in place of the keys, or values, of a token in a layer.
+"""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from memserve.cluster.costs import geometry_of_model
 from memserve.config.errors import ConfigError
@@ -18,6 +24,27 @@ from memserve.sched.cost_model.base import CostModel
 def rank_geometry(cfg: RunConfig, model: Llama | None, role: str) -> CacheGeometry:
     """What a block holds on one rank of a role's instances. model: what runs, or None."""
     return geometry_of_model(cfg, model, num_ranks(cfg, role)) or hash_geometry(cfg.kvcache.block_size)
+
+
+def stored_geometry(cfg: RunConfig, model: Llama | None, role: str) -> CacheGeometry:
+    """What an arena has for a block on one rank: as many layers as that counts as, so that all regions are there."""
+    counts_as = rank_geometry(cfg, model, role)
+    own = hash_geometry(cfg.kvcache.block_size)
+    return counts_as if cfg.tokens == "model" else replace(own, num_layers=counts_as.num_layers)
+
+
+def bytes_per_stored(cfg: RunConfig) -> int:
+    """What each byte that a simulation stores counts as. Raises ConfigError where that is no whole number."""
+    if cfg.tokens == "model" or cfg.geometry is None:
+        return 1
+    counts_as, stored = (
+        of(cfg, None, cfg.cluster.roles[0]).layer_block_bytes for of in (rank_geometry, stored_geometry)
+    )
+    if cfg.tokens == "hash" and counts_as % stored:
+        size = cfg.kvcache.block_size
+        raise ConfigError(f"geometry with {counts_as // size} bytes of keys a token and layer contradicts tokens=hash: "
+                          f"expected a multiple of the {stored // size} that stand for them")  # fmt: skip
+    return counts_as // stored
 
 
 def capacity(cfg: RunConfig, geometry: CacheGeometry) -> tuple[int, int]:
@@ -48,6 +75,18 @@ def describe_pools(cfg: RunConfig, roles: Collection[Role], model: Llama | None)
     fits = {role: what_fits(kv, *capacity(of_role(cfg, role), kv)) for role, kv in geometries.items()}
     texts = dict.fromkeys(fits.values())
     return " | ".join(texts if len(texts) == 1 else map(": ".join, fits.items()))
+
+
+def describe_moved(cfg: RunConfig) -> str:
+    """What is moved for a token of KV, in one line; "" where it is what the model that runs has."""
+    if cfg.exec != "simulated":
+        return ""
+    geometry = replace(rank_geometry(cfg, None, cfg.cluster.roles[0]), block_size=1)
+    ranks = num_ranks(cfg, cfg.cluster.roles[0])
+    size = f"{ranks * geometry.block_bytes:,} bytes in {geometry.num_layers} layers"
+    if cfg.geometry is not None:
+        return f"{size}, by geometry"
+    return f"{size}, which is HashRunner's own and no model's: geometry=llama3_8b, say, makes it that model's"
 
 
 def limits_of(cfg: RunConfig, model: Llama | None, role: Role, max_context: int, vocab_size: int) -> Limits:

@@ -19,7 +19,7 @@ from memserve.cluster.build import (
     build_step_time,
     check_wired,
 )
-from memserve.cluster.capacity import describe_pools
+from memserve.cluster.capacity import describe_moved, describe_pools
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.make import make
@@ -27,7 +27,7 @@ from memserve.cluster.manager import ClusterManager
 from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.summary import activity_of, report_of
 from memserve.cluster.warm_up import warm_up
-from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport
+from memserve.cluster.wiring import build_global_scheduler, build_scaling, build_transport, transfers_kv
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.instance import Instance
@@ -52,7 +52,8 @@ class LocalCluster:
     """Instances, global scheduler and client of one process, emulated or simulated.
 
     Loads the model and the workload. Raises ConfigError or ValueError, before anything runs, for what cannot be run as
-    configured. memory: what fits into an instance's pool, in one line.
+    configured. memory: what fits into an instance's pool, in one line.  moved: what moves between instances for a
+    token, in a simulation where something does; else "".
     """
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -66,6 +67,7 @@ class LocalCluster:
         self._sessions: list[Session] = sessions_of(workload, self.engine.tokenizer, cfg.seed)
         self._concurrency, self._figures = workload.concurrency, workload.figures
         self.memory = describe_pools(cfg, kinds, self.engine.model)
+        self.moved = describe_moved(cfg) if transfers_kv(cfg) else ""
         built = self._build()  # a pool that does not fit fails here, and a policy that contradicts its index source
         self._built = None if self._step_time.is_measured else built  # a warm-up needs the memory of its pools
 

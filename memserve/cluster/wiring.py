@@ -8,6 +8,7 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.bequest import Bequest
 from memserve.clock import to_ns
+from memserve.cluster.capacity import bytes_per_stored
 from memserve.cluster.costs import costs_of
 from memserve.cluster.make import make, make_asking, maker
 from memserve.compose import group_of
@@ -42,11 +43,15 @@ from memserve.transfer.transport import Transport
 
 def build_transport(cfg: RunConfig) -> InProcess | None:
     """What moves KV between the instances of this process; None where none is to."""
-    transport: InProcess | None = make_asking(cfg.transport, link=make(cfg.link)) if _transfers_kv(cfg) else None
+    if not transfers_kv(cfg):
+        return None
+    transport: InProcess = make_asking(cfg.transport, link=make(cfg.link))
+    transport.bytes_per_stored = bytes_per_stored(cfg)
     return transport
 
 
-def _transfers_kv(cfg: RunConfig) -> bool:
+def transfers_kv(cfg: RunConfig) -> bool:
+    """Whether KV moves between instances."""
     mode: Mode = make(cfg.mode)
     fetches, bequeaths = not isinstance(make(cfg.fetch), NeverFetch), not isinstance(make(cfg.heir), NoHeir)
     return mode.hand_off is not None or fetches or bequeaths or not isinstance(make(cfg.departure), EndThere)
@@ -57,7 +62,7 @@ def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transpor
 
     store: of all of them.  host: this process's address, as the others reach it.
     """
-    if not _transfers_kv(cfg):
+    if not transfers_kv(cfg):
         return None
     transport: Transport = make_asking(cfg.transport, store=store, host=host, gpu=_gpu(cfg))
     return transport

@@ -80,9 +80,11 @@ def _check_geometry(cfg: RunConfig) -> None:
         value = getattr(geometry, name)
         require(1 <= value <= MAX_SIDE, f"geometry.{name}", value, f"an integer from 1 to {MAX_SIDE}")
     require(geometry.dtype in DTYPES, "geometry.dtype", geometry.dtype, f"one of {', '.join(DTYPES)}")
-    if cfg.tokens != "workload":
-        raise ConfigError(f"geometry.num_layers={geometry.num_layers} contradicts tokens={cfg.tokens}, whose KV is "
-                          "stored as it is: expected tokens=workload, or geometry=own")  # fmt: skip
+    said = f"geometry.num_layers={geometry.num_layers}"
+    if cfg.exec != "simulated":
+        what = f"tokens={cfg.tokens}" if cfg.tokens == "model" else f"exec={cfg.exec}"
+        raise ConfigError(f"{said} contradicts {what}, whose KV moves as it is stored: expected exec=simulated, or "
+                          "geometry=own")  # fmt: skip
 
 
 def _check_capacity(cfg: RunConfig) -> None:

@@ -53,6 +53,9 @@ def _check_split(cfg: RunConfig, role: str, size: int) -> None:
         if cfg.geometry is None:
             raise ConfigError(f"{name} contradicts geometry=own: there is no model whose KV is split; expected "
                               "tokens=workload and a geometry")  # fmt: skip
+        if cfg.tokens != "workload":
+            raise ConfigError(f"{name} contradicts tokens={cfg.tokens}, whose ranks store nothing: expected "
+                              "tokens=workload")  # fmt: skip
         heads = cfg.geometry.num_kv_heads
         require(heads % size == 0, option, size, f"a divisor of geometry.num_kv_heads={heads}")
         return

@@ -19,9 +19,14 @@ from memserve.values import require_int
 
 
 class InProcess(Transport):
-    """All endpoints of one process, connected by links that are alike."""
+    """All endpoints of one process, connected by links that are alike.
+
+    bytes_per_stored: what every byte in the memories stands for in moves: a simulation's are those of a large model's
+    KV, of which little is stored.
+    """
 
     within_process = True
+    bytes_per_stored = 1
 
     def __init__(self, link: LinkModel) -> None:
         self.link = link
@@ -100,4 +105,8 @@ class InProcess(Transport):
             for endpoint, memory in (move.source, move.target)
         )
         if source is not None and target is not None:
-            copy_rows(source, move.source_rows, target, move.target_rows, move.row_bytes)
+            row_bytes, rest = divmod(move.row_bytes, self.bytes_per_stored)
+            if rest:
+                raise ValueError(f"rows of {move.row_bytes} bytes: expected a multiple of {self.bytes_per_stored}, of "
+                                 "which one is stored")  # fmt: skip
+            copy_rows(source, move.source_rows, target, move.target_rows, row_bytes)

@@ -112,6 +112,8 @@ def test_a_world_that_does_not_fit_the_sizes_is_refused_by_both_numbers():
         (["exec=emulated", *sizes(colocated=2)], "cluster.tensor_parallel.colocated=2 contradicts exec=emulated"),
         (["exec=simulated", *sizes(colocated=2)], "cluster.tensor_parallel.colocated=2 contradicts geometry=own"),
         (["exec=simulated", *sizes(every=2)], "cluster.tensor_parallel.every=2 contradicts geometry=own"),
+        (["exec=simulated", "geometry=llama3_8b", *sizes(every=2)],
+         "cluster.tensor_parallel.every=2 contradicts tokens=hash"),
         (["exec=simulated", "tokens=workload", "geometry=llama3_8b", *sizes(every=16)],
          "cluster.tensor_parallel.every=16: expected a divisor of geometry.num_kv_heads=8"),
         (["exec=distributed", "transport=gloo", "tokens=hash", *sizes(colocated=2)], "contradicts tokens=hash"),
