@@ -21,9 +21,9 @@ from functools import partial
 from memserve.cluster.control import FREE, ControlCosts, control_plane
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.event_queue import BEGIN, END, TIMER, Event, EventQueue
-from memserve.cluster.index_feed import IndexFeed
 from memserve.cluster.manager import ClusterManager, Membership, Starting
 from memserve.cluster.peer_mail import next_time_ns, send_to_peers
+from memserve.cluster.pool_feed import PoolFeed
 from memserve.cluster.step_time import StepTime
 from memserve.cluster.summary import Summary
 from memserve.instance import Instance
@@ -61,8 +61,8 @@ class EmulatedCluster:
     _departed: dict[int, Summary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._feed = IndexFeed(self.scheduler, self.event_delay_ns, self.call_at)
         self.control_plane = control_plane(self.scheduler, self.client, self._to_instance, self.control, self.call_at)
+        self._feed = PoolFeed(self.scheduler, self.control_plane, self.event_delay_ns, self.call_at)
         for incarnation, node in enumerate(self.nodes):
             node.incarnation = incarnation
             self._feed.follow(node)
