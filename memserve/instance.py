@@ -20,12 +20,12 @@ import numpy as np
 from memserve.handoff import Handoffs
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState
-from memserve.messages import CANCELLED, Abort, Dispatch, Finished, Message, PoolMessage, Redirect, unpack_tokens
+from memserve.messages import CANCELLED, Abort, Dispatch, Finished, Message, PoolMessage, Redirect, Room, unpack_tokens
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.served import Served, adopted, check_stop, handoff_ended, new_request, stop_strings
+from memserve.served import Served, ServedBook, adopted, check_stop, handoff_ended, new_request, stop_strings
 from memserve.words import HandedOver
 
 
@@ -55,12 +55,11 @@ class Instance:
         self.limits = limits
         self._runner = runner
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._tokenizer = tokenizer
-        self._seed = seed
+        self._tokenizer, self._seed = tokenizer, seed
         self.handoffs = handoffs
         self._began_ns = 0
         self._peer_inbox: list[tuple[int, PoolMessage]] = []
-        self._served: dict[str, Served] = {}
+        self._served = ServedBook()
         self._leaving: dict[str, int] = {}  # requests that go on at another instance as soon as they decode here
         self._inbox: list[Message] = []
         self._outbox: list[Message] = []
@@ -171,6 +170,10 @@ class Instance:
     def drain_peer_outbox(self) -> list[tuple[int, PoolMessage]]:
         """(incarnation, message) pairs for other instances since the last call."""
         return [] if self.handoffs is None else self.handoffs.drain_outbox()
+
+    def drain_room(self) -> Room | None:
+        """How much of the pool is free, if a request has come or gone here since the last call."""
+        return Room(self.pool.num_available, self.pool.num_blocks) if self._served.drain_changed() else None
 
     def check(self) -> None:
         """Raises unless every book of this instance agrees with the others."""

@@ -10,6 +10,7 @@
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
 | `HandoffEnded` | instance -> global scheduler       | the attempt's KV has reached whom it was for, or not         |
 | `Inherited` | instance -> global scheduler          | an instance that leaves has left KV to this one              |
+| `Room`     | instance -> global scheduler           | a request has come or gone, and how much of the pool is free |
 | `Redirect` | global scheduler -> instance           | hand the attempt to another instance, once it decodes        |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
 | `Grant`    | receiving pool -> sending pool         | where it goes, and what is held already                      |
@@ -112,6 +113,13 @@ class Inherited(msgspec.Struct, frozen=True, tag=True):
 
     instance: str
     tokens: bytes
+
+
+class Room(msgspec.Struct, frozen=True, tag=True):
+    """Blocks of an instance's HBM that no request or transfer holds (free, or cached alone), and all of them."""
+
+    num_free: int
+    num_blocks: int
 
 
 class Redirect(msgspec.Struct, frozen=True, tag=True):
@@ -251,7 +259,9 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 PoolMessage = (
     Ask | Grant | Wait | Refuse | Done | Inserted | Abandon | AbortAck | Reserve | Reserved | Release | Released | Fetch
 )
-Message = Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffEnded | Redirect | Inherited | PoolMessage
+Message = (
+    Submit | Cancel | Dispatch | Abort | Tokens | Finished | HandoffEnded | Inherited | Room | Redirect | PoolMessage
+)
 
 
 def pack_tokens(tokens: np.ndarray) -> bytes:

@@ -136,6 +136,24 @@ class Served:
         return msgspec.structs.replace(stats, stints=(*stats.stints, self.stint(label)))
 
 
+class ServedBook(dict[str, Served]):
+    """The requests of an instance by their ids. has_changed: one has come or gone since somebody asked."""
+
+    has_changed = False
+
+    def __setitem__(self, request_id: str, served: Served) -> None:
+        super().__setitem__(request_id, served)
+        self.has_changed = True
+
+    def __delitem__(self, request_id: str) -> None:
+        super().__delitem__(request_id)
+        self.has_changed = True
+
+    def drain_changed(self) -> bool:
+        changed, self.has_changed = self.has_changed, False
+        return changed
+
+
 def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, word: HandedOver) -> Served:
     """A request that another instance had before, which says so in `word`."""
     if stops is not None:

@@ -71,7 +71,7 @@ def measure(num_rows: int, num_blocks: int, num_tokens: int, repeats: int) -> di
     prompts, tree = Prompts(num_tokens, rng), Optimistic(num_rows, BLOCK_SIZE, max_blocks=num_blocks)
     seen = fill(tree, num_rows, num_blocks, prompts)
     drawn = [seen[int(rng.integers(len(seen)))] if i % 2 else prompts.draw() for i in range(repeats)]
-    requests = [RouteRequest(f"r{i}", f"s{i}", tokens) for i, tokens in enumerate(drawn)]
+    requests = [RouteRequest(f"r{i}", f"s{i}", tokens, 0.0, 128) for i, tokens in enumerate(drawn)]
     labels = [f"prefill-{i}" for i in range(num_rows)]
     figures = {}
     for name, policy in POLICIES.items():

@@ -216,6 +216,9 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["tokens=hash"], "tokens=hash contradicts exec=emulated"),
         (["exec=simulated", "tokens=model"], "tokens=model contradicts exec=simulated"),
         (["cluster.patience_s=-1"], "cluster.patience_s=-1.0: expected seconds in [0, "),
+        (["control.latency_s=-1"], "control.latency_s=-1.0: expected a number in [0, 3600]"),
+        (["control.request_s=inf"], "control.request_s=inf: expected a number in"),
+        (["exec=distributed", "control.request_s=1e-4"], "control.request_s=0.0001 contradicts exec=distributed"),
         (["cluster.max_unfinished=0"], "cluster.max_unfinished=0: expected null or an integer >= 1"),
         (["fetch=always"], "fetch=always contradicts cluster.roles=['colocated']: no other instance caches"),
         (

@@ -36,7 +36,7 @@ from memserve.cluster.turnover import InstanceFailed, Turnover
 from memserve.cluster.watch import WATCH_NS, Finding, Watch
 from memserve.cluster.wiring import build_global_scheduler, build_scaling
 from memserve.config.schema import RunConfig
-from memserve.messages import Finished, Message, Tokens
+from memserve.messages import Finished, Message, Room, Tokens
 from memserve.metrics.progress import Progress
 from memserve.request import Role
 from memserve.sched.global_scheduler import CLIENT
@@ -227,6 +227,8 @@ class Controller:
                     self._mailbox.send(rank, WantSnapshot())
             case Held():
                 self._scheduler.groups.index_snapshot(self._label(instance), message.snapshot)
+            case Room():
+                self._scheduler.groups.has_room(self._label(instance), message, self._now_ns())
             case Broken() | LeftAlone():
                 if not self._goes_on_without(self._label(instance), message):
                     raise InstanceFailed(f"{self._label(instance)} failed: {message.detail}")

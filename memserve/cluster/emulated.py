@@ -9,25 +9,27 @@ leave at its virtual end, however long this process took to compute them:
 Between instances a pool's messages take the link's latency, moves what its model says; bytes are copied as they arrive.
 
 At the same nanosecond: who comes and goes, calls, clients, who waited in vain for an instance, then events. Messages to
-and from the global scheduler take no virtual time. A macro-step (a batch repeated `num_steps` times) is computed only
-at its end, and a message that reaches the instance meanwhile cuts it at the next boundary between two of its steps.
+and from the global scheduler take what `control` says (control.py). A macro-step (a batch repeated `num_steps` times)
+is computed only at its end, and a message that reaches the instance meanwhile cuts it at the next boundary between two
+of its steps.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from memserve.cluster.control import FREE, ControlCosts, control_plane
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.event_queue import BEGIN, END, TIMER, Event, EventQueue
-from memserve.cluster.index_feed import IndexFeed
 from memserve.cluster.manager import ClusterManager, Membership, Starting
 from memserve.cluster.peer_mail import next_time_ns, send_to_peers
+from memserve.cluster.pool_feed import PoolFeed
 from memserve.cluster.step_time import StepTime
 from memserve.cluster.summary import Summary
 from memserve.instance import Instance
-from memserve.messages import Finished, Message, Tokens
+from memserve.messages import Message
 from memserve.request import Role
-from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
+from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.scaling import Change, Crash, NoScaling, Standing
 from memserve.transfer.faults import MessageFaults
 from memserve.transfer.in_process import InProcess
@@ -51,6 +53,7 @@ class EmulatedCluster:
     transport: InProcess | None = None
     faults: MessageFaults | None = None
     event_delay_ns: int = 0  # of index events on their way to a global scheduler that follows them
+    control: ControlCosts = FREE
     manager: ClusterManager | None = None
     build: Callable[[str, Role, int], Instance] | None = None
     now_ns: int = 0
@@ -58,7 +61,8 @@ class EmulatedCluster:
     _departed: dict[int, Summary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._feed = IndexFeed(self.scheduler, self.event_delay_ns, self.call_at)
+        self.control_plane = control_plane(self.scheduler, self.client, self._to_instance, self.control, self.call_at)
+        self._feed = PoolFeed(self.scheduler, self.control_plane, self.event_delay_ns, self.call_at)
         for incarnation, node in enumerate(self.nodes):
             node.incarnation = incarnation
             self._feed.follow(node)
@@ -110,7 +114,8 @@ class EmulatedCluster:
     def _next_event(self) -> None:
         event = self._queue.pop_event()
         node = event.node
-        if node.is_gone or (event.kind == TIMER and not self._is_due(node, event.time_ns)):
+        wanted = partial(next_time_ns, node, self.transport)
+        if node.is_gone or (event.kind == TIMER and not self._queue.is_due(event, wanted)):
             return
         self.now_ns = event.time_ns
         if node.is_stopped:
@@ -160,6 +165,8 @@ class EmulatedCluster:
         """Draining instances leave to others what they have cached, and leave when they have nothing left to do."""
         for member in list(self.members.draining):
             node = self._by_label[member.label]
+            if node.is_gone:
+                continue
             is_over = node.is_idle and self.members.is_idle(member)
             self._bequeath(node, member, is_last=is_over)
             if is_over and node.is_idle:
@@ -168,7 +175,8 @@ class EmulatedCluster:
                 self.nodes = [other for other in self.nodes if other is not node]
                 del self._by_label[member.label], self._by_incarnation[member.incarnation]
                 orders = self.members.left(member, self.now_ns)
-                self._part_with(node)
+                node.leave(self.transport)
+                self._tell_peers(node)
                 self._perform(orders)
 
     def _bequeath(self, node: Node, member: Membership, *, is_last: bool) -> None:
@@ -180,17 +188,19 @@ class EmulatedCluster:
             self._poll(node)
 
     def _crash(self, label: str) -> None:
-        if (node := self._by_label.get(label)) is not None:
-            self._interrupt(node)
-        orders = self.members.lost(label, self.now_ns)
+        """Peers get proof at once; the global scheduler after the last message that the instance had sent it."""
+        node = self._by_label.get(label)
+        if node is not None and node.is_gone:
+            return  # it has crashed before, and the global scheduler is to hear of it
         if node is not None:
-            self._part_with(node)
-        self._perform(orders)
+            self._interrupt(node)
+            node.leave(self.transport)
+        self.control_plane.notice(lambda: self._perform(self.members.lost(label, self.now_ns)), self.now_ns)
+        if node is not None:
+            self._tell_peers(node)
 
-    def _part_with(self, node: Node) -> None:
-        """A node is there no more; the others get proof of it."""
-        node.is_gone, node.step = True, None
-        node.detach(self.transport)
+    def _tell_peers(self, node: Node) -> None:
+        """The others get proof that a node is gone."""
         self._from_scheduler()
         for other in self.nodes:
             if not other.is_gone:
@@ -228,17 +238,6 @@ class EmulatedCluster:
             self._send(node)
             self._arouse(node)
 
-    def _is_due(self, node: Node, time_ns: int) -> bool:
-        """Whether anything still waits for a timer; what it was set for may have ended long ago."""
-        if time_ns != node.timer_ns:
-            return False
-        wanted_ns = next_time_ns(node, self.transport)
-        if wanted_ns is not None and wanted_ns <= time_ns:
-            return True
-        node.timer_ns = None
-        self._queue.set_timer(node, wanted_ns, self.now_ns)
-        return False
-
     def _poll(self, node: Node) -> None:
         """Lets time pass for a node's swaps and transfers; it may have room, or a request to go on with, since."""
         node.catch_up(self.now_ns)
@@ -269,13 +268,16 @@ class EmulatedCluster:
         if node.step is None and not node.begin_is_due:
             node.begin_is_due = True
             self._queue.push(self.now_ns, BEGIN, node, node.epoch)
-        elif (ends_ns := node.cut(self.now_ns)) is not None:
+        else:
+            self._cut(node)
+
+    def _cut(self, node: Node) -> None:
+        if (ends_ns := node.cut(self.now_ns)) is not None:
             self._queue.push(ends_ns, END, node, node.epoch)
 
     def _interrupt(self, node: Node) -> None:
         """A node stops, or is gone, in the middle of a step: of a macro-step, what was before that one is done."""
-        if (ends_ns := node.cut(self.now_ns)) is not None:
-            self._queue.push(ends_ns, END, node, node.epoch)
+        self._cut(node)
         node.enter_ended(self.now_ns)
         self._send(node)
 
@@ -288,13 +290,11 @@ class EmulatedCluster:
         self._queue.set_timer(node, node.next_time_ns, self.now_ns)
 
     def _to_scheduler(self, message: Message) -> None:
-        self.scheduler.receive(message, self.now_ns)
-        self._from_scheduler()
+        self.control_plane.to_scheduler(message, self.now_ns)
 
     def _from_scheduler(self) -> None:
-        for destination, out in self.scheduler.drain_outbox():
-            if destination == CLIENT:
-                assert isinstance(out, Tokens | Finished)
-                self.client.receive(out, self.now_ns)
-            elif (node := self._by_label.get(destination)) is not None and not node.is_gone:
-                self._deliver(node, out)
+        self.control_plane.from_scheduler(self.now_ns)
+
+    def _to_instance(self, label: str, message: Message) -> None:
+        if (node := self._by_label.get(label)) is not None and not node.is_gone:
+            self._deliver(node, message)

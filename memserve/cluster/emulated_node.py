@@ -199,8 +199,9 @@ class Node:
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
 
-    def detach(self, transport: Transport | None) -> None:
-        """Its ranks are there no more."""
+    def leave(self, transport: Transport | None) -> None:
+        """It is there no more, nor are its ranks."""
+        self.is_gone, self.step = True, None
         handoffs = self.instance.handoffs
         if transport is not None and handoffs is not None:
             for rank in range(handoffs.transfers.granularity.num_ranks):

@@ -56,6 +56,20 @@ class EventQueue:
             node.timer_ns = time_ns
             self.push(time_ns, TIMER, node, 0)
 
+    def is_due(self, event: Event, wanted_ns: Callable[[], int | None]) -> bool:
+        """Whether anything still waits for a timer; what it was set for may have ended long ago, and then it is set for
+        what is wanted next. wanted_ns: says when the node wants to be looked at.
+        """
+        node = event.node
+        if event.time_ns != node.timer_ns:
+            return False
+        next_ns = wanted_ns()
+        if next_ns is not None and next_ns <= event.time_ns:
+            return True
+        node.timer_ns = None
+        self.set_timer(node, next_ns, event.time_ns)
+        return False
+
     def call_at(self, time_ns: int, call: Callable[[], None]) -> None:
         """`call` is to be called, before anything else that happens then."""
         self._num_created += 1

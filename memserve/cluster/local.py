@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memserve.clock import monotonic_ns, to_s
+from memserve.clock import monotonic_ns, to_ns, to_s
 from memserve.cluster.build import (
     Engine,
     build_engine,
@@ -20,6 +20,7 @@ from memserve.cluster.build import (
     check_wired,
 )
 from memserve.cluster.capacity import describe_moved, describe_pools
+from memserve.cluster.control import ControlCosts
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.make import make
@@ -98,7 +99,7 @@ class LocalCluster:
         timelines, summaries = list(cluster.scheduler.timelines.values()), cluster.summaries()
         wall_s = to_s(monotonic_ns() - started_ns)
         counted = (player.counts, wall_s, self.cfg.slo, self._figures)
-        report = report_of(cluster.scheduler, cluster.members, summaries, *counted)
+        report = report_of(cluster.scheduler, cluster.members, summaries, *counted, cluster.control_plane.figures())
         occupancy = [sample for summary in summaries for sample in summary.occupancy]
         return Result(report, timelines, occupancy, activity_of(summaries, cluster.members.labels))
 
@@ -124,6 +125,7 @@ class LocalCluster:
             self.cfg.macro_steps,
             transport,
             event_delay_ns=link.message_ns,
+            control=ControlCosts(to_ns(self.cfg.control.latency_s), to_ns(self.cfg.control.request_s)),
             manager=ClusterManager(self._roles, scaling, scheduler, make(self.cfg.heir)),
             build=partial(build_instance, self.cfg, self.engine, transport=transport),
         )

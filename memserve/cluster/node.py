@@ -222,6 +222,8 @@ class InstanceLoop:
     def _send(self) -> None:
         for message in self._instance.drain_outbox():
             self._mailbox.send(CONTROLLER, message)
+        if (room := self._instance.drain_room()) is not None:
+            self._mailbox.send(CONTROLLER, room)
         if events := self._instance.pool.drain_events():
             self._mailbox.send(CONTROLLER, Changed(events))
         for peer, message_to_peer in self._instance.drain_peer_outbox():

@@ -82,10 +82,11 @@ def report_of(
     wall_s: float,
     slo: SloConfig,
     workload: Mapping[str, str | float | None],
+    control: Report | None = None,
 ) -> Report:
     """The report of a run. summaries: of the instances that are left at its end, or have left before.
 
-    workload: its figures.
+    workload: its figures.  control: the control plane's, where its time is virtual and not 0.
     """
     timelines = list(scheduler.timelines.values())
     window = window_ns(timelines)
@@ -104,6 +105,7 @@ def report_of(
         stays_ns=manager.stays_ns(),
         slo=Slo(slo.ttft_s, slo.tpot_s, slo.jct_s),
         workload=workload,
+        control=control,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 

@@ -14,7 +14,7 @@ from memserve.cluster.make import make, make_asking, maker
 from memserve.compose import group_of
 from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
-from memserve.config.per_role import of_role
+from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
 from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
@@ -166,7 +166,8 @@ def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, i
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
         raise ConfigError(f"{group_of(name)}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
     prefilling = None if role is Role.DECODE else costs
-    return Group([label for label, _ in members], [number for _, number in members], policy, tree, prefilling)
+    labels, numbers = [label for label, _ in members], [number for _, number in members]
+    return Group(labels, numbers, policy, tree, prefilling, num_ranks(cfg, role))
 
 
 def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:

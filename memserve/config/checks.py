@@ -27,6 +27,7 @@ MAX_SIDE = 2**16  # of a simulated model's KV: layers, heads, elements
 SHORTEST_S = 1e-6  # of what is repeated until it is answered
 MAX_CHANNELS = 64  # process groups of each pair, with a thread each at both ends
 OF_TRANSPORT = {"channels": (1, MAX_CHANNELS), "patience_s": (SHORTEST_S, LONGEST_S)}  # what ours can be told
+CONTROL = ("latency_s", "request_s")
 LINK = {  # what a link can be; a message on its way is repeated every transfer.retry_s
     "latency_s": (0.0, 3600.0),
     "message_latency_s": (0.0, 3600.0),
@@ -60,6 +61,7 @@ def check_config(cfg: RunConfig) -> None:
         require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
     _check_transfer(cfg)
     _check_slo(cfg)
+    _check_control(cfg)
     _check_model(cfg)
     _check_execution(cfg)
     _check_roles(cfg)
@@ -164,6 +166,15 @@ def _check_slo(cfg: RunConfig) -> None:
         value = getattr(cfg.slo, name)
         require(value is None or 0 < value <= LONGEST_S, f"slo.{name}", value,
                 f"null or seconds in (0, {LONGEST_S:g}]")  # fmt: skip
+
+
+def _check_control(cfg: RunConfig) -> None:
+    """Messages and routing cost virtual time, where time is virtual."""
+    _check_numbers("control", cfg.control, dict.fromkeys(CONTROL, (0.0, 3600.0)))
+    for name in CONTROL:
+        if (value := getattr(cfg.control, name)) and cfg.exec == "distributed":
+            raise ConfigError(f"control.{name}={value} contradicts exec=distributed, whose messages and routing take "
+                              "what they take: expected 0, or exec=emulated or simulated")  # fmt: skip
 
 
 def _check_model(cfg: RunConfig) -> None:

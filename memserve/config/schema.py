@@ -103,6 +103,17 @@ class PerRoleConfig:
 
 
 @dataclass
+class ControlConfig:
+    """What messages to and from the global scheduler take in virtual time, in seconds, and what routing a request does.
+
+    latency_s: one way, between client and global scheduler and between that and an instance.
+    """
+
+    latency_s: float = 0.0
+    request_s: float = 0.0
+
+
+@dataclass
 class ClusterConfig:
     """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around.
 
@@ -138,6 +149,7 @@ class RunConfig:
     seed: int = 0
     repeats: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     per_role: PerRoleConfig = field(default_factory=PerRoleConfig)
     mode: Any = MISSING
     policy: Any = MISSING

@@ -24,11 +24,11 @@ from memserve.timeline import RequestTimeline
 class Phases:
     """Where a request's time went, in seconds; None where it never came so far. They add up to its JCT.
 
-    dispatch: arrival until it reached the instance.  fetch: until it waited no longer for KV of another instance; None
-    where nobody held more.  queue: until its first step began.  prefill: until the first
-    token.  grant_wait: until the decode instance had made room.  transfer: until it had all of the KV.  decode_queue:
-    until its first step there.  decode: until the end; time lost to preemption is in it.  The three before it are None
-    where one instance does both, and what ended before the prefill did (by layer) counts as 0.
+    dispatch: arrival until it reached the instance, routing included.  fetch: until it waited no longer for KV of
+    another instance; None where nobody held more.  queue: until its first step began.  prefill: until the first token.
+    grant_wait: until the decode instance had made room.  transfer: until it had all of the KV.  decode_queue: until its
+    first step there.  decode: until the end; time lost to preemption is in it, and an answer's way to the client.  The
+    three before it are None where one instance does both, and what ended before the prefill did (by layer) counts as 0.
     """
 
     dispatch: float | None = None

@@ -81,6 +81,7 @@ def build_report(
     stays_ns: Sequence[tuple[int, int | None]] | None = None,
     slo: formulas.Slo = _NO_SLO,
     workload: Mapping[str, Any] = _NO_FIGURES,
+    control: Report | None = None,
 ) -> Report:
     """The report of one run.
 
@@ -90,13 +91,11 @@ def build_report(
     p_to_d, d_to_p: sent by prefill instances to decode instances, and back.  between: by those of one role.
     tree_counts: of the global scheduler's prompt trees.  membership: instances that came and went, and what they left
     to others.  stays_ns: from when until when each was there, also those without a row; None: as the rows say.
-    slo: what counts under `goodput`, which is null where it asks for nothing.  workload: its figures.
+    slo: what counts under `goodput`; null where it asks for nothing.  workload, control: their figures.
     """
-    succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
-    window = formulas.window_ns(timelines)
+    succeeded, window = [formulas.measure(t) for t in timelines if t.succeeded], formulas.window_ns(timelines)
     makespan_s, rows = formulas.makespan_s(window), _instances(instances, timelines, window)
-    stays = [(stats.joined_ns, stats.left_ns) for stats in instances] if stays_ns is None else stays_ns
-    tokens = _all_tokens(timelines, rows)
+    stays, tokens = stays_ns or [(i.joined_ns, i.left_ns) for i in instances], _all_tokens(timelines, rows)
     return {
         "num_requests": len(timelines),
         "num_finished": len(succeeded),
@@ -118,6 +117,7 @@ def build_report(
         "membership": {**membership, "instance_s": formulas.instance_s(window, stays)},
         "skew": _skew(rows),
         "routing": routing_figures(timelines, rows, tree_counts),
+        "control": control and control | {"utilisation": formulas.ratio(control["busy_s"], makespan_s)},
         "preemptions": sum(row["preemptions"] for row in rows),
         "quarantined_blocks": quarantined_blocks,
         "near_ties": near_ties,

@@ -12,6 +12,7 @@ from memserve.metrics.report import Report
 
 NONE = "-"  # a figure that does not exist
 WIDTH = 100  # columns, where the output is no terminal
+MANY_OVERTAKEN = 0.1  # of all answers
 _LATENCIES = {
     "TTFT": "ttft_s",
     "second token": "second_token_s",
@@ -114,6 +115,7 @@ def _totals_table(report: Report) -> Table:
         **_goodput_text(report["goodput"]),
         **_membership_text(report["membership"]),
         **_migrations_text(report["migrations"]),
+        **_control_text(report["control"]),
         "makespan": format_figure(report["makespan_s"], "seconds"),
         "wall time": format_figure(report["wall_s"], "seconds"),
     }
@@ -168,6 +170,15 @@ def _migrations_text(m: Mapping[str, Any]) -> dict[str, str]:
     return {"migrations": text} if m["number"] or m["failed"] else {}
 
 
+def _control_text(control: Report | None) -> dict[str, str]:
+    """How busy the global scheduler was, if routing and messages take time."""
+    if control is None:
+        return {}
+    mean, p99 = (format_figure(control["wait_s"][key], "seconds") for key in ("mean", "p99"))
+    busy = f"{format_figure(control['busy_s'], 'seconds')} ({format_figure(control['utilisation'], 'share')})"
+    return {"routing": f"{busy}; requests waited {mean} in the mean, {p99} at P99"}
+
+
 def _transfer_texts(report: Report) -> dict[str, str]:
     """What moved each way and between instances of one role, where anything did or should have."""
     texts = {}
@@ -180,9 +191,21 @@ def _transfer_texts(report: Report) -> dict[str, str]:
                 f"{_count(counts['transfers'])} transfers, {_count(counts['calls'])} network calls, "
                 f"{format_figure(counts['seconds'], 'seconds')}{'; ' * bool(lost)}{lost}"
             )
+    texts |= _overtaken_text(report)
     if report["quarantined_blocks"]:
         texts["blocks in quarantine"] = _count(report["quarantined_blocks"])
     return texts
+
+
+def _overtaken_text(report: Report) -> dict[str, str]:
+    """Where clients go on before what was generated is back at the prefill instance, which computes it again then."""
+    num_overtaken, num_answers = report["transfers"]["d_to_p"]["overtaken"], report["num_finished"]
+    if num_overtaken <= num_answers * MANY_OVERTAKEN:
+        return {}
+    return {
+        "D -> P too late": f"the next turn came first after {_count(num_overtaken)} of {_count(num_answers)} answers "
+        "(workload.think_time_s is how long a client takes)"
+    }
 
 
 def _requests_text(report: Report) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.clock import to_ns
+from memserve.clock import to_ns, to_s
 from memserve.decisions import Holding, RouteChoice
 from memserve.messages import pack_tokens
 from memserve.sched.admission import usable_prefix
@@ -26,6 +26,10 @@ _ROW = np.dtype(  # what is counted of an instance
         ("queued_work", np.int64),
         ("queued_ns", np.int64),
         ("num_lately", np.float64),
+        ("num_decoding", np.int64),
+        ("free_blocks", np.float64),
+        ("num_blocks", np.float64),
+        ("said_s", np.float64),
         ("is_here", np.bool_),
     ],
     align=True,
@@ -38,6 +42,7 @@ class Assignment:
 
     work: what it still adds to that instance's `queued_work`.  queued_ns: the same in nanoseconds by the cost model.
     longest: who was believed to have most of it, longest first.  is_counted: it is still a part of that row's load.
+    decodes: it has its first token.
     """
 
     row: int
@@ -48,6 +53,7 @@ class Assignment:
     longest: list[Holding]
     choice: RouteChoice
     is_counted: bool = False
+    decodes: bool = False
 
 
 def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
@@ -61,7 +67,7 @@ def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
 class Group:
     """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them.  tree: what each
     is believed to have cached.  cost_model: says in the records what each choice costs, and what another would have;
-    None where the group prefills nothing.
+    None where the group prefills nothing.  num_gpus: of each instance.
     """
 
     def __init__(
@@ -71,9 +77,10 @@ class Group:
         policy: Policy,
         tree: PromptIndex,
         cost_model: CostModel | None = None,
+        num_gpus: int = 1,
     ) -> None:
         self.labels, self.incarnations, self.tree = tuple(labels), list(incarnations), tree
-        self._policy, self._cost_model = policy, cost_model
+        self._policy, self._cost_model, self._num_gpus = policy, cost_model, num_gpus
         self._rows = _new_rows(len(labels))
         self._homes: OrderedDict[str, int] = OrderedDict()  # row of each session, the least recently used first
         self._num_routed = 0
@@ -128,21 +135,34 @@ class Group:
             can[list(tried)] = False
         return np.flatnonzero(can)
 
-    def snapshot(self, rows: np.ndarray, num_cached: np.ndarray, session_id: str) -> ClusterSnapshot:
+    def says(self, label: str, num_free: int, num_blocks: int, said_ns: int) -> None:
+        """An instance, if it is of this group, had so many blocks of HBM that nobody held, of so many."""
+        if (row := self.row_of(label)) is not None:
+            self._rows[["free_blocks", "num_blocks", "said_s"]][row] = (num_free, num_blocks, to_s(said_ns))
+
+    def snapshot(self, rows: np.ndarray, num_cached: np.ndarray, session_id: str, now_ns: int) -> ClusterSnapshot:
         """What the policy sees now of some rows, for a request of a session.
 
         num_cached: int64 [n], of these rows; nobody writes to it any more.
         """
         home = np.flatnonzero(rows == self._homes.get(session_id, -1))
+        these = self._rows.take(rows)  # a copy, once for all columns: of records, indexing takes many times as long
+        these.setflags(write=False)
         return ClusterSnapshot(
             labels=self.labels if len(rows) == len(self.labels) else tuple(self.labels[row] for row in rows),
-            num_requests=_read_only(self._rows["num_requests"][rows]),
-            num_tokens=_read_only(self._rows["num_tokens"][rows]),
+            num_requests=these["num_requests"],
+            num_tokens=these["num_tokens"],
             num_routed=self._num_routed,
             num_cached=_read_only(num_cached),
-            queued_work=_read_only(self._rows["queued_work"][rows]),
-            num_lately=_read_only(self._rows["num_lately"][rows]),
+            queued_work=these["queued_work"],
+            num_lately=these["num_lately"],
             home=int(home[0]) if len(home) else None,
+            now_s=to_s(now_ns),
+            num_decoding=these["num_decoding"],
+            num_gpus=_read_only(np.full(len(rows), self._num_gpus)),
+            free_blocks=these["free_blocks"],
+            num_blocks=these["num_blocks"],
+            said_s=these["said_s"],
         )
 
     def choose(
@@ -153,7 +173,7 @@ class Group:
         """
         num_tokens, rows = len(request.tokens), self.rows(tried)
         num_cached = self.tree.match(pack_tokens(request.tokens[: usable_prefix(num_tokens)]), now_ns)[rows]
-        snapshot = self.snapshot(rows, num_cached, request.session_id)
+        snapshot = self.snapshot(rows, num_cached, request.session_id, now_ns)
         chosen = self._policy.choose(request, snapshot, rng)
         if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen < len(rows):
             names = ", ".join(self.labels[row] for row in rows)
@@ -192,7 +212,7 @@ class Group:
             chosen.why if isinstance(chosen, Chosen) else "",
             num_tokens,
             num_cached,
-            snapshot.num_requests,
+            snapshot.num_requests.copy(),  # alone: records are kept, and there may be a million
             self._rows["queued_ns"][rows],
             None if costs is None else costs.exec_time_s,
         )
@@ -206,12 +226,20 @@ class Group:
         self._rows["queued_work"][placement.row] -= placement.work
         self._rows["queued_ns"][placement.row] -= placement.queued_ns
         placement.work = placement.queued_ns = 0
+        self.decodes(placement)
+
+    def decodes(self, placement: Assignment) -> None:
+        """Its first token is there, in this group or in the one before."""
+        if placement.is_counted and not placement.decodes:
+            self._rows["num_decoding"][placement.row] += 1
+            placement.decodes = True
 
     def forget(self, placement: Assignment) -> None:
         """A request has ended, or left its instance; said twice, it counts once."""
         if placement.is_counted:
             self._count(placement, -1)
-        placement.is_counted = False
+            self._rows["num_decoding"][placement.row] -= placement.decodes
+        placement.is_counted = placement.decodes = False
 
     def _longest(self, rows: np.ndarray, num_cached: np.ndarray) -> list[Holding]:
         """The instances of some rows that have anything, at most NUM_HOLDINGS. num_cached: int64 [n], of these rows."""
@@ -234,5 +262,6 @@ def _read_only(column: np.ndarray) -> np.ndarray:
 def _new_rows(num_rows: int) -> np.ndarray:
     """Instances that are here and have nothing to do."""
     rows = np.zeros(num_rows, dtype=_ROW)
-    rows["is_here"] = True
+    rows["is_here"], rows["said_s"] = True, -np.inf
+    rows["free_blocks"] = rows["num_blocks"] = np.inf
     return rows

@@ -11,7 +11,7 @@ import numpy as np
 from memserve.clock import to_s
 from memserve.kvcache.errors import MissedEvents
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
-from memserve.messages import pack_tokens
+from memserve.messages import Room, pack_tokens
 from memserve.request import Role
 from memserve.sched.group import Assignment, Group
 from memserve.sched.modes import Mode
@@ -136,6 +136,8 @@ class Groups:
         """A request has its first token: it waits in no queue any more."""
         if routed.place is not None:
             self.takers.prefilled(routed.place)
+        if self.decode is not None and routed.decode_place is not None:
+            self.decode.decodes(routed.decode_place)
 
     def handed_over(self, routed: Routed) -> None:
         """A request's KV is at its decode instance: its prefill instance has no load of it any more."""
@@ -168,6 +170,11 @@ class Groups:
         for group in self.all:
             if (row := group.row_of(label)) is not None and group.is_here(label):
                 group.tree.learn(row, tokens, now_ns)
+
+    def has_room(self, label: str, room: Room, said_ns: int) -> None:
+        """An instance has said what nobody holds of its pool."""
+        for group in self.all:
+            group.says(label, room.num_free, room.num_blocks, said_ns)
 
     @property
     def follow_events(self) -> bool:

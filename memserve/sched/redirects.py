@@ -44,6 +44,7 @@ class Redirects:
             return []
         decode.forget(refused_by)
         routed.decode_place = self._taken(routed, decode, routed.tried, now_ns)
+        decode.decodes(routed.decode_place)
         return [self._redirect(routed, routed.timeline.instance, decode.incarnations[routed.decode_place.row])]
 
     def leaves(self, label: str, live: Iterable[Routed], now_ns: int) -> Sent:

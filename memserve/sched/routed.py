@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from memserve.clock import to_s
 from memserve.messages import Finished, Submit, Tokens, unpack_times, unpack_tokens
 from memserve.request import FinishReason
 from memserve.sched.group import Assignment
@@ -42,7 +43,9 @@ class Routed:
     @property
     def request(self) -> RouteRequest:
         """What a policy may know of it."""
-        return RouteRequest(self.submit.request_id, self.submit.session_id, unpack_tokens(self.submit.tokens))
+        m = self.submit
+        tokens, arrival_s = unpack_tokens(m.tokens), to_s(m.arrival_ns)
+        return RouteRequest(m.request_id, m.session_id, tokens, arrival_s, m.params.max_tokens)
 
     def is_of_copy(self, message: Finished) -> bool:
         """Whether what ended was a copy that was told to: nobody has asked for the end of the request."""

@@ -22,6 +22,13 @@ class ClusterSnapshot:
     decode instances, of all that have not ended. num_lately: float64 [n], requests that went to each, of which the
     latest count most: about 16 an instance. home: the row that the session's latest request went to; None for a
     session that is new, or that has not come for 65,536 others, or whose row is not here.
+
+    now_s: the cluster's clock.  num_decoding: int64 [n], of num_requests those that have their first token.  num_gpus:
+    int64 [n], ranks of each (`cluster.tensor_parallel`).  free_blocks: float64 [n], blocks of each one's HBM that no
+    request or transfer held when it last said so (free, or cached alone).  num_blocks: float64 [n], all of its HBM's.
+    said_s: float64 [n], when that was; in exec=distributed, when it came. Of one that has said nothing yet they are
+    infinite, and said_s is -infinite. An instance says so whenever a request has come or gone there. What its answers
+    have taken since is not in it, nor what is on its way there: it is `now_s - said_s` seconds old, which has no bound.
     """
 
     labels: tuple[str, ...]
@@ -32,15 +39,25 @@ class ClusterSnapshot:
     queued_work: np.ndarray
     num_lately: np.ndarray
     home: int | None
+    now_s: float
+    num_decoding: np.ndarray
+    num_gpus: np.ndarray
+    free_blocks: np.ndarray
+    num_blocks: np.ndarray
+    said_s: np.ndarray
 
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """What a policy may know of a request. tokens: int32 [num_prompt]."""
+    """What a policy may know of a request. tokens: int32 [num_prompt].  arrival_s: at the client, on the cluster's
+    clock.  max_tokens: most that its answer can have.
+    """
 
     request_id: str
     session_id: str
     tokens: np.ndarray
+    arrival_s: float
+    max_tokens: int
 
 
 class Chosen(int):

@@ -18,7 +18,7 @@ from memserve.values import require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.conversations import read_file
 from memserve.workload.records import iter_records, require_enough, require_fields
-from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_TRAJECTORIES = Path(__file__).parent / "data" / "trajectories.jsonl"
 PACKAGED_FEW_SHOT = Path(__file__).parent / "data" / "few_shot.txt"
@@ -44,7 +44,7 @@ class AgentWorkload(Workload):
         num_sessions: int | None = None,
         rate: float | None = 1.0,
         arrivals: Arrivals = _DEFAULT_ARRIVALS,
-        think_time_s: float = 0.0,
+        think_time_s: float = CLIENT_S,
         max_turns: int | None = None,
         max_output_tokens: int = 128,
     ) -> None:

@@ -17,7 +17,7 @@ from memserve.values import require_bool, require_choice, require_duration, requ
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
 from memserve.workload.records import require_enough
-from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
 
 PACKAGED_CONVERSATIONS = Path(__file__).parent / "data" / "conversations.jsonl"
 
@@ -31,7 +31,7 @@ class ChatWorkload(Workload):
     path: a ShareGPT or OpenAI-messages file (JSON lines or array); None is the packaged set.
     num_sessions: the first so many conversations; None is all. More than the file holds is an error.
     rate: sessions a second over the whole cluster; None in closed loop.
-    think_time_s: from the end of an answer to the next turn.
+    think_time_s: from the end of an answer to the next turn, what a client takes.
     max_output_tokens: most tokens of an answer.
     max_turns: the first so many turns of each conversation; None is all.
     output_length: "free" lets the model end its answer; "from_file" gives each answer the token count of the file's
@@ -50,7 +50,7 @@ class ChatWorkload(Workload):
         num_sessions: int | None = None,
         rate: float | None = 1.0,
         arrivals: Arrivals = _DEFAULT_ARRIVALS,
-        think_time_s: float = 0.0,
+        think_time_s: float = CLIENT_S,
         max_output_tokens: int = 128,
         max_turns: int | None = None,
         output_length: str = "free",

@@ -18,6 +18,7 @@ from memserve.clock import MAX_NS
 from memserve.request import SamplingParams
 from memserve.values import require_int
 
+CLIENT_S = 0.1  # from an answer to the next turn: our assumption of what a client takes for text, tokens and HTTP
 ChatMessages = Sequence[Mapping[str, str]]  # each {"role": ..., "content": ...}
 
 

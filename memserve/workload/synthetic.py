@@ -16,7 +16,7 @@ from memserve.request import SamplingParams
 from memserve.values import require_duration, require_int, require_number, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.lengths import MAX_TOKENS, Fixed, Lengths
-from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
 
 MAX_SESSIONS = 10**7  # and turns of each: all are made before the run begins
 _DEFAULT_ARRIVALS = Poisson()
@@ -35,7 +35,7 @@ class SyntheticWorkload(Workload):
     max_output_tokens: most tokens of an answer. Answers ignore the end-of-sequence token: lengths are exact.
     lengths: how prompts, turns and answers spread around their means (prefixes are exact).  output_lengths: how answers
     do, where that is another way.
-    think_time_s: from the end of an answer to the next turn.  temperature: see SamplingParams.
+    think_time_s: from the end of an answer to the next turn, what a client takes.  temperature: see SamplingParams.
 
     Raises ValueError naming option, value and what is allowed.
     """
@@ -54,7 +54,7 @@ class SyntheticWorkload(Workload):
         max_output_tokens: int = 32,
         lengths: Lengths = _DEFAULT_LENGTHS,
         output_lengths: Lengths | None = None,
-        think_time_s: float = 0.0,
+        think_time_s: float = CLIENT_S,
         temperature: float = 0.0,
     ) -> None:
         self._num_sessions = require_int("num_sessions", num_sessions, 1, MAX_SESSIONS)

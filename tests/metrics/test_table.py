@@ -4,6 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
+from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.comparison import print_comparison, print_points
 from memserve.metrics.formulas import Slo
 from memserve.metrics.progress import Progress
@@ -64,6 +65,24 @@ def test_one_report_is_readable_at_100_columns(make_timeline):
     assert goodput.strip().endswith("0.0 %, 0 requests/s; missed: 0 by TTFT <= 2.00 s, 1 by TPOT <= 1.40 s")
     assert "turns over the context" in shown and "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_returns_that_come_too_late_are_named_with_what_to_do_once_they_are_more_than_a_tenth(make_timeline):
+    timelines = [make_timeline(f"a/{number}") for number in range(10)]
+    for num_overtaken, is_shown in ((0, False), (1, False), (2, True)):
+        out = console()
+        returns = TransferCounts(tokens=9, transfers=10, overtaken=num_overtaken)
+        print_report(build_report(timelines, INSTANCES, wall_s=1.0, d_to_p=returns), "a run", out)
+        shown = " ".join(text(out).split())
+        assert ("after 2 of 10 answers (workload.think_time_s is how long" in shown) == is_shown
+
+
+def test_how_busy_the_control_plane_was_is_shown_where_it_takes_time(make_timeline):
+    for control in (None, {"busy_s": 1.0, "wait_s": {"mean": 0.001, "p99": 0.25}}):
+        out = console()
+        print_report(make_report(make_timeline, control=control), "a run", out)
+        shown = " ".join(text(out).split())
+        assert ("routing 1.00 s (20.0 %); requests waited 1.00 ms in the mean, 250 ms at P99" in shown) == bool(control)
 
 
 def test_what_a_workload_says_of_itself_is_shown_but_for_what_is_none_or_zero(make_timeline):

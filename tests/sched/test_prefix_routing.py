@@ -17,7 +17,7 @@ from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, RouteRequ
 
 README = Path(__file__).parents[2] / "README.md"
 COSTS = FixedCostModel(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0001)
-REQUEST = RouteRequest("r", "s", np.arange(100, dtype=np.int32))
+REQUEST = RouteRequest("r", "s", np.arange(100, dtype=np.int32), 0.0, 16)
 
 
 def choose(policy, cached, requests=None, tokens=None, work=None, lately=None, home=None):
@@ -29,7 +29,8 @@ def chosen_and_why(policy, cached, requests=None, tokens=None, work=None, lately
     labels = tuple(f"prefill-{i}" for i in range(len(cached)))
     columns = [np.array(c or zeros, dtype=np.int64) for c in (requests, tokens)]
     more = [np.array(c or zeros, dtype=kind) for c, kind in ((work, np.int64), (lately, np.float64))]
-    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), *more, home)
+    nothing_said = (0.0, *[np.array(zeros)] * 5)
+    snapshot = ClusterSnapshot(labels, *columns, 0, np.array(cached), *more, home, *nothing_said)
     row = policy.choose(REQUEST, snapshot, np.random.default_rng(0))
     return row, getattr(row, "why", "")
 
@@ -123,7 +124,7 @@ def test_the_instance_of_a_session_is_forgotten_with_it_and_with_the_instance(mo
     assert seen == [None, 1, None, None, None, None]
     scheduler.groups.takers.remove("i-1")
     rows = scheduler.groups.takers.rows()
-    assert [scheduler.groups.takers.snapshot(rows, np.zeros(1), session).home for session in "ab"] == [None, 0]
+    assert [scheduler.groups.takers.snapshot(rows, np.zeros(1), session, 0).home for session in "ab"] == [None, 0]
 
 
 def test_each_choice_is_recorded_with_what_it_would_have_cost_elsewhere():
@@ -251,7 +252,7 @@ def test_queued_work_is_what_has_no_first_token_yet():
     group = scheduler.groups.takers
 
     def work():
-        return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64), "s").queued_work.tolist()
+        return group.snapshot(group.rows(), np.zeros(1, dtype=np.int64), "s", 0).queued_work.tolist()
 
     for name in "ab":
         scheduler.receive(Submit(name, "s", pack_tokens(np.arange(10)), SamplingParams(), 0), 0)

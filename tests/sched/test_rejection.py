@@ -18,7 +18,7 @@ NOW_NS = 10**9
 
 
 def prospect(**known):
-    request = RouteRequest("r", "s", np.arange(10, dtype=np.int32))
+    request = RouteRequest("r", "s", np.arange(10, dtype=np.int32), 0.0, 16)
     usual = {"waited_s": 0.0, "queued_s": 0.0, "prefill_s": 0.1, "num_decoding": 0, "num_decoding_tokens": 0}
     return Prospect(request, NOW_NS, **{**usual, **known})
 

@@ -12,12 +12,22 @@ from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, R
 def snapshot(requests, tokens=None, num_routed=0, **columns):
     labels = tuple(f"colocated-{i}" for i in range(len(requests)))
     none = np.zeros(len(requests), dtype=np.int64)
-    columns = {"num_cached": none, "queued_work": none, "num_lately": none, "home": None, **columns}
+    names = (
+        "num_cached",
+        "queued_work",
+        "num_lately",
+        "num_decoding",
+        "num_gpus",
+        "free_blocks",
+        "num_blocks",
+        "said_s",
+    )
+    columns = {**dict.fromkeys(names, none), "home": None, "now_s": 0.0, **columns}
     return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)
 
 
 def route(session="s", name="r"):
-    return RouteRequest(name, session, np.arange(3, dtype=np.int32))
+    return RouteRequest(name, session, np.arange(3, dtype=np.int32), 0.0, 16)
 
 
 def test_least_load_takes_the_fewest_requests_then_tokens_then_a_seeded_tie():
@@ -28,7 +38,8 @@ def test_least_load_takes_the_fewest_requests_then_tokens_then_a_seeded_tie():
     assert chosen == {0, 1, 2}
 
 
-@pytest.mark.parametrize("column", ["num_requests", "num_tokens", "num_cached", "queued_work", "num_lately", "labels"])
+@pytest.mark.parametrize("column", ["num_requests", "num_tokens", "num_cached", "queued_work", "num_lately", "labels",
+                                    "num_decoding", "num_gpus", "free_blocks", "num_blocks", "said_s"])  # fmt: skip
 def test_a_policy_that_writes_into_what_it_is_shown_is_stopped(column):
     class Marks(LeastLoad):
         def choose(self, request, cluster, rng):
@@ -72,7 +83,7 @@ def make(policy=None, labels=("i-0", "i-1"), **options):
 
 def load_of(scheduler):
     rows = scheduler.groups.takers.rows()
-    return scheduler.groups.takers.snapshot(rows, np.zeros(len(rows), dtype=np.int64), "s")
+    return scheduler.groups.takers.snapshot(rows, np.zeros(len(rows), dtype=np.int64), "s", 0)
 
 
 def test_tokens_and_the_end_pass_to_the_client_and_the_load_goes_back():

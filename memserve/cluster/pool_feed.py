@@ -1,19 +1,19 @@
-"""IndexFeed: index events of emulated instances on their way to the global scheduler, a message's time late."""
+"""PoolFeed: what emulated instances tell the global scheduler of their pools.
 
-from collections.abc import Callable
+Index events come a message's time late, how much is free as soon as other messages do.
+"""
 
+from memserve.cluster.control import CallAt, ControlPlane
 from memserve.cluster.emulated_node import Node
 from memserve.kvcache.events import IndexEvent
 from memserve.sched.global_scheduler import GlobalScheduler
 
-CallAt = Callable[[int, Callable[[], None]], None]
 
+class PoolFeed:
+    """delay_ns: of an index event, if the scheduler follows them.  call_at: calls back at a moment of virtual time."""
 
-class IndexFeed:
-    """delay_ns: of a message.  call_at: calls back at a moment of virtual time. Idle unless the scheduler follows."""
-
-    def __init__(self, scheduler: GlobalScheduler, delay_ns: int, call_at: CallAt) -> None:
-        self._scheduler, self._delay_ns, self._call_at = scheduler, delay_ns, call_at
+    def __init__(self, scheduler: GlobalScheduler, control: ControlPlane, delay_ns: int, call_at: CallAt) -> None:
+        self._scheduler, self._control, self._delay_ns, self._call_at = scheduler, control, delay_ns, call_at
 
     def follow(self, node: Node) -> None:
         """A node is there, with nothing in its index."""
@@ -21,7 +21,10 @@ class IndexFeed:
             node.instance.pool.follow()
 
     def send(self, node: Node, now_ns: int) -> None:
-        """Puts what has changed in a node's index on the wire."""
+        """Puts what has changed in a node's pool on the wire."""
+        if (room := node.instance.drain_room()) is not None:
+            label, groups = node.instance.label, self._scheduler.groups
+            self._control.notice(lambda: groups.has_room(label, room, now_ns), now_ns)
         if events := node.instance.pool.drain_events():
             due_ns = now_ns + self._delay_ns
             self._call_at(due_ns, lambda: self._arrive(node, events, due_ns))
