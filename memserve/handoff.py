@@ -43,12 +43,13 @@ NUM_REMEMBERED = 4096  # aborted attempts whose KV may still be on its way
 
 @dataclass
 class _Handoff:
-    """One request on its way: its ticket, the instance that prefilled it, whether it was decoded here before, and what
-    the receiver is told of it; None before it has a token.
+    """One request on its way: its ticket, when it was asked for, the instance that prefilled it, whether it was decoded
+    here before, and what the receiver is told of it; None before it has a token.
     """
 
     request: Request
     ticket: Ticket
+    asked_ns: int
     prefill: int | None
     migrates: bool
     stats: RequestStats | None = None
@@ -276,13 +277,15 @@ class Handoffs:
         options = TransferOptions(insert=self._mode.keeps_received)
         word = packed(request, None, prefill, migrates=migrates)
         ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready)
-        self._on_the_way[request.request_id] = _Handoff(request, ticket, prefill, migrates)
+        self._on_the_way[request.request_id] = _Handoff(request, ticket, now_ns, prefill, migrates)
         waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
         self.peak_waiting = max(self.peak_waiting, waiting)
 
     def _tell(self, request: Request, stats: RequestStats) -> None:
         """What the receiver is to know of a request that is on its way."""
         handoff = self._on_the_way[request.request_id]
+        if not handoff.migrates:  # times are those of the first hand-off
+            stats = msgspec.structs.replace(stats, asked_ns=handoff.asked_ns)
         handoff.stats = stats
         self.transfers.tell(handoff.ticket, packed(request, stats, handoff.prefill, migrates=handoff.migrates))
 

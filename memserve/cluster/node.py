@@ -91,6 +91,8 @@ class InstanceLoop:
         self._learn_the_time()
         self._mailbox.send(CONTROLLER, Ready(list(processes)))
         self._offset_ns -= self._wait_for(Start).epoch_ns
+        if self._transport is not None:
+            self._transport.offset_ns = self._offset_ns
         _log.info("%s starts", self._instance.label)
         self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
         while self._stop is None:

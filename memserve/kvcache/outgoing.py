@@ -16,7 +16,8 @@ class Outgoing:
     """ready, posted: int64 [L], leading blocks of each layer that are final, and that were handed to the transport.
 
     targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
-    target_pool: the receiver's.  counts: of all that was sent to this peer.
+    target_pool: the receiver's.  counts: of all that was sent to this peer.  begun_ns, ended_ns: of its first and last
+    move that are over.
     """
 
     ticket: Ticket

@@ -144,7 +144,7 @@ class Sending:
             if out.state is SenderState.ASKED or (out.state is SenderState.SENT and out.ask.addrs):
                 self._send(out.peer, out.ask)
             if out.state is SenderState.SENT:
-                self._send(out.peer, Done(out.ask.ticket, out.private))
+                self._send(out.peer, Done(out.ask.ticket, out.private, out.ended_ns))
             self._alarms.put(out.ask.ticket, out.next_time_ns)
 
     def event(self, out: Outgoing, event: SenderEvent, now_ns: int, reason: str = "") -> None:
@@ -208,7 +208,8 @@ class Sending:
                 self._note(out)
             case Action.DONE:
                 out.retry_ns = now_ns + self._timeouts.retry_ns
-                self._send(out.peer, Done(ticket_id, out.private))
+                out.ended_ns = now_ns if out.begun_ns is None else out.ended_ns
+                self._send(out.peer, Done(ticket_id, out.private, out.ended_ns))
             case Action.ABANDON:
                 self._send(out.peer, Abandon(ticket_id, reason))
             case Action.ABORT_ACK:

@@ -30,8 +30,10 @@ _COMPARED = (
         for statistic in ("mean", "P50", "P99")
     ),
     _Row("second token mean", ("second_token_s", "mean"), "seconds"),
-    _Row("grant wait mean", ("phases_s", "grant_wait", "mean"), "seconds"),
-    _Row("transfer mean", ("phases_s", "transfer", "mean"), "seconds"),
+    *(
+        _Row(f"{phase.replace('_', ' ')} mean", ("phases_s", phase, "mean"), "seconds")
+        for phase in ("ask_wait", "grant_wait", "transfer", "decode_queue")
+    ),
     _Row("hit ratio", ("hit_ratio",), "share"),
     _Row("prompt tokens", ("tokens", "prompt"), "count"),
     _Row("prefill tokens computed", ("tokens", "computed"), "count"),

@@ -322,7 +322,7 @@ def test_the_end_of_a_ticket_that_was_received_is_not_forgotten_for_a_late_abort
     ticket, _ = send(wires, p, d, 2 * B, INSERT)
     d.transfers.settle(arrived(wires, d))
     d.transfers.receive(1, AbortAck(ticket.ticket_id), wires.now_ns)
-    d.transfers.receive(1, Done(ticket.ticket_id, b""), wires.now_ns)
+    d.transfers.receive(1, Done(ticket.ticket_id, b"", 0), wires.now_ns)
     assert [message for _, message in d.transfers.drain_outbox()] == [Inserted(ticket.ticket_id)]
 
 
