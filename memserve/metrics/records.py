@@ -108,9 +108,10 @@ def fetch_record(record: FetchRecord) -> dict[str, Any]:
     What computing took in fact is the request's prefill: from first_scheduled_s to prefill_end_s.
     """
     values = msgspec.to_builtins(record)
-    began_ns, ended_ns = values.pop("began_ns"), values.pop("ended_ns")
+    began_ns, arrived_ns, ended_ns = (values.pop(name) for name in ("began_ns", "arrived_ns", "ended_ns"))
     fetched_s = None if record.outcome != "fetched" or ended_ns is None else to_s(ended_ns - began_ns)
-    return {**values, "began_s": to_s(began_ns), "ended_s": _seconds(ended_ns), "actual_fetch_s": fetched_s}
+    times_s = {"began_s": to_s(began_ns), "arrived_s": _seconds(arrived_ns), "ended_s": _seconds(ended_ns)}
+    return {**values, **times_s, "actual_fetch_s": fetched_s}
 
 
 def record_lines(timelines: Iterable[RequestTimeline]) -> Iterator[str]:

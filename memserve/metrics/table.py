@@ -104,6 +104,7 @@ def _totals_table(report: Report) -> Table:
         + (f", {_count(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
         **_transfer_texts(report),
+        **_fetches_text(report["fetches"]),
         "tokens generated": _count(tokens["generated"]),
         **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
@@ -178,6 +179,17 @@ def _transfer_texts(report: Report) -> dict[str, str]:
             )
     if report["quarantined_blocks"]:
         texts["blocks in quarantine"] = _count(report["quarantined_blocks"])
+    return texts
+
+
+def _fetches_text(f: Report) -> dict[str, str]:
+    """What came of the decisions to fetch or to compute, and of those to fetch how right they were."""
+    outcomes = [f"{_count(f[key])} {key}" for key in ("fetched", "computed", "refused", "failed") if f[key]]
+    texts = {"fetch or compute": ", ".join(outcomes)} if outcomes else {}
+    if f["fetched"]:
+        kinds = (("", "actual_s"), ("predicted ", "predicted_s"), ("instead of computing for ", "computing_s"))
+        medians = ", ".join(f"{kind}{format_figure(f[key]['p50'], 'seconds')}" for kind, key in kinds)
+        texts["time to fetch (P50)"] = f"{medians}; {_count(f['slower_than_computing'])} took longer than that"
     return texts
 
 

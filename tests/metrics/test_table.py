@@ -2,8 +2,10 @@ import io
 import re
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
+from memserve.decisions import FetchRecord
 from memserve.metrics.comparison import print_comparison, print_points
 from memserve.metrics.formulas import Slo
 from memserve.metrics.progress import Progress
@@ -72,6 +74,19 @@ def test_what_a_workload_says_of_itself_is_shown_but_for_what_is_none_or_zero(ma
         out = console()
         print_report(make_report(make_timeline, workload=workload), "a run", out)
         assert [" ".join(line.split()) for line in text(out).splitlines() if "workload" in line] == shown
+
+
+def test_what_was_fetched_is_shown_beside_what_was_predicted_and_nothing_where_nobody_decided(make_timeline):
+    record = FetchRecord(1, 0, 64, 1, 0.023, 0.234, True, 0, ended_ns=632_000_000, outcome="fetched")
+    timeline = make_timeline()
+    timeline.stats = replace(timeline.stats, fetch=record)
+    times = "632 ms, predicted 23.0 ms, instead of computing for 234 ms; 1 took longer than that"
+    told = ["fetch or compute 1 fetched", f"time to fetch (P50) {times}"]
+    for timelines, expected in (([timeline], told), ([make_timeline()], [])):
+        out = console()
+        print_report(build_report(timelines, INSTANCES, wall_s=1.0), console=out)
+        shown = " ".join(text(out).split())
+        assert all(line in shown for line in expected) and ("time to fetch" in shown) == bool(expected)
 
 
 def test_an_instance_with_large_counts_fits_into_88_columns(make_timeline):
