@@ -52,6 +52,15 @@ class Served:
     fetch: FetchRecord | None = None  # what was decided about KV held elsewhere
     fetch_end_ns: int | None = None
 
+    def fetched(self, record: FetchRecord | None, now_ns: int) -> None:
+        """It waits no longer for KV that another instance holds."""
+        self.fetch, self.fetch_end_ns = record, now_ns
+
+    def scheduled(self, now_ns: int) -> None:
+        """A step that it is part of begins."""
+        if self.first_scheduled_ns is None:
+            self.first_scheduled_ns = now_ns
+
     def generated(self, token_ids: np.ndarray, times_ns: np.ndarray, logprobs: TokenLogprobs | None) -> Tokens:
         """The message of the request's last len(token_ids) tokens (int32 [n]), generated at times_ns (int64 [n])."""
         r = self.request

@@ -48,6 +48,7 @@ _COMPARED = (
     _Row("MB within a role", ("transfers", "between", "bytes"), "mega"),
     _Row("fetched slower than computed", ("fetches", "slower_than_computing"), "count"),
     _Row("time to fetch P50", ("fetches", "actual_s", "p50"), "seconds"),
+    _Row("to its last byte P50", ("fetches", "arrived_s", "p50"), "seconds"),
     _Row("predicted to fetch P50", ("fetches", "predicted_s", "p50"), "seconds"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),

@@ -187,9 +187,13 @@ def _fetches_text(f: Report) -> dict[str, str]:
     outcomes = [f"{_count(f[key])} {key}" for key in ("fetched", "computed", "refused", "failed") if f[key]]
     texts = {"fetch or compute": ", ".join(outcomes)} if outcomes else {}
     if f["fetched"]:
-        kinds = (("", "actual_s"), ("predicted ", "predicted_s"), ("instead of computing for ", "computing_s"))
-        medians = ", ".join(f"{kind}{format_figure(f[key]['p50'], 'seconds')}" for kind, key in kinds)
-        texts["time to fetch (P50)"] = f"{medians}; {_count(f['slower_than_computing'])} took longer than that"
+        actual, arrived, predicted, computing = (
+            format_figure(f[key]["p50"], "seconds") for key in ("actual_s", "arrived_s", "predicted_s", "computing_s")
+        )
+        texts["time to fetch (P50)"] = (
+            f"{actual}, {predicted} predicted, {arrived} to the last byte; computing {computing} predicted, "
+            f"{_count(f['slower_than_computing'])} took longer"
+        )
     return texts
 
 

@@ -77,10 +77,11 @@ def test_what_a_workload_says_of_itself_is_shown_but_for_what_is_none_or_zero(ma
 
 
 def test_what_was_fetched_is_shown_beside_what_was_predicted_and_nothing_where_nobody_decided(make_timeline):
-    record = FetchRecord(1, 0, 64, 1, 0.023, 0.234, True, 0, ended_ns=632_000_000, outcome="fetched")
+    times_ns = {"arrived_ns": 25_000_000, "ended_ns": 632_000_000}
+    record = FetchRecord(1, 0, 64, 1, 0.023, 0.234, True, 0, **times_ns, outcome="fetched")
     timeline = make_timeline()
     timeline.stats = replace(timeline.stats, fetch=record)
-    times = "632 ms, predicted 23.0 ms, instead of computing for 234 ms; 1 took longer than that"
+    times = "632 ms, 23.0 ms predicted, 25.0 ms to the last byte; computing 234 ms predicted, 1 took longer"
     told = ["fetch or compute 1 fetched", f"time to fetch (P50) {times}"]
     for timelines, expected in (([timeline], told), ([make_timeline()], [])):
         out = console()
