@@ -19,7 +19,8 @@ class FetchRecord(msgspec.Struct, frozen=True):
     """One decision of Eq. 2. Tokens found here and usable there; seconds predicted for all num_in_batch requests that
     were decided at once: until the KV has come, and by which prefilling takes longer without it.
 
-    outcome: computed, fetched, refused or failed; the last two were computed too, for `reason`.
+    outcome: computed, fetched, refused or failed; the last two were computed too, for `reason`.  arrived_ns: when the
+    last byte was here.  ended_ns: when nothing was waited for any more: what has come is read between two steps.
     """
 
     holder: int
@@ -30,6 +31,7 @@ class FetchRecord(msgspec.Struct, frozen=True):
     compute_s: float
     chose_fetch: bool
     began_ns: int
+    arrived_ns: int | None = None
     ended_ns: int | None = None
     outcome: str = "computed"
     reason: str = ""

@@ -161,8 +161,11 @@ class Fetches:
         entry = self._close(word.fetch)
         if entry is not None:
             num_fetched = len(arrival.tokens) - arrival.num_held
-            changes = {"outcome": "fetched", "num_fetched": num_fetched, "ended_ns": arrival.received_ns}
-            self._ready.append((entry.request, msgspec.structs.replace(entry.record, **changes)))
+            came = msgspec.structs.replace(
+                entry.record, outcome="fetched", num_fetched=num_fetched,
+                arrived_ns=arrival.arrived_ns, ended_ns=arrival.received_ns,
+            )  # fmt: skip
+            self._ready.append((entry.request, came))
 
     def let_time_pass(self, now_ns: int) -> None:
         """Asks again, and gives up what has not come by its deadline."""

@@ -9,14 +9,14 @@
 What travels as `private` beside the KV is one of words.py.
 """
 
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from memserve.bequest import Bequeathed, Bequest
 from memserve.fetches import FetchedKV, Fetches
+from memserve.given_up import GivenUp
 from memserve.kvcache.sending import DECLINED
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
@@ -38,17 +38,16 @@ from memserve.sched.modes import Mode
 from memserve.served import Served
 from memserve.words import GivenBack, HandedOver, packed, read_word, request_of
 
-NUM_REMEMBERED = 4096  # aborted attempts whose KV may still be on its way
-
 
 @dataclass
 class _Handoff:
-    """One request on its way: its ticket, the instance that prefilled it, whether it was decoded here before, and what
-    the receiver is told of it; None before it has a token.
+    """One request on its way: its ticket, when it was asked for, the instance that prefilled it, whether it was decoded
+    here before, and what the receiver is told of it; None before it has a token.
     """
 
     request: Request
     ticket: Ticket
+    asked_ns: int
     prefill: int | None
     migrates: bool
     stats: RequestStats | None = None
@@ -59,11 +58,11 @@ class Handoffs:
 
     def __init__(self, transfers: Transfers, mode: Mode, fetches: Fetches, bequest: Bequest) -> None:
         self.transfers, self.fetches, self.bequest = transfers, fetches, bequest
+        self.given_up = GivenUp()
         self.num_overtaken = 0
         self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode = mode
         self._on_the_way: dict[str, _Handoff] = {}
-        self._aborted: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     @property
     def asks_at_admission(self) -> bool:
@@ -160,16 +159,31 @@ class Handoffs:
                 now_ns,
             )
 
-    def receive(self, inbox: Collection[tuple[int, PoolMessage]], sessions: Collection[str], now_ns: int) -> None:
-        """Takes (sender, message) pairs. sessions: of the requests here; what is given back for them comes too late."""
-        for sender, message in inbox:
-            if isinstance(message, Fetch):
-                self.fetches.receive(sender, message, now_ns)
-                continue
-            if isinstance(message, Ask) and self.transfers.is_new(message):
-                word = read_word(message.private)
-                self.num_overtaken += isinstance(word, GivenBack) and word.session_id in sessions
-            self.transfers.receive(sender, message, now_ns)
+    def receive(self, sender: int, message: PoolMessage, here: Mapping[str, Served], now_ns: int) -> None:
+        """Takes a message between two steps. here: the requests of this instance."""
+        if isinstance(message, Ask) and self.transfers.is_new(message):
+            word = read_word(message.private)
+            if isinstance(word, GivenBack):
+                self.num_overtaken += any(s.request.session_id == word.session_id for s in here.values())
+        self.transfers.receive(sender, message, now_ns)
+
+    def receive_beside(self, sender: int, message: PoolMessage, here: Mapping[str, Served], now_ns: int) -> bool:
+        """Takes a message that may come in the middle of a step, if it is such a one; else False.
+
+        What answers a ticket or a Fetch of this instance, what somebody asks to be sent, and what is offered to it at
+        best effort while there is room: none of them touches what the step computes with, and no contents of blocks are
+        moved within this instance. A request that is handed over is given room between two steps, as one that waits
+        here is, and only then does anything enter the index.
+        """
+        if message.ticket[0] == self.transfers.incarnation:
+            self._answered(sender, message, now_ns)
+        elif isinstance(message, Fetch):
+            self.fetches.receive(sender, message, now_ns)
+        elif isinstance(message, Ask) and self.transfers.has_room_beside(message):
+            self.receive(sender, message, here, now_ns)
+        else:
+            return False
+        return True
 
     def next_turn(self, session_id: str) -> None:
         """A request of a session is here: what is on its way back for an earlier turn was overtaken."""
@@ -177,15 +191,11 @@ class Handoffs:
             late = msgspec.msgpack.encode(GivenBack(session_id))
             self.num_overtaken += sum(ask.private == late for ask in self.transfers.open_asks)
 
-    def answered(self, sender: int, message: PoolMessage, now_ns: int) -> bool:
-        """Takes what answers a ticket or a Fetch of this instance; False for what begins something here."""
-        if message.ticket[0] != self.transfers.incarnation:
-            return False
+    def _answered(self, sender: int, message: PoolMessage, now_ns: int) -> None:
         if isinstance(message, Wait):
             self._wait_or_stay(message, now_ns)
         if not (isinstance(message, Refuse) and self.fetches.refused(message, now_ns)):
             self.transfers.receive(sender, message, now_ns)
-        return True
 
     def _wait_or_stay(self, message: Wait, now_ns: int) -> None:
         """There is no room for a request now: one that was decoded here goes on meanwhile, not waits."""
@@ -223,7 +233,7 @@ class Handoffs:
         here: the requests of this instance, whose name is `label`.
         """
         word = read_word(arrival.private)
-        if isinstance(word, HandedOver) and self._is_latest(word, here.get(word.request_id)):
+        if isinstance(word, HandedOver) and not self.given_up.has(word, here.get(word.request_id)):
             return word
         if isinstance(word, FetchedKV):
             self.fetches.arrived(word, arrival)
@@ -238,20 +248,6 @@ class Handoffs:
         request.block_table.extend(arrival.blocks)
         self.transfers.settle(arrival, heir=request.holder)
         return request
-
-    def note_aborted(self, request_id: str, attempt: int) -> None:
-        """An attempt that is not here was aborted: should its KV still come, nobody wants it."""
-        self._aborted[request_id, attempt] = None
-        if len(self._aborted) > NUM_REMEMBERED:
-            self._aborted.popitem(last=False)
-
-    def _is_latest(self, word: HandedOver, here: Served | None) -> bool:
-        """Whether an attempt that arrives was not given up. here: the request as it is served here, if it is.
-
-        An abort and what takes its attempt's place come from different processes, so either may be here first.
-        """
-        is_older = here is not None and word.attempt < here.request.attempt
-        return not is_older and (word.request_id, word.attempt) not in self._aborted
 
     @property
     def _block_size(self) -> int:
@@ -275,14 +271,16 @@ class Handoffs:
         tokens, blocks = request.tokens.view[:num_tokens], request.block_table.view[: self._num_blocks(num_tokens)]
         options = TransferOptions(insert=self._mode.keeps_received)
         word = packed(request, None, prefill, migrates=migrates)
-        ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready)
-        self._on_the_way[request.request_id] = _Handoff(request, ticket, prefill, migrates)
+        ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready, told=ready)
+        self._on_the_way[request.request_id] = _Handoff(request, ticket, now_ns, prefill, migrates)
         waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
         self.peak_waiting = max(self.peak_waiting, waiting)
 
     def _tell(self, request: Request, stats: RequestStats) -> None:
         """What the receiver is to know of a request that is on its way."""
         handoff = self._on_the_way[request.request_id]
+        if not handoff.migrates:  # times are those of the first hand-off
+            stats = msgspec.structs.replace(stats, asked_ns=handoff.asked_ns)
         handoff.stats = stats
         self.transfers.tell(handoff.ticket, packed(request, stats, handoff.prefill, migrates=handoff.migrates))
 

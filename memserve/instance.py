@@ -3,7 +3,7 @@
 A driver owns time and moves messages; it calls, in this order and as often as it likes:
 
     receive(message)            any time; takes effect at the next `schedule`
-    receive_from_peer(...)      a message of another pool: an answer takes effect at once, others at the next `schedule`
+    receive_from_peer(...)      a message of another pool; takes effect at once, or at the next `schedule`
     poll(now_ns)                lets time pass for transfers
     schedule(now_ns)            reads the inbox, picks the step's batch -> ScheduledBatch | None
     forward(batch)              computes it -> StepOutput
@@ -87,12 +87,16 @@ class Instance:
         self._inbox.append(message)
 
     def receive_from_peer(self, sender: int, message: PoolMessage, now_ns: int) -> None:
-        """Takes a message of another instance's pool. What answers a ticket of ours is read at once."""
-        assert self.handoffs is not None, "a colocated instance has no peers"
-        if self.handoffs.answered(sender, message, now_ns):
+        """Takes a message of another instance's pool. What need not wait for the end of a step is read at once."""
+        if self.serve(sender, message, now_ns):
             self.poll(now_ns)
         else:
             self._peer_inbox.append((sender, message))
+
+    def serve(self, sender: int, message: PoolMessage, now_ns: int) -> bool:
+        """Takes such a message if it need not wait for the end of a step, while one is computed; else False."""
+        assert self.handoffs is not None, "an instance alone has no peers"
+        return self.handoffs.receive_beside(sender, message, self._served, now_ns)
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """Another instance's process is gone: what is under way between the two has failed."""
@@ -132,8 +136,7 @@ class Instance:
         batch = self.scheduler.schedule()
         self._ask_for_admitted(now_ns)
         for request in batch.requests if batch is not None else ():
-            served = self._served[request.request_id]
-            served.first_scheduled_ns = now_ns if served.first_scheduled_ns is None else served.first_scheduled_ns
+            self._served[request.request_id].scheduled(now_ns)
         return batch
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
@@ -212,7 +215,7 @@ class Instance:
         if served is not None and served.request.attempt == message.attempt:
             self._finish(served, *CANCELLED, now_ns)
         elif self.handoffs is not None:  # it has ended meanwhile, or is on its way here
-            self.handoffs.note_aborted(message.request_id, message.attempt)
+            self.handoffs.given_up.note(message.request_id, message.attempt)
 
     def _finish(self, served: Served, reason: FinishReason, detail: str, now_ns: int) -> None:
         request = served.request
@@ -271,7 +274,8 @@ class Instance:
         if self.handoffs is None:
             return
         inbox, self._peer_inbox = self._peer_inbox, []
-        self.handoffs.receive(inbox, {s.request.session_id for s in self._served.values()} if inbox else (), now_ns)
+        for sender, message in inbox:
+            self.handoffs.receive(sender, message, self._served, now_ns)
         self.poll(now_ns)
         for arrival in self.handoffs.transfers.drain_arrivals():
             came = self.handoffs.take(arrival, self._served, self.label)
@@ -286,8 +290,7 @@ class Instance:
             return
         self.handoffs.fetches.decide(self.scheduler.num_cached, now_ns)
         for request, record in self.handoffs.fetches.drain_ready():
-            served = self._served[request.request_id]
-            served.fetch, served.fetch_end_ns = record, now_ns
+            self._served[request.request_id].fetched(record, now_ns)
             self.scheduler.add(request)
 
     def _adopt(self, word: HandedOver, arrival: Arrival, now_ns: int) -> None:

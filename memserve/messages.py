@@ -192,10 +192,14 @@ class Refuse(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """`private` is the Ask's, or what the sender knew better by now."""
+    """`private` is the Ask's, or what the sender knew better by now.
+
+    arrived_ns: when the last byte was in place, on the cluster's clock; where none had to move, when the sender knew.
+    """
 
     ticket: tuple[int, int]
     private: bytes
+    arrived_ns: int
 
 
 class Inserted(msgspec.Struct, frozen=True, tag=True):

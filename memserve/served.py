@@ -1,8 +1,8 @@
 """Served: what an instance keeps of a request beside the scheduler's books: event times, counts, stop strings."""
 
 import hashlib
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -48,10 +48,18 @@ class Served:
     earlier: RequestStats | None = None  # what those counted that had it before
     num_brought: int = 0  # tokens that those had generated
     has_migrated: bool = False  # it was decoded before it came here
-    granted_ns: int | None = None
-    received_ns: int | None = None
+    handed_over_ns: Mapping[str, int] = field(default_factory=dict)  # its times, by their names in RequestStats
     fetch: FetchRecord | None = None  # what was decided about KV held elsewhere
     fetch_end_ns: int | None = None
+
+    def fetched(self, record: FetchRecord | None, now_ns: int) -> None:
+        """It waits no longer for KV that another instance holds."""
+        self.fetch, self.fetch_end_ns = record, now_ns
+
+    def scheduled(self, now_ns: int) -> None:
+        """A step that it is part of begins."""
+        if self.first_scheduled_ns is None:
+            self.first_scheduled_ns = now_ns
 
     def generated(self, token_ids: np.ndarray, times_ns: np.ndarray, logprobs: TokenLogprobs | None) -> Tokens:
         """The message of the request's last len(token_ids) tokens (int32 [n]), generated at times_ns (int64 [n])."""
@@ -124,8 +132,7 @@ class Served:
             num_preemptions_on_decode=earlier.num_preemptions_on_decode + request.num_preemptions,
         )
         if not self.has_migrated:
-            times_ns = {"granted_ns": self.granted_ns, "received_ns": self.received_ns}
-            return msgspec.structs.replace(stats, decode_scheduled_ns=scheduled_ns, **times_ns)
+            return msgspec.structs.replace(stats, decode_scheduled_ns=scheduled_ns, **self.handed_over_ns)
         if earlier.received_ns is not None and earlier.decode_scheduled_ns is None:
             return msgspec.structs.replace(stats, decode_scheduled_ns=scheduled_ns)
         return stats
@@ -158,10 +165,16 @@ def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, word:
     """A request that another instance had before, which says so in `word`."""
     if stops is not None:
         stops.ended_by(request.output_token_ids)
+    times_ns = {
+        "ask_read_ns": arrival.read_ns,
+        "granted_ns": arrival.granted_ns,
+        "arrived_ns": arrival.arrived_ns,
+        "received_ns": arrival.received_ns,
+    }
     return Served(
         request, arrival.received_ns, stops, prefill=word.prefill, prefill_end_ns=arrival.received_ns,
         earlier=word.stats, num_brought=request.num_generated, has_migrated=word.migrates,
-        granted_ns=arrival.granted_ns, received_ns=arrival.received_ns,
+        handed_over_ns=times_ns,
     )  # fmt: skip
 
 

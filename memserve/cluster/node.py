@@ -4,7 +4,8 @@
     receive -> schedule -> forward, layer by layer -> commit -> send        again and again, until
     Stop -> finish transfers -> Stopped .. Leave, or Retire -> nothing left to do -> Left
 
-The loop never waits for a peer: transfers go on beside it, and an idle instance sleeps until something comes.
+The loop never waits for a peer: transfers go on beside it, what they need of it is read between two layers, and an idle
+instance sleeps until something comes.
 """
 
 import logging
@@ -40,6 +41,7 @@ from memserve.cluster.node_messages import (
 )
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.summary import summarize
+from memserve.handoff import Handoffs
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, Redirect
 from memserve.metrics.activity import Activity
@@ -81,7 +83,7 @@ class InstanceLoop:
         self._offset_ns = 0  # what is to be added to this process's clock
         self._stop: Stop | None = None
         self._may_leave = self._is_to_drain = False
-        self._early = list(early)  # came before the run had begun here
+        self._early = list(early)  # came before the run had begun here, or within a step
 
     def run(self, processes: Sequence[Process]) -> bool:
         """Until rank 0 says Leave, or it has drained: then True. processes: of the instance's ranks.
@@ -91,6 +93,8 @@ class InstanceLoop:
         self._learn_the_time()
         self._mailbox.send(CONTROLLER, Ready(list(processes)))
         self._offset_ns -= self._wait_for(Start).epoch_ns
+        if self._transport is not None:
+            self._transport.offset_ns = self._offset_ns
         _log.info("%s starts", self._instance.label)
         self._mailbox.beat(CONTROLLER, Alive(), BEAT_S)
         while self._stop is None:
@@ -165,14 +169,29 @@ class InstanceLoop:
         self._send()
 
     def _forward(self, batch: ScheduledBatch) -> StepOutput:
-        """By layer, each layer's KV leaves while the next one is computed."""
+        """By layer, each layer's KV leaves while the next one is computed. Between two layers peers are served."""
         handoffs = self._instance.handoffs
-        if handoffs is None or not handoffs.asks_at_admission:
+        if handoffs is None:
             return self._instance.forward(batch)
         layers = LayerRun(self._instance.forward_by_layer(batch))
         for layer in layers:
             handoffs.layer_written(batch, layer, self._now_ns())
+            self._serve_peers(handoffs)
         return layers.output
+
+    def _serve_peers(self, handoffs: Handoffs) -> None:
+        """What concerns transfers under way need not wait for the step's end; all else that has come is kept for it."""
+        for sender, message in self._mailbox.receive(0):
+            if not (isinstance(message, Between) and self._serve(message, sender)):
+                self._early.append((sender, message))
+        handoffs.transfers.hear_moves(self._now_ns())
+        self._send_to_peers()
+
+    def _serve(self, letter: Between, rank: int) -> bool:
+        if letter.target != self._incarnation:
+            return False
+        self._roster.assign(letter.sender, rank)
+        return self._instance.serve(letter.sender, letter.message, self._now_ns())
 
     @property
     def _is_transferring(self) -> bool:
@@ -226,8 +245,11 @@ class InstanceLoop:
             self._mailbox.send(CONTROLLER, room)
         if events := self._instance.pool.drain_events():
             self._mailbox.send(CONTROLLER, Changed(events))
-        for peer, message_to_peer in self._instance.drain_peer_outbox():
-            self._mailbox.send(self._roster.leader(peer), Between(self._incarnation, peer, message_to_peer))
+        self._send_to_peers()
+
+    def _send_to_peers(self) -> None:
+        for peer, message in self._instance.drain_peer_outbox():
+            self._mailbox.send(self._roster.leader(peer), Between(self._incarnation, peer, message))
 
     def _finish_transfers(self, stop: Stop) -> None:
         """What is on its way back arrives, or fails by its deadline."""

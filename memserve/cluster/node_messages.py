@@ -188,11 +188,12 @@ class PostMove(msgspec.Struct, frozen=True, tag=True):
 
 
 class MoveArrived(msgspec.Struct, frozen=True, tag=True):
-    """It has arrived; times on the follower's own clock."""
+    """It has arrived; times on the own clock of the follower's host, which is named as `host_id` does."""
 
     move_id: tuple[int, int, int]
     begun_ns: int
     ended_ns: int
+    host: str
 
 
 NodeMessage = (

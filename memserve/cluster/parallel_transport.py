@@ -22,6 +22,7 @@ from memserve.cluster.worker import Detach, Followers, Hand
 from memserve.kvcache.head_parts import rank_of_endpoint
 from memserve.messages import pack_times, unpack_times
 from memserve.model.parallel import LEADER
+from memserve.transfer.shared_memory import host_id
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
 
 _BUSY_MS, _IDLE_MS = 1, 50
@@ -36,6 +37,7 @@ class ParallelTransport(Transport):
 
     def __init__(self, own: Transport, team: Mailbox, followers: Followers) -> None:
         self._own, self._team, self._followers = own, team, followers
+        self._host = host_id()
 
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
         """The leader's memories; followers attach theirs themselves."""
@@ -59,16 +61,23 @@ class ParallelTransport(Transport):
 
     def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:
         """What has arrived from any rank. Raises FollowerFailed with a follower's error."""
+        self._own.offset_ns = self.offset_ns
         arrived = self._own.poll(endpoint, now_ns)
         for rank, message in self._team.receive(0):
             match message:
-                case MoveArrived(move_id, begun_ns, ended_ns):
-                    arrived.append(Arrived(move_id, begun_ns, ended_ns))
+                case MoveArrived():
+                    arrived.append(self._heard(message, now_ns))
                 case Broken(detail):
                     raise FollowerFailed(f"the transfers of rank {rank} of this instance: {detail}")
                 case _:
                     raise TypeError(f"a leader takes no {type(message).__name__} of its followers")
         return arrived
+
+    def _heard(self, move: MoveArrived, now_ns: int) -> Arrived:
+        """On this rank's clock; of a follower on another host, whose clock is its own, as if it had ended just now."""
+        if move.host == self._host:
+            return Arrived(move.move_id, move.begun_ns, move.ended_ns).later_by(self.offset_ns)
+        return Arrived(move.move_id, now_ns - (move.ended_ns - move.begun_ns), now_ns)
 
     def next_time_ns(self) -> int | None:
         return self._own.next_time_ns()
@@ -83,6 +92,7 @@ class TransferHand(Hand):
 
     def __init__(self, transport: Transport, endpoint: int, team: Mailbox) -> None:
         self._transport, self._endpoint, self._team = transport, endpoint, team
+        self._host = host_id()
         self._num_layers = 0  # counted by the thread that computes
         self._waiting: deque[PostMove] = deque()
         self._num_under_way = 0
@@ -126,7 +136,7 @@ class TransferHand(Hand):
             arrived = self._transport.poll(self._endpoint, monotonic_ns())
         self._num_under_way -= len(arrived)
         for move in arrived:
-            self._team.send(LEADER, MoveArrived(move.move_id, move.begun_ns, move.ended_ns))
+            self._team.send(LEADER, MoveArrived(move.move_id, move.begun_ns, move.ended_ns, self._host))
 
 
 def _told(move_id: MoveId, move: Move, num_layers: int) -> PostMove:

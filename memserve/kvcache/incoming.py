@@ -15,15 +15,17 @@ NEVER_NS = int(np.iinfo(np.int64).max)
 @dataclass
 class Incoming:
     """place: among the Asks, in the order in which they came.  blocks: int32 [n] once granted, those that were held
-    first.
+    first.  read_ns: when the Ask was read.  arrived_ns: as `Done` says.
     """
 
     ask: Ask
     place: int
+    read_ns: int
     state: ReceiverState = ReceiverState.NONE
     blocks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     num_held: int = 0
     granted_ns: int = 0
+    arrived_ns: int = 0
     deadline_ns: int = NEVER_NS
     reason: str = ""
     private: bytes = b""

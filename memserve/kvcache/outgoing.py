@@ -16,7 +16,8 @@ class Outgoing:
     """ready, posted: int64 [L], leading blocks of each layer that are final, and that were handed to the transport.
 
     targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
-    target_pool: the receiver's.  counts: of all that was sent to this peer.
+    target_pool: the receiver's.  counts: of all that was sent to this peer.  begun_ns, ended_ns: of its first and last
+    move that are over.  is_told: nothing more is to be said to the receiver than `private`.
     """
 
     ticket: Ticket
@@ -37,6 +38,7 @@ class Outgoing:
     num_bytes: int = 0
     begun_ns: int | None = None
     ended_ns: int = 0
+    is_told: bool = True
 
     def __post_init__(self) -> None:
         self.private = self.ask.private

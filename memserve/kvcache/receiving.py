@@ -80,7 +80,8 @@ class Receiving:
         event = ReceiverEvent(type(message).__name__)
         if incoming is not None:
             incoming.reason = message.reason if isinstance(message, Abandon) else ""
-            incoming.private = message.private if isinstance(message, Done) else incoming.private
+            if isinstance(message, Done):
+                incoming.private, incoming.arrived_ns = message.private, message.arrived_ns
             self.event(incoming, event, now_ns)
         elif event is ReceiverEvent.DONE and self._over.get(message.ticket) is ReceiverState.DONE:
             self._send(message.ticket[0], Inserted(message.ticket))
@@ -163,7 +164,7 @@ class Receiving:
             self._send(ask.ticket[0], answer)
             return
         self._num_asks += 1
-        incoming = Incoming(ask, self._num_asks, reason=self._why_never(ask))
+        incoming = Incoming(ask, self._num_asks, now_ns, reason=self._why_never(ask))
         in_turn = not self._waiting or ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
         fits = not incoming.reason and in_turn and self._allocate(incoming)
         self.tickets[ask.ticket] = incoming
@@ -263,10 +264,11 @@ class Receiving:
             canonical = self._pool.publish(tokens[: num_full * self._pool.block_size], blocks[:num_full])
             theirs = canonical[~np.isin(canonical, blocks)]
             self._pool.retain(theirs, incoming.holder)
-        ask = incoming.ask
+        arrived_ns = min(incoming.arrived_ns, now_ns)  # the sender's clock may be a little ahead
         arrival = Arrival(
-            ask.ticket, tokens, blocks, incoming.num_held, incoming.private, incoming.granted_ns, received_ns=now_ns
-        )
+            incoming.ask.ticket, tokens, blocks, incoming.num_held, incoming.private,
+            incoming.read_ns, incoming.granted_ns, arrived_ns, received_ns=now_ns,
+        )  # fmt: skip
         self._arrivals.append(arrival)
 
     def _remember(self, ticket_id: TicketId, state: ReceiverState) -> None:

@@ -63,9 +63,11 @@ class Sending:
         now_ns: int,
         *,
         ready: bool,
+        told: bool,
         target_pool: PoolSize | None = None,
     ) -> Ticket:
-        """Asks `peer`. ready: all blocks (int32 [n]) are final; else `mark_ready` says when.
+        """Asks `peer`. ready: all blocks (int32 [n]) are final; else `mark_ready` says when.  told: as well as all that
+        the receiver is to know; else `tell` follows.
 
         target_pool: the peer's, where the Ask brings addresses: what is ready leaves at once.
         """
@@ -74,7 +76,7 @@ class Sending:
         deadline_ns, retry_ns = now_ns + self._timeouts.patience_ns, now_ns + self._timeouts.retry_ns
         out = Outgoing(
             ticket, peer, ask, blocks.copy(), posted + (len(blocks) if ready else 0), posted, deadline_ns, retry_ns,
-            self.counts_by_peer[peer],
+            self.counts_by_peer[peer], is_told=told,
         )  # fmt: skip
         self._pool.retain(out.blocks, out.holder)
         self.tickets[ask.ticket] = out
@@ -94,6 +96,12 @@ class Sending:
             if out.state is SenderState.SENDING:
                 self._post(out, ready_ns)
                 self._unchecked.add(ticket_id)
+
+    def tell(self, ticket_id: tuple[int, int], private: bytes) -> None:
+        """What `Done` says, instead of what the Ask did."""
+        if (out := self.tickets.get(ticket_id)) is not None:
+            out.private, out.is_told = private, True
+            self._unchecked.add(ticket_id)
 
     def receive(self, receiver: int, message: PoolMessage, now_ns: int) -> None:
         """Takes an answer of the receiver."""
@@ -144,7 +152,7 @@ class Sending:
             if out.state is SenderState.ASKED or (out.state is SenderState.SENT and out.ask.addrs):
                 self._send(out.peer, out.ask)
             if out.state is SenderState.SENT:
-                self._send(out.peer, Done(out.ask.ticket, out.private))
+                self._send(out.peer, Done(out.ask.ticket, out.private, out.ended_ns))
             self._alarms.put(out.ask.ticket, out.next_time_ns)
 
     def event(self, out: Outgoing, event: SenderEvent, now_ns: int, reason: str = "") -> None:
@@ -208,7 +216,8 @@ class Sending:
                 self._note(out)
             case Action.DONE:
                 out.retry_ns = now_ns + self._timeouts.retry_ns
-                self._send(out.peer, Done(ticket_id, out.private))
+                out.ended_ns = now_ns if out.begun_ns is None else out.ended_ns
+                self._send(out.peer, Done(ticket_id, out.private, out.ended_ns))
             case Action.ABANDON:
                 self._send(out.peer, Abandon(ticket_id, reason))
             case Action.ABORT_ACK:
@@ -269,6 +278,6 @@ class Sending:
         out.counts.calls += move.num_calls
 
     def _check_drained(self, out: Outgoing, now_ns: int) -> None:
-        everything = out.state is SenderState.DRAINING or bool((out.posted == len(out.blocks)).all())
+        everything = out.state is SenderState.DRAINING or (out.is_told and bool((out.posted == len(out.blocks)).all()))
         if out.num_under_way == 0 and everything and out.state in (SenderState.SENDING, SenderState.DRAINING):
             self.event(out, SenderEvent.DRAINED, now_ns)

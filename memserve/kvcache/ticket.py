@@ -117,7 +117,8 @@ class Sent:
 @dataclass(frozen=True)
 class Arrival:
     """A ticket whose KV is all here. tokens: int32 [t].  blocks: int32 [n], held under the ticket until it is settled.
-    num_held: tokens that were here before.  Times in ns.
+    num_held: tokens that were here before.  read_ns, granted_ns: when the Ask was read here, and granted.  arrived_ns:
+    when the last byte was here.  received_ns: when `Done` was read, and the KV published. Times in ns.
     """
 
     ticket_id: tuple[int, int]
@@ -125,5 +126,7 @@ class Arrival:
     blocks: np.ndarray
     num_held: int
     private: bytes
+    read_ns: int
     granted_ns: int
+    arrived_ns: int
     received_ns: int

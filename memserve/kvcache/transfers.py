@@ -107,11 +107,13 @@ class Transfers:
         now_ns: int,
         *,
         ready: bool = True,
+        told: bool = True,
         addrs: np.ndarray | None = None,
     ) -> Ticket:
         """Asks `peer` for room for the KV of `tokens` (int32 [n]) in `blocks` (int32, all that hold it, in order).
 
-        ready: the blocks are final; else `mark_ready` says when.  addrs: where they go, int64 [n] reserved before: no
+        ready: the blocks are final; else `mark_ready` says when.  told: `private` says all; else `Done` waits until
+        `tell` does.  addrs: where they go, int64 [n] reserved before: no
         grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
         tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before or that
         another ticket still writes to.
@@ -138,7 +140,7 @@ class Transfers:
             options.best_effort, options.pinned, private, self.geometry, b"" if addrs is None else pack_times(addrs),
         )  # fmt: skip
         layers = self.geometry.num_layers
-        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, target_pool=target)
+        ticket = self._sending.start(peer, ask, blocks, layers, now_ns, ready=ready, told=told, target_pool=target)
         if addrs is not None and options.insert:
             self._reservations.note_inserted(peer, addrs)
         if peer in self._gone:
@@ -183,8 +185,7 @@ class Transfers:
 
     def tell(self, ticket: Ticket, private: bytes) -> None:
         """What the receiver is to be told with `Done`, instead of what the Ask carried."""
-        if (out := self._sending.tickets.get(ticket.ticket_id)) is not None:
-            out.private = private
+        self._sending.tell(ticket.ticket_id, private)
 
     def keep_paths(self, blocks: np.ndarray, holder: Holder) -> None:
         """`holder` is about to give up `blocks` (int32 [n]) and whatever else it has. Tickets that still send any of
@@ -219,18 +220,30 @@ class Transfers:
         else:
             self._sending.receive(sender, message, now_ns)
 
+    def has_room_beside(self, ask: Ask) -> bool:
+        """Whether an Ask that would be declined for want of room can be granted in the middle of a step: what is free,
+        or cached and used by nobody, is enough, and nothing has to be moved to DRAM for it.
+        """
+        allocator = self._pool.allocator
+        room = allocator.num_free if allocator.num_dram_blocks else self._pool.num_available
+        return ask.best_effort and ask.medium == Medium.HBM and ask.num_blocks <= room
+
     def is_new(self, ask: Ask) -> bool:
         """Whether an Ask is no repeat, and its ticket has not ended."""
         return self._receiving.is_new(ask)
 
     def poll(self, now_ns: int) -> list[Ticket]:
         """Lets time pass: moves that arrived, deadlines, repeats, waiting Asks. Returns the tickets that have ended."""
-        for arrived in self._transport.poll(self.incarnation, now_ns):
-            self._sending.arrived(arrived, now_ns)
+        self.hear_moves(now_ns)
         self._sending.let_time_pass(now_ns)
         self._receiving.let_time_pass(now_ns)
         self._reservations.let_time_pass(now_ns)
         return self._sending.drain_ended() + self._reservations.drain_ended()
+
+    def hear_moves(self, now_ns: int) -> None:
+        """Only the moves that have arrived: what is sent whole is told to its receiver."""
+        for arrived in self._transport.poll(self.incarnation, now_ns):
+            self._sending.arrived(arrived, now_ns)
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """There is proof that an instance's process is gone: it neither writes nor answers any more, nor reads."""

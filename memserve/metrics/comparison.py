@@ -30,8 +30,10 @@ _COMPARED = (
         for statistic in ("mean", "P50", "P99")
     ),
     _Row("second token mean", ("second_token_s", "mean"), "seconds"),
-    _Row("grant wait mean", ("phases_s", "grant_wait", "mean"), "seconds"),
-    _Row("transfer mean", ("phases_s", "transfer", "mean"), "seconds"),
+    *(
+        _Row(f"{phase.replace('_', ' ')} mean", ("phases_s", phase, "mean"), "seconds")
+        for phase in ("ask_wait", "grant_wait", "transfer", "decode_queue")
+    ),
     _Row("hit ratio", ("hit_ratio",), "share"),
     _Row("prompt tokens", ("tokens", "prompt"), "count"),
     _Row("prefill tokens computed", ("tokens", "computed"), "count"),
@@ -44,6 +46,10 @@ _COMPARED = (
     _Row("network calls D -> P", ("transfers", "d_to_p", "calls"), "count"),
     _Row("tokens within a role", ("transfers", "between", "tokens"), "count"),
     _Row("MB within a role", ("transfers", "between", "bytes"), "mega"),
+    _Row("fetched slower than computed", ("fetches", "slower_than_computing"), "count"),
+    _Row("time to fetch P50", ("fetches", "actual_s", "p50"), "seconds"),
+    _Row("to its last byte P50", ("fetches", "arrived_s", "p50"), "seconds"),
+    _Row("predicted to fetch P50", ("fetches", "predicted_s", "p50"), "seconds"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("good answers", ("goodput", "share"), "share"),

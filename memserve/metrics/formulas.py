@@ -5,8 +5,10 @@
     # |                                                    |--- TPOT: the mean of the ITLs ------|
     # |--------------------------------------------- JCT ---------------------------------------------------|
     # |- dispatch -|---- queue ---|------- prefill --------|--------------------- decode -------------------|
-    # handed over:                  prefill end -> granted -> received -> first decode step
-    #                               |-grant wait-|- transfer -|- decode queue -|---- decode ----------------|
+    # handed over:     prefill end -> Ask read -> granted -> last byte there -> first decode step
+    #                       |- ask wait -|- grant wait -|- transfer -|- decode queue -|------ decode ----------|
+    # by layer:  queued -> asked -> Ask read -> granted -> first_scheduled -> prefill_end -> last byte there -> ...
+    #              |-queue-|-ask wait-|-grant wait-|-queue-|--- prefill ---|----- transfer -----|- decode queue ..
 
 A metric that a request does not have (no token, no second token, not finished) is None, never 0.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from memserve.clock import NS_PER_S, to_s
+from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
 
@@ -24,17 +27,23 @@ from memserve.timeline import RequestTimeline
 class Phases:
     """Where a request's time went, in seconds; None where it never came so far. They add up to its JCT.
 
-    dispatch: arrival until it reached the instance, routing included.  fetch: until it waited no longer for KV of
-    another instance; None where nobody held more.  queue: until its first step began.  prefill: until the first token.
-    grant_wait: until the decode instance had made room.  transfer: until it had all of the KV.  decode_queue: until its
-    first step there.  decode: until the end; time lost to preemption is in it, and an answer's way to the client.  The
-    three before it are None where one instance does both, and what ended before the prefill did (by layer) counts as 0.
+    dispatch: arrival until it reached the instance, routing included. fetch: until it waited no longer for KV of
+    another instance; None where nobody held more. queue: until its first step began. prefill: until the first token.
+    Then, where another instance decodes: ask_wait: until that one had read that it is asked for room, which it does
+    between two of its steps. grant_wait: until it had made room; 0 unless there was none when it read so. transfer:
+    until the last byte was there; the Grant's way to the sender is in it. decode_queue: until its first step there: the
+    wait for the end of the step under way, and for a place in one. decode: until the end; time lost to preemption is in
+    it, and an answer's way to the client.
+
+    The four before `decode` are None where one instance does both. By layer the grant is waited for before the first
+    step: those waits are not in `queue`, and what ended before the prefill did counts as 0 otherwise.
     """
 
     dispatch: float | None = None
     fetch: float | None = None
     queue: float | None = None
     prefill: float | None = None
+    ask_wait: float | None = None
     grant_wait: float | None = None
     transfer: float | None = None
     decode_queue: float | None = None
@@ -94,24 +103,47 @@ def _phases(timeline: RequestTimeline) -> Phases:
     stats = timeline.stats
     if stats is None:
         return Phases()
+    since_ns = stats.queued_ns if stats.fetch_end_ns is None else stats.fetch_end_ns
     phases = Phases(
         dispatch=_between_s(timeline.arrival_ns, stats.queued_ns),
         fetch=_between_s(stats.queued_ns, stats.fetch_end_ns),
-        queue=_between_s(stats.fetch_end_ns or stats.queued_ns, stats.first_scheduled_ns),
+        queue=_between_s(since_ns, stats.first_scheduled_ns),
         prefill=_between_s(stats.first_scheduled_ns, stats.prefill_end_ns),
         decode=_between_s(stats.prefill_end_ns, timeline.finished_ns),
     )
-    prefilled_ns = stats.prefill_end_ns
-    if prefilled_ns is None or stats.granted_ns is None or stats.received_ns is None:
-        return phases
-    granted_ns, received_ns = max(stats.granted_ns, prefilled_ns), max(stats.received_ns, prefilled_ns)
-    return replace(
-        phases,
-        grant_wait=_between_s(prefilled_ns, granted_ns),
-        transfer=_between_s(granted_ns, received_ns),
-        decode_queue=_between_s(received_ns, stats.decode_scheduled_ns),
-        decode=_between_s(stats.decode_scheduled_ns, timeline.finished_ns),
-    )
+    return replace(phases, **_handed_over(stats, timeline.finished_ns))
+
+
+def _handed_over(stats: RequestStats, finished_ns: int | None) -> dict[str, float | None]:
+    """The phases that a hand-off makes, or makes shorter; none where there was none.
+
+    Clocks of two processes differ a little: no event counts as earlier than the one that led to it.
+    """
+    first_ns, prefilled_ns = stats.first_scheduled_ns, stats.prefill_end_ns
+    read_ns, granted_ns, arrived_ns = stats.ask_read_ns, stats.granted_ns, stats.arrived_ns
+    if first_ns is None or prefilled_ns is None or read_ns is None or granted_ns is None or arrived_ns is None:
+        return {}
+    asked_ns = prefilled_ns if stats.asked_ns is None else stats.asked_ns
+    asked_ns = min(asked_ns, prefilled_ns)  # it is later where one that was asked before refused
+    read_ns = max(read_ns, asked_ns)
+    granted_ns = max(granted_ns, read_ns)
+    arrived_ns = max(arrived_ns, granted_ns)
+
+    def early_ns(start_ns: int, end_ns: int) -> int:
+        return min(end_ns, first_ns) - min(start_ns, first_ns)
+
+    def late_ns(start_ns: int, end_ns: int) -> int:
+        return max(end_ns, prefilled_ns) - max(start_ns, prefilled_ns)
+
+    since_ns = stats.queued_ns if stats.fetch_end_ns is None else stats.fetch_end_ns
+    return {
+        "queue": to_s(first_ns - since_ns - early_ns(asked_ns, granted_ns)),
+        "ask_wait": to_s(early_ns(asked_ns, read_ns) + late_ns(asked_ns, read_ns)),
+        "grant_wait": to_s(early_ns(read_ns, granted_ns) + late_ns(read_ns, granted_ns)),
+        "transfer": to_s(late_ns(granted_ns, arrived_ns)),
+        "decode_queue": _between_s(max(arrived_ns, prefilled_ns), stats.decode_scheduled_ns),
+        "decode": _between_s(stats.decode_scheduled_ns, finished_ns),
+    }
 
 
 def window_ns(timelines: Sequence[RequestTimeline]) -> tuple[int, int] | None:

@@ -19,9 +19,10 @@ PHASES = (  # of a request: name, and when it begins and ends: a record's keys, 
     ("fetch", "queued_s", "fetch_end_s"),
     ("queue", "waits_from_s", "first_scheduled_s"),
     ("prefill", "first_scheduled_s", "prefill_end_s"),
-    ("grant wait", "prefill_end_s", "granted_s"),
-    ("transfer", "granted_s", "received_s"),
-    ("decode queue", "received_s", "decode_scheduled_s"),
+    ("ask wait", "asked_s", "ask_read_s"),
+    ("grant wait", "ask_read_s", "granted_s"),
+    ("transfer", "granted_s", "arrived_s"),
+    ("decode queue", "arrived_s", "decode_scheduled_s"),
     ("decode", "decode_scheduled_s", "finished_s"),
 )
 DECODE_HERE = ("decode", "prefill_end_s", "finished_s")  # where the instance that prefilled goes on

@@ -35,7 +35,10 @@ def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> di
         "fetch_end_s": _seconds(_of(stats, "fetch_end_ns")),
         "first_scheduled_s": _seconds(_of(stats, "first_scheduled_ns")),
         "prefill_end_s": _seconds(_of(stats, "prefill_end_ns")),
+        "asked_s": _seconds(_of(stats, "asked_ns")),
+        "ask_read_s": _seconds(_of(stats, "ask_read_ns")),
         "granted_s": _seconds(_of(stats, "granted_ns")),
+        "arrived_s": _seconds(_of(stats, "arrived_ns")),
         "received_s": _seconds(_of(stats, "received_ns")),
         "decode_scheduled_s": _seconds(_of(stats, "decode_scheduled_ns")),
         "first_token_s": token_times_s[0] if token_times_s else None,
@@ -109,9 +112,10 @@ def fetch_record(record: FetchRecord) -> dict[str, Any]:
     What computing took in fact is the request's prefill: from first_scheduled_s to prefill_end_s.
     """
     values = msgspec.to_builtins(record)
-    began_ns, ended_ns = values.pop("began_ns"), values.pop("ended_ns")
+    began_ns, arrived_ns, ended_ns = (values.pop(name) for name in ("began_ns", "arrived_ns", "ended_ns"))
     fetched_s = None if record.outcome != "fetched" or ended_ns is None else to_s(ended_ns - began_ns)
-    return {**values, "began_s": to_s(began_ns), "ended_s": _seconds(ended_ns), "actual_fetch_s": fetched_s}
+    times_s = {"began_s": to_s(began_ns), "arrived_s": _seconds(arrived_ns), "ended_s": _seconds(ended_ns)}
+    return {**values, **times_s, "actual_fetch_s": fetched_s}
 
 
 def record_lines(timelines: Iterable[RequestTimeline], *, with_tokens: bool = True) -> Iterator[str]:

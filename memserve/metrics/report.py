@@ -203,11 +203,25 @@ def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:
     }
 
 
-def _fetches(timelines: Sequence[RequestTimeline]) -> dict[str, int]:
-    """Decisions of Eq. 2 by what came of them: `computed` by choice, `fetched`, or `refused` and `failed`: computed."""
+def _fetches(timelines: Sequence[RequestTimeline]) -> Report:
+    """Decisions of Eq. 2 by what came of them: `computed` by choice, `fetched`, or `refused` and `failed`: computed.
+
+    Of those fetched, both sides of Eq. 2 as they were predicted (`predicted_s`, `computing_s`: for all that were
+    decided at once), how long each in fact waited for its KV (`actual_s`), of which until the last byte was there
+    (`arrived_s`; what follows is the wait for the end of a step), and how many longer than computing was predicted to
+    take (`slower_than_computing`). Null where nothing was fetched.
+    """
     records = [t.stats.fetch for t in timelines if t.stats is not None and t.stats.fetch is not None]
     found = Counter(record.outcome for record in records)
-    return {outcome: found[outcome] for outcome in ("computed", "fetched", "refused", "failed")}
+    came = [(r, to_s(r.ended_ns - r.began_ns)) for r in records if r.outcome == "fetched" and r.ended_ns is not None]
+    return {
+        **{outcome: found[outcome] for outcome in ("computed", "fetched", "refused", "failed")},
+        "slower_than_computing": sum(actual_s > record.compute_s for record, actual_s in came) if came else None,
+        "predicted_s": distribution([record.fetch_s for record, _ in came]),
+        "actual_s": distribution([actual_s for _, actual_s in came]),
+        "arrived_s": distribution([to_s((r.arrived_ns or r.began_ns) - r.began_ns) for r, _ in came]),
+        "computing_s": distribution([record.compute_s for record, _ in came]),
+    }
 
 
 def _hit_ratio(tokens: dict[str, int]) -> float | None:

@@ -109,6 +109,7 @@ def _totals_table(report: Report) -> Table:
         + (f", {_count(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
         **_transfer_texts(report),
+        **_fetches_text(report["fetches"]),
         "tokens generated": _count(tokens["generated"]),
         **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
@@ -206,6 +207,21 @@ def _overtaken_text(report: Report) -> dict[str, str]:
         "D -> P too late": f"the next turn came first after {_count(num_overtaken)} of {_count(num_answers)} answers "
         "(workload.think_time_s is how long a client takes)"
     }
+
+
+def _fetches_text(f: Report) -> dict[str, str]:
+    """What came of the decisions to fetch or to compute, and of those to fetch how right they were."""
+    outcomes = [f"{_count(f[key])} {key}" for key in ("fetched", "computed", "refused", "failed") if f[key]]
+    texts = {"fetch or compute": ", ".join(outcomes)} if outcomes else {}
+    if f["fetched"]:
+        actual, arrived, predicted, computing = (
+            format_figure(f[key]["p50"], "seconds") for key in ("actual_s", "arrived_s", "predicted_s", "computing_s")
+        )
+        texts["time to fetch (P50)"] = (
+            f"{actual}, {predicted} predicted, {arrived} to the last byte; computing {computing} predicted, "
+            f"{_count(f['slower_than_computing'])} took longer"
+        )
+    return texts
 
 
 def _requests_text(report: Report) -> str:

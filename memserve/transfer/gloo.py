@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from memserve.clock import monotonic_ns
 from memserve.transfer.directory import Directory, Endpoint, Memory
 from memserve.transfer.pair import Inlet, Outlet, PairEnd
 from memserve.transfer.store import own_connection
@@ -97,7 +98,8 @@ class Gloo(Transport):
         self._directory.check(move, self._own)
         peer, memory = move.target
         if peer in self._gone:
-            self._arrived.append(Arrived(move_id, ready_ns, ready_ns))
+            now_ns = monotonic_ns()
+            self._arrived.append(Arrived(move_id, now_ns, now_ns))
             return
         if self._memories[move.source[1]] is None or self._directory.find(peer).memories[memory].num_bytes < 0:
             move = replace(move, source_rows=_NO_ROWS, target_rows=_NO_ROWS, call_starts=_NO_ROWS)
@@ -113,7 +115,7 @@ class Gloo(Transport):
         for failure in (self._failure, *(end.failure for end in (*self._outlets.values(), *inlets))):
             if failure is not None:
                 raise failure
-        return [self._arrived.popleft() for _ in range(len(self._arrived))]
+        return [self._arrived.popleft().later_by(self.offset_ns) for _ in range(len(self._arrived))]
 
     def next_time_ns(self) -> int | None:
         """None: on the machine's own clock nobody knows."""

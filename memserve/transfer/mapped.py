@@ -114,7 +114,7 @@ class Mapped(Transport):
         assert endpoint == self._own, f"endpoint {endpoint} is polled by {self._own}"
         if self._failure is not None:
             raise self._failure
-        return [self._arrived.popleft() for _ in range(len(self._arrived))]
+        return [self._arrived.popleft().later_by(self.offset_ns) for _ in range(len(self._arrived))]
 
     def next_time_ns(self) -> int | None:
         """None: on the machine's own clock nobody knows."""

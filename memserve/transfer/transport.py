@@ -45,12 +45,16 @@ class Move:
 class Arrived:
     """A move that is over: its bytes are all in place, or its target was detached and nothing more is written there.
 
-    begun_ns, ended_ns: when it was begun and ended on the wire.
+    begun_ns, ended_ns: when it was begun and ended on the wire, on the clock of whoever polls.
     """
 
     move_id: MoveId
     begun_ns: int
     ended_ns: int
+
+    def later_by(self, offset_ns: int) -> "Arrived":
+        """The same on a clock that is ahead by so much."""
+        return Arrived(self.move_id, self.begun_ns + offset_ns, self.ended_ns + offset_ns)
 
 
 class Transport(ABC):
@@ -58,11 +62,15 @@ class Transport(ABC):
 
     within_process: between endpoints of one process, in virtual time; by default between processes.  within_host: these
     are on one machine.  needs_gpu: endpoints' memories in HBM are a GPU's.
+
+    offset_ns: by how much the clock of whoever polls is ahead of this machine's, which moves are timed by; none in
+    virtual time.
     """
 
     within_process = False
     within_host = False
     needs_gpu = False
+    offset_ns = 0
 
     @abstractmethod
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:

@@ -10,7 +10,8 @@ from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError
 from memserve.handoff import GivenBack
 from memserve.messages import Ask, Cancel, pack_tokens
-from memserve.request import FinishReason
+from memserve.request import FinishReason, Request, SamplingParams
+from memserve.served import Served
 from memserve.transfer import MessageFaults
 
 KINDS = ("Ask", "Grant", "Wait", "Done", "Inserted", "Abandon", "AbortAck")
@@ -99,11 +100,13 @@ def test_who_preempts_itself_as_the_last_that_runs_keeps_nobody_waiting_for_ever
 
 def test_kv_that_comes_back_too_late_is_counted_once_however_often_it_is_asked_for():
     handoffs = local(*PD).cluster().nodes[0].instance.handoffs
+    served = Served(Request("r", np.arange(4, dtype=np.int32), SamplingParams(), session_id="s"), 0, None)
     block_size, late = handoffs.transfers.geometry.block_size, msgspec.msgpack.encode(GivenBack("s"))
     tokens = pack_tokens(np.arange(block_size))
     for number in (1, 2):
         ask = Ask((1, number), tokens, 1, 0, True, True, False, late, handoffs.transfers.geometry)
-        handoffs.receive([(1, ask)] * 3, {"s"}, 0)
+        for _ in range(3):
+            handoffs.receive(1, ask, {"r": served}, 0)
     assert handoffs.num_overtaken == 2
 
 

@@ -14,6 +14,7 @@ from cluster.survival import found_by
 from memserve import LocalCluster, load_config
 from memserve.cluster.launch import check_world, find_place
 from memserve.config.errors import ConfigError
+from memserve.metrics.activity import load_activity
 
 TESTS = Path(__file__).resolve().parents[1]
 WORKLOAD = [
@@ -77,6 +78,17 @@ def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
         assert (sent["tokens"] > 0) == ("cluster=colocated_2" not in words) and sent["failed"] == 0, words
 
 
+def assert_on_one_clock(records, spans):
+    """What one process times, another reads: moves by the sender's clock, all else by the receiver's."""
+    moved = [r for r in records if r["arrived_s"] is not None]
+    last_s, apart_s = max(r["finished_s"] for r in records), 0.01
+    assert moved and any(span.to for span in spans)
+    for r in moved:
+        assert r["prefill_end_s"] - apart_s <= r["granted_s"] <= r["received_s"] <= r["decode_scheduled_s"]
+        assert r["granted_s"] - apart_s <= r["arrived_s"] <= r["received_s"]
+    assert all(0 <= span.start_s <= span.end_s <= last_s + 60 for span in spans)
+
+
 def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_rank(tmp_path):
     out = tmp_path / "out"
     words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "repeats=2"]
@@ -91,7 +103,8 @@ def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_ra
     assert report["repeats"] == 2 and report["num_failed"] == 0
     assert report["goodput"]["share"] == 1 and "missed: 0 by JCT <= 1,000 s" in printed
     assert set(json.loads((out / "env.json").read_text())["threads"]["instances"]) == {"prefill-0", "decode-1"}
-    records = map(json.loads, (out / "requests.jsonl").read_text().splitlines())
+    records = list(map(json.loads, (out / "requests.jsonl").read_text().splitlines()))
+    assert_on_one_clock(records, load_activity(out))
     tokens = {record["request_id"]: record["output_token_ids"] for record in records}
     assert tokens == expected("hash")
 

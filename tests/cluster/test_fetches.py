@@ -16,7 +16,7 @@ from memserve import LocalCluster, load_config
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.config.errors import ConfigError
 from memserve.decisions import Holding
-from memserve.messages import Cancel, Dispatch, Fetch, pack_tokens, unpack_tokens
+from memserve.messages import Ask, Cancel, Dispatch, Fetch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record
 from memserve.request import FinishReason, Phase, SamplingParams
 from memserve.transfer import MessageFaults
@@ -74,13 +74,14 @@ def play(cluster, each_event=lambda cluster: None):
 
 
 @functools.cache
-def expected():
-    return {t.request_id: t.token_ids.tolist() for t in play(local("cluster=colocated_1", "index=none").cluster())}
+def expected(*words):
+    alone = local("cluster=colocated_1", "index=none", *words)
+    return {t.request_id: t.token_ids.tolist() for t in play(alone.cluster())}
 
 
-def assert_right(timelines):
+def assert_right(timelines, *words):
     for timeline in timelines:
-        assert timeline.succeeded and timeline.token_ids.tolist() == expected()[timeline.request_id]
+        assert timeline.succeeded and timeline.token_ids.tolist() == expected(*words)[timeline.request_id]
 
 
 def records(timelines):
@@ -223,6 +224,54 @@ def test_the_time_that_a_fetch_takes_is_the_one_predicted_when_nothing_else_is_s
     timelines = play(cluster_of(*COLOCATED, "fetch=always", *words))
     for record in records(timelines):
         assert (record.ended_ns - record.began_ns) / 1e9 == pytest.approx(record.fetch_s, rel=0.05)
+
+
+LONG_STEPS = ["cost_model.step_s=0.5", "workload.num_sessions=13", "transfer.deadline_s=30"]
+
+
+@pytest.mark.parametrize("place", [COLOCATED, PREFILL], ids=["colocated", "3p1d"])
+def test_kv_comes_within_the_time_predicted_however_long_the_steps_of_both_ends_are(place):
+    """Nobody waits for the end of a step but who reads that it is there."""
+    timelines = play(cluster_of(*place, "fetch=always", *LONG_STEPS))
+    assert_right(timelines, *LONG_STEPS)
+    came = [r for r in records(timelines) if r.outcome == "fetched"]
+    assert len(came) > 5 and max(r.ended_ns - r.began_ns for r in came) > 0.3e9, "somebody was in a step"
+    for record in came:
+        assert (record.arrived_ns - record.began_ns) / 1e9 < 2 * record.fetch_s < 0.05
+
+
+BESIDE = [
+    [*COLOCATED, "workload.rate=20", "link=unlimited"],
+    [*COLOCATED, "kvcache.num_hbm_blocks=24", "index_source=exact"],
+    [*COLOCATED, "kvcache.num_hbm_blocks=24", "kvcache.num_dram_blocks=10", "cost_model.step_s=0.005"],
+    [*PREFILL, "granularity=by_layer", "workload.rate=20"],
+    [*PREFILL, "granularity=packed", "kvcache.num_hbm_blocks=24", "granularity.merge=true"],
+]
+
+
+@pytest.mark.parametrize("words", BESIDE, ids=["no latency", "full", "tiers", "by layer", "packed"])
+def test_macro_steps_change_nothing_where_others_are_served_beside_them(words):
+    own = [*words, "fetch=always", "workload.max_output_tokens=40", "workload.num_sessions=7"]
+    macro, single = (
+        [request_record(t) for t in play(cluster_of(*own, f"macro_steps={on}"))] for on in ("true", "false")
+    )
+    assert macro == single and sum((row["fetch"] or {}).get("outcome") == "fetched" for row in single) > 3
+
+
+def test_what_is_offered_waits_for_the_end_of_a_step_where_it_needs_what_is_not_free():
+    """Where there is a DRAM tier, room for more than what is free is made by moving blocks there."""
+    for dram, beside in ((0, [True, True, False]), (50, [True, False, False])):
+        instance = cluster_of(*COLOCATED, "fetch=always", f"kvcache.num_dram_blocks={dram}").nodes[0].instance
+        pool, transfers = instance.pool, instance.handoffs.transfers
+        tokens = np.arange((pool.num_blocks - 4) * 16, dtype=np.int32)
+        pool.publish(tokens, pool.alloc(pool.num_blocks - 4, ("test",)))
+        pool.release_all(("test",))
+        asks = [
+            Ask((1, n), b"", n, 0, True, True, False, b"", transfers.geometry)
+            for n in (4, pool.num_blocks, pool.num_blocks + 1)
+        ]
+        assert [transfers.has_room_beside(ask) for ask in asks] == beside
+        assert not transfers.has_room_beside(msgspec.structs.replace(asks[0], best_effort=False))
 
 
 def test_the_time_that_fetching_saves_is_the_one_predicted():

@@ -1,18 +1,34 @@
 """InstanceLoop on a mailbox played by hand: nothing that comes early, or together, is lost."""
 
+import msgspec
 import numpy as np
 import pytest
 
 from memserve import load_config
 from memserve.cluster.build import build_engine, build_instance
 from memserve.cluster.node import InstanceLoop
-from memserve.cluster.node_messages import Gone, Leave, Left, LeftEarly, Ping, Pong, Ready, Retire, Start, Stop, Stopped
+from memserve.cluster.node_messages import (
+    Between,
+    Gone,
+    Leave,
+    Left,
+    LeftEarly,
+    Ping,
+    Pong,
+    Ready,
+    Retire,
+    Start,
+    Stop,
+    Stopped,
+)
 from memserve.cluster.roster import Roster
-from memserve.messages import Dispatch, Finished, pack_tokens
+from memserve.messages import Dispatch, Fetch, Finished, Refuse, Tokens, pack_tokens
 from memserve.request import Role, SamplingParams
+from memserve.transfer import InProcess, LinkModel
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 DISPATCH = Dispatch("r", 0, "s", pack_tokens(np.arange(20, dtype=np.int32)), PARAMS, 0)
+FETCH = Fetch((1, -1), pack_tokens(np.arange(16, dtype=np.int32)), 16, 0)
 
 
 class PlayedMailbox:
@@ -36,13 +52,13 @@ class PlayedMailbox:
         pass
 
 
-def play(**answers):
+def play(cfg=None, transport=None, kind=PlayedMailbox, **answers):
     """What the instance sends when it is answered so."""
-    cfg = load_config(["exec=simulated"])
-    instance = build_instance(cfg, build_engine(cfg), "colocated-0", Role.COLOCATED, 0)
+    cfg = cfg or load_config(["exec=simulated"])
+    instance = build_instance(cfg, build_engine(cfg), "colocated-0", Role.COLOCATED, 0, transport=transport)
     defaults = {"Ping": lambda ping: [Pong(ping.sent_ns, 0)], "Finished": [Stop(10**12)], "Stopped": [Leave()]}
-    mailbox = PlayedMailbox(**(defaults | answers))
-    InstanceLoop(0, instance, mailbox, Roster([1]), None, stop_s=1.0, num_threads=1).run([])
+    mailbox = kind(**(defaults | answers))
+    InstanceLoop(0, instance, mailbox, Roster([1, 1]), transport, stop_s=1.0, num_threads=1).run([])
     return mailbox.sent
 
 
@@ -53,6 +69,26 @@ def test_what_comes_together_with_the_start_is_served(came):
     (finished,) = [message for message in sent if isinstance(message, Finished)]
     assert finished.request_id == "r" and finished.reason == "length"
     assert isinstance(sent[-1], Stopped)
+
+
+class InStep(PlayedMailbox):
+    """Another instance asks for what nobody has, and a client for an answer, as soon as the first step has begun."""
+
+    def receive(self, timeout_ms):
+        received = super().receive(timeout_ms)
+        if (0, DISPATCH) in received:
+            self._here += [Between(1, 0, FETCH), msgspec.structs.replace(DISPATCH, request_id="later")]
+        return received
+
+
+def test_a_peer_is_answered_between_two_layers_and_what_else_comes_then_is_kept_for_the_next_step():
+    cfg = load_config(["exec=simulated", "cluster=colocated_2", "fetch=always"])
+    transport = InProcess(LinkModel(latency_s=0, gb_per_s=1))
+    stop_after = {"Finished": lambda told: [Stop(10**12)] if told.request_id == "later" else []}
+    sent = play(cfg, transport, InStep, Ready=[Start(0), DISPATCH], **stop_after)
+    kinds = [type(message.message if isinstance(message, Between) else message) for message in sent]
+    assert kinds.index(Refuse) < kinds.index(Tokens)
+    assert [message.request_id for message in sent if isinstance(message, Finished)] == ["r", "later"]
 
 
 def test_an_instance_that_is_sent_home_before_the_start_says_so():

@@ -7,7 +7,7 @@ from kvcache.transfer_pair import GRANULARITIES, LAYOUTS, REQUEST, SHAPE, TIMEOU
 
 from memserve.kvcache import Medium
 from memserve.kvcache.ticket import TicketState, TransferOptions
-from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, Inserted, Refuse
+from memserve.messages import Abandon, AbortAck, Ask, Done, Grant, Inserted, Refuse, Wait
 from memserve.metrics.occupancy import count_blocks
 from memserve.transfer import LinkModel
 
@@ -322,8 +322,29 @@ def test_the_end_of_a_ticket_that_was_received_is_not_forgotten_for_a_late_abort
     ticket, _ = send(wires, p, d, 2 * B, INSERT)
     d.transfers.settle(arrived(wires, d))
     d.transfers.receive(1, AbortAck(ticket.ticket_id), wires.now_ns)
-    d.transfers.receive(1, Done(ticket.ticket_id, b""), wires.now_ns)
+    d.transfers.receive(1, Done(ticket.ticket_id, b"", 0), wires.now_ns)
     assert [message for _, message in d.transfers.drain_outbox()] == [Inserted(ticket.ticket_id)]
+
+
+def test_what_has_all_moved_is_done_only_when_its_receiver_can_be_told_all_of_it():
+    """By layer the last bytes may arrive before the step's first token is known, which goes with `Done`."""
+    wires = Wires(granularity="by_layer")
+    p, d = wires.pool(1), wires.pool(2)
+    ticket, blocks = send(wires, p, d, 2 * B, ready=False, told=False)
+    wires.deliver()
+    for layer in range(SHAPE.num_layers):
+        p.transfers.mark_ready(ticket, len(blocks), layer, wires.now_ns)
+    moved_ns = wires.now_ns = wires.now_ns + 100_000
+    p.transfers.hear_moves(wires.now_ns)
+    p.transfers.receive(2, Wait(ticket.ticket_id), wires.now_ns)
+    wires.deliver()
+    assert "Done" not in wires.log and p.transfers.counts.calls == 2 * SHAPE.num_layers * len(blocks)
+    wires.now_ns += 50_000
+    p.transfers.tell(ticket, b"with its first token")
+    wires.deliver()
+    (arrival,) = d.transfers.drain_arrivals()
+    assert arrival.private == b"with its first token" and arrival.received_ns == wires.now_ns
+    assert arrival.granted_ns < arrival.arrived_ns < moved_ns
 
 
 def test_a_repeat_of_any_message_changes_nothing():

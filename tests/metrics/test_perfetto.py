@@ -34,7 +34,8 @@ def test_what_begins_ends_and_phases_lie_within_their_request():
     for number, record in enumerate(records):
         own = [e for e in events if e.get("id") == f"{REQUESTS}/{number}"]
         assert {e["name"] for e in own} == {
-            record["request_id"], "queue", "prefill", "grant wait", "transfer", "decode queue", "decode",
+            record["request_id"], "queue", "prefill", "ask wait", "grant wait", "transfer",
+            "decode queue", "decode",
         } or record["num_generated"] == 1  # fmt: skip
         first, last = record["arrival_s"] * 1e6, record["finished_s"] * 1e6
         assert all(first <= e["ts"] <= last for e in own)

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from memserve.clock import to_ns
+from memserve.decisions import FetchRecord
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.formulas import Slo
 from memserve.metrics.repeats import median_of
@@ -121,6 +123,24 @@ def test_transfers_pass_through_and_goodput_is_off_by_default(make_timeline):
         "requests_per_s": 0.2,
         "missed": {"ttft_s": 0, "tpot_s": 0, "jct_s": 0},
     }
+
+
+def fetching(timeline, outcome, actual_s=0.0):
+    """Fetching was predicted to take 1 s, and computing 2 s."""
+    record = FetchRecord(1, 0, 64, 1, 1.0, 2.0, True, to_ns(0.5), ended_ns=to_ns(0.5 + actual_s), outcome=outcome)
+    timeline.stats = replace(timeline.stats, fetch=record)
+    return timeline
+
+
+def test_fetches_that_took_longer_than_computing_are_counted_beside_what_was_predicted(make_timeline):
+    outcomes = [("fetched", 1.5), ("fetched", 2.5), ("fetched", 8.0), ("refused", 9.0), ("computed", 0.0)]
+    timelines = [fetching(make_timeline(f"s{n}/0"), *outcome) for n, outcome in enumerate(outcomes)]
+    fetches = build_report(timelines, INSTANCES, wall_s=1.0)["fetches"]
+    assert [fetches[key] for key in ("fetched", "refused", "computed", "failed")] == [3, 1, 1, 0]
+    assert fetches["slower_than_computing"] == 2 and fetches["actual_s"]["mean"] == 4.0
+    assert (fetches["predicted_s"]["p99"], fetches["computing_s"]["p50"]) == (1.0, 2.0)
+    none = build_report(timelines[3:], INSTANCES, wall_s=1.0)["fetches"]
+    assert none["slower_than_computing"] is None and none["actual_s"]["p50"] is None
 
 
 def test_goodput_is_of_all_requests_and_what_failed_missed_no_objective(make_timeline):

@@ -2,8 +2,10 @@ import io
 import re
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
+from memserve.decisions import FetchRecord
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.comparison import print_comparison, print_points
 from memserve.metrics.formulas import Slo
@@ -91,6 +93,20 @@ def test_what_a_workload_says_of_itself_is_shown_but_for_what_is_none_or_zero(ma
         out = console()
         print_report(make_report(make_timeline, workload=workload), "a run", out)
         assert [" ".join(line.split()) for line in text(out).splitlines() if "workload" in line] == shown
+
+
+def test_what_was_fetched_is_shown_beside_what_was_predicted_and_nothing_where_nobody_decided(make_timeline):
+    times_ns = {"arrived_ns": 25_000_000, "ended_ns": 632_000_000}
+    record = FetchRecord(1, 0, 64, 1, 0.023, 0.234, True, 0, **times_ns, outcome="fetched")
+    timeline = make_timeline()
+    timeline.stats = replace(timeline.stats, fetch=record)
+    times = "632 ms, 23.0 ms predicted, 25.0 ms to the last byte; computing 234 ms predicted, 1 took longer"
+    told = ["fetch or compute 1 fetched", f"time to fetch (P50) {times}"]
+    for timelines, expected in (([timeline], told), ([make_timeline()], [])):
+        out = console()
+        print_report(build_report(timelines, INSTANCES, wall_s=1.0), console=out)
+        shown = " ".join(text(out).split())
+        assert all(line in shown for line in expected) and ("time to fetch" in shown) == bool(expected)
 
 
 def test_an_instance_with_large_counts_fits_into_88_columns(make_timeline):
