@@ -137,6 +137,7 @@ class RunConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     seed: int = 0
     repeats: int = 1
+    seeds: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     per_role: PerRoleConfig = field(default_factory=PerRoleConfig)
     mode: Any = MISSING

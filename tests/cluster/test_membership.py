@@ -255,8 +255,8 @@ def test_the_report_has_who_came_and_went_and_the_time_they_were_there():
 
 def test_several_runs_of_which_each_had_its_own_instances_are_one_report():
     words = ["scaling=by_load", "scaling.full.colocated=2", "scaling.max_instances=4", "scaling.interval_s=0.02"]
-    report = local("cluster=colocated_1", *BUSY, *words, "repeats=2").run()
-    assert report["repeats"] == 2 and report["membership"]["joined"] > 0
+    report = local("cluster=colocated_1", *BUSY, *words, "seeds=2").run()
+    assert report["seeds"] == [0, 1] and report["membership"]["joined"] > 0
     assert len({row["id"] for row in report["instances"]}) == len(report["instances"])
 
 
