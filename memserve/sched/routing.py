@@ -105,7 +105,8 @@ class StickyLeastLoad(Policy):
     """A session's requests where its latest one went, which has its KV; a new session's where least load is.
 
     For decode placement: PD-Caching-2 and 3 send only what the decode instance lacks. A session whose instance is gone,
-    or drains, is as a new one; what is asked of `home` and remembered is in ClusterSnapshot.
+    or drains, is as a new one (how long one is remembered: `home` of ClusterSnapshot). An instance that joins gets new
+    sessions alone.
     """
 
     def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
