@@ -46,6 +46,7 @@ BESIDE = {  # what a word needs, by its group or itself
     "heir": ["scaling=schedule"],
     "departure": ["scaling=schedule"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
+    "prediction": ["policy=cost_based"],
 }
 TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each
     ("eviction", "queue", "swap", "preemption", "layout", "policy", "workload/arrivals"): [
@@ -113,8 +114,8 @@ def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monke
         path = tmp_path / "trace.csv"
         path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.6805900,37,4\n" * 3)
         words = ["exec=simulated", *SYNTHETIC, f"workload.path={path}"]
-    if word == "cost_model=fitted":
-        words = [*words, f"cost_model.path={cost_file(tmp_path)}"]
+    if word in ("cost_model=fitted", "prediction=fitted"):
+        words = [*words, f"{word.partition('=')[0]}.path={cost_file(tmp_path)}"]
     report = run(word, *words)
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 

@@ -152,6 +152,7 @@ class RunConfig:
     fetch: Any = MISSING
     layout: Any = MISSING
     cost_model: Any = MISSING
+    prediction: Any = MISSING
     model: ModelConfigNode = field(default_factory=ModelConfigNode)
     kvcache: KVCacheConfig = field(default_factory=KVCacheConfig)
     geometry: GeometryConfig | None = None
