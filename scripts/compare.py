@@ -125,7 +125,9 @@ def main(argv: Sequence[str]) -> None:
         reports, not_written = compare(names_of(args.systems), args.words, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print_comparison(reports, " ".join(args.words) or "defaults", Console(width=max(100, 22 * len(reports) + 26)))
+    width = 30 if len(reports) < 5 else 22  # of a column: a figure and its range, in a line if there are few
+    console = Console(width=max(100, width * len(reports) + 26))
+    print_comparison(reports, " ".join(args.words) or "defaults", console)
     if not_written:
         sys.exit("\n".join(f"error: {error}" for error in not_written))
 

@@ -1,6 +1,8 @@
 """compare.py prints systems side by side, each over several runs, and refuses unknown ones before it runs."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,14 @@ def test_systems_stand_side_by_side_with_their_spread(compare, tmp_path, capsys)
     reports = json.loads((tmp_path / "reports.json").read_text(encoding="utf-8"))
     assert reports["pd"]["transfers"]["p_to_d"]["tokens"] == 0 < reports["c2"]["transfers"]["p_to_d"]["tokens"]
     assert reports["1p1d"]["seeds"] == [0, 1] and (tmp_path / "wide" / "report.json").is_file()
+
+
+def test_the_readme_s_systems_differ_in_what_they_are_compared_for(compare):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    systems, words = re.findall(r"^python scripts/compare\.py --systems (\S+) ([^#\n]*)", readme, flags=re.MULTILINE)[0]
+    reports, _ = compare.compare(systems.split(","), [*words.split(), "seeds=1"], None)
+    assert reports["1p1d"]["hit_ratio"] == 0 and min(reports[name]["hit_ratio"] for name in ("pd_cc", "1p1d_cc")) > 0.5
+    assert reports["1p1d"]["ttft_s"]["mean"] > 2 * reports["1p1d_cc"]["ttft_s"]["mean"]
 
 
 @pytest.mark.parametrize(
