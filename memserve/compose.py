@@ -34,6 +34,7 @@ from memserve.sched.departures import Departure
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.sched.heirs import Heir
 from memserve.sched.modes import Mode
+from memserve.sched.prediction import Prediction
 from memserve.sched.preemption import Preemption
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
@@ -62,6 +63,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "link": LinkModel,
     "transport": Transport,
     "cost_model": CostModel,
+    "prediction": Prediction,
     "scaling": Scaling,
     "heir": Heir,
     "departure": Departure,
@@ -79,6 +81,7 @@ GIVEN = {  # arguments of such an object that cluster/ gives, and which are ther
     "decode_policy": ("cost_model",),
     "rejection": ("cost_model",),
     "cost_model": ("tensor_parallel",),
+    "prediction": ("seed",),
 }
 _PLAIN = {IntegerNode: "an integer", FloatNode: "a number", BooleanNode: "true or false", StringNode: "text"}
 FILLED_IN = ("index_source.max_blocks", "eviction.attention_tokens")  # null until cluster/ knows the pool and the costs

@@ -30,8 +30,8 @@ from memserve.sched.routing import LeastLoad, Policy, RouteRequest, SessionAffin
 BLOCK_SIZE, GOAL_US = 16, 200
 COSTS = FixedCostModel(0.01, 3e-5, 1e-4)
 POLICIES: dict[str, Policy] = {
-    "prompt_tree": PromptTree(max_lead=2),
-    "cost_based": CostBased(COSTS, max_skew=1.75),
+    "prompt_tree_bounded": PromptTree(max_lead=2),
+    "cost_based_bounded": CostBased(COSTS, max_skew=1.75),
     "balanced_prefix": BalancedPrefix(),
     "least_kv": LeastKV(),
     "least_load": LeastLoad(),

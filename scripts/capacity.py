@@ -5,11 +5,11 @@ python scripts/capacity.py --systems pd_cc,1p1d_cc --share .99 --seeds 0,1,2 --o
 python scripts/capacity.py --vary workload.speedup --systems four:cluster=colocated_4 exec=simulated tokens=workload \\
     workload=trace workload.path=FILE slo.ttft_s=10
 
-A load holds when at least `--share` of all requests finish within every objective (`slo.`); of several seeds the median
-counts. Loads are doubled or halved from `--start` on until one holds and one does not, then the gap is narrowed to
-`--precision`. A queue that grows has an effect only if it has the time, and so many sessions come the sooner the
-higher their rate: with `--window S` there are as many as come in S seconds at each load. Systems and words are those of
-compare.py.
+A load holds when at least `--share` of all requests finish within every objective (`slo.`), of the requests of all
+seeds where there are several; other figures are then means. Loads are doubled or halved from `--start` on until one
+holds and one does not, then the gap is narrowed to `--precision`. A queue that grows has an effect only if it has the
+time, and so many sessions come the sooner the higher their rate: with `--window S` there are as many as come in S
+seconds at each load. Systems and words are those of compare.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from rich.table import Table
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
 from memserve.config.schema import RunConfig
-from memserve.metrics.repeats import median_of
+from memserve.metrics.repeats import mean_of
 from memserve.metrics.report import Report
 from memserve.metrics.table import format_figure
 from memserve.values import require_int, require_number
@@ -73,7 +73,7 @@ class Question:
                 raise ValueError(f"--window={self.window_s} contradicts --vary={self.vary}: expected {RATE}")
         for seed in self.seeds:
             require_int("--seeds", seed, 0)
-        ours = {self.vary: "--vary", "seed": "--seeds"}
+        ours = {self.vary: "--vary", "seed": "--seeds", "seeds": "--seeds"}
         if self.vary == "seed":
             raise ValueError("--vary=seed: expected an option that is a load; --seeds says which seeds")
         for word in self.words:
@@ -135,7 +135,7 @@ class Search:
 
     def _holds(self, load: float) -> bool:
         reports = [LocalCluster(self._config(load, seed)).run() for seed in self._asked.seeds]
-        report = self._found.reports[load] = median_of(reports)
+        report = self._found.reports[load] = together(reports, self._asked.seeds)
         print(f"{self._name} at {load:g}: {format_figure(share_of(report), 'share')} good", flush=True)
         return share_of(report) >= self._asked.share
 
@@ -151,6 +151,14 @@ class Search:
         if cfg.slo.ttft_s is None and cfg.slo.tpot_s is None and cfg.slo.jct_s is None:
             raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds")
         return cfg
+
+
+def together(reports: Sequence[Report], seeds: Sequence[int]) -> Report:
+    """A load's runs, one a seed, as one report: means, but for the share of good answers, which is of all requests."""
+    report = mean_of(reports, seeds)
+    num_requests = sum(each["num_requests"] for each in reports)
+    share = sum(each["goodput"]["num_good"] for each in reports) / num_requests if num_requests else None
+    return {**report, "goodput": {**report["goodput"], "share": share}}
 
 
 def share_of(report: Report) -> float:

@@ -1,12 +1,14 @@
-"""Systems side by side on one workload: a column each, medians and spread over the repeats.
+"""Systems side by side on one workload: a column each, over several runs, with their range.
 
 python scripts/compare.py                                    # PD, PD-CC, 1P1D, 1P1D-CC, C1, C2 on the chat workload
 python scripts/compare.py --systems pd,1p1d,1p1d_cc exec=simulated workload=synthetic workload.num_turns=3
-python scripts/compare.py --systems pd_cc,big:cluster=1p2d+mode=pd_caching_3 repeats=1 workload.rate=2
+python scripts/compare.py --systems pd_cc,big:cluster=1p2d+mode=pd_caching_3 seeds=1 workload.rate=2
 
 A system is a word of the table below or NAME:words, joined by "+" (another one before a word that begins with it), as
 in two:cluster=1p2d++per_role.decode.sched.max_running=9. Other arguments are words of run.py and hold for all of them.
-Every run starts from empty pools; a measured one is preceded by a warm-up that counts nowhere.
+Where steps take what a cost model says there are three runs of each, with seeds of their own (seeds=3), and figures are
+means; where they are measured there are three of the same (repeats=3), and figures are medians. Every run starts from
+empty pools; a measured one is preceded by a warm-up that counts nowhere.
 """
 
 import argparse
@@ -23,10 +25,12 @@ from rich.console import Console
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.cluster.result import NotWritten
 from memserve.compose import load_config
+from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
 
+NUM_RUNS = 3  # of each system
 SYSTEMS = {  # two instances each; the paper's names (section 8.1 and Table 4)
     "pd": ["cluster=colocated_2", "index=none", "policy=session_affinity"],
     "pd_cc": ["cluster=colocated_2", "policy=session_affinity"],
@@ -72,6 +76,14 @@ def words_of_each(systems: Sequence[str]) -> dict[str, list[str]]:
     return dict(named)
 
 
+def config_of(words: Sequence[str]) -> RunConfig:
+    """A system's configuration, with several runs where its words say nothing of that."""
+    cfg = load_config(words)
+    if any(word.lstrip("+").startswith(("seeds=", "repeats=")) for word in words):
+        return cfg
+    return load_config([*words, f"seeds={NUM_RUNS}" if cfg.step_time == "model" else f"repeats={NUM_RUNS}"])
+
+
 def compare(systems: Sequence[str], words: Sequence[str], out: Path | None) -> tuple[dict[str, Report], list[OSError]]:
     """The report of each system, and which files could not be written; out: a directory that gets an output directory
     for each, and reports.json.
@@ -79,7 +91,7 @@ def compare(systems: Sequence[str], words: Sequence[str], out: Path | None) -> t
     Every system is composed and checked before the first one runs.
     """
     named = words_of_each(systems)
-    configured = {name: load_config([*own, "repeats=3", *words]) for name, own in named.items()}
+    configured = {name: config_of([*own, *words]) for name, own in named.items()}
     for name, cfg in configured.items():
         try:
             check_playable(cfg)
@@ -113,7 +125,9 @@ def main(argv: Sequence[str]) -> None:
         reports, not_written = compare(names_of(args.systems), args.words, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print_comparison(reports, " ".join(args.words) or "defaults", Console(width=max(100, 22 * len(reports) + 26)))
+    width = 30 if len(reports) < 5 else 22  # of a column: a figure and its range, in a line if there are few
+    console = Console(width=max(100, width * len(reports) + 26))
+    print_comparison(reports, " ".join(args.words) or "defaults", console)
     if not_written:
         sys.exit("\n".join(f"error: {error}" for error in not_written))
 

@@ -3,6 +3,7 @@
 python scripts/reproduce.py                          # names the figures
 python scripts/reproduce.py fig8_loogle fig15        # tables of what a figure shows, then what the text says of it
 python scripts/reproduce.py fig8_loogle --points 1,5 --curves PD,1P1D,1P1D-CC --out outputs/fig8
+python scripts/reproduce.py fig15 --seeds 5          # the mean of five workloads, drawn anew, with their range
 python scripts/reproduce.py fig15 workload.rate=30   # other arguments are words of run.py and hold for all points
 
 A figure's options are in configs/experiment/, for run.py as +experiment=fig15; its curves in paper_figures.py.
@@ -22,7 +23,7 @@ from typing import Any
 
 import matplotlib.figure
 from matplotlib.axes import Axes
-from options import new_directory
+from options import integer, new_directory
 from paper_figures import FIGURES, Curve, Figure, Shown
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -48,7 +49,9 @@ def narrowed(figure: Figure, curves: Sequence[str] | None, points: Sequence[floa
 
 
 def play(figure: Figure, words: Sequence[str], out: Path | None) -> Reports:
-    """Every point's report. All points are composed and checked before the first one runs."""
+    """Every point's report, of several seeds the mean and the spread. All points are composed and checked before the
+    first one runs.
+    """
     points = sorted({*figure.points, *([0] if figure.is_relative else [])})
     configured = {
         (curve.name, point): load_config([f"+experiment={figure.name}", *curve.words, *curve.at(point), *words])
@@ -66,17 +69,33 @@ def play(figure: Figure, words: Sequence[str], out: Path | None) -> Reports:
 
 
 def value_of(figure: Figure, reports: Reports, shown: Shown, curve: Curve, point: float) -> float | None:
-    value = _at(reports[curve.name, point], shown)
+    return _share(figure, reports, shown, curve, _at(reports[curve.name, point], shown))
+
+
+def range_of(
+    figure: Figure, reports: Reports, shown: Shown, curve: Curve, point: float
+) -> tuple[float | None, float | None]:
+    """The least and the most of several seeds; of one seed its value, twice."""
+    report = reports[curve.name, point]
+    ends = [_at(report.get("spread", report), shown, end) for end in ("min", "max")]
+    low, high = (_share(figure, reports, shown, curve, end) for end in ends)
+    return low, high
+
+
+def _share(figure: Figure, reports: Reports, shown: Shown, curve: Curve, value: float | None) -> float | None:
+    """A value as the figure shows it: of a relative one its share of the curve's own at point 0."""
     if not figure.is_relative or value is None:
         return value
     whole = _at(reports[curve.name, 0], shown)
     return value / whole if whole else None
 
 
-def _at(report: Report, shown: Shown) -> float | None:
+def _at(report: Report, shown: Shown, end: str = "") -> float | None:
+    """What is shown of a report; of a spread the `end` of it, "min" or "max"."""
     found: Any = report
     for key in shown.path:
         found = found[key]
+    found = found[end] if isinstance(found, dict) else found
     return None if found is None else float(found)
 
 
@@ -94,11 +113,18 @@ def table_of(figure: Figure, reports: Reports, shown: Shown) -> Table:
     for point in figure.points:
         cells = []
         for curve in figure.curves:
-            ours = format_figure(value_of(figure, reports, shown, curve, point), shown.unit)
+            ours = _text(figure, reports, shown, curve, point)
             theirs = paper_value(shown, curve, point)
             cells.append(ours if theirs is None else f"{ours} ({format_figure(theirs, shown.unit)})")
         table.add_row(f"{point:g}", *cells)
     return table
+
+
+def _text(figure: Figure, reports: Reports, shown: Shown, curve: Curve, point: float) -> str:
+    """A value, and where there are several seeds its range."""
+    values = (value_of(figure, reports, shown, curve, point), *range_of(figure, reports, shown, curve, point))
+    mean_of_all, low, high = (format_figure(value, shown.unit) for value in values)
+    return mean_of_all if low == high else f"{mean_of_all} [{low} .. {high}]"
 
 
 def claims_of(figure: Figure, reports: Reports) -> Iterator[str]:
@@ -128,7 +154,10 @@ def distances_of(figure: Figure, reports: Reports) -> Iterator[str]:
 
 
 def drawn(figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
-    """A column for each thing shown: ours above, and below it, to the same scale, the paper's where there is any."""
+    """A column for each thing shown: ours above, and below it, to the same scale, the paper's where there is any.
+
+    Of several seeds the range is shaded.
+    """
     rows = {"simulated here": partial(value_of, figure, reports)}
     if any(curve.paper for curve in figure.curves):
         rows["the paper"] = paper_value
@@ -140,6 +169,7 @@ def drawn(figure: Figure, reports: Reports) -> matplotlib.figure.Figure:
                 values = [value(shown, curve, point) for point in figure.points]
                 _line(panel, figure.points, values, "os^Dv<>"[number % 7], color=f"C{number}", label=curve.name)
             panel.set_title(f"{shown.label}, {whose}")
+    _shade(panels[0], figure, reports)
     for panel in panels[-1]:
         panel.set_xlabel(figure.axis)
         panel.set_ylim(bottom=0)  # of its whole column, now that all of it is there
@@ -154,29 +184,43 @@ def _line(panel: Axes, points: Sequence[float], values: Sequence[float | None], 
         panel.plot(*zip(*there, strict=True), marker=marker, markersize=4, **more)
 
 
+def _shade(panels: Sequence[Axes], figure: Figure, reports: Reports) -> None:
+    """From the least to the most of several seeds, behind each line."""
+    for panel, shown in zip(panels, figure.shown, strict=True):
+        for number, curve in enumerate(figure.curves):
+            ends = {point: range_of(figure, reports, shown, curve, point) for point in figure.points}
+            there = [(point, low, high) for point, (low, high) in ends.items() if low is not None and high is not None]
+            if any(low < high for _, low, high in there):
+                points, lows, highs = zip(*there, strict=True)
+                panel.fill_between(points, lows, highs, color=f"C{number}", alpha=0.2, linewidth=0)
+
+
+def values_of(figure: Figure, reports: Reports) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """By label, curve and point: ours, the range of several seeds, and what the paper has."""
+
+    def value(shown: Shown, curve: Curve, point: float) -> dict[str, Any]:
+        ours, theirs = value_of(figure, reports, shown, curve, point), paper_value(shown, curve, point)
+        return {"ours": ours, "range": range_of(figure, reports, shown, curve, point), "paper": theirs}
+
+    return {
+        shown.label: {
+            curve.name: {f"{point:g}": value(shown, curve, point) for point in figure.points} for curve in figure.curves
+        }
+        for shown in figure.shown
+    }
+
+
 def reproduce(figure: Figure, words: Sequence[str], out: Path | None) -> None:
     """Runs and prints it; out: a directory for its picture, its values and the output directory of every point."""
     reports = play(figure, words, out)
-    console = Console(width=max(100, 20 + 20 * len(figure.curves)))
+    width = 20 if all("spread" not in report for report in reports.values()) else 44  # columns of a curve
+    console = Console(width=max(100, 20 + width * len(figure.curves)))
     for shown in figure.shown:
         console.print(table_of(figure, reports, shown))
     for line in (*distances_of(figure, reports), *claims_of(figure, reports)):
         console.print(line, highlight=False)
     if out is not None:
-        values = {
-            shown.label: {
-                curve.name: {
-                    f"{point:g}": {
-                        "ours": value_of(figure, reports, shown, curve, point),
-                        "paper": paper_value(shown, curve, point),
-                    }
-                    for point in figure.points
-                }
-                for curve in figure.curves
-            }
-            for shown in figure.shown
-        }
-        (out / "values.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (out / "values.json").write_text(json.dumps(values_of(figure, reports), indent=2) + "\n", encoding="utf-8")
         drawn(figure, reports).savefig(out / "figure.png", dpi=120)
         print(f"written to {out}")
 
@@ -190,6 +234,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", type=lambda word: word.split(","), help="these alone, joined by commas")
     parser.add_argument("--points", type=numbers, help="these instead, joined by commas")
+    parser.add_argument("--seeds", type=partial(integer, least=1), default=1, help="runs of a point; else %(default)s")
     parser.add_argument("--out", type=new_directory, help="a directory; each figure gets one of its own in it")
     parser.add_argument("words", nargs="*", help="figures, then words of run.py")
     args = parser.parse_intermixed_args(argv)
@@ -201,7 +246,8 @@ def main(argv: Sequence[str]) -> None:
             if name not in FIGURES:
                 raise ValueError(f"{name}: expected of {', '.join(FIGURES)}, or a word of run.py with =")
         for name in names:
-            reproduce(narrowed(FIGURES[name], args.curves, args.points), words, args.out and args.out / name)
+            figure, out = narrowed(FIGURES[name], args.curves, args.points), args.out and args.out / name
+            reproduce(figure, [f"seeds={args.seeds}", *words], out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

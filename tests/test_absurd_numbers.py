@@ -13,6 +13,7 @@ from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.cost_model.operator import OperatorCostModel
+from memserve.sched.prediction import BiasedPrediction
 from memserve.sched.prefix_routing import BalancedPrefix, CostBased, PromptTree
 from memserve.sched.prompt_tree import Optimistic
 from memserve.sched.rejection import EarlyRejection
@@ -39,11 +40,12 @@ MAKERS = {  # what is made, with arguments that it needs
     PromptTree: {},
     BalancedPrefix: {"abs_bound": 4, "rel_bound": 1.5, "min_share": 0.5},
     CostBased: {"cost_model": FixedCostModel(**COSTS)},
+    BiasedPrediction: {"seed": 0},
     EarlyRejection: {"cost_model": FixedCostModel(**COSTS), "ttft_s": 1.0},
     FixedCostModel: COSTS,
     OperatorCostModel: {"tokens": [1, 100], "linear_s": [0.001, 0.01], **TERMS},
 }
-GIVEN = {"num_rows", "block_size"}  # not from a config
+GIVEN = {"num_rows", "block_size", "seed"}  # not from a config
 
 
 class CountingTokenizer:

@@ -46,6 +46,7 @@ BESIDE = {  # what a word needs, by its group or itself
     "heir": ["scaling=schedule"],
     "departure": ["scaling=schedule"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
+    "prediction": ["policy=cost_based"],
 }
 TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each
     ("eviction", "queue", "swap", "preemption", "layout", "policy", "workload/arrivals"): [
@@ -113,8 +114,8 @@ def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monke
         path = tmp_path / "trace.csv"
         path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.6805900,37,4\n" * 3)
         words = ["exec=simulated", *SYNTHETIC, f"workload.path={path}"]
-    if word == "cost_model=fitted":
-        words = [*words, f"cost_model.path={cost_file(tmp_path)}"]
+    if word in ("cost_model=fitted", "prediction=fitted"):
+        words = [*words, f"{word.partition('=')[0]}.path={cost_file(tmp_path)}"]
     report = run(word, *words)
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
 
@@ -296,6 +297,9 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["+index_source.num_rows=3"], "index_source.num_rows=3: memserve.sched.prompt_tree.Optimistic takes ttl_s"),
         (["channels=2"], "channels=2 contradicts transport=in_process: expected gloo or nccl"),
         (["repeats=0"], "repeats=0"),
+        (["seeds=0"], "seeds=0: expected an integer >= 1"),
+        (["exec=simulated", "repeats=3"], "repeats=3 contradicts step_time=model, .*: expected seeds=3, which draws"),
+        (["repeats=3", "seeds=2"], "repeats=3 contradicts seeds=2: expected 1 for one of them"),
         (["model.compile=true", "model.fused_rows=-1"], "model.fused_rows=-1: expected an integer >= 0"),
         (["model.fused_rows=4"], "model.fused_rows=4 contradicts model.compile=false: expected 0"),
         (["seed=-1"], "seed=-1"),

@@ -87,8 +87,8 @@ def test_what_a_workload_gives_is_played_or_refused(what, said):
         LocalCluster(load_config(["exec=simulated", *own("workload", Given, f", what: {what}")]))
 
 
-def test_sessions_that_are_generated_are_played_in_every_repeat():
-    words = ["exec=simulated", "repeats=2", *own("workload", Given, ", what: generated")]
+def test_sessions_that_are_generated_are_played_with_every_seed():
+    words = ["exec=simulated", "seeds=2", *own("workload", Given, ", what: generated")]
     assert LocalCluster(load_config(words)).run()["num_finished"] == 1
 
 

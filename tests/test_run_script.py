@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from memserve import LocalCluster, load_config
+from memserve.metrics.repeats import of_what
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
@@ -117,6 +118,20 @@ def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(
 
 
 def test_repeats_report_the_median_and_its_spread(tmp_path):
-    LocalCluster(load_config([*SMALL, "repeats=3"])).run(tmp_path)
+    measured = ["exec=emulated", "model=tiny", "step_time=measured", *SMALL[1:]]
+    LocalCluster(load_config([*measured, "repeats=3"])).run(tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["repeats"] == 3 and report["spread"]["ttft_s"]["mean"]["min"] == report["ttft_s"]["mean"]
+    spread = report["spread"]["ttft_s"]["mean"]
+    assert report["repeats"] == 3 and spread["min"] <= report["ttft_s"]["mean"] <= spread["max"]
+
+
+def test_seeds_report_the_mean_of_runs_each_of_which_has_a_workload_of_its_own(tmp_path):
+    words = [*SMALL, "cluster=colocated_2", "policy=random"]
+    LocalCluster(load_config([*words, "seed=4", "seeds=3"])).run(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    alone = [LocalCluster(load_config([*words, f"seed={seed}"])).run() for seed in (4, 5, 6)]
+    ttft = [run["ttft_s"]["mean"] for run in alone]
+    assert report["seeds"] == [4, 5, 6] and "repeats" not in report and len(set(ttft)) == 3
+    assert report["ttft_s"]["mean"] == pytest.approx(sum(ttft) / 3)
+    assert report["spread"]["ttft_s"]["mean"] == {"min": min(ttft), "max": max(ttft)}
+    assert of_what(report) == "mean of seeds 4, 5, 6"

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from memserve.cluster.capacity import capacity, check_fits, limits_of, rank_geometry, stored_geometry
-from memserve.cluster.costs import build_cost_model, price_of_attention
+from memserve.cluster.costs import build_cost_model, predicted, price_of_attention
 from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling
@@ -193,7 +193,7 @@ def _scheduler(
         pool,
         make(cfg.queue),
         make(cfg.preemption),
-        make_asking(cfg.swap, costs=costs, block_size=cfg.kvcache.block_size),
+        make_asking(cfg.swap, costs=predicted(cfg, costs), block_size=cfg.kvcache.block_size),
         token_budget=cfg.sched.token_budget,
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,

@@ -17,6 +17,7 @@ from memserve.model.model_config import ModelConfig
 from memserve.model.runner import geometry
 from memserve.request import Role
 from memserve.sched.cost_model.base import CostModel, Subject, attention_tokens
+from memserve.sched.prediction import Prediction
 
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -27,6 +28,12 @@ def costs_of(cfg: RunConfig, role: str) -> CostModel:
     """What steps of a role's instances cost, for who compares them and runs none."""
     costs: CostModel = make_asking(of_role(cfg, role).cost_model, tensor_parallel=num_ranks(cfg, role))
     return costs
+
+
+def predicted(cfg: RunConfig, exact: CostModel) -> CostModel:
+    """What those are given who decide by a cost model, in the place of the one that time goes by."""
+    prediction: Prediction = make_asking(cfg.prediction, seed=cfg.seed)
+    return prediction.costs(exact)
 
 
 def build_cost_model(cfg: RunConfig, model: Llama | None, role: str = Role.COLOCATED) -> CostModel:

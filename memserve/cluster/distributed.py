@@ -26,6 +26,7 @@ from memserve.cluster.result import Result, finish_runs
 from memserve.cluster.roster import CONTROLLER, Roster
 from memserve.cluster.torchrun import Torchrun
 from memserve.cluster.turnover import InstanceFailed
+from memserve.config.runs import num_runs, of_run
 from memserve.config.schema import RunConfig
 from memserve.config.targets import node_class
 from memserve.metrics.progress import Progress
@@ -59,7 +60,8 @@ class DistributedCluster:
         return [] if place.rank == CONTROLLER else neighbours(hosts, place.rank)
 
     def run(self, output_dir: str | Path | None = None, *, progress: Progress | None = None) -> Report | None:
-        """Plays the workload `repeats` times. Rank 0 returns the report and writes `output_dir`; others return None.
+        """Plays the workload, `repeats` times or with `seeds` seeds. Rank 0 returns the report and writes `output_dir`;
+        others return None.
 
         Raises InstanceFailed on rank 0 when an instance ends by an error, or, with all written, when one that gives no
         sign of life may be there for ever: torchrun then ends it. Raises LeftEarly on the others when rank 0 does,
@@ -93,16 +95,18 @@ class DistributedCluster:
         """Rank 0's part of `play`."""
         workload: Workload = make(self.cfg.workload)
         engine = build_engine(self.cfg, with_model=False)
-        sessions = sessions_of(workload, engine.tokenizer, self.cfg.seed)
         results: list[Result] = []
-        for number in range(self.cfg.repeats):
+        for number in range(num_runs(self.cfg)):
+            cfg = of_run(self.cfg, number)
+            if number == 0 or cfg.seed != self.cfg.seed:
+                sessions = sessions_of(workload, engine.tokenizer, cfg.seed)
             missing = dict(results[-1].missing) if results else {}
             if self.cfg.cluster.store is not None:  # those that are gone come again
                 missing = {label: why for label, why in missing.items() if why == "silent"}
             if missing:
-                raise InstanceFailed(f"repeat {number + 1} of {self.cfg.repeats}: {_listed(missing)}")
+                raise InstanceFailed(f"run {number + 1} of {num_runs(self.cfg)}: {_listed(missing)}")
             controller = Controller(
-                self.cfg,
+                cfg,
                 self._roles,
                 Roster.of(self.cfg),
                 self._mailbox,

@@ -28,6 +28,7 @@ from memserve.cluster.spare import Spare, resumed_run
 from memserve.cluster.warm_up import warm_up
 from memserve.cluster.wiring import build_process_transport, follows_events
 from memserve.cluster.worker import Followers, Hand, IdleHand, follow, meet
+from memserve.config.runs import num_runs, of_run
 from memserve.config.schema import RunConfig
 from memserve.kvcache.head_parts import endpoint_of
 from memserve.model.parallel import LEADER, GroupBroken, Shard
@@ -64,7 +65,7 @@ class Member:
             warm_up(build_instance(self._cfg, engine, label, role, 0, followers=followers, in_real_time=True))
         is_reborn = self._place.birth > 0
         first = resumed_run(self._mailbox) if is_reborn else 0
-        runs = range(0) if first is None else range(first, self._cfg.repeats)
+        runs = range(0) if first is None else range(first, num_runs(self._cfg))
         self._tell_team("runs", [*runs])
         for number in runs:
             assigned = None if is_reborn and number == first else self._first_assignment()
@@ -111,8 +112,8 @@ class Member:
         early: Sequence[tuple[int, AnyMessage]],
     ) -> bool:
         """Leads an instance, until it has left (True) or the run is over."""
-        role = Role(assigned.role)
-        build = partial(build_instance, self._cfg, engine, assigned.label, role, assigned.instance, in_real_time=True)
+        role, cfg = Role(assigned.role), of_run(self._cfg, number)
+        build = partial(build_instance, cfg, engine, assigned.label, role, assigned.instance, in_real_time=True)
         with self._followers(shard, engine) as followers, self._transport(number, followers) as transport:
             instance = build(transport=transport, followers=followers)
             if follows_events(self._cfg):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from memserve.cluster.make import make
 from memserve.compose import to_dict, to_yaml
+from memserve.config.runs import seeds_of
 from memserve.config.schema import RunConfig
 from memserve.metrics.activity import ActivitySpan
 from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
-from memserve.metrics.repeats import median_of
+from memserve.metrics.repeats import combined
 from memserve.metrics.report import Report
 from memserve.metrics.tracking import Tracking
 from memserve.timeline import RequestTimeline
@@ -42,13 +43,12 @@ class NotWritten(OSError):
 
 
 def finish_runs(cfg: RunConfig, results: Sequence[Result], output_dir: str | Path | None) -> Report:
-    """The report; of several runs the medians and their spread.
+    """The report; of several repeats the medians, of several seeds the means, and their spread.
 
     output_dir: where the files go (requests, occupancy and activity: of the last run); None writes none. Raises
     NotWritten, with the report, where they cannot be written; who tracks it has the report by then.
     """
-    reports, last = [result.report for result in results], results[-1]
-    report = reports[0] if len(reports) == 1 else median_of(reports)
+    report, last = combined([result.report for result in results], seeds_of(cfg)), results[-1]
     directory = None if output_dir is None else Path(output_dir)
     try:
         if directory is not None:

@@ -9,7 +9,7 @@ from torch.distributed.distributed_c10d import Store
 from memserve.bequest import Bequest
 from memserve.clock import to_ns
 from memserve.cluster.capacity import bytes_per_stored
-from memserve.cluster.costs import costs_of
+from memserve.cluster.costs import costs_of, predicted
 from memserve.cluster.make import make, make_asking, maker
 from memserve.compose import group_of
 from memserve.config.checks import keeps_kv_on_gpu
@@ -102,7 +102,7 @@ def build_handoffs(
         0 if role is Role.PREFILL else cfg.sched.decode_headroom_blocks,
     )
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
-    prices = FetchPrices(costs, transfer, cfg.kvcache.block_size)
+    prices = FetchPrices(predicted(cfg, costs), transfer, cfg.kvcache.block_size)
     fetches = Fetches(transfers, pool, make(cfg.fetch), prices, timeouts)
     return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool))
 
@@ -130,7 +130,7 @@ def build_global_scheduler(
         recompute_failed=cfg.transfer.on_failure == "recompute",
         max_unfinished=cfg.cluster.max_unfinished,
         patience_ns=to_ns(cfg.cluster.patience_s),
-        rejection=make_asking(cfg.rejection, cost_model=costs_of(cfg, decoding)),
+        rejection=make_asking(cfg.rejection, cost_model=predicted(cfg, costs_of(cfg, decoding))),
         departure=make(cfg.departure),
     )
 
@@ -160,14 +160,15 @@ def follows_events(cfg: RunConfig) -> bool:
 def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, int]]) -> Group:
     """name: of its policy's node.  role: of its instances."""
     costs = costs_of(cfg, role)
-    policy: Policy = make_asking(getattr(cfg, name), cost_model=costs)
+    prediction = predicted(cfg, costs)
+    policy: Policy = make_asking(getattr(cfg, name), cost_model=prediction)
     tree = _prompt_index(of_role(cfg, role), len(members))
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
         raise ConfigError(f"{group_of(name)}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
-    prefilling = None if role is Role.DECODE else costs
+    priced, predicts = (None, None) if role is Role.DECODE else (costs, prediction)
     labels, numbers = [label for label, _ in members], [number for _, number in members]
-    return Group(labels, numbers, policy, tree, prefilling, num_ranks(cfg, role))
+    return Group(labels, numbers, policy, tree, priced, predicts, num_ranks(cfg, role))
 
 
 def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:

@@ -5,9 +5,11 @@ from typing import Any
 
 from memserve.clock import LONGEST_S
 from memserve.config.checks_of_members import check_departure, check_heir, check_member, check_scaling
+from memserve.config.checks_of_prediction import check_prediction
 from memserve.config.checks_of_roles import check_per_role, check_tensor_parallel
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
+from memserve.config.runs import check_runs
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.config.targets import is_a, node_class
@@ -39,9 +41,8 @@ def check_config(cfg: RunConfig) -> None:
     """Raises ConfigError for a value out of range or a contradiction between two of them."""
     for name, allowed in CHOICES.items():
         require(getattr(cfg, name) in allowed, name, getattr(cfg, name), f"one of {', '.join(allowed)}")
-    require(cfg.repeats >= 1, "repeats", cfg.repeats, "an integer >= 1")
+    check_runs(cfg)
     require(1 <= cfg.channels <= MAX_CHANNELS, "channels", cfg.channels, f"an integer from 1 to {MAX_CHANNELS}")
-    require(cfg.seed >= 0, "seed", cfg.seed, "an integer >= 0")
     require(1 <= cfg.kvcache.block_size <= MAX_BLOCK_SIZE, "kvcache.block_size", cfg.kvcache.block_size,
              f"an integer from 1 to {MAX_BLOCK_SIZE}")  # fmt: skip
     if cfg.channels > 1 and "channels" not in cfg.transport:
@@ -66,6 +67,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_execution(cfg)
     _check_roles(cfg)
     _check_fetch(cfg)
+    check_prediction(cfg)
     check_tensor_parallel(cfg)
     check_per_role(cfg)
     check_scaling(cfg)

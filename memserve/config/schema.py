@@ -148,6 +148,7 @@ class RunConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     seed: int = 0
     repeats: int = 1
+    seeds: int = 1
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     per_role: PerRoleConfig = field(default_factory=PerRoleConfig)
@@ -163,6 +164,7 @@ class RunConfig:
     fetch: Any = MISSING
     layout: Any = MISSING
     cost_model: Any = MISSING
+    prediction: Any = MISSING
     model: ModelConfigNode = field(default_factory=ModelConfigNode)
     kvcache: KVCacheConfig = field(default_factory=KVCacheConfig)
     geometry: GeometryConfig | None = None

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from memserve.metrics.repeats import of_what
 from memserve.metrics.report import Report
 from memserve.metrics.table import format_figure, plain_table, standard_output
 
@@ -77,7 +78,7 @@ _POINTS = (
 
 
 def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
-    """Systems side by side: a column for each report, under its name. Repeated runs show median and range."""
+    """Systems side by side: a column for each report, under its name. Several runs show their range too."""
     table = plain_table(title)
     table.add_column("", no_wrap=True)
     for name in reports:
@@ -89,8 +90,9 @@ def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
 
 def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
     """What is compared: the name of a figure that any of them has, and it in each report, as text."""
-    shown = _had(reports, _COMPARED)
-    return [[row.label, *(_cell(report, row) for report in reports.values())] for row in shown]
+    shown, said = _had(reports, _COMPARED), [of_what(report) for report in reports.values()]
+    runs = [["figures", *said]] if any(said) else []
+    return runs + [[row.label, *(_cell(report, row) for report in reports.values())] for row in shown]
 
 
 def print_points(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from memserve.metrics.repeats import of_what
 from memserve.metrics.report import Report
 
 NONE = "-"  # a figure that does not exist
@@ -102,6 +103,7 @@ def _totals_table(report: Report) -> Table:
     """Counts of the run, two columns; what is zero for want of any failure is left out."""
     tokens = report["tokens"]
     rows = {
+        **({"figures": said} if (said := of_what(report)) else {}),
         "requests": _requests_text(report),
         **_workload_text(report["workload"]),
         "prompt tokens": f"{_count(tokens['prompt'])}: {_count(tokens['cached_local'])} cached, "

@@ -25,6 +25,7 @@ _ROW = np.dtype(  # what is counted of an instance
         ("num_tokens", np.int64),
         ("queued_work", np.int64),
         ("queued_ns", np.int64),
+        ("predicted_ns", np.int64),
         ("num_lately", np.float64),
         ("num_decoding", np.int64),
         ("free_blocks", np.float64),
@@ -40,7 +41,8 @@ _ROW = np.dtype(  # what is counted of an instance
 class Assignment:
     """A request's place in a group. row: of its instance.  num_cached: tokens it was believed to have there.
 
-    work: what it still adds to that instance's `queued_work`.  queued_ns: the same in nanoseconds by the cost model.
+    work: what it still adds to that instance's `queued_work`.  queued_ns, predicted_ns: the same in nanoseconds by the
+    cost model, and as it is predicted.
     longest: who was believed to have most of it, longest first.  is_counted: it is still a part of that row's load.
     decodes: it has its first token.
     """
@@ -50,6 +52,7 @@ class Assignment:
     num_cached: int
     work: int
     queued_ns: int
+    predicted_ns: int
     longest: list[Holding]
     choice: RouteChoice
     is_counted: bool = False
@@ -67,7 +70,8 @@ def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
 class Group:
     """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them.  tree: what each
     is believed to have cached.  cost_model: says in the records what each choice costs, and what another would have;
-    None where the group prefills nothing.  num_gpus: of each instance.
+    None where the group prefills nothing.  prediction: by which is said what a request would wait for; None: by that.
+    num_gpus: of each instance.
     """
 
     def __init__(
@@ -77,10 +81,12 @@ class Group:
         policy: Policy,
         tree: PromptIndex,
         cost_model: CostModel | None = None,
+        prediction: CostModel | None = None,
         num_gpus: int = 1,
     ) -> None:
         self.labels, self.incarnations, self.tree = tuple(labels), list(incarnations), tree
-        self._policy, self._cost_model, self._num_gpus = policy, cost_model, num_gpus
+        self._policy, self._cost_model, self._prediction = policy, cost_model, prediction or cost_model
+        self._num_gpus = num_gpus
         self._rows = _new_rows(len(labels))
         self._homes: OrderedDict[str, int] = OrderedDict()  # row of each session, the least recently used first
         self._num_routed = 0
@@ -196,6 +202,10 @@ class Group:
         """Unfinished requests of an instance, and the tokens of their prompts."""
         return int(self._rows["num_requests"][row]), int(self._rows["num_tokens"][row])
 
+    def predicted_ns(self, row: int) -> int:
+        """Nanoseconds that the prefills which wait at an instance are predicted to take."""
+        return int(self._rows["predicted_ns"][row])
+
     def _remember(self, session_id: str, row: int) -> None:
         self._homes[session_id] = row
         self._homes.move_to_end(session_id)
@@ -217,15 +227,18 @@ class Group:
             None if costs is None else costs.exec_time_s,
         )
         work = self._policy.work(held, num_tokens - held)
-        queued_ns = 0 if costs is None else to_ns(costs.exec_time_s(held, num_tokens - held))
+        queued_ns = predicted_ns = 0 if costs is None else to_ns(costs.exec_time_s(held, num_tokens - held))
+        if self._prediction is not None and self._prediction is not costs:
+            predicted_ns = to_ns(self._prediction.exec_time_s(held, num_tokens - held))
         longest = self._longest(rows, num_cached)
-        return Assignment(int(rows[chosen]), num_tokens, held, work, queued_ns, longest, choice)
+        return Assignment(int(rows[chosen]), num_tokens, held, work, queued_ns, predicted_ns, longest, choice)
 
     def prefilled(self, placement: Assignment) -> None:
         """Its first token is there: it waits in no queue any more."""
         self._rows["queued_work"][placement.row] -= placement.work
         self._rows["queued_ns"][placement.row] -= placement.queued_ns
-        placement.work = placement.queued_ns = 0
+        self._rows["predicted_ns"][placement.row] -= placement.predicted_ns
+        placement.work = placement.queued_ns = placement.predicted_ns = 0
         self.decodes(placement)
 
     def decodes(self, placement: Assignment) -> None:
@@ -251,6 +264,7 @@ class Group:
         self._rows["num_tokens"][placement.row] += sign * placement.num_tokens
         self._rows["queued_work"][placement.row] += sign * placement.work
         self._rows["queued_ns"][placement.row] += sign * placement.queued_ns
+        self._rows["predicted_ns"][placement.row] += sign * placement.predicted_ns
 
 
 def _read_only(column: np.ndarray) -> np.ndarray:

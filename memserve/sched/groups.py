@@ -77,8 +77,8 @@ class Groups:
             request=routed.request,
             now_ns=now_ns,
             waited_s=to_s(now_ns - routed.submit.arrival_ns),
-            queued_s=to_s(int(first.choice.queued_ns[first.choice.chosen])),
-            prefill_s=to_s(first.queued_ns),
+            queued_s=to_s(self.takers.predicted_ns(first.row)),
+            prefill_s=to_s(first.predicted_ns),
             num_decoding=num_decoding,
             num_decoding_tokens=num_decoding_tokens,
         )

@@ -19,7 +19,7 @@ _NOW = np.zeros(1, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Prospect:
-    """What awaits a request on the instances that are named for it. Seconds are by the configuration's cost model.
+    """What awaits a request on the instances that are named for it. Seconds are as they are predicted.
 
     now_ns: on the cluster's clock.  waited_s: since it arrived.  queued_s: of the prefills that wait there.  prefill_s:
     of its own, behind what is cached.  num_decoding: other unfinished requests of the instance that will decode it.

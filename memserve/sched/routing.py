@@ -118,6 +118,21 @@ class SessionAffinity(Policy):
         return Chosen(int(np.argmax(scores)), "its session's")
 
 
+class StickyLeastLoad(Policy):
+    """A session's requests where its latest one went, which has its KV; a new session's where least load is.
+
+    For decode placement: PD-Caching-2 and 3 send only what the decode instance lacks. A session whose instance is gone,
+    or drains, is as a new one (how long one is remembered: `home` of ClusterSnapshot). An instance that joins gets new
+    sessions alone.
+    """
+
+    def choose(self, request: RouteRequest, cluster: ClusterSnapshot, rng: np.random.Generator) -> Chosen:
+        if cluster.home is not None:
+            return Chosen(cluster.home, "its session's")
+        anybody = np.ones(len(cluster.labels), dtype=bool)
+        return Chosen(least_loaded(cluster, anybody, rng), "least load: a new session")
+
+
 def least_loaded(cluster: ClusterSnapshot, among: np.ndarray, rng: np.random.Generator) -> int:
     """The fewest requests, then tokens, of the rows where `among` (bool [n]) is true; ties by the generator."""
     rows = np.flatnonzero(among)

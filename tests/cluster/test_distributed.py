@@ -58,10 +58,11 @@ def cases(transport):
 
 
 @functools.cache
-def expected(tokens):
+def expected(tokens, number=0):
+    """number: of the run, of several seeds."""
     alone = ["exec=simulated"] if tokens == "hash" else ["exec=emulated", "step_time=model", "model=tiny"]
-    cluster = LocalCluster(load_config([*alone, *WORKLOAD, "cluster=colocated_1", "index=none"]))
-    return {t.request_id: t.token_ids.tolist() for t in cluster.run_once().timelines}
+    cluster = LocalCluster(load_config([*alone, *WORKLOAD, "cluster=colocated_1", "index=none", "seeds=2"]))
+    return {t.request_id: t.token_ids.tolist() for t in cluster.run_once(number=number).timelines}
 
 
 @pytest.mark.parametrize("transport", ["mapped", "gloo"])
@@ -91,7 +92,7 @@ def assert_on_one_clock(records, spans):
 
 def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_rank(tmp_path):
     out = tmp_path / "out"
-    words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "repeats=2"]
+    words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "seeds=2"]
     words += ["slo.jct_s=1000", f"hydra.run.dir={out}"]
     status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
     assert status == 0, printed
@@ -100,13 +101,13 @@ def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_ra
         "report.json", "requests.jsonl",
     ]  # fmt: skip
     report = json.loads((out / "report.json").read_text())
-    assert report["repeats"] == 2 and report["num_failed"] == 0
+    assert report["seeds"] == [0, 1] and report["num_failed"] == 0
     assert report["goodput"]["share"] == 1 and "missed: 0 by JCT <= 1,000 s" in printed
     assert set(json.loads((out / "env.json").read_text())["threads"]["instances"]) == {"prefill-0", "decode-1"}
     records = list(map(json.loads, (out / "requests.jsonl").read_text().splitlines()))
     assert_on_one_clock(records, load_activity(out))
     tokens = {record["request_id"]: record["output_token_ids"] for record in records}
-    assert tokens == expected("hash")
+    assert tokens == expected("hash", 1) != expected("hash")
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_reason(tmp_path):

@@ -26,8 +26,8 @@ CLUSTERS = {
     "basic": ["cluster=1p2d", "mode=pd_basic"],
     "caching 1": ["cluster=2p1d", "mode=pd_caching_1"],
     "caching 2": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_2", "fetch=always"],
-    "caching 3": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_3", "policy=prompt_tree"],
-    "colocated": ["cluster=colocated_2", "policy=prompt_tree", "fetch=always"],
+    "caching 3": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_3", "policy=prompt_tree_bounded"],
+    "colocated": ["cluster=colocated_2", "policy=prompt_tree_bounded", "fetch=always"],
 }
 
 
@@ -255,8 +255,8 @@ def test_the_report_has_who_came_and_went_and_the_time_they_were_there():
 
 def test_several_runs_of_which_each_had_its_own_instances_are_one_report():
     words = ["scaling=by_load", "scaling.full.colocated=2", "scaling.max_instances=4", "scaling.interval_s=0.02"]
-    report = local("cluster=colocated_1", *BUSY, *words, "repeats=2").run()
-    assert report["repeats"] == 2 and report["membership"]["joined"] > 0
+    report = local("cluster=colocated_1", *BUSY, *words, "seeds=2").run()
+    assert report["seeds"] == [0, 1] and report["membership"]["joined"] > 0
     assert len({row["id"] for row in report["instances"]}) == len(report["instances"])
 
 
@@ -302,7 +302,9 @@ def test_an_idle_instance_leaves_as_soon_as_it_is_to_drain():
 def test_by_load_adds_while_there_is_much_to_do_and_drains_when_there_is_not():
     words = ["scaling=by_load", "scaling.full.prefill=2", "scaling.full.decode=4", "scaling.max_instances=6",
              "scaling.interval_s=0.02", "scaling.startup_s=0.01", "scaling.window_s=0.1"]  # fmt: skip
-    cluster = local("cluster=1p1d", "mode=pd_caching_3", "workload.num_sessions=40", *BUSY[1:], *words).cluster()
+    cluster = local(
+        "cluster=1p1d", "mode=pd_caching_3", "workload.num_sessions=40", "workload.num_turns=4", *BUSY[1:], *words
+    ).cluster()
     most = [0]
 
     def act(cluster):

@@ -39,7 +39,7 @@ MODES = {
     "basic": [TWO_EACH, "mode=pd_basic"],
     "caching 1": [TWO_EACH, "mode=pd_caching_1"],
     "caching 2": [TWO_EACH, "mode=pd_caching_2", "policy@decode_policy=least_load"],
-    "caching 3": [TWO_EACH, "mode=pd_caching_3", "index_source=exact", "policy@decode_policy=prompt_tree"],
+    "caching 3": [TWO_EACH, "mode=pd_caching_3", "index_source=exact", "policy@decode_policy=prompt_tree_bounded"],
     "colocated": ["cluster=colocated_2", "policy=least_load"],
 }
 

@@ -66,7 +66,7 @@ def test_a_track_of_fewer_than_two_spans_is_refused():
 @pytest.mark.parametrize("words", [
     ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_layer"],
     ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request"],
-    ["cluster=colocated_2", "policy=prompt_tree", "fetch=always"],
+    ["cluster=colocated_2", "policy=prompt_tree_bounded", "fetch=always"],
     ["cluster=colocated_1", "preemption=swap"],
 ], ids=lambda words: words[-1])  # fmt: skip
 def test_every_swapped_block_is_paid_for_by_a_step_whoever_it_was_swapped_for(words):

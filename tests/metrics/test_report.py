@@ -9,7 +9,7 @@ from memserve.clock import to_ns
 from memserve.decisions import FetchRecord
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.formulas import Slo
-from memserve.metrics.repeats import median_of
+from memserve.metrics.repeats import combined, median_of
 from memserve.metrics.report import InstanceStats, build_report, distribution
 from memserve.request import FinishReason, Role
 
@@ -197,21 +197,28 @@ def test_the_median_of_repeats_keeps_the_keys_and_shows_the_spread(make_timeline
     ]
     reports[1]["failures"] = {"aborted": 1}
     reports[2]["hit_ratio"] = None
-    combined = median_of(reports)
-    assert combined["jct_s"]["p50"] == 6.0
-    assert combined["spread"]["jct_s"]["p50"] == {"min": 5.0, "max": 9.0}
-    assert combined["repeats"] == 3 and combined["turns_not_sent"] == 2
-    assert combined["failures"] == {"aborted": 0} and combined["spread"]["failures"] == {
-        "aborted": {"min": 0, "max": 1}
-    }
-    assert combined["hit_ratio"] == 0.4 and combined["goodput"] is None
-    assert combined["instances"][0]["id"] == "colocated-0"
-    assert combined["instances"][0]["utilisation"] == pytest.approx(4 / 6)
-    assert combined.keys() - {"repeats", "spread"} == reports[0].keys()
-    assert json.loads(json.dumps(combined, allow_nan=False)) == combined
-    assert all(not isinstance(value, float) or np.isfinite(value) for value in figures(combined))
+    several = median_of(reports)
+    assert several["jct_s"]["p50"] == 6.0
+    assert several["spread"]["jct_s"]["p50"] == {"min": 5.0, "max": 9.0}
+    assert several["repeats"] == 3 and several["turns_not_sent"] == 2
+    assert several["failures"] == {"aborted": 0} and several["spread"]["failures"] == {"aborted": {"min": 0, "max": 1}}
+    assert several["hit_ratio"] == 0.4 and several["goodput"] is None
+    assert several["instances"][0]["id"] == "colocated-0"
+    assert several["instances"][0]["utilisation"] == pytest.approx(4 / 6)
+    assert several.keys() - {"repeats", "spread"} == reports[0].keys()
+    assert json.loads(json.dumps(several, allow_nan=False)) == several
+    assert all(not isinstance(value, float) or np.isfinite(value) for value in figures(several))
     with pytest.raises(ValueError, match="at least one report"):
         median_of([])
+
+
+def test_several_seeds_are_their_mean_and_one_run_is_itself(make_timeline):
+    reports = [build_report([make_timeline(finished=end)], INSTANCES, wall_s=1.0) for end in (5.0, 9.0, 7.6)]
+    several = combined(reports, [7, 8, 9])
+    assert several["jct_s"]["p50"] == pytest.approx(7.2) and several["seeds"] == [7, 8, 9]
+    assert several["spread"]["jct_s"]["p50"] == {"min": 5.0, "max": 9.0}
+    assert combined(reports, [7])["jct_s"]["p50"] == 7.6 and combined(reports, [7])["repeats"] == 3
+    assert combined(reports[:1], [7]) is reports[0]
 
 
 def test_what_was_promised_to_a_request_that_began_at_time_0_counts(make_timeline):

@@ -170,7 +170,7 @@ def test_repeats_show_their_range(make_timeline):
     out = console()
     reports = [build_report([make_timeline(finished=end)], INSTANCES, wall_s=1.0) for end in (5.0, 9.0, 6.0)]
     print_comparison({"run": median_of(reports)}, console=out)
-    assert "6.00 s (5.00 s .. 9.00 s)" in text(out)
+    assert "6.00 s (5.00 s .. 9.00 s)" in text(out) and "median of 3 repeats" in text(out)
 
 
 def test_four_systems_fit_into_100_columns(make_timeline):

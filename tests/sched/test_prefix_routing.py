@@ -1,3 +1,4 @@
+import inspect
 import re
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def test_prompt_tree_passes_over_an_instance_that_leads_by_too_much():
     assert choose(PromptTree(max_lead=2), [16, 64, 32], [0, 1, 0]) == 1
     assert choose(PromptTree(max_lead=2), [16, 64, 32], [0, 2, 1]) == 2
     assert choose(PromptTree(max_lead=1), [64, 64], [7, 7]) in (0, 1)
+
+
+@pytest.mark.parametrize("kind", [PromptTree, CostBased, BalancedPrefix])
+def test_a_plain_word_is_the_class_alone_and_a_bounded_one_says_its_bound(kind):
+    word = {PromptTree: "prompt_tree", CostBased: "cost_based", BalancedPrefix: "balanced_prefix"}[kind]
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items() if name != "cost_model"}
+    plain, bounded = (dict(load_config([f"policy={word}{end}"]).policy) for end in ("", "_bounded"))
+    assert {"_target_": f"{kind.__module__}.{kind.__name__}", **defaults} == plain
+    (bound,) = (name for name in ("max_lead", "max_skew") if name in plain)
+    assert plain[bound] is None and bounded == {**plain, bound: {"max_lead": 2, "max_skew": 1.75}[bound]}
+
+
+def test_the_figures_of_the_paper_are_simulated_with_its_rule():
+    for figure in ("fig8_loogle", "fig8_sharegpt", "fig15"):
+        assert load_config([f"+experiment={figure}"]).policy == load_config(["policy=prompt_tree"]).policy
 
 
 def test_cost_based_weighs_what_is_queued_against_what_is_cached():

@@ -6,7 +6,16 @@ from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Finished, Submit, Tokens, pack_times, pack_tokens
 from memserve.request import FinishReason, SamplingParams
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
-from memserve.sched.routing import ClusterSnapshot, LeastLoad, Policy, Random, RoundRobin, RouteRequest, SessionAffinity
+from memserve.sched.routing import (
+    ClusterSnapshot,
+    LeastLoad,
+    Policy,
+    Random,
+    RoundRobin,
+    RouteRequest,
+    SessionAffinity,
+    StickyLeastLoad,
+)
 
 
 def snapshot(requests, tokens=None, num_routed=0, **columns):
@@ -71,6 +80,30 @@ def test_session_affinity_keeps_sessions_spreads_them_and_moves_few_when_an_inst
     five = [policy.choose(route(s), snapshot([0] * 5), None) for s in sessions]
     moved = [b for a, b in zip(four, five, strict=True) if a != b]
     assert set(moved) == {4} and len(moved) < 300
+
+
+def test_sticky_least_load_keeps_a_session_at_home_and_places_a_new_one_by_load():
+    rng, policy = np.random.default_rng(0), StickyLeastLoad()
+    assert policy.choose(route(), snapshot([9, 0, 1], home=0), rng) == 0
+    assert policy.choose(route(), snapshot([9, 0, 1]), rng) == 1
+    assert policy.choose(route(), snapshot([2, 2, 2], tokens=[30, 30, 8]), rng) == 2
+
+
+def test_sessions_decode_where_their_kv_is_and_as_evenly_as_by_load_alone():
+    words = ["exec=simulated", "cluster=1p2d", "mode=pd_caching_3", "workload=synthetic", "workload.num_sessions=40",
+             "workload.num_turns=3", "workload.rate=40", "workload.max_output_tokens=60"]  # fmt: skip
+    found = {
+        policy: LocalCluster(load_config([*words, *chosen])).run()
+        for policy, chosen in {
+            "default": [],
+            "least_load": ["policy@decode_policy=least_load"],
+            "session_affinity": ["policy@decode_policy=session_affinity"],
+        }.items()
+    }
+    sent = {policy: report["transfers"]["p_to_d"]["tokens"] for policy, report in found.items()}
+    most = {policy: max(i["num_generated"] for i in report["instances"]) for policy, report in found.items()}
+    assert sent["default"] == sent["session_affinity"] < sent["least_load"]
+    assert most["default"] < most["session_affinity"]
 
 
 def submit(name, session="s"):

@@ -54,6 +54,14 @@ def test_systems_stand_side_by_side_and_the_loads_found_are_right(capacity, tmp_
     assert sum(run["goodput"]["share"] for run in runs) / 2 == pytest.approx(shares[system["holds"]])
 
 
+def test_of_several_seeds_the_share_is_of_all_requests_however_many_each_had(capacity):
+    def report(num_good, num_requests):
+        return {"num_requests": num_requests, "goodput": {"num_good": num_good, "share": num_good / num_requests}}
+
+    assert capacity.together([report(1, 1), report(10, 99)], [0, 1])["goodput"]["share"] == 0.11
+    assert capacity.share_of(capacity.together([report(3, 4)], [0])) == 0.75
+
+
 def test_what_nothing_can_overload_is_said_to_hold_everything(capacity, capsys):
     capacity.main(["--systems", "pd_cc", *WORDS, "workload.num_sessions=2", "slo.jct_s=100"])
     out = capsys.readouterr().out

@@ -1,6 +1,8 @@
-"""compare.py prints systems side by side, each the median of its repeats, and refuses unknown ones before it runs."""
+"""compare.py prints systems side by side, each over several runs, and refuses unknown ones before it runs."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +15,39 @@ def compare(script):
 
 
 def test_systems_stand_side_by_side_with_their_spread(compare, tmp_path, capsys):
-    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=2", "workload.num_turns=2", "repeats=2"]
+    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=2", "workload.num_turns=2", "seeds=2"]
     systems = "pd,1p1d,c1,c2,1p1d_cc,wide:cluster=1p2d+mode=pd_caching_3"
     compare.main(["--systems", systems, "--out", str(tmp_path), *words])
     out = capsys.readouterr().out
     assert "tokens P -> D" in out and "1p1d_cc" in out and "wide" in out
     reports = json.loads((tmp_path / "reports.json").read_text(encoding="utf-8"))
     assert reports["pd"]["transfers"]["p_to_d"]["tokens"] == 0 < reports["c2"]["transfers"]["p_to_d"]["tokens"]
-    assert reports["1p1d"]["repeats"] == 2 and (tmp_path / "wide" / "report.json").is_file()
+    assert reports["1p1d"]["seeds"] == [0, 1] and (tmp_path / "wide" / "report.json").is_file()
+
+
+def test_the_readme_s_systems_differ_in_what_they_are_compared_for(compare):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    systems, words = re.findall(r"^python scripts/compare\.py --systems (\S+) ([^#\n]*)", readme, flags=re.MULTILINE)[0]
+    reports, _ = compare.compare(systems.split(","), [*words.split(), "seeds=1"], None)
+    assert reports["1p1d"]["hit_ratio"] == 0 and min(reports[name]["hit_ratio"] for name in ("pd_cc", "1p1d_cc")) > 0.5
+    assert reports["1p1d"]["ttft_s"]["mean"] > 2 * reports["1p1d_cc"]["ttft_s"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds", "repeats"),
+    [
+        (["exec=simulated"], 3, 1),
+        (["exec=emulated", "step_time=measured"], 1, 3),
+        (["exec=emulated", "step_time=measured", "seeds=2"], 2, 1),
+        (["exec=simulated", "seeds=1"], 1, 1),
+        (["exec=simulated", "repeats=1"], 1, 1),
+    ],
+)
+def test_by_itself_it_draws_three_workloads_where_time_is_modelled_and_repeats_one_where_it_is_measured(
+    compare, words, seeds, repeats
+):
+    cfg = compare.config_of(words)
+    assert (cfg.seeds, cfg.repeats) == (seeds, repeats)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +93,12 @@ def test_a_file_that_cannot_be_written_costs_no_systems_figures(compare, tmp_pat
     (tmp_path / "pd" / "requests.jsonl").mkdir(parents=True)
     (tmp_path / "reports.json").mkdir()
     with pytest.raises(SystemExit) as ended:
-        compare.main(["--systems", "pd,1p1d", "--out", str(tmp_path), *WORDS, "repeats=1"])
+        compare.main(["--systems", "pd,1p1d", "--out", str(tmp_path), *WORDS, "seeds=1"])
     lines = str(ended.value).splitlines()
     assert [line.split(str(tmp_path))[1] for line in lines] == ["/pd/requests.jsonl'", "/reports.json'"]
     assert "1p1d" in capsys.readouterr().out and (tmp_path / "1p1d" / "report.json").is_file()
 
 
 def test_words_may_stand_on_both_sides_of_an_option(compare, capsys):
-    compare.main([*WORDS, "--systems", "pd", "repeats=1"])
+    compare.main([*WORDS, "--systems", "pd", "seeds=1"])
     assert "pd" in capsys.readouterr().out

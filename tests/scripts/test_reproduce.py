@@ -50,6 +50,15 @@ def test_the_times_of_fig_11_are_the_paper_s(reproduce, figures):
         assert ours == pytest.approx(reproduce.paper_value(figure.shown[0], curve, 2048), rel=0.02)
 
 
+def test_of_several_seeds_values_are_means_with_their_range(reproduce, tmp_path, capsys):
+    words = ["--curves", "prompt_tree", "--points", "2", "workload.num_sessions=8"]
+    reproduce.main(["fig15", *words, "--seeds", "2", "--out", str(tmp_path)])
+    shown = json.loads((tmp_path / "fig15" / "values.json").read_text())["P50 TTFT"]["prompt_tree"]["2"]
+    low, high = shown["range"]
+    assert low < high and shown["ours"] == pytest.approx((low + high) / 2)
+    assert " .. " in capsys.readouterr().out
+
+
 def test_words_that_a_late_point_refuses_are_refused_before_the_first_one_runs(reproduce, capfd):
     with pytest.raises(SystemExit, match="a closed loop has no rate"):
         reproduce.main(["fig13", "--curves", "p512,p512_bs2", "--points", "50", "workload.rate=2"])

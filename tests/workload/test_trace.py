@@ -210,7 +210,7 @@ def test_session_affinity_keeps_a_chat_of_a_trace_on_one_instance_though_its_req
         for n in range(64)
     ]  # fmt: skip
     words = [f"workload.path={mooncake(*lines)}", "workload.skip_empty=true", "policy=session_affinity"]
-    cluster = LocalCluster(load_config([*WORDS, *words, "cluster=colocated_4", "repeats=2"]))
+    cluster = LocalCluster(load_config([*WORDS, *words, "cluster=colocated_4", "seeds=2"]))
     report = cluster.run(tmp_path / "out")
     assert report["num_finished"] == 63 and report["num_sessions"] == 8
     assert report["workload"] == {"format": "Qwen-Bailian", "time_unit": "s", "hash_tokens": 16, "skipped_empty": 1,
