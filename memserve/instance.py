@@ -61,7 +61,7 @@ class Instance:
         self._began_ns = 0
         self._peer_inbox: list[tuple[int, PoolMessage]] = []
         self._served: dict[str, Served] = {}
-        self._leaving: dict[str, int] = {}  # requests that go on at another instance as soon as they decode here
+        self.leaving: dict[str, int] = {}  # requests that go on at another instance as soon as they decode here
         self._inbox: list[Message] = []
         self._outbox: list[Message] = []
 
@@ -219,7 +219,7 @@ class Instance:
             self.handoffs.finished(request, served.prefill, reason, now_ns)
         self.scheduler.finish(request, reason)
         del self._served[request.request_id]
-        self._leaving.pop(request.request_id, None)
+        self.leaving.pop(request.request_id, None)
         self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, served.stats(self.label)))
 
     def _ask_for_admitted(self, now_ns: int) -> None:
@@ -248,7 +248,7 @@ class Instance:
         if served is None or served.request.attempt != message.attempt or self.handoffs is None:
             return
         if served.request.phase is not Phase.HANDING_OFF:
-            self._leaving[message.request_id] = message.decode
+            self.leaving[message.request_id] = message.decode
         elif message.decode == self.handoffs.transfers.incarnation:  # nobody takes it, and its KV is here
             self.handoffs.drop(message.request_id, "it goes on here", now_ns)
             self.scheduler.resume(served.request)
@@ -257,8 +257,8 @@ class Instance:
 
     def _migrate(self, now_ns: int) -> None:
         """Requests that are to go on elsewhere, and decode, stop here; those that do not decode yet stay."""
-        for request_id in [name for name in self._leaving if self._served[name].decodes]:
-            served, target = self._served[request_id], self._leaving.pop(request_id)
+        for request_id in [name for name in self.leaving if self._served[name].decodes]:
+            served, target = self._served[request_id], self.leaving.pop(request_id)
             assert self.handoffs is not None, "who hands requests over transfers KV"
             self.scheduler.stop(served.request)
             self.handoffs.migrate(served.request, target, served.prefill, served.left(self.label), now_ns)

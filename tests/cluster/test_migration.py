@@ -289,6 +289,16 @@ def test_two_runs_are_equal_to_the_nanosecond_and_macro_steps_change_nothing(nam
     assert rows_of(runs[0]) == rows_of(runs[1]) == rows_of(runs[2])
 
 
+def test_an_answer_that_waits_for_its_turn_migrates_after_its_first_step_there_with_macro_steps_too():
+    """It was behind another one when it was asked to go on elsewhere."""
+    drains = scheduled({"at_s": 0.1, "drain": "colocated-0"}, {"at_s": 0.15, "drain": "colocated-1"})
+    few = ["workload.num_sessions=2", "workload.num_turns=1", "sched.max_running=1"]
+    words = [*THREE["colocated"], *drains, *few, "departure=migrate"]
+    runs = [play(local(*words, f"macro_steps={on}").cluster()) for on in ("true", "false")]
+    assert rows_of(runs[0]) == rows_of(runs[1])
+    assert [(m.source, m.done) for m in migrations_of(runs[0])] == [("colocated-0", True), ("colocated-1", True)]
+
+
 def test_one_that_changes_its_role_hands_its_answers_on_and_comes_back():
     changes = scheduled({"at_s": 0.1, "switch": "decode-3", "to": "prefill"}, switch_s=0.01)
     cluster = local(*THREE["caching 3"], "departure=migrate", *changes).cluster()
