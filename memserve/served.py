@@ -83,9 +83,12 @@ class Served:
 
     @property
     def decodes(self) -> bool:
-        """Whether it runs here and has its next token to compute, and that alone."""
+        """Whether it has its next token to compute, and that alone, and runs here, or came with its KV and is to: of
+        one that was preempted that may be elsewhere.
+        """
         request = self.request
-        return request.phase is Phase.RUNNING and request.num_to_compute == 1 and request.num_generated > 0
+        has_kv = request.phase is Phase.RUNNING or (request.phase is Phase.WAITING and not request.num_preemptions)
+        return has_kv and request.num_to_compute == 1 and request.num_generated > 0
 
     def stint(self, label: str) -> Stint:
         """What this instance, of that name, has done of the answer so far."""
