@@ -59,8 +59,7 @@ class Instance:
         self.handoffs = handoffs
         self._began_ns = 0
         self._peer_inbox: list[tuple[int, PoolMessage]] = []
-        self._served = ServedBook()
-        self._leaving: dict[str, int] = {}  # requests that go on at another instance as soon as they decode here
+        self.served = ServedBook()
         self._inbox: list[Message] = []
         self._outbox: list[Message] = []
 
@@ -74,13 +73,13 @@ class Instance:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._served)
+        return len(self.served)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to do here: no request, no message, no transfer, no swap under way."""
         is_transferring = self.handoffs is not None and self.handoffs.transfers.num_open > 0
-        return not (self._served or self.has_inbox or is_transferring or self.pool.num_swapping)
+        return not (self.served or self.has_inbox or is_transferring or self.pool.num_swapping)
 
     def receive(self, message: Message) -> None:
         """Takes a Dispatch, an Abort or a Redirect; it is read at the next `schedule`."""
@@ -96,7 +95,7 @@ class Instance:
     def serve(self, sender: int, message: PoolMessage, now_ns: int) -> bool:
         """Takes such a message if it need not wait for the end of a step, while one is computed; else False."""
         assert self.handoffs is not None, "an instance alone has no peers"
-        return self.handoffs.receive_beside(sender, message, self._served, now_ns)
+        return self.handoffs.receive_beside(sender, message, self.served, now_ns)
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
         """Another instance's process is gone: what is under way between the two has failed."""
@@ -136,7 +135,7 @@ class Instance:
         batch = self.scheduler.schedule()
         self._ask_for_admitted(now_ns)
         for request in batch.requests if batch is not None else ():
-            self._served[request.request_id].scheduled(now_ns)
+            self.served[request.request_id].scheduled(now_ns)
         return batch
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
@@ -156,7 +155,7 @@ class Instance:
         for row, request in enumerate(batch.requests):
             if not sampled[row]:
                 continue
-            served = self._served[request.request_id]
+            served = self.served[request.request_id]
             logprobs = output.logprobs[row] if output.logprobs else None
             self._outbox.append(served.generated(output.token_ids[row], times_ns, logprobs))
             if (reason := served.ended(output.token_ids[row], self._eos_token_ids)) is not None:
@@ -176,15 +175,15 @@ class Instance:
 
     def drain_room(self) -> Room | None:
         """How much of the pool is free, if a request has come or gone here since the last call."""
-        return Room(self.pool.num_available, self.pool.num_blocks) if self._served.drain_changed() else None
+        return Room(self.pool.num_available, self.pool.num_blocks) if self.served.drain_changed() else None
 
     def check(self) -> None:
         """Raises unless every book of this instance agrees with the others."""
-        handing_off = [s.request for s in self._served.values() if s.request.phase is Phase.HANDING_OFF]
+        handing_off = [s.request for s in self.served.values() if s.request.phase is Phase.HANDING_OFF]
         self.scheduler.check(handing_off)
-        num_fetching = sum(s.request.phase is Phase.FETCHING for s in self._served.values())
+        num_fetching = sum(s.request.phase is Phase.FETCHING for s in self.served.values())
         num_known = self.scheduler.num_unfinished + len(handing_off) + num_fetching
-        assert num_known == len(self._served), "requests were lost between instance and scheduler"
+        assert num_known == len(self.served), "requests were lost between instance and scheduler"
         if self.handoffs is not None:
             self.handoffs.transfers.check()
 
@@ -204,14 +203,14 @@ class Instance:
         if self.handoffs is not None:
             self.handoffs.next_turn(message.session_id)
         stops = stop_strings(self._tokenizer, message.params)
-        self._served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
+        self.served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
         if self.handoffs is not None and self.handoffs.fetches.takes(message.held_elsewhere):
             self.handoffs.fetches.offer(request, message.held_elsewhere)
         else:
             self.scheduler.add(request)
 
     def _abort(self, message: Abort, now_ns: int) -> None:
-        served = self._served.get(message.request_id)
+        served = self.served.get(message.request_id)
         if served is not None and served.request.attempt == message.attempt:
             self._finish(served, *CANCELLED, now_ns)
         elif self.handoffs is not None:  # it has ended meanwhile, or is on its way here
@@ -224,14 +223,13 @@ class Instance:
         if self.handoffs is not None:
             self.handoffs.finished(request, served.prefill, reason, now_ns)
         self.scheduler.finish(request, reason)
-        del self._served[request.request_id]
-        self._leaving.pop(request.request_id, None)
+        del self.served[request.request_id]
         self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, served.stats(self.label)))
 
     def _ask_for_admitted(self, now_ns: int) -> None:
         """By layer, the hand-off is asked for before the first chunk."""
         for request in self.scheduler.drain_admitted():
-            served = self._served[request.request_id]
+            served = self.served[request.request_id]
             assert self.handoffs is not None and served.decode is not None
             self.handoffs.admitted(request, served.decode, now_ns)
 
@@ -246,15 +244,15 @@ class Instance:
         self._outbox.append(handoff_ended(request, self.label, ticket))
         if ticket.state is TicketState.DONE:
             self.scheduler.finish(request, FinishReason.LENGTH)
-            del self._served[request.request_id]
+            del self.served[request.request_id]
 
     def _redirect(self, message: Redirect, now_ns: int) -> None:
         """Another instance is named for a request: instead of one that has not taken it, or since this one leaves."""
-        served = self._served.get(message.request_id)
+        served = self.served.get(message.request_id)
         if served is None or served.request.attempt != message.attempt or self.handoffs is None:
             return
         if served.request.phase is not Phase.HANDING_OFF:
-            self._leaving[message.request_id] = message.decode
+            self.served.leaving[message.request_id] = message.decode
         elif message.decode == self.handoffs.transfers.incarnation:  # nobody takes it, and its KV is here
             self.handoffs.drop(message.request_id, "it goes on here", now_ns)
             self.scheduler.resume(served.request)
@@ -263,8 +261,7 @@ class Instance:
 
     def _migrate(self, now_ns: int) -> None:
         """Requests that are to go on elsewhere, and decode, stop here; those that do not decode yet stay."""
-        for request_id in [name for name in self._leaving if self._served[name].decodes]:
-            served, target = self._served[request_id], self._leaving.pop(request_id)
+        for served, target in self.served.drain_leaving():
             assert self.handoffs is not None, "who hands requests over transfers KV"
             self.scheduler.stop(served.request)
             self.handoffs.migrate(served.request, target, served.prefill, served.left(self.label), now_ns)
@@ -275,10 +272,10 @@ class Instance:
             return
         inbox, self._peer_inbox = self._peer_inbox, []
         for sender, message in inbox:
-            self.handoffs.receive(sender, message, self._served, now_ns)
+            self.handoffs.receive(sender, message, self.served, now_ns)
         self.poll(now_ns)
         for arrival in self.handoffs.transfers.drain_arrivals():
-            came = self.handoffs.take(arrival, self._served, self.label)
+            came = self.handoffs.take(arrival, self.served, self.label)
             if isinstance(came, HandedOver):
                 self._adopt(came, arrival, now_ns)
             elif came is not None:
@@ -290,14 +287,14 @@ class Instance:
             return
         self.handoffs.fetches.decide(self.scheduler.num_cached, now_ns)
         for request, record in self.handoffs.fetches.drain_ready():
-            self._served[request.request_id].fetched(record, now_ns)
+            self.served[request.request_id].fetched(record, now_ns)
             self.scheduler.add(request)
 
     def _adopt(self, word: HandedOver, arrival: Arrival, now_ns: int) -> None:
         """A request that another instance had before goes on here."""
         assert self.handoffs is not None
-        if (older := self._served.get(word.request_id)) is not None:
+        if (older := self.served.get(word.request_id)) is not None:
             self._finish(older, *CANCELLED, now_ns)  # its abort is on its way
         request, stops = self.handoffs.take_over(word, arrival), stop_strings(self._tokenizer, word.params)
-        self._served[word.request_id] = adopted(request, stops, arrival, word)
+        self.served[word.request_id] = adopted(request, stops, arrival, word)
         self.scheduler.adopt(request)

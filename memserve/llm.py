@@ -267,7 +267,7 @@ def _as_list(prompts: Any) -> list[Any]:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    each = list(params)
+    each = list(params) if isinstance(params, Iterable) else [params]
     if not all(isinstance(p, SamplingParams) for p in each):
         raise ValueError(f"params={params!r}: expected SamplingParams, or a list of them, one for each prompt")
     if len(each) != count:

@@ -21,6 +21,7 @@ from memserve.values import as_tuple, require_bool, require_int, require_number
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_WORD = 2**64 - 1  # of what goes from one instance to another
 Output = TypeVar("Output")
 
 
@@ -56,19 +57,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         self._set("stop", as_tuple("stop", self.stop))
         self._set("stop_token_ids", as_tuple("stop_token_ids", self.stop_token_ids))
         self._set("temperature", require_number("temperature", self.temperature, "a finite number >= 0", minimum=0.0))
-        self._set("top_k", require_int("top_k", self.top_k, 0, allowed="an integer >= 0 (0 keeps all)"))
+        top_k = require_int("top_k", self.top_k, 0, MAX_WORD, allowed="an integer in [0, 2**64) (0 keeps all)")
+        self._set("top_k", top_k)
         top_p = require_number("top_p", self.top_p, "a number in (0, 1]", minimum=0.0, maximum=1.0, exclusive=True)
         self._set("top_p", top_p)
         self._set("max_tokens", require_int("max_tokens", self.max_tokens, 1))
         if self.seed is not None:
-            self._set("seed", require_int("seed", self.seed, 0, allowed="an integer >= 0 or None"))
+            self._set("seed", require_int("seed", self.seed, 0, MAX_WORD, allowed="an integer in [0, 2**64) or None"))
         if self.logprobs is not None:
             allowed = f"an integer in [0, {MAX_LOGPROBS}] or None"
             self._set("logprobs", require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=allowed))
         if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
-        stop_ids = (require_int("stop_token_ids", token, 0, allowed="integers >= 0") for token in self.stop_token_ids)
-        self._set("stop_token_ids", tuple(stop_ids))
+        ids, allowed = self.stop_token_ids, "integers in [0, 2**64)"
+        stop_ids = tuple(require_int("stop_token_ids", token, 0, MAX_WORD, allowed=allowed) for token in ids)
+        self._set("stop_token_ids", stop_ids)
         require_bool("ignore_eos", self.ignore_eos)
 
     def _set(self, name: str, value: object) -> None:

@@ -91,9 +91,12 @@ class Served:
 
     @property
     def decodes(self) -> bool:
-        """Whether it runs here and has its next token to compute, and that alone."""
+        """Whether it has its next token to compute, and that alone, and runs here, or came with its KV and is to: of
+        one that was preempted that may be elsewhere.
+        """
         request = self.request
-        return request.phase is Phase.RUNNING and request.num_to_compute == 1 and request.num_generated > 0
+        has_kv = request.phase is Phase.RUNNING or (request.phase is Phase.WAITING and not request.num_preemptions)
+        return has_kv and request.num_to_compute == 1 and request.num_generated > 0
 
     def stint(self, label: str) -> Stint:
         """What this instance, of that name, has done of the answer so far."""
@@ -144,9 +147,15 @@ class Served:
 
 
 class ServedBook(dict[str, Served]):
-    """The requests of an instance by their ids. has_changed: one has come or gone since somebody asked."""
+    """The requests of an instance by their ids. has_changed: one has come or gone since somebody asked.
 
-    has_changed = False
+    leaving: of those that go on at another instance as soon as they decode here, that one's incarnation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_changed = False
+        self.leaving: dict[str, int] = {}
 
     def __setitem__(self, request_id: str, served: Served) -> None:
         super().__setitem__(request_id, served)
@@ -154,11 +163,17 @@ class ServedBook(dict[str, Served]):
 
     def __delitem__(self, request_id: str) -> None:
         super().__delitem__(request_id)
+        self.leaving.pop(request_id, None)
         self.has_changed = True
 
     def drain_changed(self) -> bool:
         changed, self.has_changed = self.has_changed, False
         return changed
+
+    def drain_leaving(self) -> list[tuple[Served, int]]:
+        """Those that leave and decode, with where to."""
+        ready = [request_id for request_id in self.leaving if self[request_id].decodes]
+        return [(self[request_id], self.leaving.pop(request_id)) for request_id in ready]
 
 
 def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, word: HandedOver) -> Served:

@@ -235,7 +235,7 @@ def test_params_are_one_for_all_or_one_for_each(llm):
     assert [len(o.token_ids) for o in llm.generate(["a", "b"], each)] == [2, 3]
     with pytest.raises(ValueError, match="2 sampling params for 3 prompts"):
         llm.generate(["a", "b", "c"], each)
-    for wrong in ({"max_tokens": 3}, [None]):
+    for wrong in ({"max_tokens": 3}, [None], 5):
         with pytest.raises(ValueError, match="params=.*expected SamplingParams"):
             llm.generate("a", wrong)
 

@@ -18,12 +18,14 @@ from memserve.served import drawn_seed
         ("temperature", True),
         ("top_k", -1),
         ("top_k", 1.5),
+        ("top_k", 2**64),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", math.nan),
         ("max_tokens", 0),
         ("max_tokens", 2.0),
         ("seed", -1),
+        ("seed", 2**64),
         ("logprobs", 21),
         ("logprobs", -1),
         ("stop", ("",)),
@@ -32,12 +34,18 @@ from memserve.served import drawn_seed
         ("stop_token_ids", 5),
         ("stop", ("x",) * 17),
         ("stop_token_ids", (-1,)),
+        ("stop_token_ids", (2**64,)),
         ("ignore_eos", 1),
     ],
 )
 def test_a_sampling_value_out_of_range_is_named_with_what_is_allowed(name, value):
     with pytest.raises(ValueError, match=f"{name}=.*expected"):
         SamplingParams(**{name: value})
+
+
+def test_the_largest_sampling_values_go_from_one_instance_to_another():
+    params = SamplingParams(top_k=2**64 - 1, seed=2**64 - 1, stop_token_ids=(2**64 - 1,))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
 def test_unknown_sampling_options_raise():

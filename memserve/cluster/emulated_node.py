@@ -193,9 +193,13 @@ class Node:
         return deferred
 
     def max_macro_steps(self, batch: ScheduledBatch) -> int:
-        """As the local scheduler's; 1 while others wait for room here, which they are granted within steps."""
+        """As the local scheduler's; 1 while others wait for room here, which they are granted within steps, and of a
+        request that goes on elsewhere after this one.
+        """
         handoffs = self.instance.handoffs
         if handoffs is not None and handoffs.transfers.has_waiting:
+            return 1
+        if any(request.request_id in self.instance.served.leaving for request in batch.requests):
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
 

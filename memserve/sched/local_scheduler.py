@@ -112,9 +112,14 @@ class LocalScheduler:
         self.room.returning.append(request)
 
     def stop(self, request: Request) -> None:
-        """Stops running a request; its computed full blocks enter the index, and it keeps all until it is finished."""
+        """Stops a request that runs, or waits to with all of its KV; its computed full blocks enter the index, and it
+        keeps all until it is finished.
+        """
         self._publisher.publish(request)
-        self.running.remove(request)
+        if request.phase is Phase.RUNNING:
+            self.running.remove(request)
+        else:
+            self.room.remove(request)
         request.phase = Phase.HANDING_OFF
 
     def resume(self, request: Request) -> None:

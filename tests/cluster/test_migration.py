@@ -289,6 +289,28 @@ def test_two_runs_are_equal_to_the_nanosecond_and_macro_steps_change_nothing(nam
     assert rows_of(runs[0]) == rows_of(runs[1]) == rows_of(runs[2])
 
 
+def test_an_answer_that_was_preempted_migrates_after_its_first_step_with_macro_steps_too():
+    many = ["workload.num_sessions=15", "workload.num_turns=1", "workload.max_output_tokens=60", "workload.rate=1000"]
+    small = ["kvcache.block_size=4", "kvcache.num_hbm_blocks=60", "policy=round_robin"]
+    words = [*THREE["colocated"], *many, *small, *scheduled({"at_s": 0.1, "drain": "colocated-2"})]
+    runs = [play(local(*words, "departure=migrate", f"macro_steps={on}").cluster()) for on in ("true", "false")]
+    assert rows_of(runs[0]) == rows_of(runs[1])
+    assert any(migration.done for migration in migrations_of(runs[0]))
+
+
+def test_an_answer_that_waits_for_its_turn_leaves_at_once_and_keeps_nobody():
+    """It came to an instance that is full, behind an answer that runs there, and is asked first when that drains."""
+    drains = scheduled({"at_s": 0.1, "drain": "colocated-0"}, {"at_s": 0.15, "drain": "colocated-1"})
+    long = ["workload.num_sessions=2", "workload.num_turns=1", "workload.max_output_tokens=500"]
+    cluster = local(*THREE["colocated"], *drains, *long, "sched.max_running=1", "departure=migrate").cluster()
+    timelines = play(cluster, check=True)
+    assert_answered(timelines, *long)
+    nothing_is_left(cluster)
+    sources = [[m.source for m in timeline.migrations if m.done] for timeline in timelines]
+    assert sources == [["colocated-0", "colocated-1"], ["colocated-1"]]
+    assert all(m.ended_ns < 300_000_000 for m in cluster.members.members[:2])
+
+
 def test_one_that_changes_its_role_hands_its_answers_on_and_comes_back():
     changes = scheduled({"at_s": 0.1, "switch": "decode-3", "to": "prefill"}, switch_s=0.01)
     cluster = local(*THREE["caching 3"], "departure=migrate", *changes).cluster()
