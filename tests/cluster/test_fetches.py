@@ -165,7 +165,7 @@ def test_a_requester_without_room_declines_and_computes_later():
         """While a node waits for KV for the first time, somebody else holds what is free there."""
         for node in cluster.nodes:
             pool, label = node.instance.pool, node.instance.label
-            fetching = any(s.request.phase is Phase.FETCHING for s in node.instance._served.values())
+            fetching = any(s.request.phase is Phase.FETCHING for s in node.instance.served.values())
             if fetching and label not in taken:
                 taken[label] = len(pool.alloc(pool.num_available, ("test",)))
             elif not fetching and taken.get(label):
@@ -195,7 +195,7 @@ def test_a_client_may_cancel_while_its_kv_is_fetched():
 
     def cancel(cluster):
         for node in cluster.nodes:
-            for served in list(node.instance._served.values()):
+            for served in list(node.instance.served.values()):
                 name = served.request.request_id
                 if served.request.phase is Phase.FETCHING and len(cancelled) < 3 and name not in cancelled:
                     cancelled.add(name)

@@ -120,7 +120,7 @@ class PoolWires(SwapMachine):
 
     def _end_tickets(self, number, receiver):
         """A sender's blocks are held until its ticket has ended and the last move of it has been made."""
-        model, moving = self.sides[number].model, {entry[2][:2] for entry in self.transport._under_way}
+        model, moving = self.sides[number].model, {flow.what[0][:2] for flow in self.transport._ports.flows()}
         moving |= {a.move_id[:2] for arrived in self.transport._arrived.values() for a in arrived}
         for key, sent in [(k, s) for k, s in self.writing.items() if s.sender == number and s.ticket.ended]:
             assert sent.ticket.state is TicketState.FAILED or key in receiver.published, "DONE before it was inserted"
