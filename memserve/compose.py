@@ -18,6 +18,7 @@ from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from memserve.config.checks import check_config
+from memserve.config.checks_of_prediction import check_prediction
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
@@ -152,6 +153,7 @@ def resolve(composed: DictConfig) -> RunConfig:
     check_config(cfg)
     for role in dict.fromkeys(cfg.cluster.roles):
         _check_role(cfg, role)
+    check_prediction(cfg)
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
     try:

@@ -5,7 +5,6 @@ from typing import Any
 
 from memserve.clock import LONGEST_S
 from memserve.config.checks_of_members import check_departure, check_heir, check_member, check_scaling
-from memserve.config.checks_of_prediction import check_prediction
 from memserve.config.checks_of_roles import check_per_role, check_tensor_parallel
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
@@ -67,7 +66,6 @@ def check_config(cfg: RunConfig) -> None:
     _check_execution(cfg)
     _check_roles(cfg)
     _check_fetch(cfg)
-    check_prediction(cfg)
     check_tensor_parallel(cfg)
     check_per_role(cfg)
     check_scaling(cfg)

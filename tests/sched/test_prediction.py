@@ -107,3 +107,22 @@ def test_early_rejection_refuses_by_what_is_predicted_to_wait_too():
 def test_a_prediction_that_nobody_asks_for_or_that_is_none_is_refused(words, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         LocalCluster(load_config([*SHARED, *words]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["swap=never", "+swap@per_role.decode.swap=cost"],
+        ["swap=cost", "+swap@per_role.decode.swap=never"],
+    ],
+)
+def test_a_prediction_may_be_asked_for_by_the_instances_of_one_role_alone(words):
+    words = ["cluster=1p1d", "mode=pd_caching_3", "kvcache.num_dram_blocks=64", "prediction=biased", *words]
+    assert LocalCluster(load_config([*SHARED, *words])).run()["num_failed"] == 0
+
+
+def test_a_prediction_that_no_role_s_instances_ask_for_is_refused():
+    nobody = ["cluster=1p1d", "mode=pd_caching_3", "kvcache.num_dram_blocks=64", "swap=cost"]
+    never = [f"+swap@per_role.{role}.swap=never" for role in ("prefill", "decode")]
+    with pytest.raises(ConfigError, match="where nobody predicts"):
+        load_config([*SHARED, *nobody, *never, "prediction=biased"])
