@@ -38,6 +38,8 @@ def _stints(stats: RequestStats) -> list[Stint]:
     if stats.decode_instance in ("", stats.instance):
         return [Stint(stats.instance, stats.num_generated, 0, 0)]
     first = own[0] if own else Stint(stats.instance, 1, 0, 0)  # a prefill instance generates one token
+    if later and later[-1].instance == stats.decode_instance:  # it was given up before anybody went on with it
+        return [first, *later]
     last = Stint(
         stats.decode_instance,
         stats.num_generated - first.num_generated - sum(stint.num_generated for stint in later),
