@@ -251,7 +251,8 @@ BESIDE = [
 
 @pytest.mark.parametrize("words", BESIDE, ids=["no latency", "full", "tiers", "by layer", "packed"])
 def test_macro_steps_change_nothing_where_others_are_served_beside_them(words):
-    own = [*words, "fetch=always", "workload.max_output_tokens=40", "workload.num_sessions=7"]
+    more = ["workload.max_output_tokens=40", "workload.num_sessions=7", "workload.think_time_s=0"]
+    own = [*words, "fetch=always", *more]
     macro, single = (
         [request_record(t) for t in play(cluster_of(*own, f"macro_steps={on}"))] for on in ("true", "false")
     )
