@@ -245,7 +245,7 @@ def _instance_table(report: Report) -> Table:
         table.add_column(heading, justify="right", overflow="fold")
     anybody_waited = any(row["peak_waiting_handoffs"] for row in report["instances"])
     if anybody_waited:
-        table.add_column("most waiting", justify="right")
+        table.add_column("most\nwaiting", justify="right")
     for row in report["instances"]:
         table.add_row(
             row["id"] + _stay_text(row),
@@ -264,11 +264,11 @@ def _instance_table(report: Report) -> Table:
 
 
 def _stay_text(row: Mapping[str, float | None]) -> str:
-    """From when until when an instance was there, if that was not always."""
+    """From when until when an instance was there, if that was not always, on a line of its own."""
     joined_s, left_s = row["joined_s"], row["left_s"]
     since = f"from {format_figure(joined_s, 'seconds')}" if joined_s else ""
     until = f"to {format_figure(left_s, 'seconds')}" if left_s is not None else ""
-    return f" ({', '.join(filter(None, (since, until)))})" if since or until else ""
+    return f"\n ({', '.join(filter(None, (since, until)))})" if since or until else ""
 
 
 def _count(value: float) -> str:

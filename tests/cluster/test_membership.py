@@ -248,9 +248,10 @@ def test_the_report_has_who_came_and_went_and_the_time_they_were_there():
     assert membership["instance_s"] < 3 * report["makespan_s"]
     out = io.StringIO()
     print_report(report, console=Console(file=out, width=120))
-    lines = out.getvalue().splitlines()
+    lines = [line.strip() for line in out.getvalue().splitlines()]
     assert any("1 joined, 1 left, 1 lost;" in line for line in lines)
-    assert any(line.strip().startswith("colocated-2 (from 100 ms)") for line in lines)
+    row = next(n for n, line in enumerate(lines) if line.startswith("colocated-2"))
+    assert lines[row + 1] == "(from 100 ms)"
 
 
 def test_several_runs_of_which_each_had_its_own_instances_are_one_report():
