@@ -61,3 +61,16 @@ def test_by_layer_the_wait_for_the_grant_is_no_part_of_the_queue():
         assert {round(p.ask_wait, 9) for p in phases} == {asks_s}
         if granularity == "by_layer":  # the Grant's way back, and the wait for the prefill instance's next step
             assert all(p.queue == pytest.approx(0.003, abs=1e-9) for p in phases)
+
+
+def test_by_layer_no_layer_is_written_before_what_was_swapped_for_its_step_is_there():
+    words = ["exec=simulated", "cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer", "workload=synthetic"]
+    small = ["kvcache.num_hbm_blocks=48", "kvcache.num_dram_blocks=400", "cost_model.swap_block_s=0.02"]
+    turns = ["workload.num_turns=3", "workload.num_sessions=12", "workload.rate=2", "workload.prompt_tokens=200"]
+    cluster, seen = LocalCluster(load_config([*words, *small, *turns])).cluster(), {}
+    while cluster.advance():
+        step = cluster.nodes[0].step
+        if step is not None and step.batch.num_swapped_blocks:
+            seen[step.start_ns] = (step.batch.num_swapped_blocks, step.layers_ns[0] - step.start_ns)
+    assert len(seen) > 5
+    assert all(first_ns > num_swapped * 0.02e9 for num_swapped, first_ns in seen.values())
