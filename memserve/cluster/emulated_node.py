@@ -202,8 +202,7 @@ class Node:
         handoffs = self.instance.handoffs
         if handoffs is not None and handoffs.transfers.has_waiting:
             return 1
-        leaving = self.instance.served.leaving
-        if leaving and any(request.request_id in leaving for request in batch.requests):
+        if any(request.request_id in self.instance.served.leaving for request in batch.requests):
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
 

@@ -123,7 +123,7 @@ class BlockPool:
     def swap_in(self, blocks: np.ndarray, holder: Holder) -> Swap:
         """Brings those of `blocks` that lie in DRAM back to HBM; `holder` holds them all, before and after.
 
-        The index follows; others keep theirs in DRAM, transfers hold both. Raises OutOfBlocks, with nothing moved.
+        The index follows. Others that hold a block keep theirs in DRAM. Raises OutOfBlocks, with nothing moved.
         """
         in_dram = blocks[blocks >= self.num_blocks]
         self._make_room(len(in_dram), holder, Medium.HBM)

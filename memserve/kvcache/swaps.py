@@ -158,21 +158,10 @@ class Swaps:
 
     def displace(self, old: np.ndarray, new: np.ndarray, num_ours: np.ndarray | int = 0) -> None:
         """The index has blocks `new` in the place of `old`. num_ours: what counts of these are the mover's."""
-        used = self._allocator.refcounts[old] > 1 + num_ours
-        self.num_displaced += int(np.count_nonzero(used))
+        self.num_displaced += int(np.count_nonzero(self._allocator.refcounts[old] > 1 + num_ours))
         self._index.repoint(old, new)
         self._allocator.retain(new, INDEX)
-        if used.any():
-            self._keep_paths(old[used], new[used])
         self._allocator.release(old, INDEX)
-
-    def _keep_paths(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Transfers under way that hold `old` hold `new`, too: what they hold below these in the index may otherwise
-        be in use where what lies above can be evicted.
-        """
-        for holder in [name for name in self._allocator.named_holders() if name[0] == "transfer"]:
-            held = self._allocator.held_by(holder)
-            self._allocator.retain(new[np.isin(old, held) & ~np.isin(new, held)], holder)
 
     def _close(self, swap: Swap) -> None:
         """Nothing is held for the swap any more, and who waits for its end is told."""

@@ -12,7 +12,6 @@ from memserve.kvcache import (
 )
 from memserve.kvcache.address import Medium
 from memserve.kvcache.mempool import Placement
-from memserve.sched.check_books import check_books
 
 
 def test_swap_out_moves_the_coldest_and_the_index_follows():
@@ -138,20 +137,3 @@ def test_mixed_falls_back_on_hbm_where_what_dram_caches_lies_above_blocks_in_use
 def test_a_pool_says_what_fits():
     assert make_pool().describe() == "8 blocks of 4 tokens = 32 tokens, 0.00 GiB in HBM; 0 in DRAM"
     assert filled_pool()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 0.00 GiB in DRAM")
-
-
-def test_what_a_transfer_holds_stays_in_use_from_its_beginning_on_when_somebody_else_brings_that_up():
-    pool, tokens, _ = filled_pool()
-    blocks, ticket = pool.blocks, ("transfer", 9, 1)
-    pool.swap_out(4)
-    path = blocks.match(tokens).blocks
-    blocks.retain(path, ticket)
-    blocks.retain(path[:2], A)
-    blocks.swap_in(path[:2], A)
-    blocks.release_all(A)
-    check_books(blocks, [], [])
-    found = blocks.match(tokens).blocks
-    assert (found[:2] < 4).all() and (blocks.allocator.refcounts[found] > 1).all()
-    blocks.release_all(ticket)
-    check_books(blocks, [], [])
-    assert (blocks.allocator.refcounts[found] == 1).all() and contents(pool, pool.match(tokens).addrs) == [1, 2, 3, 4]
