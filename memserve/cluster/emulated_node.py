@@ -93,22 +93,24 @@ class Node:
             if macro_steps:
                 batch = replace(batch, num_steps=self.max_macro_steps(batch))
             durations = step_time.durations_ns(batch, self.instance.role)
-            if batch.num_steps == 1 and (layers_ns := self._evenly(batch, now_ns + durations[0], step_time)):
+            if batch.num_steps == 1 and (layers_ns := self._evenly(batch, now_ns, durations[0], step_time)):
                 output = self.instance.forward(batch)
         self.step = Step.lasting(batch, now_ns, durations, output, layers_ns)
         self._announce(batch, layers_ns[:-1])
         return int(self.step.ends_ns[-1])
 
-    def _evenly(self, batch: ScheduledBatch, ends_ns: int, step_time: StepTime) -> list[int]:
-        """When each layer is written of a step whose end alone is known; what was swapped comes before the first.
+    def _evenly(self, batch: ScheduledBatch, now_ns: int, step_ns: int, step_time: StepTime) -> list[int]:
+        """When each layer is written of a step whose duration alone is known; what was swapped comes before the first.
         Nothing where none leaves by itself.
         """
         handoffs, role = self.instance.handoffs, self.instance.role
         if handoffs is None or not handoffs.asks_at_admission or role is not Role.PREFILL:
             return []
-        num_layers = handoffs.transfers.geometry.num_layers
-        lasts_ns = step_time.durations_ns(replace(batch, num_swapped_blocks=0), role)[0]
-        return [ends_ns - lasts_ns + lasts_ns * (layer + 1) // num_layers for layer in range(num_layers)]
+        lasts_ns, num_layers = step_ns, handoffs.transfers.geometry.num_layers
+        if batch.num_swapped_blocks:
+            lasts_ns = step_time.durations_ns(replace(batch, num_swapped_blocks=0), role)[0]
+        begins_ns = now_ns + step_ns - lasts_ns
+        return [begins_ns + lasts_ns * (layer + 1) // num_layers for layer in range(num_layers)]
 
     def _announce(self, batch: ScheduledBatch, layers_ns: Sequence[int]) -> None:
         """Puts a step's first layers on the wire, from when each is written; the last one leaves when the step has
