@@ -3,6 +3,7 @@
 What the local scheduler uses. Its one rule: allocating evicts what only the index holds, before it says OutOfBlocks.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -69,9 +70,9 @@ class BlockPool:
         return a.num_free if a.num_dram_blocks or is_followed else self.num_available
 
     @property
-    def num_displaced(self) -> int:
-        """Blocks in DRAM that others used when the index took another copy in their place."""
-        return self._swaps.num_displaced
+    def followers(self) -> list[Callable[[np.ndarray, np.ndarray], None]]:
+        """Called with (blocks in DRAM that others use, the copies that the index has from now on), int32 [n] each."""
+        return self._swaps.followers
 
     @property
     def num_waited(self) -> int:
@@ -294,7 +295,6 @@ class BlockPool:
         """Raises BrokenInvariant unless allocator, ledger and index agree."""
         self.allocator.check()
         indexed = self.allocator.held_by(INDEX)
-        paths = [blocks for _, blocks in self.index.iter_prefixes()]
-        reachable = np.unique(np.concatenate(paths)) if paths else np.empty(0, dtype=np.int32)
+        reachable = np.unique(np.concatenate([_NOTHING, *(blocks for _, blocks in self.index.iter_prefixes())]))
         if len(indexed) != self.index.num_blocks or not np.array_equal(np.sort(indexed), reachable):
             raise BrokenInvariant(f"the index reaches {len(reachable)} blocks and holds {len(indexed)}")

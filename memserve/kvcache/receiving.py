@@ -262,8 +262,8 @@ class Receiving:
         if incoming.ask.insert:
             num_full = len(tokens) // self._pool.block_size
             canonical = self._pool.publish(tokens[: num_full * self._pool.block_size], blocks[:num_full])
-            theirs = canonical[~np.isin(canonical, blocks)]
-            self._pool.retain(theirs, incoming.holder)
+            held = self._pool.allocator.held_by(incoming.holder)
+            self._pool.retain(canonical[~np.isin(canonical, held)], incoming.holder)
         arrived_ns = min(incoming.arrived_ns, now_ns)  # the sender's clock may be a little ahead
         arrival = Arrival(
             incoming.ask.ticket, tokens, blocks, incoming.num_held, incoming.private,

@@ -62,7 +62,9 @@ class Swap:
 
 class Swaps:
     """The swaps of one pool. num_out, num_in: blocks moved down and up since it was made.  num_waited: of these, those
-    for whose copies somebody waited.  num_displaced: blocks that others used when the index took a copy for them.
+    for whose copies somebody waited.
+
+    followers: called with (old, new), int32 [n] each, when the index has taken a copy for blocks that others use.
     """
 
     def __init__(self, allocator: Allocator, index: Index, engine: CopyEngine) -> None:
@@ -72,7 +74,7 @@ class Swaps:
         self.num_out = 0
         self.num_in = 0
         self.num_waited = 0
-        self.num_displaced = 0
+        self.followers: list[Callable[[np.ndarray, np.ndarray], None]] = []
 
     @property
     def waited_ns(self) -> int:
@@ -158,9 +160,11 @@ class Swaps:
 
     def displace(self, old: np.ndarray, new: np.ndarray, num_ours: np.ndarray | int = 0) -> None:
         """The index has blocks `new` in the place of `old`. num_ours: what counts of these are the mover's."""
-        self.num_displaced += int(np.count_nonzero(self._allocator.refcounts[old] > 1 + num_ours))
+        used = self._allocator.refcounts[old] > 1 + num_ours
         self._index.repoint(old, new)
         self._allocator.retain(new, INDEX)
+        for follower in self.followers if used.any() else ():
+            follower(old[used], new[used])
         self._allocator.release(old, INDEX)
 
     def _close(self, swap: Swap) -> None:

@@ -59,6 +59,7 @@ class Transfers:
             pool, size, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
         )
         self._gone: set[int] = set()
+        pool.followers.append(self._follow)
         transport.attach(book.incarnation, memories)
 
     @property
@@ -193,6 +194,15 @@ class Transfers:
         """
         if len(self._pool.allocator.held_by(holder)) > len(blocks):
             self._sending.keep_paths(blocks)
+
+    def _follow(self, old: np.ndarray, new: np.ndarray) -> None:
+        """The index has blocks `new` for `old`. Tickets that hold one of these hold the new one too, or what lies above
+        a block that they use could be evicted as soon as its mover lets go.
+        """
+        outgoing, incoming = self._sending.tickets.values(), self._receiving.tickets.values()
+        for holder in (*(out.holder for out in outgoing), *(one.holder for one in incoming)):
+            held = self._pool.allocator.held_by(holder)
+            self._pool.retain(new[np.isin(old, held) & ~np.isin(new, held)], holder)
 
     def settle(self, arrival: Arrival, heir: Holder | None = None) -> None:
         """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).

@@ -18,7 +18,8 @@ class Publisher:
 
     def __init__(self, pool: BlockPool, publishes: bool) -> None:
         self._pool, self._publishes = pool, publishes
-        self._num_displaced = 0  # of the pool's, what those that wait have followed
+        self._is_behind = False  # whether those that wait have still to follow what took the place of a block
+        pool.followers.append(self._fall_behind)
 
     def publish(self, request: Request) -> None:
         """Indexes the request's computed full blocks and retains those that somebody else computed first.
@@ -40,10 +41,13 @@ class Publisher:
 
         What runs lies in HBM, where a block that is used keeps its place.
         """
-        if self._publishes and self._num_displaced != self._pool.num_displaced:
+        if self._publishes and self._is_behind:
             for request in waiting:  # they use nothing by that: what they have published is looked at, not looked up
                 self._hold(request, self._pool.index.peek(self._full_blocks(request)[0]).blocks)
-        self._num_displaced = self._pool.num_displaced
+        self._is_behind = False
+
+    def _fall_behind(self, old: np.ndarray, new: np.ndarray) -> None:
+        self._is_behind = True
 
     def _full_blocks(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """int32: the tokens of the request's computed full blocks, and those."""

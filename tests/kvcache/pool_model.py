@@ -34,6 +34,7 @@ class OpenSwap:
 class PoolModel:
     """held: holder -> blocks, in the order taken. dead: addresses of freed blocks. sizes: medium -> blocks.
 
+    settled: tickets that still hold blocks, since their sender asked for that, and are under way no more.
     scratch: numbers that no other block's KV has.
     """
 
@@ -41,6 +42,7 @@ class PoolModel:
         self.sizes = {HBM: num_blocks, DRAM: num_dram_blocks}
         self.index = BruteForceIndex(self, **index)
         self.held = {}
+        self.settled = set()
         self.dead = []
         self.num_evicted = self.num_swapped_out = self.num_swapped_in = 0
         self.open_swaps, self.num_swaps = [], 0
@@ -141,6 +143,7 @@ class PoolModel:
             if canonical[i].medium is DRAM and blocks[i].medium is HBM and blocks[i] not in cached:
                 old, canonical[i] = canonical[i], blocks[i]
                 self.index.blocks[prefix] = blocks[i]
+                self._follow(old, blocks[i])
                 self.bury([old])
         self.take(holder, canonical)
         return canonical
@@ -231,6 +234,7 @@ class PoolModel:
             wanted = counts[old] == 2 if holder == ("index",) else True  # who uses it meanwhile keeps it there
             if old in prefix_of and wanted:
                 self.index.blocks[prefix_of[old]] = new
+                self._follow(old, new)
             if wanted and (old in prefix_of if holder == ("index",) else old in self.mine(holder)):
                 new_place[old] = new
             if self.index.blocks.get(prefix_of.get(old)) is new or old in new_place:
@@ -256,11 +260,20 @@ class PoolModel:
         self.num_swapped_out += len(alone)
         return self._moved(holder, blocks, alone, DRAM)
 
+    def _follow(self, old, new):
+        """Tickets under way that hold a block hold its copy too, once the index has that in its place."""
+        for holder in [holder for holder, blocks in self.held.items() if old in blocks]:
+            if holder[0] in ("transfer", "quarantine") and holder not in self.settled:
+                self.take(holder, [new])
+
     def _moved(self, holder, blocks, leaving, medium):
         """`blocks`, with copies in `medium` of those `leaving`; the holder and the index have the copies then."""
         copies = {block: Block(medium, block.kv) for block in leaving}
         self.take(holder, copies.values())
-        for prefix, block in self.index.blocks.items():
-            self.index.blocks[prefix] = copies.get(block, block)
+        prefix_of = {block: prefix for prefix, block in self.index.blocks.items()}
+        for block, copy in copies.items():
+            if block in prefix_of:
+                self.index.blocks[prefix_of[block]] = copy
+                self._follow(block, copy)
         self.drop(holder, leaving)
         return [copies.get(block, block) for block in blocks]

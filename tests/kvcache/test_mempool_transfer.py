@@ -19,6 +19,7 @@ from memserve.kvcache import (
 )
 from memserve.kvcache.granularity import ByRequest
 from memserve.kvcache.ticket import TicketState, Timeouts, TransferOptions
+from memserve.sched.check_books import check_books
 from memserve.transfer import InProcess, LinkModel
 
 
@@ -76,6 +77,34 @@ def test_transfer_with_insert_sends_the_increment_and_the_other_index_matches(po
     assert ticket.state is TicketState.DONE and len(ticket.addrs) == 2
     assert there.match(tokens).num_tokens == 12 and here.transfers.counts.tokens == 8
     there.check(), here.check()
+
+
+def test_a_ticket_under_way_follows_the_beginning_of_its_path_when_somebody_brings_that_up_from_dram(pools):
+    """At both ends: else that beginning could be evicted once its mover has let go, and nothing could go before it."""
+    here, there = pools
+    for pool in pools:
+        pool.insert(range(12), pool.alloc_mem(3, holder=A), holder=A)
+        pool.blocks.release_all(A)
+        pool.swap_out(3)
+    here.transfer_with_insert(2, range(12), here.match(range(12)).addrs)
+    there.transfer_with_insert(1, range(16), there.alloc_mem(4, holder=B))
+    there.blocks.release_all(B)
+    for peer, message in here.transfers.drain_outbox() + there.transfers.drain_outbox():
+        (here if peer == 1 else there).transfers.receive(3 - peer, message, 0)
+    for pool in pools:
+        beginning = pool.match(range(8)).addrs
+        pool.retain(beginning, holder=A)
+        pool.swap_in(beginning, holder=A)
+        pool.blocks.release_all(A)
+        check_books(pool.blocks, [], [])
+        assert address.medium_of(pool.match(range(12)).addrs).tolist() == [Medium.HBM, Medium.HBM, Medium.DRAM]
+        assert pool.stats().num_evictable == 0
+    play(pools)
+    for pool in pools:
+        for arrival in pool.transfers.drain_arrivals():
+            pool.transfers.settle(arrival)
+        check_books(pool.blocks, [], [])
+        assert pool.stats().num_evictable == pool.stats().num_indexed - pool.stats().num_evictable_dram > 0
 
 
 def test_pinned_blocks_are_freed_under_their_ticket_once_it_is_settled(pools):

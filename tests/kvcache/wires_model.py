@@ -67,7 +67,9 @@ class Receiver:
         held = self.model.mine(entry.holder)
         if heir is not None:
             self.model.take(heir, held)
-        if not keep:
+        if keep:
+            self.model.settled.add(entry.holder)
+        else:
             self.model.drop(entry.holder, held)
 
     def _nothing(self, message, kv, now_ns):
