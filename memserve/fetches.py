@@ -10,7 +10,6 @@ fetched is found in the index. Whatever goes wrong costs time: the prompt is com
 something comes; a repeated one changes nothing.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from memserve.kvcache.alarms import Alarms
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, Timeouts, TransferOptions
 from memserve.kvcache.transfers import Transfers
+from memserve.latest import Latest
 from memserve.messages import Fetch, PoolMessage, Refuse, pack_tokens, unpack_tokens
 from memserve.request import Phase, Request
 from memserve.sched.admission import usable_prefix
@@ -64,7 +64,7 @@ class Fetches:
         self._open: dict[tuple[int, int], _Open] = {}
         self._alarms: Alarms[tuple[int, int]] = Alarms()
         self._ready: list[tuple[Request, FetchRecord | None]] = []
-        self._served: OrderedDict[tuple[int, int], Ticket] = OrderedDict()
+        self._served: Latest[tuple[int, int], Ticket] = Latest(NUM_REMEMBERED)
         self._outbox: list[tuple[int, PoolMessage]] = []
         self._gone: set[int] = set()
         self._num_fetches = 0
@@ -139,8 +139,6 @@ class Fetches:
         )
         sent = tokens[: found.num_tokens]
         self._served[message.ticket] = self._transfers.start(sender, sent, found.blocks, options, private, now_ns)
-        if len(self._served) > NUM_REMEMBERED:
-            self._served.popitem(last=False)
 
     def ended(self, ticket: Ticket) -> None:
         """A transfer has ended: if it answered a Fetch and failed, whoever asked is told."""

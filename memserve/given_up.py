@@ -3,8 +3,7 @@
 An abort and what takes its attempt's place come from different processes, so either may be here first.
 """
 
-from collections import OrderedDict
-
+from memserve.latest import Latest
 from memserve.served import Served
 from memserve.words import HandedOver
 
@@ -15,13 +14,11 @@ class GivenUp:
     """One instance's; the latest NUM_REMEMBERED of them."""
 
     def __init__(self) -> None:
-        self._attempts: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._attempts: Latest[tuple[str, int], None] = Latest(NUM_REMEMBERED)
 
     def note(self, request_id: str, attempt: int) -> None:
         """An attempt that is not here was aborted: should its KV still come, nobody wants it."""
         self._attempts[request_id, attempt] = None
-        if len(self._attempts) > NUM_REMEMBERED:
-            self._attempts.popitem(last=False)
 
     def has(self, word: HandedOver, here: Served | None) -> bool:
         """Whether an attempt that arrives was given up. here: the request as it is served here, if it is."""

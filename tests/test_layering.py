@@ -26,6 +26,7 @@ FLOORS = [
         "config",
         "jit",
         "mixing",
+        "latest",
     },  # 0: words, numbers, kernel launches
     {"transfer"},  # 1: moves and copies tensors; knows no KV
     {"kvcache"},  # 2: blocks

@@ -6,8 +6,6 @@ The blocks are held by ("transfer", sender's incarnation, n) from the grant unti
 that has failed by ("quarantine", sender's incarnation, n), until the sender is known to have stopped writing.
 """
 
-from collections import OrderedDict
-
 import numpy as np
 
 from memserve.kvcache.address import Medium
@@ -21,6 +19,7 @@ from memserve.kvcache.protocol import Action, ReceiverEvent, ReceiverState, rece
 from memserve.kvcache.reservations import Reservations, difference_of
 from memserve.kvcache.sending import DECLINED, Send
 from memserve.kvcache.ticket import Arrival, Timeouts
+from memserve.latest import Latest
 from memserve.messages import (
     Abandon,
     Ask,
@@ -63,7 +62,7 @@ class Receiving:
         self._num_asks = 0
         self._waiting: dict[TicketId, Incoming] = {}  # in the order in which they came
         self._alarms: Alarms[tuple[int, int, int]] = Alarms()  # by place and ticket
-        self._over: OrderedDict[TicketId, ReceiverState] = OrderedDict()
+        self._over: Latest[TicketId, ReceiverState] = Latest(NUM_REMEMBERED)
         self._arrivals: list[Arrival] = []
 
     @property
@@ -86,7 +85,7 @@ class Receiving:
         elif event is ReceiverEvent.DONE and self._over.get(message.ticket) is ReceiverState.DONE:
             self._send(message.ticket[0], Inserted(message.ticket))
         elif message.ticket not in self._over and receiver_step(ReceiverState.NONE, event)[0] is ReceiverState.ENDED:
-            self._remember(message.ticket, ReceiverState.ENDED)  # its Ask was overtaken, and is to get no room
+            self._over[message.ticket] = ReceiverState.ENDED  # its Ask was overtaken, and is to get no room
 
     def is_new(self, ask: Ask) -> bool:
         """Whether it is no repeat, and its ticket has not ended."""
@@ -99,7 +98,7 @@ class Receiving:
             self._perform(incoming, action, now_ns)
         if incoming.state is ReceiverState.ENDED:
             self.tickets.pop(incoming.ask.ticket, None)
-            self._remember(incoming.ask.ticket, ReceiverState.ENDED)
+            self._over[incoming.ask.ticket] = ReceiverState.ENDED
         if incoming.state is ReceiverState.WAITING:
             self._waiting[incoming.ask.ticket] = incoming
         else:
@@ -148,7 +147,7 @@ class Receiving:
             self._pool.retain(arrived[~np.isin(arrived, held)], heir)
         if not incoming.ask.pinned:
             self._pool.release_all(incoming.holder)
-        self._remember(arrival.ticket_id, ReceiverState.DONE)
+        self._over[arrival.ticket_id] = ReceiverState.DONE
 
     def drain_arrivals(self) -> list[Arrival]:
         arrivals, self._arrivals = self._arrivals, []
@@ -270,8 +269,3 @@ class Receiving:
             incoming.read_ns, incoming.granted_ns, arrived_ns, received_ns=now_ns,
         )  # fmt: skip
         self._arrivals.append(arrival)
-
-    def _remember(self, ticket_id: TicketId, state: ReceiverState) -> None:
-        self._over[ticket_id] = state
-        if len(self._over) > NUM_REMEMBERED:
-            self._over.popitem(last=False)

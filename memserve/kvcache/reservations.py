@@ -7,7 +7,6 @@ Sans-IO. A message that is not answered is repeated; a repeat, or one that was o
 nothing: what a host grants to nobody who waits is given back.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +19,7 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks, StaleAddress
 from memserve.kvcache.sending import Send
 from memserve.kvcache.ticket import Ticket, TicketState, Timeouts
+from memserve.latest import Latest
 from memserve.messages import Geometry, PoolSize, Refuse, Release, Released, Reserve, Reserved, pack_times, unpack_times
 
 TicketId = tuple[int, int]
@@ -84,7 +84,7 @@ class Reservations:
         self._owned: dict[TicketId, _Owned] = {}
         self._freed: dict[TicketId, _Freed] = {}
         self._hosted: dict[TicketId, bytes] = {}  # answered with these addresses
-        self._over: OrderedDict[TicketId, None] = OrderedDict()
+        self._over: Latest[TicketId, None] = Latest(NUM_REMEMBERED)
         self._ended: list[Ticket] = []
 
     @property
@@ -220,7 +220,7 @@ class Reservations:
             try:
                 blocks = self._pool.alloc(message.num_blocks, _holder(ticket_id), Medium(message.medium))
             except OutOfBlocks as error:
-                self._remember(ticket_id)  # for its owner it has ended: a repeat is not to find room meanwhile
+                self._over[ticket_id] = None  # for its owner it has ended: a repeat is not to find room meanwhile
                 self._send(owner, Refuse(ticket_id, str(error)))
                 return
             self._hosted[ticket_id] = pack_times(self._book.addresses(blocks))
@@ -233,13 +233,8 @@ class Reservations:
         self._pool.release(held if message.all else held[named], holder)
         if message.all or named.all():
             self._hosted.pop(ticket_id, None)
-            self._remember(ticket_id)
+            self._over[ticket_id] = None
         self._send(ticket_id[0], Released(ticket_id, message.addrs, message.all))
-
-    def _remember(self, ticket_id: TicketId) -> None:
-        self._over[ticket_id] = None
-        if len(self._over) > NUM_REMEMBERED:
-            self._over.popitem(last=False)
 
     def _granted(self, host: int, message: Reserved, now_ns: int) -> None:
         wanted, addrs = self._wanted.get(message.ticket), unpack_times(message.addrs)

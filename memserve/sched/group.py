@@ -1,6 +1,5 @@
 """Group: the instances of one role as the global scheduler sees them: who is there, what each has to do and caches."""
 
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from memserve.clock import to_ns, to_s
 from memserve.decisions import Holding, RouteChoice
+from memserve.latest import Latest
 from memserve.messages import pack_tokens
 from memserve.sched.admission import usable_prefix
 from memserve.sched.cost_model.base import CostModel
@@ -88,7 +88,7 @@ class Group:
         self._policy, self._cost_model, self._prediction = policy, cost_model, prediction or cost_model
         self._num_gpus = num_gpus
         self._rows = _new_rows(len(labels))
-        self._homes: OrderedDict[str, int] = OrderedDict()  # row of each session, the least recently used first
+        self._homes: Latest[str, int] = Latest(NUM_SESSIONS)  # row of each session
         self._num_routed = 0
 
     def row_of(self, label: str) -> int | None:
@@ -194,7 +194,7 @@ class Group:
         self._rows["num_routed"][placement.row] += 1
         self._rows["num_lately"] *= 1 - 1 / (LATELY * np.count_nonzero(self._rows["is_here"]))
         self._rows["num_lately"][placement.row] += 1
-        self._remember(session_id, placement.row)
+        self._homes[session_id] = placement.row
         self._count(placement, 1)
         placement.is_counted = True
 
@@ -205,12 +205,6 @@ class Group:
     def predicted_ns(self, row: int) -> int:
         """Nanoseconds that the prefills which wait at an instance are predicted to take."""
         return int(self._rows["predicted_ns"][row])
-
-    def _remember(self, session_id: str, row: int) -> None:
-        self._homes[session_id] = row
-        self._homes.move_to_end(session_id)
-        if len(self._homes) > NUM_SESSIONS:
-            self._homes.popitem(last=False)
 
     def _assign(self, snapshot: ClusterSnapshot, rows: np.ndarray, chosen: int, num_tokens: int) -> Assignment:
         """A place in one of `rows`, and the record of why there."""
