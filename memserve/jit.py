@@ -27,7 +27,9 @@ try:
 except ModuleNotFoundError:
     triton = tl = GPUTarget = ASTSource = None
 
-__all__ = ["KernelLaunch", "KernelResources", "RowConfig", "jit", "runs_on", "tl"]
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret) if triton is not None else False  # what Triton decides, too
+
+__all__ = ["INTERPRETED", "KernelLaunch", "KernelResources", "RowConfig", "jit", "runs_on", "tl"]
 
 _LAUNCHING = threading.Lock()  # of two threads that are first with a kernel, Triton lets one launch what is not loaded
 _ALIGNMENT = 16  # Triton tells apart whether a pointer or an integer is a multiple of this

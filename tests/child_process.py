@@ -48,7 +48,7 @@ def run_child(command: list[str], *folders: Path, **environment: str) -> str:
 def run_interpreted(*words: str) -> None:
     """Tests by pytest's words, under Triton's interpreter; none may be skipped."""
     said = run_child(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "mended_interpreter", *words],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fast_interpreter", *words],
         ROOT / "tests", TRITON_INTERPRET="1",
     )  # fmt: skip
     assert " passed" in said and "skipped" not in said

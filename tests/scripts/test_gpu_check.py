@@ -33,7 +33,7 @@ def mended(tmp_path: Path) -> str:
     """This interpreter, whose scripts have Triton's as the other tests do: kernels take them half the time."""
     python = tmp_path / "python"
     python.write_text(
-        f'#!/bin/sh\ncase "$1" in scripts/*) set -- -m mended_interpreter "$@" ;; esac\nexec {INTERPRETER} "$@"\n'
+        f'#!/bin/sh\ncase "$1" in scripts/*) set -- -m fast_interpreter "$@" ;; esac\nexec {INTERPRETER} "$@"\n'
     )
     python.chmod(0o755)
     return str(python)

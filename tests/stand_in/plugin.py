@@ -1,6 +1,6 @@
 """For pytest: `-p stand_in.plugin` puts the stand-in in the place of a GPU before any test is collected."""
 
-import mended_interpreter  # noqa: F401 # its import mends the interpreter, as for the tests of kernels
+import fast_interpreter  # noqa: F401 # its import makes the interpreter faster, as for the tests of kernels
 from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
 from memserve.model import captured_decode

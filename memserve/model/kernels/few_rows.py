@@ -16,7 +16,7 @@ import torch
 from memserve.jit import KernelLaunch, jit, tl
 from memserve.model.kernels.configs import ProductConfig, few_rows_config, power_of_two
 from memserve.model.kernels.norm import norm_reference
-from memserve.model.kernels.paged_tile import load_rows
+from memserve.model.kernels.paged_tile import factor, load_rows
 from memserve.model.kernels.swiglu import swiglu_reference
 
 MAX_ROWS = 16  # the height of a tensor core's tile: as many rows as one takes
@@ -49,10 +49,10 @@ def _few_rows_kernel(
             squares += wide * wide
             x = (wide * load_rows(scale_ptr + i[None, :], inside, ends)).to(x.dtype)
         w = load_rows(weight_ptrs + i[None, :], mask, cut)
-        sums = tl.dot(x, tl.trans(w), sums)
+        sums = tl.dot(factor(x), tl.trans(factor(w)), sums)
         if GLU:
             w = load_rows(weight_ptrs + OUT * IN + i[None, :], mask, cut)
-            ups = tl.dot(x, tl.trans(w), ups)
+            ups = tl.dot(factor(x), tl.trans(factor(w)), ups)
     if NORM:
         root = tl.sqrt(tl.sum(squares, axis=1) + sum_eps)[:, None]
         sums = sums / root

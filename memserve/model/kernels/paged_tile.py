@@ -8,13 +8,19 @@ Shape legend: M rows (query head, token), N tokens of the tile, D head dim, padd
 
 from __future__ import annotations
 
-from memserve.jit import jit, tl
+from memserve.jit import INTERPRETED, jit, tl
 
 
 @jit()
 def load_rows(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
     """Unmasked where that is known beforehand: such loads are wider and run further ahead."""
     return tl.load(pointers, mask=mask, other=0.0) if MASKED else tl.load(pointers)
+
+
+@jit()
+def factor(x: tl.tensor) -> tl.tensor:
+    """As it is multiplied. Triton's interpreter would take bfloat16 for the integers that hold its bits."""
+    return x.to(tl.float32) if INTERPRETED else x
 
 
 @jit()
@@ -41,7 +47,7 @@ def attend_tile(
     offsets = blocks.to(tl.int64) * kv_stride_N + (positions % BLOCK_SIZE).to(tl.int64) * kv_stride_B
     offsets = offsets[:, None] + d[None, :]
     k = load_rows(keys_ptr + offsets, mask, MASKED or D != BLOCK_D)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(factor(q), tl.trans(factor(k)), input_precision="ieee")
     if MASKED:
         seen = inside[None, :] & (positions[None, :] <= last_seen[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -50,5 +56,5 @@ def attend_tile(
     shrink = tl.exp2(peak * scale - new_peak * scale)
     total = total * shrink + tl.sum(weights, axis=1)
     v = load_rows(values_ptr + offsets, mask, MASKED or D != BLOCK_D)
-    sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+    sums = tl.dot(factor(weights.to(v.dtype)), factor(v), sums * shrink[:, None], input_precision="ieee")
     return sums, total, new_peak
