@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
 
-from memserve.model.model_config import ModelConfig, RopeScaling
+from memserve.model.model_config import ModelConfig
+from memserve.model.rope_scaling import RopeScaling
 from memserve.model.weights import WeightFileError
 
 ARCHITECTURES = ("llama", "qwen2")

@@ -9,46 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ROPE_KINDS = ("default", "linear", "llama3")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length they were trained for.
-
-    kind "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the high ones and blends
-    between them (the three last fields, lengths in tokens, mean nothing for "linear").
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope kind {self.kind!r}: expected one of {', '.join(ROPE_KINDS)}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"rope {name}={value!r}: expected a number")
-        if not 1.0 <= self.factor < float("inf"):
-            raise ValueError(f"rope factor={self.factor!r}: expected a finite number >= 1")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"rope low_freq_factor={self.low_freq_factor!r}, high_freq_factor={self.high_freq_factor!r}: "
-                "expected 0 < low < high"
-            )
-        if self.original_max_position < 1:
-            raise ValueError(f"rope original_max_position={self.original_max_position!r}: expected an integer >= 1")
+from memserve.model.rope_scaling import RopeScaling, rope_of
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything the decoder is built from. Sizes in elements, positions in tokens; raises ValueError on a bad one.
 
-    rope_scaling: None for plain RoPE.  eos_token_ids: any of them ends an answer; may be empty.
+    max_position: the longest context, with YaRN what it is stretched to.  rope_scaling: None for plain RoPE.
+    eos_token_ids: any of them ends an answer; may be empty.
     """
 
     model_type: str
@@ -85,6 +54,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r}: expected a finite number > 0")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta!r}: expected a number > 1 with rope_type='yarn'")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
@@ -100,12 +71,15 @@ class ModelConfig:
         family = _FAMILIES[model_type]
         merged = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k == "sliding_window"}}
         _refuse_what_cannot_run(merged)
-        _refuse_sliding_window(merged, family.chooses_windows)
+        theta, scaling = rope_of(merged)
+        max_position = _required(merged, "max_position_embeddings")
+        if scaling is not None:
+            max_position = max(max_position, scaling.max_position)
+        _refuse_sliding_window(merged, family.chooses_windows, max_position)
         num_heads = _required(merged, "num_attention_heads")
         if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
             merged["num_key_value_heads"] = num_heads
         hidden_size = _required(merged, "hidden_size")
-        theta, scaling = _rope(merged)
         ids = (generation_config or {}).get("eos_token_id")
         return cls(
             model_type=model_type,
@@ -116,7 +90,7 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=merged.get("num_key_value_heads", num_heads),
             head_dim=merged.get("head_dim", hidden_size // num_heads),
-            max_position=_required(merged, "max_position_embeddings"),
+            max_position=max_position,
             rms_norm_eps=merged["rms_norm_eps"],
             rope_theta=theta,
             rope_scaling=scaling,
@@ -154,12 +128,6 @@ _KINDS: dict[str, tuple[type, str]] = {
     "layer_types": (list, "a list of names"),
     "quantization_config": (Mapping, "a mapping"),
     "max_window_layers": (int, "an integer"),
-}
-_LLAMA3_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_position",
 }
 
 
@@ -200,7 +168,7 @@ def _refuse_what_cannot_run(config: Mapping[str, Any]) -> None:
         raise ValueError(f"partial_rotary_factor={config['partial_rotary_factor']!r}: expected 1.0")
 
 
-def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool) -> None:
+def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool, max_position: int) -> None:
     """A window that no layer has, or no shorter than the model's context, changes nothing and is accepted."""
     layer_types = set(config.get("layer_types", ())) - {"full_attention"}
     window = config.get("sliding_window")
@@ -208,35 +176,10 @@ def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool) -> None:
         first_windowed, num_layers = config.get("max_window_layers", 28), _required(config, "num_hidden_layers")
         has_any = bool(layer_types) if config.get("layer_types") else first_windowed < num_layers
         window = window if config.get("use_sliding_window", False) and has_any else None
-    if window is not None and window < _required(config, "max_position_embeddings"):
-        raise ValueError(f"sliding_window={window!r}: expected null, or at least max_position_embeddings")
+    if window is not None and window < max_position:
+        raise ValueError(f"sliding_window={window!r}: expected null, or at least the context, {max_position}")
     if layer_types and window is None:
         raise ValueError(f"layer_types with {sorted(layer_types)!r}: expected 'full_attention' only")
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    if new and old and new != old:
-        raise ValueError(f"rope_parameters={new!r} beside rope_scaling={old!r}: expected one of them")
-    spec = new or old or {}
-    if not isinstance(spec, Mapping):
-        raise ValueError(f"rope_parameters={spec!r}: expected a mapping")
-    if any(isinstance(value, Mapping) for value in spec.values()):
-        raise ValueError(f"rope_parameters for {sorted(spec)!r}: expected one set for every layer")
-    theta = spec.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = spec.get("rope_type", spec.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"rope_type={kind!r}: expected one of {', '.join(ROPE_KINDS)}")
-    if spec.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={spec['partial_rotary_factor']!r}: expected 1.0")
-    if kind == "default":
-        return theta, None
-    names = {"factor": "factor"} if kind == "linear" else _LLAMA3_FIELDS
-    missing = [key for key in names if key not in spec]
-    if missing:
-        raise ValueError(f"rope_type={kind!r} without {', '.join(missing)}")
-    return theta, RopeScaling(kind, **{field: spec[key] for key, field in names.items()})
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, Qwen2Config
 
 from memserve.model.gguf_weights import GGUFWeights
 from memserve.model.llama import load_model
-from memserve.model.model_config import ModelConfig, RopeScaling
+from memserve.model.model_config import ModelConfig
 from memserve.model.parallel import WHOLE
 from memserve.model.random_weights import RandomWeights
+from memserve.model.rope_scaling import RopeScaling
 from memserve.model.weights import WeightFileError
 
 SIZES = {

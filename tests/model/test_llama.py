@@ -41,6 +41,16 @@ CONFIGS = {
         **COMMON, **{k: v for k, v in sizes(240, 144, 3, 1, 80).items() if k != "head_dim"}
     ),
     "qwen3": transformers.Qwen3Config(**COMMON, **sizes(104, 160, 6, 2, 128)),
+    "qwen3_yarn": transformers.Qwen3Config(
+        **COMMON,
+        **sizes(104, 160, 6, 2, 32),
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    ),
     "mistral": transformers.MistralConfig(**COMMON, **sizes(72, 88, 6, 2, 80), sliding_window=None),
 }
 

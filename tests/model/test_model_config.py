@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from memserve.model.model_config import ModelConfig, RopeScaling
+from memserve.model.model_config import ModelConfig
+from memserve.model.rope_scaling import RopeScaling
 
 SMALL = {
     "vocab_size": 64,
@@ -57,6 +58,19 @@ def test_both_spellings_of_rope_mean_the_same() -> None:
     assert ModelConfig.from_hf(llama(rope_parameters={"rope_type": "default"})).rope_scaling is None
 
 
+def test_yarn_makes_the_context_longer_and_no_sliding_window_may_be_shorter_than_that():
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
+    assert ModelConfig.from_hf(llama(rope_scaling=yarn, max_position_embeddings=100)).max_position == 400
+    assert ModelConfig.from_hf(llama(rope_scaling=yarn, max_position_embeddings=500)).max_position == 500
+    assert (
+        ModelConfig.from_hf(llama(rope_scaling={"type": "yarn", "factor": 2}, max_position_embeddings=64)).max_position
+        == 128
+    )
+    windowed = llama(rope_scaling=yarn, max_position_embeddings=100) | {"model_type": "mistral", "sliding_window": 200}
+    with pytest.raises(ValueError, match="sliding_window=200: expected null, or at least the context, 400"):
+        ModelConfig.from_hf(windowed)
+
+
 def test_null_keys_take_the_values_that_the_family_gives_them() -> None:
     config = ModelConfig.from_hf(llama(num_key_value_heads=None, head_dim=None, rope_scaling=None))
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
@@ -89,7 +103,15 @@ def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn.*default, linear, llama3"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "longrope.*default, linear, llama3, yarn"),
+        ({"rope_scaling": {"type": "yarn"}}, "'yarn' without factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "factor=0.5"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor='4'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 2}}, "0 < beta_slow < beta_fast"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "mscale": "1", "mscale_all_dim": 1}}, "mscale='1'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": 0}}, "attention_factor=0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "truncate": 1}}, "truncate=1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}, "rope_theta": 1}, "rope_theta=1: expected a number > 1"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "without low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5"),

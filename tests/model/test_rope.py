@@ -19,6 +19,27 @@ SCALINGS = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+    "yarn, all of it said": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 24,
+        "beta_slow": 2,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "truncate": False,
+    },
+    "yarn, its magnitude given": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 1.5,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 0.8,
+        "beta_fast": None,
+    },
+    "yarn of a model's own length": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0},
 }
 
 
