@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -118,6 +118,26 @@ def quoted(text: str) -> str:
     """Text as a word's value, as it is: Hydra reads "=", "," and more in a bare one."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", "\\'"), text)
     return f"'{escaped}'"
+
+
+def words_of(option: str, value: Any) -> list[str]:
+    """The overrides that set an option; a class of one's own comes without the options of the one it replaces."""
+    if isinstance(value, Mapping):
+        return [f"~{option}", f"+{option}={_word(value)}"]
+    return [f"{option}={_word(value)}"]
+
+
+def _word(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return quoted(value)
+    return str(value)
 
 
 def group_of(name: str) -> str:

@@ -18,12 +18,13 @@ import numpy as np
 from memserve.clock import monotonic_ns
 from memserve.cluster.build import build_engine, build_instance
 from memserve.cluster.interruption import sigint_held_back
-from memserve.compose import load_config, quoted
+from memserve.compose import load_config, words_of
 from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import Role, SamplingParams, TokenLogprobs
+from memserve.request import Role, SamplingParams, TokenLogprobs, require_priority
+from memserve.sched.queue_policy import QueuePolicy
 
 _OF_THE_MODEL = ("dtype", "device", "attention", "compile", "fused_rows", "max_context", "num_threads")
 OPTIONS = {
@@ -79,8 +80,8 @@ class LLM:
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(f"LLM option {unknown[0]!r}: expected one of {', '.join(sorted(OPTIONS))}")
-        words = [word for name, value in options.items() for word in _words(OPTIONS[name], value)]
-        cfg = load_config([f"model.path={_word(str(path))}", *words])
+        words = [word for name, value in options.items() for word in words_of(OPTIONS[name], value)]
+        cfg = load_config([*words_of("model.path", str(path)), *words])
         engine = build_engine(cfg)
         self.tokenizer: Tokenizer = engine.tokenizer
         self.instance: Instance = build_instance(cfg, engine, "llm", Role.COLOCATED, incarnation=0, in_real_time=True)
@@ -90,29 +91,38 @@ class LLM:
         self._unread: deque[str] = deque()  # requests that no stream reads any more, to be aborted
 
     def generate(
-        self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None = None, *, stream: bool = False
+        self,
+        prompts: Any,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: bool = False,
+        priority: int | Sequence[int] = 0,
     ) -> Any:
         """Answers to `prompts`, in their order: list[Output], or with stream=True an iterator of Delta as they come.
 
-        params: for all prompts, or one for each; greedy and 128 tokens by default. Several streams may be open at once,
-        in threads or in one: what one of them makes the model compute is kept for the others, also where Ctrl-C
-        ends it. Raises ValueError naming the first prompt that cannot be served, before any is.
+        params: for all prompts, or one for each; greedy and 128 tokens by default.  priority: for all, or one for each;
+        of an LLM with queue="priority", which serves smaller ones first. Several streams may be open at once, in
+        threads or in one: what one of them makes the model compute is kept for the others, also where Ctrl-C ends it.
+        Raises ValueError naming the first prompt that cannot be served, before any is.
         """
         many, token_ids = _as_list(prompts), list[np.ndarray]()
         each = _one_each(params, len(many))
+        priorities = _priorities(priority, len(many), self.instance.scheduler.room.queue)
         for i, (prompt, p) in enumerate(zip(many, each, strict=True)):
             try:
                 token_ids.append(self._token_ids(prompt))
                 self.instance.check_request(token_ids[i], p)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-        deltas = self._stream([ids.astype(np.int32) for ids in token_ids], each)
+        deltas = self._stream([ids.astype(np.int32) for ids in token_ids], each, priorities)
         if stream:
             return deltas
         outputs = {delta.index: delta.output for delta in deltas if delta.output is not None}
         return [outputs[i] for i in range(len(token_ids))]
 
-    def _stream(self, prompts: list[np.ndarray], params: list[SamplingParams]) -> Iterator[Delta]:
+    def _stream(
+        self, prompts: list[np.ndarray], params: list[SamplingParams], priorities: list[int]
+    ) -> Iterator[Delta]:
         """Serves the prompts; what is unfinished when the caller stops listening is aborted."""
         answers: dict[str, _Answer] = {}
         heard: deque[Tokens | Finished] = deque()
@@ -123,7 +133,8 @@ class LLM:
                     self._num_requests += 1
                     answers[name] = _Answer(i, ids, p, self.tokenizer)
                     self._heard[name] = heard
-                    self.instance.receive(Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns()))
+                    dispatch = Dispatch(name, 0, "", pack_tokens(ids), p, monotonic_ns(), priority=priorities[i])
+                    self.instance.receive(dispatch)
             while answers:
                 with self._turn:
                     if not heard:
@@ -275,21 +286,15 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     return each
 
 
-def _words(option: str, value: Any) -> list[str]:
-    """The overrides that set an option; a class of one's own comes without the options of the one it replaces."""
-    if isinstance(value, Mapping):
-        return [f"~{option}", f"+{option}={_word(value)}"]
-    return [f"{option}={_word(value)}"]
-
-
-def _word(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_word(item)}" for key, item in value.items()) + "}"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return quoted(value)
-    return str(value)
+def _priorities(given: int | Sequence[int], count: int, queue: QueuePolicy) -> list[int]:
+    """One for each of `count` prompts. Raises ValueError for what is none, or what the queue does not look at."""
+    if not isinstance(given, str) and isinstance(given, Iterable):
+        each = [require_priority(f"priority of prompt {i}", priority) for i, priority in enumerate(given)]
+    else:
+        each = [require_priority("priority", given)] * count
+    if len(each) != count:
+        raise ValueError(f"{len(each)} priorities for {count} prompts: expected one, or one for each")
+    if any(each) and not queue.looks_at_priority:
+        raise ValueError(f"priority={given!r} contradicts queue={type(queue).__name__}, which does not look at it: "
+                         "expected 0, or queue=\"priority\"")  # fmt: skip
+    return each

@@ -46,6 +46,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     tokens: bytes
     params: SamplingParams
     arrival_ns: int
+    priority: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -63,6 +64,7 @@ class Dispatch(msgspec.Struct, frozen=True, tag=True):
     arrival_ns: int
     decode: int | None = None  # incarnation of the decode instance, for a prefill instance
     held_elsewhere: tuple[Holding, ...] = ()
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

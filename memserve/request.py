@@ -87,6 +87,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.stop or self.stop_token_ids or not self.ignore_eos)
 
 
+def require_priority(name: str, value: object) -> int:
+    """`value` as a request's priority. Raises ValueError naming it where it is none."""
+    return require_int(name, value, -(2**31), 2**31 - 1, allowed="an integer in [-2**31, 2**31), smaller ones first")
+
+
 class Phase(enum.Enum):
     WAITING = "waiting"
     FETCHING = "fetching"
@@ -169,6 +174,7 @@ class Request:
     attempt: int = 0
     session_id: str = ""
     arrival_ns: int = 0
+    priority: int = 0  # smaller is more urgent (vLLM's convention), where the queue looks at it
     seed: int = 0  # of its random numbers, unless params bring one; drawn by the instance from its own seed and the id
     phase: Phase = Phase.WAITING
     num_cached: int = 0

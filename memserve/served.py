@@ -211,6 +211,7 @@ def new_request(message: Dispatch, engine_seed: int, max_tokens: int) -> Request
         attempt=message.attempt,
         session_id=message.session_id,
         arrival_ns=message.arrival_ns,
+        priority=message.priority,
         seed=drawn_seed(engine_seed, message.request_id),
         max_num_tokens=len(prompt) + max_tokens,
     )

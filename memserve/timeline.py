@@ -23,6 +23,7 @@ class RequestTimeline:
     session_id: str
     arrival_ns: int
     num_prompt: int
+    priority: int = 0
     dispatched_ns: int | None = None
     finished_ns: int | None = None
     attempt: int = 0

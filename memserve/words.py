@@ -11,6 +11,7 @@ from memserve.fetches import FetchedKV
 from memserve.messages import pack_tokens, unpack_tokens
 from memserve.request import Request, SamplingParams
 from memserve.request_stats import RequestStats
+from memserve.sched.queue_policy import QueuePolicy, level_of
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag=True):
@@ -23,6 +24,7 @@ class HandedOver(msgspec.Struct, frozen=True, tag=True):
     attempt: int
     session_id: str
     arrival_ns: int
+    priority: int
     params: SamplingParams
     seed: int
     num_prompt: int
@@ -52,8 +54,8 @@ def packed(request: Request, stats: RequestStats | None, prefill: int | None, *,
     """The word that hands a request over."""
     r, tokens = request, pack_tokens(request.tokens.view)
     word = HandedOver(
-        r.request_id, r.attempt, r.session_id, r.arrival_ns, r.params, r.seed, r.num_prompt, r.max_num_tokens,
-        tokens, stats, prefill, migrates,
+        r.request_id, r.attempt, r.session_id, r.arrival_ns, r.priority, r.params, r.seed, r.num_prompt,
+        r.max_num_tokens, tokens, stats, prefill, migrates,
     )  # fmt: skip
     return msgspec.msgpack.encode(word)
 
@@ -63,8 +65,14 @@ def request_of(word: HandedOver) -> Request:
     tokens = unpack_tokens(word.tokens)
     request = Request(
         word.request_id, tokens[: word.num_prompt], word.params, attempt=word.attempt, session_id=word.session_id,
-        arrival_ns=word.arrival_ns, seed=word.seed, max_num_tokens=word.max_num_tokens,
+        arrival_ns=word.arrival_ns, priority=word.priority, seed=word.seed, max_num_tokens=word.max_num_tokens,
     )  # fmt: skip
     request.tokens.extend(tokens[word.num_prompt :])
     request.num_computed = request.prefill_end = request.num_tokens - 1
     return request
+
+
+def level_of_word(queue: QueuePolicy, data: bytes) -> float:
+    """The level of a request that is handed over by a word; 0 of another word."""
+    word = read_word(data)
+    return level_of(queue, request_of(word)) if isinstance(word, HandedOver) else 0

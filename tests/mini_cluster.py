@@ -69,8 +69,8 @@ def group_of(labels: list[str], policy: Policy, tree: PromptIndex | None = None,
     return Group(labels, range(len(labels)), policy, tree or NoPromptTree(len(labels), 4), costs)
 
 
-def dispatch(instance: Instance, name: str, prompt, params: SamplingParams, now_ns: int = 0) -> None:
-    instance.receive(Dispatch(name, 0, "", pack_tokens(np.asarray(prompt)), params, now_ns))
+def dispatch(instance: Instance, name: str, prompt, params: SamplingParams, now_ns: int = 0, priority: int = 0) -> None:
+    instance.receive(Dispatch(name, 0, "", pack_tokens(np.asarray(prompt)), params, now_ns, priority=priority))
 
 
 def sizes(instance: Instance) -> list[tuple[str, int]]:

@@ -300,3 +300,35 @@ def test_classes_of_ones_own_are_given_as_nodes_with_their_options(path):
     assert len(model.generate([[i] * 9 for i in range(1, 6)], GREEDY)) == 5
     with pytest.raises(ConfigError, match="eviction.scales=1: .*Rarest takes scale"):
         LLM(path, eviction={"_target_": f"{__name__}.Rarest", "scales": 1})
+
+
+def test_the_most_urgent_prompt_is_answered_first_and_with_the_same_tokens(path):
+    llm = LLM(path, block_size=4, num_blocks=200, queue="priority", max_running=1)
+    prompts = [[i, i + 1, i + 2] for i in range(4)]
+    deltas = llm.generate(prompts, GREEDY, stream=True, priority=[2, 0, -1, 2])
+    ends = [delta.index for delta in deltas if delta.output is not None]
+    assert ends == [2, 1, 0, 3]
+    plain = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+    assert [output.token_ids for output in llm.generate(prompts, GREEDY, priority=np.arange(4))] == plain
+    assert [output.token_ids for output in llm.generate(prompts, GREEDY, priority=5)] == plain and settled(llm)
+
+
+@pytest.mark.parametrize(
+    ("priority", "said"),
+    [
+        (2**31, r"priority=2147483648: expected an integer in \[-2\*\*31, 2\*\*31\)"),
+        ("low", r"priority='low': expected an integer"),
+        ([0, True], r"priority of prompt 1=True: expected an integer"),
+        ([1], r"1 priorities for 2 prompts: expected one, or one for each"),
+        (None, r"priority=None: expected an integer"),
+    ],
+)
+def test_a_priority_that_is_none_is_refused_by_name(path, priority, said):
+    with pytest.raises(ValueError, match=said):
+        LLM(path, queue="priority").generate([[1, 2], [3]], GREEDY, priority=priority)
+
+
+def test_a_priority_that_the_queue_would_not_look_at_is_refused(llm):
+    with pytest.raises(ValueError, match=r"priority=1 contradicts queue=FCFS, .*: expected 0, or queue=\"priority\""):
+        llm.generate([1, 2], GREEDY, priority=1)
+    assert len(llm.generate([1, 2], GREEDY, priority=0)) == 1

@@ -38,6 +38,7 @@ from memserve.request import Role, Runner
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.modes import Mode, check_mode
+from memserve.sched.queue_policy import QueuePolicy
 from memserve.trace_runner import TraceRunner
 from memserve.transfer.transport import Transport
 
@@ -167,15 +168,18 @@ def build_instance(
         num_dram_blocks=num_dram_blocks,
         engine=_swap_engine(cfg, part.copier, costs, in_real_time),
     )
+    queue: QueuePolicy = make(cfg.queue)
     handoffs = None
     if transport is not None:
         handoffs = build_handoffs(
-            cfg, role, pool, incarnation, geometry, transport, part.memories, costs, num_ranks(cfg, role)
+            cfg, role, pool, incarnation, geometry, transport, part.memories, costs, queue, num_ranks(cfg, role)
         )  # fmt: skip
     return Instance(
         label,
         role,
-        _scheduler(cfg, role, pool, costs, asks_at_admission=handoffs is not None and handoffs.asks_at_admission),
+        _scheduler(
+            cfg, role, pool, costs, queue, asks_at_admission=handoffs is not None and handoffs.asks_at_admission
+        ),
         part.runner,
         limits_of(everybody, engine.model, role, engine.max_context, engine.vocab_size),
         eos_token_ids=eos_token_ids(engine),
@@ -186,12 +190,12 @@ def build_instance(
 
 
 def _scheduler(
-    cfg: RunConfig, role: Role, pool: BlockPool, costs: CostModel, *, asks_at_admission: bool
+    cfg: RunConfig, role: Role, pool: BlockPool, costs: CostModel, queue: QueuePolicy, *, asks_at_admission: bool
 ) -> LocalScheduler:
     mode: Mode = make(cfg.mode)
     return LocalScheduler(
         pool,
-        make(cfg.queue),
+        queue,
         make(cfg.preemption),
         make_asking(cfg.swap, costs=predicted(cfg, costs), block_size=cfg.kvcache.block_size),
         token_budget=cfg.sched.token_budget,

@@ -1,6 +1,7 @@
 """Wiring: what connects a cluster's instances, built from a RunConfig: transport, transfers, global scheduler."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,10 +36,12 @@ from memserve.sched.group import Group
 from memserve.sched.heirs import NoHeir
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
+from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling, Schedule
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.transport import Transport
+from memserve.words import level_of_word
 
 
 def build_transport(cfg: RunConfig) -> InProcess | None:
@@ -85,10 +88,11 @@ def build_handoffs(
     transport: Transport,
     memories: Sequence[torch.Tensor | None],
     costs: CostModel,
+    queue: QueuePolicy,
     num_ranks: int = 1,
 ) -> Handoffs:
     """One instance's transfers. geometry, memories: of one rank's HBM and DRAM, of num_ranks over which its heads are
-    split; None where nothing is stored.  costs: of computing.
+    split; None where nothing is stored.  costs: of computing.  queue: the order of its requests.
     """
     t, granularity = cfg.transfer, _granularity(cfg, geometry, num_ranks)
     timeouts = Timeouts(to_ns(t.deadline_s), to_ns(t.patience_s), to_ns(t.retry_s))
@@ -101,6 +105,7 @@ def build_handoffs(
         timeouts,
         0 if role is Role.PREFILL else cfg.sched.decode_headroom_blocks,
     )
+    transfers.order_by(partial(level_of_word, queue))
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
     prices = FetchPrices(predicted(cfg, costs), transfer, cfg.kvcache.block_size)
     fetches = Fetches(transfers, pool, make(cfg.fetch), prices, timeouts)

@@ -14,12 +14,14 @@ NEVER_NS = int(np.iinfo(np.int64).max)
 
 @dataclass
 class Incoming:
-    """place: among the Asks, in the order in which they came.  blocks: int32 [n] once granted, those that were held
-    first.  read_ns: when the Ask was read.  arrived_ns: as `Done` says.
+    """place: among the Asks, in the order in which they came.  level: those of a smaller one are given room first.
+    blocks: int32 [n] once granted, those that were held first.  read_ns: when the Ask was read.  arrived_ns: as `Done`
+    says.
     """
 
     ask: Ask
     place: int
+    level: float
     read_ns: int
     state: ReceiverState = ReceiverState.NONE
     blocks: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))

@@ -6,6 +6,8 @@ The blocks are held by ("transfer", sender's incarnation, n) from the grant unti
 that has failed by ("quarantine", sender's incarnation, n), until the sender is known to have stopped writing.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from memserve.kvcache.address import Medium
@@ -59,8 +61,9 @@ class Receiving:
         self._pool, self._size, self._book, self._geometry = pool, size, book, geometry
         self._timeouts, self._headroom_blocks, self._send = timeouts, headroom_blocks, send
         self._reservations = reservations
+        self.level_of: Callable[[bytes], float] = lambda private: 0  # of what an Ask that may wait carries
         self._num_asks = 0
-        self._waiting: dict[TicketId, Incoming] = {}  # in the order in which they came
+        self._waiting: dict[TicketId, Incoming] = {}  # by levels, on each in the order in which they came
         self._alarms: Alarms[tuple[int, int, int]] = Alarms()  # by place and ticket
         self._over: Latest[TicketId, ReceiverState] = Latest(NUM_REMEMBERED)
         self._arrivals: list[Arrival] = []
@@ -100,10 +103,16 @@ class Receiving:
             self.tickets.pop(incoming.ask.ticket, None)
             self._over[incoming.ask.ticket] = ReceiverState.ENDED
         if incoming.state is ReceiverState.WAITING:
-            self._waiting[incoming.ask.ticket] = incoming
+            self._wait(incoming)
         else:
             self._waiting.pop(incoming.ask.ticket, None)
         self._watch(incoming)
+
+    def _wait(self, incoming: Incoming) -> None:
+        last = next(reversed(self._waiting.values()), incoming)
+        self._waiting[incoming.ask.ticket] = incoming
+        if incoming.level < last.level:
+            self._waiting = dict(sorted(self._waiting.items(), key=lambda item: item[1].level))
 
     def _watch(self, incoming: Incoming) -> None:
         self._alarms.put((incoming.place, *incoming.ask.ticket), incoming.next_time_ns)
@@ -122,7 +131,7 @@ class Receiving:
         self.grant_waiting(now_ns)
 
     def grant_waiting(self, now_ns: int) -> None:
-        """Grants waiting Asks in the order in which they came, as far as there is room."""
+        """Grants waiting Asks in their order, as far as there is room."""
         while self._waiting:
             first = next(iter(self._waiting.values()))
             if not self._allocate(first):
@@ -163,8 +172,11 @@ class Receiving:
             self._send(ask.ticket[0], answer)
             return
         self._num_asks += 1
-        incoming = Incoming(ask, self._num_asks, now_ns, reason=self._why_never(ask))
-        in_turn = not self._waiting or ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
+        never_waits = ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
+        level = 0 if never_waits else self.level_of(ask.private)
+        incoming = Incoming(ask, self._num_asks, level, now_ns, reason=self._why_never(ask))
+        first = next(iter(self._waiting.values()), None)
+        in_turn = never_waits or first is None or level < first.level
         fits = not incoming.reason and in_turn and self._allocate(incoming)
         self.tickets[ask.ticket] = incoming
         if fits:

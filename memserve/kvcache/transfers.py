@@ -5,7 +5,7 @@ that comes twice changes nothing. Knows no request; whoever called is told by ti
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -61,6 +61,10 @@ class Transfers:
         self._gone: set[int] = set()
         pool.followers.append(self._follow)
         transport.attach(book.incarnation, memories)
+
+    def order_by(self, level_of: Callable[[bytes], float]) -> None:
+        """Of those who wait for room here, the ones whose `private` has a smaller level get it first."""
+        self._receiving.level_of = level_of
 
     @property
     def incarnation(self) -> int:

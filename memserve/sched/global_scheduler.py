@@ -108,9 +108,8 @@ class GlobalScheduler:
     def _submit(self, message: Submit, now_ns: int) -> None:
         if message.request_id in self.timelines:
             raise ValueError(f"request_id={message.request_id!r} was submitted before: expected a new one")
-        timeline = RequestTimeline(message.request_id, message.session_id, message.arrival_ns, len(message.tokens) // 4)
-        routed, num_unfinished = Routed(message, timeline), len(self._live)
-        self.timelines[message.request_id] = timeline
+        routed, num_unfinished = Routed.of(message), len(self._live)
+        self.timelines[message.request_id] = routed.timeline
         self._live[message.request_id] = routed
         if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
             why = f"{num_unfinished} requests are unfinished: expected fewer than cluster.max_unfinished"
@@ -191,7 +190,7 @@ class GlobalScheduler:
         timeline.num_promised = places[0].num_cached
         timeline.routes += [place.choice for place in places]
         what = (m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns)
-        self._outbox.append((timeline.instance, Dispatch(*what, decode, held_elsewhere(places))))
+        self._outbox.append((timeline.instance, Dispatch(*what, decode, held_elsewhere(places), m.priority)))
 
     def _cancel(self, message: Cancel, now_ns: int) -> None:
         routed = self._live.get(message.request_id)

@@ -5,7 +5,7 @@ A request's life here (states of request.Phase):
     add -> WAITING -> admitted: cached prefix retained, blocks for its tokens allocated -> RUNNING in `running`
         -> chunks until num_computed catches up with num_tokens, then a token a step -> finish -> FINISHED
     WAITING -> SWAPPING_IN while what is cached comes up from DRAM, where that is copied beside compute -> WAITING
-    RUNNING -> preempted when a decode step finds no block -> WAITING, ahead of the queue; any -> abort -> FINISHED
+    RUNNING -> preempted when a decode step finds no block -> WAITING, ahead of new ones; any -> abort -> FINISHED
 
 There is no prefill phase or decode phase: each step, running requests get as many of their tokens computed as the token
 budget allows, all of them or those whose turn it is (batching.py). Blocks enter the index only in `commit`, after the
@@ -109,7 +109,7 @@ class LocalScheduler:
     def adopt(self, request: Request) -> None:
         """Takes a request whose KV is in its block table already; it runs once there is room for one token more."""
         request.phase = Phase.WAITING
-        self.room.returning.append(request)
+        self.room.put_last(request)
 
     def stop(self, request: Request) -> None:
         """Stops a request that runs, or waits to with all of its KV; its computed full blocks enter the index, and it
@@ -123,9 +123,9 @@ class LocalScheduler:
         request.phase = Phase.HANDING_OFF
 
     def resume(self, request: Request) -> None:
-        """Goes on with a request that was stopped, before all that wait."""
+        """Goes on with a request that was stopped, before all of its level that wait."""
         request.phase = Phase.WAITING
-        self.room.returning.insert(0, request)
+        self.room.put_first(request)
 
     def drain_admitted(self) -> list[Request]:
         """Requests admitted since the last call that are on hold."""
@@ -185,13 +185,13 @@ class LocalScheduler:
                 self._budget -= num_new
 
     def _grow(self, request: Request, batch: ScheduledBatch) -> bool:
-        """Makes room for the request's tokens, preempting the youngest until there is; False if that was itself."""
+        """Makes room for the request's tokens, preempting who comes last until there is; False if that was itself."""
         while True:
             try:
                 self._cover(request, request.num_tokens)
                 return True
             except OutOfBlocks:
-                victim = self.running[-1]
+                victim = self.room.queue.victim(self.running)
                 self._preempt(victim, batch)
                 if victim is request:
                     return False
@@ -215,7 +215,7 @@ class LocalScheduler:
         victim.phase = Phase.WAITING
         self._made_room = True
         self.counts.preempted(victim)
-        self.room.returning.insert(0, victim)
+        self.room.put_first(victim)
 
     def num_cached(self, request: Request) -> int:
         """Tokens of a request that would come from the cache now."""
@@ -279,7 +279,7 @@ class LocalScheduler:
         return sum(self._num_missing(request, request.num_tokens) for request in self.running)
 
     def _drop_swapped(self) -> bool:
-        """Lets the youngest request that waits and still holds blocks be recomputed; False when there is none.
+        """Lets the last request in order that waits and still holds blocks be recomputed; False when there is none.
 
         Nothing runs and nothing can: what swapped requests share was left in HBM, or KV handed over here fills it.
         """

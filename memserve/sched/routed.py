@@ -36,6 +36,13 @@ class Routed:
     is_cancelled: bool = False
     _early: list[Tokens | Finished] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, submit: Submit) -> "Routed":
+        """A request that a client has submitted."""
+        m = submit
+        timeline = RequestTimeline(m.request_id, m.session_id, m.arrival_ns, len(m.tokens) // 4, m.priority)
+        return cls(submit, timeline)
+
     def failed(self, reason: FinishReason, detail: str) -> Finished:
         """What the client is told of its end."""
         return Finished(self.submit.request_id, self.timeline.attempt, reason, detail, None)
@@ -45,7 +52,7 @@ class Routed:
         """What a policy may know of it."""
         m = self.submit
         tokens, arrival_s = unpack_tokens(m.tokens), to_s(m.arrival_ns)
-        return RouteRequest(m.request_id, m.session_id, tokens, arrival_s, m.params.max_tokens)
+        return RouteRequest(m.request_id, m.session_id, tokens, arrival_s, m.params.max_tokens, m.priority)
 
     def is_of_copy(self, message: Finished) -> bool:
         """Whether what ended was a copy that was told to: nobody has asked for the end of the request."""

@@ -50,7 +50,7 @@ class ClusterSnapshot:
 @dataclass(frozen=True)
 class RouteRequest:
     """What a policy may know of a request. tokens: int32 [num_prompt].  arrival_s: at the client, on the cluster's
-    clock.  max_tokens: most that its answer can have.
+    clock.  max_tokens: most that its answer can have.  priority: smaller is more urgent, for queues that look at it.
     """
 
     request_id: str
@@ -58,6 +58,7 @@ class RouteRequest:
     tokens: np.ndarray
     arrival_s: float
     max_tokens: int
+    priority: int = 0
 
 
 class Chosen(int):

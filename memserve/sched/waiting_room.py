@@ -1,7 +1,7 @@
 """WaitingRoom: requests of one instance that do not run. Knows in which order they are asked; admits nobody.
 
     waiting     new ones, in the queue policy's order
-    returning   preempted ones, and those whose KV has come: before all others, in their order
+    returning   preempted ones, and those whose KV has come: before the new ones of their level, in their order
     parked      those that wait for a copy between the media: their own, or one that brings what they share
 
 Whoever waits for a copy is not in anybody's way. When it has ended, a request that moved its own KV returns with it;
@@ -9,13 +9,15 @@ one that waited for another's looks for it in the index again.
 """
 
 import heapq
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from memserve.kvcache.swaps import Swap
 from memserve.request import Phase, Request
-from memserve.sched.queue_policy import FCFS, QueuePolicy
+from memserve.sched.queue_policy import FCFS, QueuePolicy, key_of, level_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Waiting(ABC):
     def first(self, num_cached: Callable[[Request], int]) -> Request | None:
         """Who is asked next; it stays here. num_cached: tokens of a request in the index."""
 
+    @abstractmethod
+    def first_level(self) -> float:
+        """Of whoever is asked next; infinite where nobody is here."""
+
 
 class ByIndex(Waiting):
     """Of an order that may look at the index, which changes between two steps: all keys are computed each time."""
@@ -66,22 +72,23 @@ class ByIndex(Waiting):
         self._requests.remove(request)
 
     def first(self, num_cached: Callable[[Request], int]) -> Request | None:
-        return min(self._requests, key=lambda r: (self._key(r, num_cached), r.arrival_ns), default=None)
+        return min(self._requests, key=lambda r: self._place(r, num_cached), default=None)
 
-    def _key(self, request: Request, num_cached: Callable[[Request], int]) -> float:
-        key = self._queue.key(request, num_cached)
-        if key != key:  # among others it is neither smaller nor larger, so there would be no order
-            name = type(self._queue).__name__
-            raise ValueError(f"{name}.key gave {key} of {request.request_id!r}: expected a number")
-        return key
+    def first_level(self) -> float:
+        return min((level_of(self._queue, request) for request in self._requests), default=math.inf)
+
+    def _place(self, request: Request, num_cached: Callable[[Request], int]) -> tuple[float, float, int]:
+        return level_of(self._queue, request), key_of(self._queue, request, num_cached), request.arrival_ns
 
 
 class ByArrival(Waiting):
-    """Of FCFS, whose keys stay what they are: a heap, in which the entry of one taken out stays until it comes up."""
+    """Of FCFS and Priority, whose keys stay what they are: a heap, in which the entry of one taken out stays until it
+    comes up.
+    """
 
-    def __init__(self, queue: FCFS) -> None:
+    def __init__(self, queue: QueuePolicy) -> None:
         super().__init__(queue)
-        self._heap: list[tuple[float, int, Request]] = []
+        self._heap: list[tuple[float, float, int, Request]] = []
         self._number_of: dict[Request, int] = {}  # of its entry
         self._num_entries = 0
 
@@ -91,18 +98,23 @@ class ByArrival(Waiting):
     def append(self, request: Request) -> None:
         self._num_entries += 1
         self._number_of[request] = self._num_entries
-        heapq.heappush(self._heap, (self._queue.key(request, _not_looked_at), self._num_entries, request))
+        level, key = level_of(self._queue, request), self._queue.key(request, _not_looked_at)
+        heapq.heappush(self._heap, (level, key, self._num_entries, request))
 
     def remove(self, request: Request) -> None:
         del self._number_of[request]
 
     def first(self, num_cached: Callable[[Request], int]) -> Request | None:
-        while self._heap:
-            _, number, request = self._heap[0]
-            if self._number_of.get(request) == number:
-                return request
+        self._drop_gone()
+        return self._heap[0][-1] if self._heap else None
+
+    def first_level(self) -> float:
+        self._drop_gone()
+        return self._heap[0][0] if self._heap else math.inf
+
+    def _drop_gone(self) -> None:
+        while self._heap and self._number_of.get(self._heap[0][-1]) != self._heap[0][-2]:
             heapq.heappop(self._heap)
-        return None
 
 
 def _not_looked_at(request: Request) -> int:
@@ -110,10 +122,11 @@ def _not_looked_at(request: Request) -> int:
 
 
 class WaitingRoom:
-    """queue: which of the new ones is asked next."""
+    """queue: the order of all requests here. returning: in the order in which they are asked."""
 
     def __init__(self, queue: QueuePolicy) -> None:
-        self.waiting: Waiting = ByArrival(queue) if type(queue) is FCFS else ByIndex(queue)
+        self.queue = queue
+        self.waiting: Waiting = ByArrival(queue) if type(queue).key is FCFS.key else ByIndex(queue)
         self.returning: list[Request] = []
         self._parked: list[_Parked] = []
 
@@ -133,9 +146,20 @@ class WaitingRoom:
 
     def next(self, num_cached: Callable[[Request], int]) -> Request | None:
         """Who is asked next. num_cached: tokens of a request in the index."""
-        if self.returning:
+        if self.returning and self._level(self.returning[0]) <= self.waiting.first_level():
             return self.returning[0]
         return self.waiting.first(num_cached)
+
+    def put_first(self, request: Request) -> None:
+        """Lets a request return before all others of its level."""
+        self.returning.insert(bisect_left(self.returning, self._level(request), key=self._level), request)
+
+    def put_last(self, request: Request) -> None:
+        """Lets a request return after the others of its level that do."""
+        self.returning.insert(bisect_right(self.returning, self._level(request), key=self._level), request)
+
+    def _level(self, request: Request) -> float:
+        return level_of(self.queue, request)
 
     def park(self, request: Request, swap: Swap, *, is_own: bool) -> None:
         """Lets a request that waits here wait for a swap."""
@@ -150,7 +174,8 @@ class WaitingRoom:
         own = [parked for parked in ready if parked.is_own]
         for parked in own:
             parked.swap.replace_in(parked.request.block_table)
-        self.returning[:0] = [parked.request for parked in own]
+        for parked in reversed(own):
+            self.put_first(parked.request)
         for parked in ready:
             parked.request.phase = Phase.WAITING
             if not parked.is_own:

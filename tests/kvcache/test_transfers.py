@@ -361,3 +361,25 @@ def test_a_repeat_of_any_message_changes_nothing():
     wires.run()
     assert d.transfers.drain_arrivals() == [] and not held_by_transfers(p) and not held_by_transfers(d)
     wires.check()
+
+
+def test_of_those_who_wait_for_room_a_smaller_level_is_given_it_first_and_of_one_level_who_came_first():
+    wires = Wires()
+    p, d = wires.pool(1), wires.pool(2, num_blocks=4)
+    d.transfers.order_by(float)
+    busy = d.blocks.alloc(4, REQUEST)
+    for number, level in enumerate((2, 1, 2, 1, 0)):
+        p.transfers.start(2, tokens(B, 100 * number), p.fill(B), PLAIN, str(level).encode(), wires.now_ns)
+    wires.run(until_ns=2 * TIMEOUTS.retry_ns)  # all are asked again meanwhile, which changes no order
+    assert wires.log.count("Grant") == 0 and wires.log.count("Wait") > 5
+    came = []
+    for block in busy[:2]:
+        d.blocks.release(np.array([block], dtype=np.int32), REQUEST)
+    for _ in range(5):
+        wires.run(until_ns=wires.now_ns + TIMEOUTS.retry_ns)
+        for arrival in d.transfers.drain_arrivals():
+            came.append(int(arrival.tokens[0]) // 100)
+            d.transfers.settle(arrival)
+    assert came == [4, 1, 3, 0, 2]
+    d.blocks.release_all(REQUEST)
+    wires.check()
