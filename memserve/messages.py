@@ -39,7 +39,7 @@ from memserve.request_stats import RequestStats
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """A client's request."""
+    """A client's request. class_name: of the workload's class that it is of, for the report; "" of none."""
 
     request_id: str
     session_id: str
@@ -47,6 +47,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     params: SamplingParams
     arrival_ns: int
     priority: int = 0
+    class_name: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -24,6 +24,7 @@ class RequestTimeline:
     arrival_ns: int
     num_prompt: int
     priority: int = 0
+    class_name: str = ""
     dispatched_ns: int | None = None
     finished_ns: int | None = None
     attempt: int = 0

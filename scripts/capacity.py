@@ -6,10 +6,11 @@ python scripts/capacity.py --vary workload.speedup --systems four:cluster=coloca
     workload=trace workload.path=FILE slo.ttft_s=10
 
 A load holds when at least `--share` of all requests finish within every objective (`slo.`), of the requests of all
-seeds where there are several; other figures are then means. Loads are doubled or halved from `--start` on until one
-holds and one does not, then the gap is narrowed to `--precision`. A queue that grows has an effect only if it has the
-time, and so many sessions come the sooner the higher their rate: with `--window S` there are as many as come in S
-seconds at each load. Systems and words are those of compare.py.
+seeds where there are several, each held to the objectives of its class where `workload.classes` has any; other figures
+are then means. Loads are doubled or halved from `--start` on until one holds and one does not, then the gap is narrowed
+to `--precision`. A queue that grows has an effect only if it has the time, and so many sessions come the sooner the
+higher their rate: with `--window S` there are as many as come in S seconds at each load. Systems and words are those of
+compare.py.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from memserve.metrics.repeats import mean_of
 from memserve.metrics.report import Report
 from memserve.metrics.table import format_figure
 from memserve.values import require_int, require_number
+from memserve.workload.classes import OBJECTIVES
 
 RATE = "workload.rate"
 DOUBLINGS = 12  # away from the start
@@ -148,8 +150,10 @@ class Search:
                 raise ValueError(f"--vary={vary}: expected an option that {self._name} has (a trace's load is "
                                  "workload.speedup)") from error  # fmt: skip
             raise
-        if cfg.slo.ttft_s is None and cfg.slo.tpot_s is None and cfg.slo.jct_s is None:
-            raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds")
+        theirs = [cfg.slo, *(cfg.workload.get("classes") or ())]
+        if all(each.get(name) is None for each in theirs for name in OBJECTIVES):
+            raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds, or one of "
+                             "a class in workload.classes")  # fmt: skip
         return cfg
 
 

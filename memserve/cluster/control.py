@@ -22,7 +22,7 @@ import numpy as np
 
 from memserve.clock import NS_PER_S, to_s
 from memserve.messages import Finished, Message, Submit, Tokens, pack_times, unpack_times
-from memserve.metrics.report import distribution
+from memserve.metrics.latencies import distribution
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.workload.player import SessionPlayer
 

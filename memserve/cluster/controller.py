@@ -1,7 +1,7 @@
 """Controller: rank 0 in one run: the client, the global scheduler, and the watch over the instances' processes."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -42,7 +42,7 @@ from memserve.request import Role
 from memserve.sched.global_scheduler import CLIENT
 from memserve.sched.scaling import Standing
 from memserve.workload.player import SessionPlayer
-from memserve.workload.session import Session
+from memserve.workload.session import Session, Workload
 
 READY_S = 900.0  # most time for every instance to load its model
 STOP_S = 30.0  # beyond the transfers' own deadline
@@ -50,7 +50,7 @@ _log = logging.getLogger("memserve")
 
 
 class Controller:
-    """Rank 0 in one run, the number of which is `run`."""
+    """Rank 0 in one run, the number of which is `run`. sessions: of the workload, with that run's seed."""
 
     def __init__(
         self,
@@ -60,16 +60,15 @@ class Controller:
         mailbox: Mailbox,
         engine: Engine,
         sessions: Sequence[Session],
-        concurrency: int | None,
-        figures: Mapping[str, str | float | None],
+        workload: Workload,
         run: int = 0,
     ) -> None:
         self._mailbox, self._roster, self._run = mailbox, roster, run
         self._scheduler = build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
         scaling = build_scaling(cfg, [role for _, role in roles])
         self._members = ClusterManager(roles, scaling, self._scheduler, make(cfg.heir))
-        self._client = SessionPlayer(sessions, engine.max_context, concurrency)
-        self._slo, self._figures = cfg.slo, figures
+        self._client = SessionPlayer(sessions, engine.max_context, workload.concurrency)
+        self._slo, self._workload = cfg.slo, workload
         self._stop_s = cfg.transfer.deadline_s + STOP_S
         self._waits = cfg.cluster.patience_s > 0  # for instances, where none is left
         self._num_members = len(roles) + cfg.cluster.spares
@@ -97,7 +96,7 @@ class Controller:
             self._turnover.tell(Leave(), list(self._watch.idle))
         left = [self._summaries[i] for i in sorted(self._summaries) if self._member(i).joined_ns is not None]
         timelines = list(self._scheduler.timelines.values())
-        counted = (self._client.counts, to_s(end_ns), self._slo, self._figures)
+        counted = (self._client.counts, to_s(end_ns), self._slo, self._workload)
         report = report_of(self._scheduler, self._members, left, *counted)
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}

@@ -112,8 +112,7 @@ class DistributedCluster:
                 self._mailbox,
                 engine,
                 sessions,
-                workload.concurrency,
-                workload.figures,
+                workload,
                 number,
             )
             results.append(controller.run(progress))

@@ -1,7 +1,7 @@
 """Summary: what an instance has to say at a run's end, and the report of all of them. The same in every execution."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -16,7 +16,9 @@ from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
 from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.workload.classes import OBJECTIVES
 from memserve.workload.player import PlayerCounts
+from memserve.workload.session import Workload
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -81,12 +83,12 @@ def report_of(
     counts: PlayerCounts,
     wall_s: float,
     slo: SloConfig,
-    workload: Mapping[str, str | float | None],
+    workload: Workload,
     control: Report | None = None,
 ) -> Report:
     """The report of a run. summaries: of the instances that are left at its end, or have left before.
 
-    workload: its figures.  control: the control plane's, where its time is virtual and not 0.
+    workload: that was played.  control: the control plane's figures, where its time is virtual and not 0.
     """
     timelines = list(scheduler.timelines.values())
     window = window_ns(timelines)
@@ -103,11 +105,16 @@ def report_of(
         tree_counts=scheduler.groups.tree_counts(),
         membership={**manager.counts(), **_bequests(summaries)},
         stays_ns=manager.stays_ns(),
-        slo=Slo(slo.ttft_s, slo.tpot_s, slo.jct_s),
-        workload=workload,
+        slo=Slo(**_objectives(slo)),
+        classes={each.name: Slo(**{**_objectives(slo), **each.objectives}) for each in workload.classes},
+        workload=workload.figures,
         control=control,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
+
+
+def _objectives(slo: SloConfig) -> dict[str, float | None]:
+    return {name: getattr(slo, name) for name in OBJECTIVES}
 
 
 def _within(window: tuple[int, int] | None, summary: Summary) -> InstanceStats:

@@ -90,7 +90,8 @@ def comparison_table(reports: Mapping[str, Report], title: str = "") -> Table:
 
 def comparison_rows(reports: Mapping[str, Report]) -> list[list[str]]:
     """What is compared: the name of a figure that any of them has, and it in each report, as text."""
-    shown, said = _had(reports, _COMPARED), [of_what(report) for report in reports.values()]
+    shown = _had(reports, (*_COMPARED, *_of_classes(reports)))
+    said = [of_what(report) for report in reports.values()]
     runs = [["figures", *said]] if any(said) else []
     return runs + [[row.label, *(_cell(report, row) for report in reports.values())] for row in shown]
 
@@ -110,6 +111,24 @@ def print_points(reports: Mapping[str, Report], title: str = "", console: Consol
 def print_comparison(reports: Mapping[str, Report], title: str = "", console: Console | None = None) -> None:
     """Prints reports side by side; console: None is standard output."""
     (console or standard_output()).print(comparison_table(reports, title))
+
+
+def _of_classes(reports: Mapping[str, Report]) -> list[_Row]:
+    """What is compared of each class that any of them has."""
+    names = dict.fromkeys(name for report in reports.values() for name in report.get("classes") or {})
+    return [
+        _Row(f"{name}: {label}", ("classes", name, *path), unit)
+        for name in names
+        for label, path, unit in (
+            ("finished", ("num_finished",), "count"),
+            ("TTFT mean", ("ttft_s", "mean"), "seconds"),
+            ("TTFT P99", ("ttft_s", "p99"), "seconds"),
+            ("TPOT mean", ("tpot_s", "mean"), "seconds"),
+            ("JCT mean", ("jct_s", "mean"), "seconds"),
+            ("good answers", ("goodput", "share"), "share"),
+            ("good answers/s", ("goodput", "requests_per_s"), "number"),
+        )
+    ]
 
 
 def _had(reports: Mapping[str, Report], rows: Sequence[_Row]) -> list[_Row]:

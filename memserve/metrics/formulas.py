@@ -68,6 +68,7 @@ class RequestMetrics:
     itl: np.ndarray
     jct: float | None
     phases: Phases
+    class_name: str = ""  # of the request, in a workload of several
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def measure(timeline: RequestTimeline) -> RequestMetrics:
         itl=np.diff(times_ns) / NS_PER_S,
         jct=_between_s(timeline.arrival_ns, timeline.finished_ns),
         phases=_phases(timeline),
+        class_name=timeline.class_name,
     )
 
 

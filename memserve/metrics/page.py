@@ -18,6 +18,8 @@ MAX_REQUESTS = 2000  # rows of a run's table of requests; more are in its reques
 _REQUEST_COLUMNS = {  # heading: key of a record, unit
     "request": ("request_id", ""),
     "session": ("session_id", ""),
+    "class": ("class", ""),
+    "priority": ("priority", "count"),
     "arrival": ("arrival_s", "seconds"),
     "instance": ("instance", ""),
     "why there": ("why", ""),

@@ -26,6 +26,8 @@ def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> di
     record = {
         "request_id": timeline.request_id,
         "session_id": timeline.session_id,
+        "class": timeline.class_name,
+        "priority": timeline.priority,
         "instance": timeline.instance,
         "decode_instance": "" if stats is None else stats.decode_instance,
         "attempt": timeline.attempt,

@@ -5,15 +5,15 @@ exist (no request finished, no second token) is null. Knows no files.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
 
 from memserve.clock import to_s
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics import formulas
+from memserve.metrics.goodput import class_figures, goodput_figures
+from memserve.metrics.latencies import distribution, latencies
 from memserve.metrics.migrations import migration_figures
 from memserve.metrics.parts import instances_of, part_of
 from memserve.metrics.routing_figures import routing_figures
@@ -21,10 +21,6 @@ from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
 Report = dict[str, Any]
-PERCENTILES = (50, 90, 99)
-STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
-
-
 _NO_TRANSFERS = TransferCounts()
 _NO_SLO = formulas.Slo()
 _NOBODY_CAME = {"joined": 0, "left": 0, "lost": 0, "switched": 0, "bequeathed_tokens": 0, "bequests_declined": 0}
@@ -80,6 +76,7 @@ def build_report(
     membership: Mapping[str, int] = _NOBODY_CAME,
     stays_ns: Sequence[tuple[int, int | None]] | None = None,
     slo: formulas.Slo = _NO_SLO,
+    classes: Mapping[str, formulas.Slo] = _NO_FIGURES,
     workload: Mapping[str, Any] = _NO_FIGURES,
     control: Report | None = None,
 ) -> Report:
@@ -91,22 +88,20 @@ def build_report(
     p_to_d, d_to_p: sent by prefill instances to decode instances, and back.  between: by those of one role.
     tree_counts: of the global scheduler's prompt trees.  membership: instances that came and went, and what they left
     to others.  stays_ns: from when until when each was there, also those without a row; None: as the rows say.
-    slo: what counts under `goodput`; null where it asks for nothing.  workload, control: their figures.
+    slo: what counts under `goodput`; null where nothing is asked for.  classes: what counts of the requests of each
+    class, which has figures of its own under `classes`.  workload, control: their figures.
     """
     succeeded, window = [formulas.measure(t) for t in timelines if t.succeeded], formulas.window_ns(timelines)
     makespan_s, rows = formulas.makespan_s(window), _instances(instances, timelines, window)
     stays, tokens = stays_ns or [(i.joined_ns, i.left_ns) for i in instances], _all_tokens(timelines, rows)
     return {
-        "num_requests": len(timelines),
-        "num_finished": len(succeeded),
-        "num_failed": len(timelines) - len(succeeded),
-        "num_sessions": len({timeline.session_id for timeline in timelines}),
-        "failures": _failures(timelines),
+        **_ends(timelines),
         "workload": dict(workload),
         "turns_over_context": turns_over_context,
         "turns_not_sent": turns_not_sent,
-        **_latencies(succeeded),
-        "goodput": _goodput(len(timelines), succeeded, slo, makespan_s),
+        **latencies(succeeded),
+        "goodput": goodput_figures(len(timelines), succeeded, slo, classes, makespan_s),
+        "classes": class_figures(timelines, succeeded, classes, makespan_s),
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
@@ -126,56 +121,16 @@ def build_report(
     }
 
 
-def distribution(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Mean and percentiles (linear between neighbouring values) of float [n]; all null when n is 0."""
-    if len(values) == 0:
-        return dict.fromkeys(STATISTICS)
-    figures = (np.mean(values), *np.percentile(values, PERCENTILES))
-    return {name: float(figure) for name, figure in zip(STATISTICS, figures, strict=True)}
-
-
-def _present(values: Iterable[float | None]) -> dict[str, float | None]:
-    return distribution([value for value in values if value is not None])
-
-
-def _latencies(succeeded: Sequence[formulas.RequestMetrics]) -> Report:
-    gaps = [request.itl for request in succeeded]
-    return {
-        "ttft_s": _present(request.ttft for request in succeeded),
-        "second_token_s": _present(request.second_token for request in succeeded),
-        "tpot_s": _present(request.tpot for request in succeeded),
-        "itl_s": distribution(np.concatenate(gaps) if gaps else []),
-        "decode_itl_s": distribution(np.concatenate([gap[1:] for gap in gaps]) if gaps else []),
-        "jct_s": _present(request.jct for request in succeeded),
-        "phases_s": {
-            phase.name: _present(getattr(request.phases, phase.name) for request in succeeded)
-            for phase in fields(formulas.Phases)
-        },
-    }
-
-
-def _failures(timelines: Sequence[RequestTimeline]) -> dict[str, int]:
-    """How many requests failed, by reason; "unfinished" had not ended when the run did."""
+def _ends(timelines: Sequence[RequestTimeline]) -> Report:
+    """How many requests there were, and how they ended; "unfinished" had not when the run did."""
     reasons = [timeline.reason for timeline in timelines if not timeline.succeeded]
-    return dict(sorted(Counter("unfinished" if reason is None else str(reason) for reason in reasons).items()))
-
-
-def _goodput(
-    num_requests: int, succeeded: Sequence[formulas.RequestMetrics], slo: formulas.Slo, makespan_s: float | None
-) -> Report | None:
-    """The requests that succeeded within every objective, of all that there were and in each second; and how many of
-    those that succeeded missed which.
-    """
-    if slo == _NO_SLO:
-        return None
-    missed = [slo.missed(metrics) for metrics in succeeded]
-    num_good = missed.count([])
+    failures = Counter("unfinished" if reason is None else str(reason) for reason in reasons)
     return {
-        "slo": asdict(slo),
-        "num_good": num_good,
-        "share": formulas.ratio(num_good, num_requests),
-        "requests_per_s": formulas.ratio(num_good, makespan_s),
-        "missed": {name: sum(name in names for names in missed) for name in asdict(slo)},
+        "num_requests": len(timelines),
+        "num_finished": len(timelines) - len(reasons),
+        "num_failed": len(reasons),
+        "num_sessions": len({timeline.session_id for timeline in timelines}),
+        "failures": dict(sorted(failures.items())),
     }
 
 

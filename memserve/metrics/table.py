@@ -1,6 +1,6 @@
 """Table: one run's report for people, in full. Knows the report's keys; computes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
@@ -116,6 +116,7 @@ def _totals_table(report: Report) -> Table:
         **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
         **_goodput_text(report["goodput"]),
+        **_classes_text(report["classes"]),
         **_membership_text(report["membership"]),
         **_migrations_text(report["migrations"]),
         **_control_text(report["control"]),
@@ -142,13 +143,26 @@ def _goodput_text(goodput: Report | None) -> dict[str, str]:
     """What was answered within the objectives, if there are any; and how many answers missed which."""
     if goodput is None:
         return {}
+    share, rate = format_figure(goodput["share"], "share"), format_figure(goodput["requests_per_s"], "number")
     missed = ", ".join(
         f"{_count(goodput['missed'][key])} by {_name_of(key)} <= {format_figure(bound, 'seconds')}"
         for key, bound in goodput["slo"].items()
         if bound is not None
     )
-    share, rate = format_figure(goodput["share"], "share"), format_figure(goodput["requests_per_s"], "number")
-    return {"goodput": f"{share}, {rate} requests/s; missed: {missed}"}
+    return {"goodput": f"{share}, {rate} requests/s{'; missed: ' * bool(missed)}{missed}"}
+
+
+def _classes_text(classes: Report | None) -> dict[str, str]:
+    """Each class's answers, and how many of them were within its objectives, if it has any."""
+    return {f"class {name}": "; ".join(_class_texts(figures)) for name, figures in (classes or {}).items()}
+
+
+def _class_texts(figures: Report) -> Iterator[str]:
+    yield f"{_count(figures['num_finished'])} of {_count(figures['num_requests'])} finished"
+    for name in ("TTFT", "TPOT", "JCT"):
+        mean, p99 = (format_figure(figures[_LATENCIES[name]][statistic], "seconds") for statistic in ("mean", "p99"))
+        yield f"{name} {mean} (P99 {p99})"
+    yield from (f"goodput {text}" for text in _goodput_text(figures["goodput"]).values())
 
 
 def _name_of(key: str) -> str:

@@ -40,7 +40,8 @@ class Routed:
     def of(cls, submit: Submit) -> "Routed":
         """A request that a client has submitted."""
         m = submit
-        timeline = RequestTimeline(m.request_id, m.session_id, m.arrival_ns, len(m.tokens) // 4, m.priority)
+        num_prompt = len(m.tokens) // 4
+        timeline = RequestTimeline(m.request_id, m.session_id, m.arrival_ns, num_prompt, m.priority, m.class_name)
         return cls(submit, timeline)
 
     def failed(self, reason: FinishReason, detail: str) -> Finished:

@@ -6,7 +6,7 @@
 What the file has for thought and action is not sent; it sets how long each answer is, as in ChatWorkload.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from memserve.clock import to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
-from memserve.workload.conversations import read_file
+from memserve.workload.classes import request_classes
+from memserve.workload.conversations import named_by, read_file
 from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
 
@@ -33,6 +34,7 @@ class AgentWorkload(Workload):
     num_sessions: the first so many trajectories; None is all.  rate: sessions a second over the whole cluster.
     think_time_s: that a tool takes.  max_turns: the first so many steps of each; None is all.
     max_output_tokens: most tokens of an answer; else it has as many as the file's thought and action.
+    classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
     Raises ValueError naming option, value and what is allowed.
     """
@@ -47,7 +49,9 @@ class AgentWorkload(Workload):
         think_time_s: float = CLIENT_S,
         max_turns: int | None = None,
         max_output_tokens: int = 128,
+        classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self.classes = request_classes(classes)
         self._path = PACKAGED_TRAJECTORIES if path is None else Path(path)
         self._prompt_path = PACKAGED_FEW_SHOT if prompt_path is None else Path(prompt_path)
         self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
@@ -66,9 +70,15 @@ class AgentWorkload(Workload):
         rng = np.random.default_rng(require_int("seed", seed, 0))
         arrivals_ns = arrival_times_ns(self._arrivals, len(records), self._rate, rng)
         return [
-            Session(record["id"], int(arrival_ns), tuple(self._turns(where, record, few_shot, tokenizer)), _NOTHING)
+            self._session(where, record, int(arrival_ns), few_shot, tokenizer)
             for (where, record), arrival_ns in zip(records, arrivals_ns, strict=True)
         ]
+
+    def _session(
+        self, where: str, record: dict[str, Any], arrival_ns: int, few_shot: str, tokenizer: ChatTokenizer
+    ) -> Session:
+        turns, named = tuple(self._turns(where, record, few_shot, tokenizer)), named_by(where, record)
+        return Session(record["id"], arrival_ns, turns, _NOTHING, class_name=named.class_name, priority=named.priority)
 
     def _few_shot(self) -> str:
         try:

@@ -5,8 +5,9 @@ ShareGPT: section 8.1 replaces its responses by generated ones).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ from memserve.clock import to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_bool, require_choice, require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
+from memserve.workload.classes import request_classes
 from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
 from memserve.workload.records import require_enough
 from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
@@ -40,6 +42,7 @@ class ChatWorkload(Workload):
     skip_invalid: leave out conversations that cannot be played, say how many in the log and in the report, and go on,
         instead of raising.
     temperature, top_k, top_p, ignore_eos: see SamplingParams.
+    classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
     Raises ValueError naming option, value and what is allowed.
     """
@@ -60,7 +63,9 @@ class ChatWorkload(Workload):
         top_k: int = 0,
         top_p: float = 1.0,
         ignore_eos: bool = False,
+        classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self.classes = request_classes(classes)
         self._path = PACKAGED_CONVERSATIONS if path is None else Path(path)
         self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
         require_part("workload", "arrivals", arrivals, Arrivals)
@@ -122,7 +127,11 @@ class ChatWorkload(Workload):
             params = self._params_for(turn.answer, tokenizer)
             turns.append(Turn(tokens, params, self._think_time_ns if number else 0))
         suffix, eos_token_ids = tokenizer.turn_suffix, tokenizer.eos_token_ids
-        return Session(conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids)
+        named = conversation.named
+        return Session(
+            conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids,
+            class_name=named.class_name, priority=named.priority,
+        )  # fmt: skip
 
     def _params_for(self, answer: str | None, tokenizer: ChatTokenizer) -> SamplingParams:
         if not self._from_file:

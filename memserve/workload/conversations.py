@@ -9,9 +9,11 @@ Knows text and roles; never sees a token. Every error names the file and the lin
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from memserve.request import require_priority
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -45,12 +47,21 @@ class ConversationTurn:
 
 
 @dataclass(frozen=True)
+class Named:
+    """What a line says of the class and the priority of its requests, if it does."""
+
+    class_name: str = ""
+    priority: int | None = None
+
+
+@dataclass(frozen=True)
 class Conversation:
     """where: "file:line", for messages to the user."""
 
     conversation_id: str
     turns: tuple[ConversationTurn, ...]
     where: str
+    named: Named = Named()
 
 
 def iter_conversations(path: Path) -> Iterator[Conversation | BadConversation]:
@@ -167,7 +178,18 @@ def _conversation(entry: object, number: int, where: str) -> Conversation:
         raise _bad(where, f"id={conversation_id!r}: expected a non-empty string or an integer")
     require_text(where, "id", str(conversation_id))
     messages = _messages(entry, where)
-    return Conversation(str(conversation_id), _turns(messages, where), where)
+    return Conversation(str(conversation_id), _turns(messages, where), where, named_by(where, entry))
+
+
+def named_by(where: str, entry: Mapping[str, object]) -> Named:
+    """By the fields `class` and `priority` of a line's object, where it has them."""
+    name, priority = entry.get("class", ""), entry.get("priority")
+    if not isinstance(name, str) or ("class" in entry and not name):
+        raise _bad(where, f"class={name!r}: expected a word, one of workload.classes")
+    try:
+        return Named(name, None if "priority" not in entry else require_priority("priority", priority))
+    except ValueError as error:
+        raise _bad(where, str(error)) from None
 
 
 def _messages(entry: dict[str, object], where: str) -> list[ChatMessage]:

@@ -5,6 +5,7 @@
 The paper's LooGLE set-up: the first 1k tokens of a document and its first 5 questions (section 8.1).
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from memserve.request import SamplingParams
 from memserve.values import require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
+from memserve.workload.classes import request_classes
+from memserve.workload.conversations import Named, named_by
 from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
@@ -27,6 +30,7 @@ class DocumentQA(Workload):
     document_tokens: of a document's beginning that a prompt has.  questions: most of a document.
     num_sessions: so many of the questions, drawn at random; None is all.  rate: sessions a second over the cluster.
     max_output_tokens: most tokens of an answer; else it has as many as the file's own.
+    classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
     Raises ValueError naming option, value and what is allowed.
     """
@@ -40,7 +44,9 @@ class DocumentQA(Workload):
         rate: float | None = 1.0,
         arrivals: Arrivals = _DEFAULT_ARRIVALS,
         max_output_tokens: int = 128,
+        classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self.classes = request_classes(classes)
         self._path = PACKAGED_DOCUMENTS if path is None else Path(path)
         self._document_tokens = require_int("document_tokens", document_tokens, 1)
         self._questions = require_int("questions", questions, 1)
@@ -54,17 +60,14 @@ class DocumentQA(Workload):
         """See Workload. Raises BadConversation with file and line, ValueError when there is no file or too few."""
         rng = np.random.default_rng(require_int("seed", seed, 0))
         asked = [
-            (f"{record['id']}/{number}", turn)
+            (f"{record['id']}/{number}", turn, named_by(where, record))
             for where, record in iter_records(self._path, {"document": str, "questions": list})
             for number, turn in enumerate(self._turns(where, record, tokenizer))
         ]
         require_enough(self._num_sessions, len(asked), f"{self._path} holds {len(asked)} questions")
         order = rng.permutation(len(asked))[: self._num_sessions]
         arrivals_ns = arrival_times_ns(self._arrivals, len(order), self._rate, rng)
-        return [
-            Session(asked[i][0], int(arrival_ns), (asked[i][1],), np.empty(0, dtype=np.int32))
-            for i, arrival_ns in zip(order, arrivals_ns, strict=True)
-        ]
+        return [_session(asked[i], int(arrival_ns)) for i, arrival_ns in zip(order, arrivals_ns, strict=True)]
 
     def _turns(self, where: str, record: dict[str, Any], tokenizer: ChatTokenizer) -> list[Turn]:
         """A document's questions, a request each."""
@@ -78,3 +81,10 @@ class DocumentQA(Workload):
             params = SamplingParams(max_tokens=min(max(length, 1), self._max_output_tokens), ignore_eos=True)
             turns.append(Turn(np.concatenate([document, asked]), params))
         return turns
+
+
+def _session(asked: tuple[str, Turn, Named], arrival_ns: int) -> Session:
+    """Of one question."""
+    session_id, turn, named = asked
+    nothing = np.empty(0, dtype=np.int32)
+    return Session(session_id, arrival_ns, (turn,), nothing, class_name=named.class_name, priority=named.priority)

@@ -61,6 +61,12 @@ class _Live:
         """The session that the cluster takes it for."""
         return self.session.session_id if self.session.chat is None else self.session.chat
 
+    def submit(self, arrival_ns: int) -> Submit:
+        """The request of the current turn."""
+        session, params = self.session, self.session.turns[self.turn].params
+        tokens, priority = pack_tokens(self.prompt), session.priority or 0
+        return Submit(self.request_id, self.seen_as, tokens, params, arrival_ns, priority, session.class_name)
+
     def add_output(self, index: int, token_ids: np.ndarray) -> None:
         """Tokens [index, index + n) of the answer; what is known already is dropped."""
         assert index <= self.num_output, f"{self.request_id}: token {index} came before token {self.num_output}"
@@ -111,8 +117,7 @@ class SessionPlayer:
         while self._due and self._due[0][0] <= now_ns:
             due_ns, _, live = heapq.heappop(self._due)
             self._in_flight[live.request_id] = live
-            params = live.session.turns[live.turn].params
-            submits.append(Submit(live.request_id, live.seen_as, pack_tokens(live.prompt), params, arrival_ns=due_ns))
+            submits.append(live.submit(due_ns))
         self._count(turns_submitted=len(submits))
         return submits
 

@@ -8,15 +8,16 @@ KV the earlier turns left in a cache:
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from memserve.clock import MAX_NS
-from memserve.request import SamplingParams
+from memserve.request import SamplingParams, require_priority
 from memserve.values import require_int
+from memserve.workload.classes import RequestClass, drawn
 
 CLIENT_S = 0.1  # from an answer to the next turn: our assumption of what a client takes for text, tokens and HTTP
 ChatMessages = Sequence[Mapping[str, str]]  # each {"role": ..., "content": ...}
@@ -70,8 +71,9 @@ class Session:
     suffix: int32 [n], the tokens that close an answer.  eos_token_ids: those that an answer can end with by itself.
     chat: what policies and the report take it for, with others of that chat: a trace's, each at its own time; None: for
     one of its own.
+    class_name: one of the workload's `classes`; "" is drawn.  priority: of its requests; None: that of its class, or 0.
     Raises ValueError when there is no turn, or when it goes on for longer than a clock can tell; for an arrival that is
-    no integer from 0 on, a session_id or a chat that is no string, and another suffix.
+    no integer from 0 on, a session_id or a chat that is no string, a priority that is none, and another suffix.
     """
 
     session_id: str
@@ -80,12 +82,16 @@ class Session:
     suffix: np.ndarray
     eos_token_ids: Collection[int] = ()
     chat: str | None = None
+    class_name: str = ""
+    priority: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.session_id, str):
             raise ValueError(f"session_id={self.session_id!r}: expected a string")
         if self.chat is not None and not isinstance(self.chat, str):
             raise ValueError(f"chat={self.chat!r} of session {self.session_id!r}: expected a string, or None")
+        if self.priority is not None:
+            require_priority(f"priority of session {self.session_id!r}", self.priority)
         if not self.turns:
             raise ValueError(f"session {self.session_id!r} has no turns: expected at least one")
         _require_tokens(f"suffix of session {self.session_id!r}", self.suffix)
@@ -121,10 +127,11 @@ class Workload(ABC):
 
     concurrency: sessions in progress at a time (closed loop), or None (open loop: sessions start when they arrive).
     figures: what the report has under `workload`: of the sessions given last, how they were understood, what was left
-    out.
+    out.  classes: that sessions are drawn to be of, as `request_classes` makes them.
     """
 
     concurrency: int | None = None
+    classes: tuple[RequestClass, ...] = ()
     figures: Mapping[str, str | float | None] = MappingProxyType({})
 
     @abstractmethod
@@ -133,7 +140,9 @@ class Workload(ABC):
 
 
 def sessions_of(workload: Workload, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
-    """A workload's sessions. Raises ValueError where it has none, or something else."""
+    """A workload's sessions, each of one of its classes, if it has any. Raises ValueError where it has no session, or
+    something else, or one of a class that it does not have.
+    """
     given, name = workload.sessions(tokenizer, seed), type(workload).__name__
     sessions = list(given) if isinstance(given, Iterable) else []
     if not sessions:
@@ -141,4 +150,25 @@ def sessions_of(workload: Workload, tokenizer: ChatTokenizer, seed: int) -> list
     for session in sessions:
         if not isinstance(session, Session):
             raise ValueError(f"{name}.sessions gave {session!r}: expected a Session")
-    return sessions
+    return _classed(sessions, workload.classes, seed)
+
+
+def _classed(sessions: list[Session], classes: Sequence[RequestClass], seed: int) -> list[Session]:
+    """Each with its class: what it says itself, or that of its chat's first one, or what is drawn for it."""
+    known, of_chat = {each.name: each for each in classes}, dict[str, RequestClass]()
+    for session in sessions:
+        if session.class_name and session.class_name not in known:
+            expected = f"one of workload.classes: {', '.join(known)}" if known else "workload.classes with its name"
+            raise ValueError(f"class={session.class_name!r} of session {session.session_id!r}: expected {expected}")
+    if not classes:
+        return sessions
+    found = []
+    for session, own in zip(sessions, drawn(classes, len(sessions), seed), strict=True):
+        theirs = own if session.chat is None else of_chat.setdefault(session.chat, own)
+        found.append(_of_class(session, known.get(session.class_name, theirs)))
+    return found
+
+
+def _of_class(session: Session, own: RequestClass) -> Session:
+    priority = own.priority if session.priority is None else session.priority
+    return replace(session, class_name=own.name, priority=priority)

@@ -7,7 +7,8 @@
 and its number alone, so adding sessions leaves the others as they were.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from memserve.clock import to_ns
 from memserve.request import SamplingParams
 from memserve.values import require_duration, require_int, require_number, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
+from memserve.workload.classes import request_classes
 from memserve.workload.lengths import MAX_TOKENS, Fixed, Lengths
 from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
 
@@ -36,6 +38,7 @@ class SyntheticWorkload(Workload):
     lengths: how prompts, turns and answers spread around their means (prefixes are exact).  output_lengths: how answers
     do, where that is another way.
     think_time_s: from the end of an answer to the next turn, what a client takes.  temperature: see SamplingParams.
+    classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
     Raises ValueError naming option, value and what is allowed.
     """
@@ -56,7 +59,9 @@ class SyntheticWorkload(Workload):
         output_lengths: Lengths | None = None,
         think_time_s: float = CLIENT_S,
         temperature: float = 0.0,
+        classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self.classes = request_classes(classes)
         self._num_sessions = require_int("num_sessions", num_sessions, 1, MAX_SESSIONS)
         self._num_turns = require_int("num_turns", num_turns, 1, MAX_SESSIONS)
         require_part("workload", "arrivals", arrivals, Arrivals)

@@ -11,9 +11,10 @@ its session; the next request of a chat comes when the trace says, whether or no
 An answer's own tokens are no part of a later prompt: that one has what the trace's next prompt had.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from memserve.clock import to_ns, to_s
 from memserve.mixing import GOLDEN64, mix64
 from memserve.request import SamplingParams
 from memserve.values import require_bool, require_duration, require_int, require_number
+from memserve.workload.classes import request_classes
 from memserve.workload.conversations import BadConversation
 from memserve.workload.lengths import MAX_TOKENS
 from memserve.workload.records import require_enough
@@ -43,6 +45,7 @@ class TraceWorkload(Workload):
     max_output_tokens: most tokens of an answer; None: as many as the trace's.
     skip_empty: leave out requests without a prompt or without an answer (failures are written so), say how many, and go
         on, instead of raising.
+    classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
     Raises ValueError naming option, value and what is allowed; BadConversation for a line that is no request.
     """
@@ -57,7 +60,9 @@ class TraceWorkload(Workload):
         skip_empty: bool = False,
         start_s: float = 0.0,
         duration_s: float | None = None,
+        classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        self.classes = request_classes(classes)
         self._path = Path(path)
         self._num_sessions = None if num_sessions is None else require_int("num_sessions", num_sessions, 1)
         self._speedup = require_number("speedup", speedup, "a number in [1e-6, 1e6]", minimum=1e-6, maximum=1e6)
@@ -93,6 +98,8 @@ class TraceWorkload(Workload):
                 turns=(self._turn(request, number, hash_tokens, tokenizer.vocab_size, seed),),
                 suffix=np.empty(0, dtype=np.int32),
                 chat=request.chat,
+                class_name=request.named.class_name,
+                priority=request.named.priority,
             )
             for number, request in enumerate(requests)
         ]

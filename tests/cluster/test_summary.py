@@ -11,6 +11,7 @@ from memserve.cluster.summary import report_of, summarize
 from memserve.config.schema import SloConfig
 from memserve.metrics.table import print_report
 from memserve.transfer import MessageFaults
+from memserve.workload import ChatWorkload
 
 SHARING = ["exec=simulated", "workload=synthetic", "workload.num_sessions=12", "workload.num_turns=3",
            "workload.rate=20", "workload.prefix_tokens=512", "workload.share_ratio=6"]  # fmt: skip
@@ -46,7 +47,9 @@ def test_every_token_that_was_computed_is_in_the_report(granularity, on_failure)
     while cluster.advance():
         pass
     summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in cluster.nodes]
-    report = report_of(cluster.scheduler, cluster.members, summaries, cluster.client.counts, 1.0, SloConfig(), {})
+    report = report_of(
+        cluster.scheduler, cluster.members, summaries, cluster.client.counts, 1.0, SloConfig(), ChatWorkload()
+    )
     assert (report["num_failed"] > 0) == (on_failure == "fail")
     tokens, counted = report["tokens"], [n.instance.scheduler.counts for n in cluster.nodes]
     assert tokens["computed_in_vain"] > 0 < tokens["generated_in_vain"]

@@ -111,3 +111,20 @@ def test_seeds_are_whole_numbers(capacity, capsys):
     with pytest.raises(SystemExit):
         capacity.main([*WORDS, "slo.ttft_s=1", "--seeds", "0,x"])
     assert "0,x: expected integers >= 0, joined by commas" in capsys.readouterr().err
+
+
+def test_each_request_counts_by_the_objectives_of_its_class(capacity, tmp_path, capsys):
+    classes = "workload.classes=[{{name: chat, share: .5, {}}}, {{name: batch, share: .5, priority: 1}}]"
+    more = ["--share", ".75", "--precision", ".5", "--start", "8", "--systems"]
+    capacity.main([*more, "fcfs:queue=fcfs,priority:queue=priority", *WORDS, "sched.max_running=4",
+                   "workload.num_sessions=300", "--out", str(tmp_path), classes.format("ttft_s: .1")])  # fmt: skip
+    found = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["systems"]
+    assert found["priority"]["holds"] > found["fcfs"]["holds"]
+    for system in found.values():
+        for point in system["points"]:
+            report = point["report"]
+            bad = report["classes"]["chat"]["num_requests"] - report["classes"]["chat"]["goodput"]["num_good"]
+            assert report["goodput"]["num_good"] == report["num_requests"] - bad
+    assert "ttft" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"slo: expected at least one of .* or one of a class in workload.classes"):
+        capacity.main([*more, "pd", *WORDS, classes.format("priority: 2")])
