@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from memserve.config.checks import check_config
 from memserve.config.checks_of_prediction import check_prediction
+from memserve.config.checks_of_store import check_store
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
@@ -42,6 +43,7 @@ from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.rejection import Rejection
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling
+from memserve.sched.store_policy import StorePolicy
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.transfer.link import LinkModel
 from memserve.transfer.transport import Transport
@@ -59,6 +61,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "preemption": Preemption,
     "swap": SwapPolicy,
     "fetch": FetchPolicy,
+    "store": StorePolicy,
     "layout": Layout,
     "granularity": Granularity,
     "link": LinkModel,
@@ -174,6 +177,7 @@ def resolve(composed: DictConfig) -> RunConfig:
     for role in dict.fromkeys(cfg.cluster.roles):
         _check_role(cfg, role)
     check_prediction(cfg)
+    check_store(cfg)
     if cfg.model.attention == "auto":
         cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from memserve.bequest import Bequeathed, Bequest
+from memserve.deposits import Deposited, Deposits
 from memserve.fetches import FetchedKV, Fetches
 from memserve.given_up import GivenUp
 from memserve.kvcache.sending import DECLINED
@@ -34,6 +35,7 @@ from memserve.messages import (
 )
 from memserve.request import FinishReason, Request, ScheduledBatch
 from memserve.request_stats import RequestStats
+from memserve.returns import Returns
 from memserve.sched.modes import Mode
 from memserve.served import Served
 from memserve.words import GivenBack, HandedOver, packed, read_word, request_of
@@ -56,10 +58,12 @@ class _Handoff:
 class Handoffs:
     """The transfers of one instance's requests. mode: says what is sent where, and what is indexed."""
 
-    def __init__(self, transfers: Transfers, mode: Mode, fetches: Fetches, bequest: Bequest) -> None:
-        self.transfers, self.fetches, self.bequest = transfers, fetches, bequest
+    def __init__(
+        self, transfers: Transfers, mode: Mode, fetches: Fetches, bequest: Bequest, deposits: Deposits
+    ) -> None:
+        self.transfers, self.fetches, self.bequest, self.deposits = transfers, fetches, bequest, deposits
         self.given_up = GivenUp()
-        self.num_overtaken = 0
+        self.returns = Returns(transfers)
         self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode = mode
         self._on_the_way: dict[str, _Handoff] = {}
@@ -129,12 +133,13 @@ class Handoffs:
         if handoff is not None:
             self.transfers.cancel(handoff.ticket, reason, now_ns)
 
-    def ended(self, ticket: Ticket) -> Request | None:
+    def ended(self, ticket: Ticket, now_ns: int) -> Request | None:
         """The request whose hand-off this ticket was, if it still waits for it. A DONE one is forgotten here."""
         for request_id, handoff in self._on_the_way.items():
             if handoff.ticket is ticket:
                 if ticket.state is TicketState.DONE:
                     del self._on_the_way[request_id]
+                    self._deposit(handoff.request, now_ns)
                 return handoff.request
         return None
 
@@ -143,28 +148,19 @@ class Handoffs:
         self.drop(request.request_id, f"the request ended: {reason}", now_ns)
         self.fetches.drop(request)
         if prefill is not None and reason.succeeded and self._mode.gives_back:
-            self._give_back(request, prefill, now_ns)
+            self.returns.give_back(request, prefill, now_ns)
+        if reason.succeeded:
+            self._deposit(request, now_ns)
         self.transfers.keep_paths(request.block_table.view, request.holder)
 
-    def _give_back(self, request: Request, prefill: int, now_ns: int) -> None:
-        """Step 5: sends the full blocks of a finished request to the instance that prefilled it, at its convenience."""
-        num_full = request.num_computed // self._block_size
-        if num_full > request.num_prompt // self._block_size:
-            self.transfers.start(
-                prefill,
-                request.tokens.view[: num_full * self._block_size],
-                request.block_table.view[:num_full],
-                TransferOptions(insert=True, best_effort=True),
-                msgspec.msgpack.encode(GivenBack(request.session_id)),
-                now_ns,
-            )
+    def _deposit(self, request: Request, now_ns: int) -> None:
+        """Offers to the store what a request leaves in the index here."""
+        self.deposits.offer(request.tokens.view[: request.num_computed], now_ns)
 
     def receive(self, sender: int, message: PoolMessage, here: Mapping[str, Served], now_ns: int) -> None:
         """Takes a message between two steps. here: the requests of this instance."""
         if isinstance(message, Ask) and self.transfers.is_new(message):
-            word = read_word(message.private)
-            if isinstance(word, GivenBack):
-                self.num_overtaken += any(s.request.session_id == word.session_id for s in here.values())
+            self.returns.asked(message, here)
         self.transfers.receive(sender, message, now_ns)
 
     def receive_beside(self, sender: int, message: PoolMessage, here: Mapping[str, Served], now_ns: int) -> bool:
@@ -184,12 +180,6 @@ class Handoffs:
         else:
             return False
         return True
-
-    def next_turn(self, session_id: str) -> None:
-        """A request of a session is here: what is on its way back for an earlier turn was overtaken."""
-        if session_id:
-            late = msgspec.msgpack.encode(GivenBack(session_id))
-            self.num_overtaken += sum(ask.private == late for ask in self.transfers.open_asks)
 
     def _answered(self, sender: int, message: PoolMessage, now_ns: int) -> None:
         if isinstance(message, Wait):
@@ -211,6 +201,7 @@ class Handoffs:
         for ticket in ended:
             self.fetches.ended(ticket)
             self.bequest.ended(ticket, now_ns)
+            self.deposits.ended(ticket, now_ns)
         return ended
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
@@ -240,7 +231,9 @@ class Handoffs:
         self.transfers.settle(arrival)
         if isinstance(word, HandedOver):  # its prefill instance may have let go of it before it heard of that
             return Finished(word.request_id, word.attempt, *CANCELLED, word.stats)
-        return Inherited(label, pack_tokens(arrival.tokens)) if isinstance(word, Bequeathed) else None
+        if isinstance(word, GivenBack):
+            self.deposits.offer(arrival.tokens, arrival.received_ns)
+        return Inherited(label, pack_tokens(arrival.tokens)) if isinstance(word, Bequeathed | Deposited) else None
 
     def take_over(self, word: HandedOver, arrival: Arrival) -> Request:
         """The request that has arrived; from now on it holds the blocks, not the ticket."""

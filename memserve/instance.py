@@ -109,7 +109,7 @@ class Instance:
         if self.handoffs is None:
             return
         for ticket in self.handoffs.poll(now_ns):
-            if (request := self.handoffs.ended(ticket)) is not None:
+            if (request := self.handoffs.ended(ticket, now_ns)) is not None:
                 self._handed_off(request, ticket)
         for request in self.scheduler.running:
             request.on_hold = request.on_hold and not self.handoffs.granted(request)
@@ -201,7 +201,7 @@ class Instance:
             return
         request = new_request(message, self._seed, self.limits.max_tokens(len(prompt), message.params))
         if self.handoffs is not None:
-            self.handoffs.next_turn(message.session_id)
+            self.handoffs.returns.next_turn(message.session_id)
         stops = stop_strings(self._tokenizer, message.params)
         self.served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
         if self.handoffs is not None and self.handoffs.fetches.takes(message.held_elsewhere):

@@ -9,7 +9,7 @@
 | `Tokens`   | instance -> global scheduler -> client | new tokens, with the time of each                            |
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
 | `HandoffEnded` | instance -> global scheduler       | the attempt's KV has reached whom it was for, or not         |
-| `Inherited` | instance -> global scheduler          | an instance that leaves has left KV to this one              |
+| `Inherited` | instance -> global scheduler          | another instance has left KV to this one                     |
 | `Room`     | instance -> global scheduler           | a request has come or gone, and how much of the pool is free |
 | `Redirect` | global scheduler -> instance           | hand the attempt to another instance, once it decodes        |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
@@ -112,7 +112,7 @@ class HandoffEnded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Inherited(msgspec.Struct, frozen=True, tag=True):
-    """The KV of these tokens is cached here from now on."""
+    """The KV of these tokens, which another instance has left to this one, is cached here from now on."""
 
     instance: str
     tokens: bytes

@@ -102,11 +102,15 @@ class Phase(enum.Enum):
 
 
 class Role(enum.StrEnum):
-    """What an instance does. COLOCATED prefills and decodes."""
+    """What an instance does. COLOCATED prefills and decodes; a STORE serves no request, and keeps KV for who does."""
 
     COLOCATED = "colocated"
     PREFILL = "prefill"
     DECODE = "decode"
+    STORE = "store"
+
+
+SERVING = (Role.COLOCATED, Role.PREFILL, Role.DECODE)  # roles of instances that requests go to
 
 
 class FinishReason(enum.StrEnum):

@@ -1,12 +1,13 @@
 """Words: what travels beside KV, as msgpack, for whoever receives it. Knows requests and fetches; moves nothing.
 
-`HandedOver` brings a request, `GivenBack` what was generated for one, `FetchedKV` (fetches.py) what was asked for, and
-`Bequeathed` (bequest.py) what an instance that leaves has cached.
+`HandedOver` brings a request, `GivenBack` what was generated for one, `FetchedKV` (fetches.py) what was asked for,
+`Bequeathed` (bequest.py) what an instance that leaves has cached, `Deposited` (deposits.py) what a store is to keep.
 """
 
 import msgspec
 
 from memserve.bequest import Bequeathed
+from memserve.deposits import Deposited
 from memserve.fetches import FetchedKV
 from memserve.messages import pack_tokens, unpack_tokens
 from memserve.request import Request, SamplingParams
@@ -41,7 +42,7 @@ class GivenBack(msgspec.Struct, frozen=True, tag=True):
     session_id: str
 
 
-Word = HandedOver | GivenBack | FetchedKV | Bequeathed
+Word = HandedOver | GivenBack | FetchedKV | Bequeathed | Deposited
 _words: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
 
 

@@ -36,10 +36,10 @@ from memserve.cluster.local import LocalCluster, check_playable
 from memserve.cluster.sweep import launcher_of
 from memserve.compose import load_config, quoted
 from memserve.metrics.comparison import value_at
+from memserve.metrics.figure_text import format_figure
 from memserve.metrics.output import environment
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.metrics.table import format_figure
 from memserve.sched.cost_model.fitted import CostFile, load_cost_file
 
 WORDS = ["workload=synthetic", "workload.num_sessions=40", "workload.num_turns=3", "workload.prompt_tokens=120",

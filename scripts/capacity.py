@@ -31,9 +31,10 @@ from rich.table import Table
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
 from memserve.config.schema import RunConfig
+from memserve.metrics.figure_text import format_figure
 from memserve.metrics.repeats import mean_of
 from memserve.metrics.report import Report
-from memserve.metrics.table import format_figure
+from memserve.request import SERVING
 from memserve.values import require_int, require_number
 from memserve.workload.classes import OBJECTIVES
 
@@ -128,7 +129,7 @@ class Search:
         self._name, self._words, self._asked = name, words, asked
         cfg = self._config(asked.start, asked.seeds[0])
         check_playable(cfg)
-        self._found = Capacity(len(cfg.cluster.roles))
+        self._found = Capacity(len([role for role in cfg.cluster.roles if role in SERVING]))
 
     def run(self) -> Capacity:
         found, asked = self._found, self._asked

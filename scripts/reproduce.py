@@ -31,9 +31,9 @@ from rich.table import Table
 
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
+from memserve.metrics.figure_text import format_figure
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
-from memserve.metrics.table import format_figure
 
 Reports = dict[tuple[str, float], Report]  # by curve and point
 

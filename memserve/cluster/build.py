@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from memserve.cluster.capacity import capacity, check_fits, limits_of, rank_geometry, stored_geometry
-from memserve.cluster.costs import build_cost_model, predicted, price_of_attention
+from memserve.cluster.costs import build_cost_model, computing_role, predicted, price_of_attention
+from memserve.cluster.idle_runner import IdleRunner
 from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling
@@ -35,7 +36,7 @@ from memserve.model.no_tokenizer import NoTokenizer
 from memserve.model.parallel import WHOLE, Shard, check_divides
 from memserve.model.runner import ModelRunner
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import Role, Runner
+from memserve.request import SERVING, Role, Runner
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.modes import Mode, check_mode
@@ -66,11 +67,12 @@ class RankPart:
     memories: list[torch.Tensor | None]
 
 
-def build_engine(cfg: RunConfig, *, with_model: bool = True, shard: Shard = WHOLE) -> Engine:
+def build_engine(cfg: RunConfig, *, with_model: bool = True, with_weights: bool = True, shard: Shard = WHOLE) -> Engine:
     """Loads the model, or what stands in for it. Weights are loaded once, however many instances there are.
 
-    with_model: without, only what a client and a router need to know of it.  shard: the part of it that is loaded.
-    Raises ConfigError for what the model does not allow.
+    with_model: without, only what a client and a router need to know of it.  with_weights: without, the shapes of its
+    tensors alone, for who stores its KV and computes nothing.  shard: the part of it that is loaded. Raises ConfigError
+    for what the model does not allow.
     """
     if cfg.model.num_threads is not None:
         torch.set_num_threads(cfg.model.num_threads)
@@ -86,8 +88,9 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True, shard: Shard = WHOL
     text = opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids)
     if not with_model:
         return Engine(text, None, config.vocab_size, max_context)
-    model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), _device(cfg.model.device), shard)
-    if cfg.model.compile:
+    device = _device(cfg.model.device) if with_weights else torch.device("meta")
+    model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), device, shard)
+    if cfg.model.compile and with_weights:
         model.compile(cfg.model.fused_rows)
     return Engine(text, model, config.vocab_size, max_context)
 
@@ -119,19 +122,19 @@ def _device(word: str) -> torch.device:
 
 def build_part(cfg: RunConfig, engine: Engine, role: Role) -> RankPart:
     """One rank's runner and memory of an instance. Raises MemoryError where the blocks cannot be had."""
-    cfg = of_role(cfg, role)
     if cfg.tokens == "workload":
         return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
     geometry = rank_geometry(cfg, engine.model, role)
-    num_blocks, num_dram_blocks = capacity(cfg, geometry)
+    num_blocks, num_dram_blocks = capacity(cfg, role, geometry)
     geometry = stored_geometry(cfg, engine.model, role)
-    device = torch.device(cfg.model.device if engine.model else "cpu")
+    device = torch.device(cfg.model.device if engine.model and role is not Role.STORE else "cpu")
     if device.type == "cuda":
         gc.collect()  # an instance of before is a cycle of objects, and its blocks may be most of the GPU's memory
     hbm = Arena(make(cfg.layout), geometry, num_blocks, device)
     pinned = device.type != "cpu" and num_dram_blocks > 0
     dram = Arena(make(cfg.layout), geometry, num_dram_blocks, torch.device("cpu"), pinned=pinned)
-    return RankPart(_runner(cfg, engine, hbm.kv), TwoTiers(hbm, dram, num_blocks), [hbm.tensor, dram.tensor])
+    runner = IdleRunner() if role is Role.STORE else _runner(cfg, engine, hbm.kv)
+    return RankPart(runner, TwoTiers(hbm, dram, num_blocks), [hbm.tensor, dram.tensor])
 
 
 def _led(part: RankPart, followers: Followers) -> RankPart:
@@ -157,9 +160,9 @@ def build_instance(
     Raises ConfigError for what does not fit, and MemoryError where the blocks cannot be had.
     """
     everybody, cfg = cfg, of_role(cfg, role)
-    costs = build_cost_model(cfg, engine.model, role)
+    costs = build_cost_model(everybody, engine.model, computing_role(everybody, role))
     geometry = rank_geometry(cfg, engine.model, role)
-    num_blocks, num_dram_blocks = capacity(cfg, geometry)
+    num_blocks, num_dram_blocks = capacity(cfg, role, geometry)
     check_fits(costs, num_blocks * geometry.block_bytes)
     part = build_part(cfg, engine, role)
     part = part if followers is None else _led(part, followers)
@@ -248,7 +251,8 @@ def build_step_time(cfg: RunConfig, roles: Collection[Role], engine: Engine) -> 
     """roles: that there are."""
     if cfg.step_time == "measured":
         return Measured(engine.model.device if engine.model else None)
-    return Modelled({role: build_cost_model(cfg, engine.model, role) for role in roles})
+    computing = [role for role in roles if role in SERVING]
+    return Modelled({role: build_cost_model(cfg, engine.model, role) for role in computing})
 
 
 def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
@@ -259,7 +263,7 @@ def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     roles = [Role(role) for role in cfg.cluster.roles]
-    if frozenset(roles) != mode.roles:
+    if frozenset(roles).intersection(SERVING) != mode.roles:
         needed = ", ".join(sorted(mode.roles))
         raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
     return [(f"{role}-{i}", role) for i, role in enumerate(roles)]

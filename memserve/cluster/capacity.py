@@ -47,9 +47,12 @@ def bytes_per_stored(cfg: RunConfig) -> int:
     return counts_as // stored
 
 
-def capacity(cfg: RunConfig, geometry: CacheGeometry) -> tuple[int, int]:
-    """Blocks in HBM and in DRAM. cfg: `of_role`. Raises ConfigError for bytes that hold not even one block."""
-    kv = cfg.kvcache
+def capacity(cfg: RunConfig, role: str, geometry: CacheGeometry) -> tuple[int, int]:
+    """Blocks of a role's instance in HBM, of which a store has none, and in DRAM. geometry: of a rank.
+
+    Raises ConfigError for bytes that hold not even one block.
+    """
+    kv = of_role(cfg, role).kvcache
     counts = [kv.num_hbm_blocks or 0, kv.num_dram_blocks]
     for i, (name, value) in enumerate((("hbm_bytes", kv.hbm_bytes), ("dram_bytes", kv.dram_bytes))):
         if value is not None:
@@ -58,7 +61,7 @@ def capacity(cfg: RunConfig, geometry: CacheGeometry) -> tuple[int, int]:
                 raise ConfigError(
                     f"kvcache.{name}={value}: expected at least the {geometry.block_bytes} bytes of one block"
                 )
-    return counts[0], counts[1]
+    return counts[0] if role != Role.STORE else 0, counts[1]
 
 
 def check_fits(costs: CostModel, pool_bytes: int) -> None:
@@ -72,7 +75,7 @@ def check_fits(costs: CostModel, pool_bytes: int) -> None:
 def describe_pools(cfg: RunConfig, roles: Collection[Role], model: Llama | None) -> str:
     """What fits into an instance's pool, in one line. roles: that there are."""
     geometries = {role: rank_geometry(cfg, model, role) for role in roles}
-    fits = {role: what_fits(kv, *capacity(of_role(cfg, role), kv)) for role, kv in geometries.items()}
+    fits = {role: what_fits(kv, *capacity(cfg, role, kv)) for role, kv in geometries.items()}
     texts = dict.fromkeys(fits.values())
     return " | ".join(texts if len(texts) == 1 else map(": ".join, fits.items()))
 
@@ -92,5 +95,5 @@ def describe_moved(cfg: RunConfig) -> str:
 def limits_of(cfg: RunConfig, model: Llama | None, role: Role, max_context: int, vocab_size: int) -> Limits:
     """What an instance of a role can serve; where another one decodes, that has to have room for the answer."""
     roles = (role, Role.DECODE) if role is Role.PREFILL else (role,)
-    num_blocks, *decode_blocks = (capacity(of_role(cfg, of), rank_geometry(cfg, model, of))[0] for of in roles)
+    num_blocks, *decode_blocks = (capacity(cfg, of, rank_geometry(cfg, model, of))[0] for of in roles)
     return Limits(max_context, vocab_size, num_blocks, cfg.kvcache.block_size, *decode_blocks)

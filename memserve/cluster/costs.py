@@ -30,6 +30,11 @@ def costs_of(cfg: RunConfig, role: str) -> CostModel:
     return costs
 
 
+def computing_role(cfg: RunConfig, role: str) -> str:
+    """Whose costs are an instance's of that role: what a store keeps is of who takes requests."""
+    return role if role != Role.STORE else next(r for r in cfg.cluster.roles if r not in (Role.STORE, Role.DECODE))
+
+
 def predicted(cfg: RunConfig, exact: CostModel) -> CostModel:
     """What those are given who decide by a cost model, in the place of the one that time goes by."""
     prediction: Prediction = make_asking(cfg.prediction, seed=cfg.seed)

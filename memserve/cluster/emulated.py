@@ -254,7 +254,7 @@ class EmulatedCluster:
         batch = node.instance.schedule(self.now_ns)
         self._send(node)
         if batch is None:
-            node.occupancy.offer(self.now_ns)
+            node.rest(self.now_ns)
             return
         ends_ns = node.begin(batch, self.now_ns, self.step_time, watch, self.macro_steps)
         self._queue.push(ends_ns, END, node, node.epoch)

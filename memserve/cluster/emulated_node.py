@@ -189,6 +189,12 @@ class Node:
         self._paid_ns = self.instance.pool.waited_ns
         self.occupancy.offer(now_ns)
 
+    def rest(self, now_ns: int) -> None:
+        """There is nothing to compute, on a store there never is: what it has sent is noted all the same."""
+        if self.instance.handoffs is not None:
+            self.activity.sent(self.instance.handoffs.transfers.drain_sent())
+        self.occupancy.offer(now_ns)
+
     def resume(self, now_ns: int) -> list[tuple[int, int | tuple[int, PoolMessage]]]:
         """Goes on after it was stopped; (kind, what) of the events that have come meanwhile."""
         self.is_stopped, self.timer_ns = False, None

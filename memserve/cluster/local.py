@@ -35,6 +35,7 @@ from memserve.config.runs import num_runs, of_run
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
+from memserve.request import SERVING
 from memserve.transfer.link import LinkModel
 from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session, Workload, sessions_of
@@ -143,5 +144,5 @@ class LocalCluster:
         )
 
     def _warm_up(self) -> None:
-        label, role = self._roles[0]
+        label, role = next(member for member in self._roles if member[1] in SERVING)
         warm_up(build_instance(self.cfg, self.engine, label, role, incarnation=0))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from memserve.metrics.report import InstanceStats
-from memserve.request import Role
+from memserve.request import SERVING, Role
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.heirs import Heir, NoHeir
 from memserve.sched.scaling import Add, Change, ChangeRole, Crash, Drain, Load, Scaling, Standing
@@ -223,8 +223,8 @@ class ClusterManager:
         return replace(stats, joined_ns=member.joined_ns or 0, left_ns=member.ended_ns)
 
     def stays_ns(self) -> list[tuple[int, int | None]]:
-        """From when until when each instance was in the cluster; None: it is still."""
-        return [(member.joined_ns, member.ended_ns) for member in self.members if member.joined_ns is not None]
+        """From when until when each instance that serves requests was in the cluster; None: it is still."""
+        return [(m.joined_ns, m.ended_ns) for m in self.members if m.joined_ns is not None and m.role in SERVING]
 
     def _ended(self, member: Membership, now_ns: int) -> list[Starting]:
         """The successor starts, if there is one that is still wanted."""
@@ -239,6 +239,8 @@ class ClusterManager:
     def _retire(self, change: Drain | ChangeRole, now_ns: int) -> list[Starting]:
         """An instance is to drain, at once or when that leaves somebody; one that has not come yet never does."""
         member = self.member(change.label)
+        if member.role not in SERVING:
+            raise ValueError(f"instance {change.label!r} is a store: expected one that serves requests")
         if member.standing is Standing.DRAINING or member in self._held:
             raise ValueError(f"instance {change.label!r} is to drain already: expected one that is to stay")
         if isinstance(change, ChangeRole):
@@ -273,7 +275,7 @@ class ClusterManager:
 
     def _named(self, role: Role) -> Membership:
         """An instance that is to come. Raises ValueError for a role that the cluster does not have."""
-        roles = {member.role for member in self.members}
+        roles = {member.role for member in self.members}.intersection(SERVING)
         if role not in roles:
             raise ValueError(f"role {role}: expected one of the cluster's, {', '.join(sorted(roles))}")
         number = len(self.members)
@@ -283,5 +285,5 @@ class ClusterManager:
 
     def _loads(self) -> list[Load]:
         num_at = self._scheduler.loads()
-        here = [(member, member.standing) for member in self.members if member.standing is not None]
+        here = [(m, m.standing) for m in self.members if m.standing is not None and m.role in SERVING]
         return [Load(m.label, m.role, standing, num_at.get(m.label, 0)) for m, standing in here]

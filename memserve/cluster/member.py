@@ -33,7 +33,7 @@ from memserve.config.schema import RunConfig
 from memserve.kvcache.head_parts import endpoint_of
 from memserve.model.parallel import LEADER, GroupBroken, Shard
 from memserve.model.runner import ModelRunner
-from memserve.request import Role
+from memserve.request import SERVING, Role
 from memserve.transfer.transport import Transport
 from memserve.transfer.wire import NO_LIMIT
 
@@ -47,22 +47,29 @@ class Member:
         self._instance, self._part = roster.instance(place.rank), roster.part(place.rank)  # at the start of a run
         self._size = 1 if self._instance is None else roster.size(self._instance)
         self._team = place.team_store(self._instance)
+        self._role = self._first_role()
+
+    def _first_role(self) -> Role:
+        """What this rank is at the start, or what a spare one can be."""
+        roles = [role for _, role in build_roles(self._cfg)]
+        return next(role for role in roles if role in SERVING) if self._instance is None else roles[self._instance]
 
     def serve(self) -> None:
         """All runs. Raises LeftEarly when rank 0 ends before they do, GroupBroken when another rank has gone."""
         num_threads = set_threads(self._cfg, self._neighbours)
         choose_device(self._cfg.model.device, self._neighbours, self._place.rank)
         with joined(self._team, self._size, self._part, torch.device(self._cfg.model.device)) as shard:
-            engine = build_engine(self._cfg, shard=shard)
+            engine = build_engine(self._cfg, shard=shard, with_weights=self._role in SERVING)
             if self._part == LEADER:
                 self._lead_all(engine, shard, num_threads)
             else:
                 self._follow_all(engine, shard)
 
     def _lead_all(self, engine: Engine, shard: Shard, num_threads: int) -> None:
-        label, role = build_roles(self._cfg)[self._instance or 0]
         with self._followers(shard, engine) as followers:
-            warm_up(build_instance(self._cfg, engine, label, role, 0, followers=followers, in_real_time=True))
+            if self._role in SERVING:
+                build = partial(build_instance, self._cfg, engine, "warm-up", self._role, 0, in_real_time=True)
+                warm_up(build(followers=followers))
         is_reborn = self._place.birth > 0
         first = resumed_run(self._mailbox) if is_reborn else 0
         runs = range(0) if first is None else range(first, num_runs(self._cfg))
@@ -140,7 +147,7 @@ class Member:
 
     def _build_part(self, engine: Engine) -> RankPart:
         """A follower's: its instance is what it is from the start."""
-        return build_part(self._cfg, engine, Role(self._cfg.cluster.roles[self._instance or 0]))
+        return build_part(self._cfg, engine, self._role)
 
     def _team_store(self, number: int) -> PrefixStore:
         """What the ranks of this instance tell each other in a run."""

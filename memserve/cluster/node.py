@@ -151,7 +151,7 @@ class InstanceLoop:
             return
         self._instance.poll(self._now_ns())
         self._send()
-        self._occupancy.offer(self._now_ns())
+        self._note()
         if not self._instance.has_inbox:
             soon = self._is_transferring or self._instance.pool.num_swapping
             self._receive(_TRANSFERRING_MS if soon else _IDLE_MS)
@@ -163,10 +163,14 @@ class InstanceLoop:
         self._activity.step(batch, began_ns, now_ns)
         self._instance.commit(batch, output, np.array([now_ns], dtype=np.int64))
         self._busy_ns += now_ns - began_ns
+        self._note()
+        self._send()
+
+    def _note(self) -> None:
+        """What was sent, and who holds the pool's blocks."""
         if self._instance.handoffs is not None:
             self._activity.sent(self._instance.handoffs.transfers.drain_sent())
         self._occupancy.offer(self._now_ns())
-        self._send()
 
     def _forward(self, batch: ScheduledBatch) -> StepOutput:
         """By layer, each layer's KV leaves while the next one is computed. Between two layers peers are served."""

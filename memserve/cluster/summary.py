@@ -1,7 +1,7 @@
 """Summary: what an instance has to say at a run's end, and the report of all of them. The same in every execution."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -12,10 +12,12 @@ from memserve.instance import Instance
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.activity import Activity, ActivitySpan, Track, late_steps_ns, spans_of
 from memserve.metrics.formulas import Slo, window_ns
+from memserve.metrics.moved import store_figures
 from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
 from memserve.request import Role
 from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.timeline import RequestTimeline
 from memserve.workload.classes import OBJECTIVES
 from memserve.workload.player import PlayerCounts
 from memserve.workload.session import Workload
@@ -29,6 +31,7 @@ class Summary(msgspec.Struct, frozen=True):
     num_overtaken: int
     num_bequeathed_tokens: int
     num_bequests_declined: int
+    num_dropped_deposits: int
     num_quarantined: int
     occupancy: list[Sample]
     tracks: list[Track]
@@ -57,6 +60,7 @@ def summarize(
         num_swapped_in_blocks=pool.num_swapped_in,
         num_swaps_dropped=instance.scheduler.counts.swaps_dropped,
         num_blocks=pool.num_blocks,
+        num_dram_blocks=pool.num_dram_blocks,
         peak_used_blocks=pool.peak_used,
         num_indexed_blocks=pool.num_indexed,
         peak_waiting_handoffs=0 if handoffs is None else handoffs.peak_waiting,
@@ -66,9 +70,10 @@ def summarize(
     return Summary(
         stats,
         {} if handoffs is None else dict(handoffs.transfers.counts_by_peer),
-        0 if handoffs is None else handoffs.num_overtaken,
+        0 if handoffs is None else handoffs.returns.num_overtaken,
         0 if handoffs is None else handoffs.bequest.num_tokens,
         0 if handoffs is None else handoffs.bequest.num_declined,
+        0 if handoffs is None else handoffs.deposits.num_dropped,
         0 if handoffs is None else handoffs.transfers.num_quarantined,
         occupancy.samples(end_ns),
         activity.tracks(),
@@ -92,7 +97,8 @@ def report_of(
     """
     timelines = list(scheduler.timelines.values())
     window = window_ns(timelines)
-    transfers = _transfers(summaries, [member.role for member in manager.members])
+    roles = [member.role for member in manager.members]
+    transfers = _transfers(summaries, roles)
     return build_report(
         timelines,
         [manager.dated(_within(window, summary)) for summary in summaries],
@@ -109,6 +115,7 @@ def report_of(
         classes={each.name: Slo(**{**_objectives(slo), **each.objectives}) for each in workload.classes},
         workload=workload.figures,
         control=control,
+        store=_store(timelines, summaries, transfers, roles),
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 
@@ -131,6 +138,25 @@ def _bequests(summaries: Sequence[Summary]) -> dict[str, int]:
         "bequeathed_tokens": sum(summary.num_bequeathed_tokens for summary in summaries),
         "bequests_declined": sum(summary.num_bequests_declined for summary in summaries),
     }
+
+
+def _store(
+    timelines: Sequence[RequestTimeline],
+    summaries: Iterable[Summary],
+    transfers: Mapping[tuple[Role, Role], TransferCounts],
+    roles: Sequence[Role],
+) -> Report | None:
+    """What the store did; None where there is none. transfers, roles: see below."""
+    if Role.STORE not in roles:
+        return None
+    books = next((s.stats for s in summaries if s.stats.role == Role.STORE), None)
+    received = sum((counts for (_, to), counts in transfers.items() if to is Role.STORE), TransferCounts())
+    sent = sum((counts for (of, _), counts in transfers.items() if of is Role.STORE), TransferCounts())
+    blocks = None
+    if books is not None:
+        blocks = (books.num_dram_blocks, books.num_indexed_blocks, books.num_evicted_blocks)
+    num_dropped = sum(summary.num_dropped_deposits for summary in summaries)
+    return store_figures(timelines, roles.index(Role.STORE), blocks, received, sent, num_dropped)
 
 
 def activity_of(summaries: Iterable[Summary], labels: Sequence[str]) -> list[ActivitySpan]:

@@ -9,7 +9,7 @@ from torch.distributed.distributed_c10d import Store
 
 from memserve.bequest import Bequest
 from memserve.clock import to_ns
-from memserve.cluster.capacity import bytes_per_stored
+from memserve.cluster.capacity import bytes_per_stored, capacity, rank_geometry
 from memserve.cluster.costs import costs_of, predicted
 from memserve.cluster.make import make, make_asking, maker
 from memserve.compose import group_of
@@ -17,6 +17,7 @@ from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
+from memserve.deposits import Deposits
 from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
 from memserve.kvcache.address_book import AddressBook
@@ -34,11 +35,13 @@ from memserve.sched.fetch_policy import FetchPrices, NeverFetch
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.heirs import NoHeir
+from memserve.sched.holders import Holders
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling, Schedule
+from memserve.sched.store_policy import NoStore
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.transport import Transport
 from memserve.words import level_of_word
@@ -109,7 +112,14 @@ def build_handoffs(
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
     prices = FetchPrices(predicted(cfg, costs), transfer, cfg.kvcache.block_size)
     fetches = Fetches(transfers, pool, make(cfg.fetch), prices, timeouts)
-    return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool))
+    return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool), _deposits(cfg, role, transfers, pool))
+
+
+def _deposits(cfg: RunConfig, role: Role, transfers: Transfers, pool: BlockPool) -> Deposits:
+    """Who takes requests gives to the store; a decode instance's KV is given by who prefilled it, once it has that."""
+    gives = role in (Role.COLOCATED, Role.PREFILL) and Role.STORE in cfg.cluster.roles
+    store = list(cfg.cluster.roles).index(Role.STORE) if gives else None
+    return Deposits(transfers, pool, make(cfg.store) if gives else NoStore(), store)
 
 
 def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:
@@ -124,8 +134,10 @@ def build_global_scheduler(
     cfg: RunConfig, members: Sequence[tuple[str, Role]], rng: np.random.Generator
 ) -> GlobalScheduler:
     """Routes over the members (label, role) that take requests, and over those that decode for them."""
-    takers = [(label, i) for i, (label, role) in enumerate(members) if role is not Role.DECODE]
-    decoders = [(label, i) for i, (label, role) in enumerate(members) if role is Role.DECODE]
+    takers = [(label, i) for i, (label, role) in enumerate(members) if role in (Role.COLOCATED, Role.PREFILL)]
+    decoders, stores = (
+        [(label, i) for i, (label, role) in enumerate(members) if role is of] for of in (Role.DECODE, Role.STORE)
+    )
     taking, decoding = (Role.PREFILL, Role.DECODE) if decoders else (Role.COLOCATED, Role.COLOCATED)
     return GlobalScheduler(
         _group(cfg, "policy", taking, takers),
@@ -137,7 +149,13 @@ def build_global_scheduler(
         patience_ns=to_ns(cfg.cluster.patience_s),
         rejection=make_asking(cfg.rejection, cost_model=predicted(cfg, costs_of(cfg, decoding))),
         departure=make(cfg.departure),
+        stores=_stores(cfg, stores) if stores else None,
     )
+
+
+def _stores(cfg: RunConfig, members: Sequence[tuple[str, int]]) -> Holders:
+    labels, numbers = [label for label, _ in members], [number for _, number in members]
+    return Holders(labels, numbers, _prompt_index(cfg, Role.STORE, len(members)))
 
 
 def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
@@ -159,7 +177,7 @@ def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
 
 def follows_events(cfg: RunConfig) -> bool:
     """Whether the global scheduler wants to hear of every change of the instances' indexes."""
-    return isinstance(_prompt_index(cfg, 1), Exact)
+    return isinstance(_prompt_index(cfg, cfg.cluster.roles[0], 1), Exact)
 
 
 def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, int]]) -> Group:
@@ -167,7 +185,7 @@ def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, i
     costs = costs_of(cfg, role)
     prediction = predicted(cfg, costs)
     policy: Policy = make_asking(getattr(cfg, name), cost_model=prediction)
-    tree = _prompt_index(of_role(cfg, role), len(members))
+    tree = _prompt_index(cfg, role, len(members))
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
         raise ConfigError(f"{group_of(name)}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
@@ -176,17 +194,27 @@ def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, i
     return Group(labels, numbers, policy, tree, priced, predicts, num_ranks(cfg, role))
 
 
-def _prompt_index(cfg: RunConfig, num_rows: int) -> PromptIndex:
-    """What is believed of the instances' caches; where they cache nothing there is nothing to believe."""
+def _prompt_index(cfg: RunConfig, role: str, num_rows: int) -> PromptIndex:
+    """What is believed of the caches of a role's instances; where they cache nothing there is nothing to believe."""
     if _caches_nothing(cfg):
         return NoPromptTree(num_rows, cfg.kvcache.block_size)
     options = {"num_rows": num_rows, "block_size": cfg.kvcache.block_size}
     if cfg.index_source.get("max_blocks", 0) is None:
-        in_blocks = cfg.kvcache.num_hbm_blocks is not None and cfg.kvcache.dram_bytes is None
-        num_blocks = (cfg.kvcache.num_hbm_blocks or 0) + cfg.kvcache.num_dram_blocks
-        options["max_blocks"] = num_blocks if in_blocks else MANY_BLOCKS
+        options["max_blocks"] = _num_believed(cfg, role)
     tree: PromptIndex = make(cfg.index_source, **options)
     return tree
+
+
+def _num_believed(cfg: RunConfig, role: str) -> int:
+    """Blocks that a role's instance can cache. Given in bytes they are taken for many, but for a store's, where it is
+    known here what a block has.
+    """
+    kv = of_role(cfg, role).kvcache
+    if role == Role.STORE and cfg.tokens != "model":
+        return sum(capacity(cfg, role, rank_geometry(cfg, None, role)))
+    num_hbm_blocks = 0 if role == Role.STORE else kv.num_hbm_blocks
+    is_known = num_hbm_blocks is not None and kv.dram_bytes is None
+    return (num_hbm_blocks or 0) + kv.num_dram_blocks if is_known else MANY_BLOCKS
 
 
 def _caches_nothing(cfg: RunConfig) -> bool:

@@ -237,7 +237,8 @@ def keeps_kv_on_gpu(cfg: RunConfig) -> bool:
 
 def _check_roles(cfg: RunConfig) -> None:
     known = [role.value for role in Role]
-    require(len(cfg.cluster.roles) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role")
+    serving = [role for role in cfg.cluster.roles if role != Role.STORE.value]
+    require(len(serving) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role that serves requests")
     for role in cfg.cluster.roles:
         require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from memserve.config.errors import ConfigError, require
 from memserve.config.per_role import OPTIONS, num_ranks
 from memserve.config.schema import RunConfig
-from memserve.request import Role
+from memserve.request import SERVING, Role
 
 
 def check_per_role(cfg: RunConfig) -> None:
@@ -27,7 +27,7 @@ def check_per_role(cfg: RunConfig) -> None:
 def check_tensor_parallel(cfg: RunConfig) -> None:
     """Sizes of roles that exist, of which one divides the other where KV goes between them."""
     sizes = cfg.cluster.tensor_parallel
-    for name in ("every", *(role.value for role in Role)):
+    for name in ("every", *SERVING):
         value = getattr(sizes, name)
         require(value is None or value >= 1, f"cluster.tensor_parallel.{name}", value, "an integer >= 1")
         if value is not None and name != "every" and name not in cfg.cluster.roles:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from memserve.config.schema import PerRoleConfig, RunConfig
+from memserve.request import Role
 
 OPTIONS = ("batching", "cost_model", "eviction", "kvcache", "preemption", "queue", "sched", "swap")
 
@@ -36,7 +37,9 @@ def of_role(cfg: RunConfig, role: str) -> RunConfig:
 
 
 def num_ranks(cfg: RunConfig, role: str) -> int:
-    """Over how many ranks an instance of that role is split."""
+    """Over how many ranks an instance of that role is split; a store, which runs no model, is one."""
+    if role == Role.STORE:
+        return 1
     sizes = cfg.cluster.tensor_parallel
     said: int | None = getattr(sizes, role)
     return sizes.every if said is None else said

@@ -100,6 +100,7 @@ class PerRoleConfig:
     colocated: dict[str, Any] = field(default_factory=dict)
     prefill: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
+    store: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,6 +163,7 @@ class RunConfig:
     preemption: Any = MISSING
     swap: Any = MISSING
     fetch: Any = MISSING
+    store: Any = MISSING
     layout: Any = MISSING
     cost_model: Any = MISSING
     prediction: Any = MISSING

@@ -51,10 +51,11 @@ class Allocator:
     """
 
     def __init__(self, num_blocks: int, num_dram_blocks: int = 0) -> None:
-        if not 1 <= num_blocks <= MAX_BLOCKS:
-            raise ValueError(f"num_blocks={num_blocks}: expected 1 to {MAX_BLOCKS}")
         if not 0 <= num_dram_blocks <= MAX_BLOCKS:
             raise ValueError(f"num_dram_blocks={num_dram_blocks}: expected 0 to {MAX_BLOCKS}")
+        least = 0 if num_dram_blocks else 1  # who computes nothing needs no HBM
+        if not least <= num_blocks <= MAX_BLOCKS:
+            raise ValueError(f"num_blocks={num_blocks}: expected {least} to {MAX_BLOCKS}")
         self.num_blocks = num_blocks
         self.num_dram_blocks = num_dram_blocks
         self.refcounts = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from memserve.metrics.figure_text import format_figure
 from memserve.metrics.repeats import of_what
 from memserve.metrics.report import Report
-from memserve.metrics.table import format_figure, plain_table, standard_output
+from memserve.metrics.table import plain_table, standard_output
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ _COMPARED = (
     _Row("network calls D -> P", ("transfers", "d_to_p", "calls"), "count"),
     _Row("tokens within a role", ("transfers", "between", "tokens"), "count"),
     _Row("MB within a role", ("transfers", "between", "bytes"), "mega"),
+    _Row("tokens found in the store", ("store", "fetched_tokens"), "count"),
+    _Row("MB to the store", ("store", "received", "bytes"), "mega"),
+    _Row("MB from the store", ("store", "sent", "bytes"), "mega"),
     _Row("fetched slower than computed", ("fetches", "slower_than_computing"), "count"),
     _Row("time to fetch P50", ("fetches", "actual_s", "p50"), "seconds"),
     _Row("to its last byte P50", ("fetches", "arrived_s", "p50"), "seconds"),

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from memserve.metrics.comparison import comparison_rows
+from memserve.metrics.figure_text import NONE, format_figure
 from memserve.metrics.output import RunFiles
 from memserve.metrics.plots import draw_latencies, draw_occupancy, draw_placement
-from memserve.metrics.table import NONE, format_figure
 
 MAX_REQUESTS = 2000  # rows of a run's table of requests; more are in its requests.jsonl
 _REQUEST_COLUMNS = {  # heading: key of a record, unit

@@ -15,8 +15,10 @@ from memserve.metrics import formulas
 from memserve.metrics.goodput import class_figures, goodput_figures
 from memserve.metrics.latencies import distribution, latencies
 from memserve.metrics.migrations import migration_figures
+from memserve.metrics.moved import all_transfers
 from memserve.metrics.parts import instances_of, part_of
 from memserve.metrics.routing_figures import routing_figures
+from memserve.request import SERVING
 from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
@@ -36,8 +38,9 @@ class InstanceStats:
     request's end.  num_evicted_blocks: index blocks given up for space.
     num_swapped_out_blocks, num_swapped_in_blocks: blocks moved to DRAM and back.  num_swaps_dropped: requests that were
     preempted to DRAM and had to be recomputed after all.
-    num_blocks: size of its pool.  peak_used_blocks: most that anyone but the index held at a time.  num_indexed_blocks:
-    in the index at the end.  peak_waiting_handoffs: most requests that waited at a time for a decode instance's room.
+    num_blocks, num_dram_blocks: its pool's, in HBM and in DRAM.  peak_used_blocks: most of HBM that anyone but the
+    index held at a time.  num_indexed_blocks: in the index at the end.  peak_waiting_handoffs: most requests that
+    waited at a time for a decode instance's room.
     num_computed, num_generated: all tokens that it prefilled and generated, whatever came of their requests.
     joined_ns, left_ns: when it came and went, on the cluster's clock; None: it is there at the end.
     """
@@ -51,6 +54,7 @@ class InstanceStats:
     num_swapped_in_blocks: int = 0
     num_swaps_dropped: int = 0
     num_blocks: int = 0
+    num_dram_blocks: int = 0
     peak_used_blocks: int = 0
     num_indexed_blocks: int = 0
     peak_waiting_handoffs: int = 0
@@ -79,17 +83,17 @@ def build_report(
     classes: Mapping[str, formulas.Slo] = _NO_FIGURES,
     workload: Mapping[str, Any] = _NO_FIGURES,
     control: Report | None = None,
+    store: Report | None = None,
 ) -> Report:
     """The report of one run.
 
     timelines: every request that was submitted. Latencies are of those that succeeded; token counts of the attempts by
-    which requests ended, where an instance began them; what instances computed beside that was in vain.
-    wall_s: seconds the run took on this machine, against `makespan_s` on the cluster's clock.
-    p_to_d, d_to_p: sent by prefill instances to decode instances, and back.  between: by those of one role.
-    tree_counts: of the global scheduler's prompt trees.  membership: instances that came and went, and what they left
-    to others.  stays_ns: from when until when each was there, also those without a row; None: as the rows say.
-    slo: what counts under `goodput`; null where nothing is asked for.  classes: what counts of the requests of each
-    class, which has figures of its own under `classes`.  workload, control: their figures.
+    which requests ended, where an instance began them; what instances computed beside that was in vain.  wall_s:
+    seconds on this machine's clock.  p_to_d, d_to_p: sent by prefill instances to decode instances, and back.
+    between: by those of one role.  tree_counts: of the global scheduler's prompt trees.  membership: instances that
+    came and went, and what they left to others.  stays_ns: from when until when each was there, also those without a
+    row; None: as the rows say.  slo: what counts under `goodput`; null where nothing is asked for.  classes: what
+    counts of the requests of each class, which has figures of its own.  workload, control, store: their figures.
     """
     succeeded, window = [formulas.measure(t) for t in timelines if t.succeeded], formulas.window_ns(timelines)
     makespan_s, rows = formulas.makespan_s(window), _instances(instances, timelines, window)
@@ -105,12 +109,13 @@ def build_report(
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
         "throughput": _throughput(tokens, len(succeeded), makespan_s),
-        "transfers": {"p_to_d": _transfers(p_to_d), "d_to_p": _transfers(d_to_p), "between": _transfers(between)},
+        "transfers": all_transfers(p_to_d=p_to_d, d_to_p=d_to_p, between=between),
+        "store": store and store | {"hit_ratio": formulas.ratio(store["fetched_tokens"], tokens["prompt"])},
         "fetches": _fetches(timelines),
         "migrations": migration_figures(timelines),
         "instances": rows,
         "membership": {**membership, "instance_s": formulas.instance_s(window, stays)},
-        "skew": _skew(rows),
+        "skew": _skew([row for row in rows if row["role"] in SERVING]),
         "routing": routing_figures(timelines, rows, tree_counts),
         "control": control and control | {"utilisation": formulas.ratio(control["busy_s"], makespan_s)},
         "preemptions": sum(row["preemptions"] for row in rows),
@@ -234,12 +239,6 @@ def _in_vain(stats: InstanceStats, tokens: dict[str, int]) -> dict[str, int]:
         "computed_in_vain": stats.num_computed - tokens["computed"] - tokens["computed_on_decode"],
         "generated_in_vain": stats.num_generated - tokens["generated"],
     }
-
-
-def _transfers(counts: TransferCounts) -> dict[str, float]:
-    figures = asdict(counts)
-    seconds = to_s(figures.pop("elapsed_ns"))
-    return {**figures, "seconds": seconds}
 
 
 def _skew(rows: Sequence[Report]) -> dict[str, float | None]:

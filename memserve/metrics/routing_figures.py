@@ -30,7 +30,7 @@ def routing_figures(
     ]
     missing = [promised - found for promised, found in begun if promised > found]
     num_promised = sum(promised > 0 for promised, _ in begun)
-    takers = [row for row in rows if row["role"] != Role.DECODE]
+    takers = [row for row in rows if row["role"] in (Role.COLOCATED, Role.PREFILL)]
     return {
         "promised_tokens": sum(promised for promised, _ in begun),
         "num_promised": num_promised,

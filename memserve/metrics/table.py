@@ -8,12 +8,12 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
+from memserve.metrics.figure_text import counted, format_figure
+from memserve.metrics.moved_text import moved_texts
 from memserve.metrics.repeats import of_what
 from memserve.metrics.report import Report
 
-NONE = "-"  # a figure that does not exist
 WIDTH = 100  # columns, where the output is no terminal
-MANY_OVERTAKEN = 0.1  # of all answers
 _LATENCIES = {
     "TTFT": "ttft_s",
     "second token": "second_token_s",
@@ -32,39 +32,6 @@ def report_tables(report: Report, title: str = "") -> Group:
 def print_report(report: Report, title: str = "", console: Console | None = None) -> None:
     """Prints one run's report; console: None is standard output."""
     (console or standard_output()).print(report_tables(report, title))
-
-
-def format_figure(value: float | None, unit: str) -> str:
-    """A figure with its unit: seconds (in s, ms or us), share (in %), percent (a share in whole ones), mega (in
-    millions), count or number.
-    """
-    if value is None:
-        return NONE
-    if unit == "seconds":
-        return _format_seconds(value)
-    if unit == "mega":
-        value /= 1e6
-    if unit == "share":
-        return f"{100 * value:.1f} %"
-    if unit == "percent":
-        return f"{100 * value:.0f} %"
-    if unit == "count" and value == int(value):
-        return f"{int(value):,}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _format_seconds(value: float) -> str:
-    """Three digits in the unit that fits; from 1,000 s on, whole seconds."""
-    if abs(value) >= 999.5:
-        return f"{value:,.0f} s"
-    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
-        if abs(value) >= 0.9995 * scale:
-            return f"{_three_digits(value / scale)} {unit}"
-    return f"{_three_digits(value * 1e6)} us" if value else "0 s"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
 
 
 def standard_output() -> Console:
@@ -106,13 +73,12 @@ def _totals_table(report: Report) -> Table:
         **({"figures": said} if (said := of_what(report)) else {}),
         "requests": _requests_text(report),
         **_workload_text(report["workload"]),
-        "prompt tokens": f"{_count(tokens['prompt'])}: {_count(tokens['cached_local'])} cached, "
-        f"{_count(tokens['fetched'])} fetched, {_count(tokens['computed'])} computed"
-        + (f", {_count(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
+        "prompt tokens": f"{counted(tokens['prompt'])}: {counted(tokens['cached_local'])} cached, "
+        f"{counted(tokens['fetched'])} fetched, {counted(tokens['computed'])} computed"
+        + (f", {counted(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
-        **_transfer_texts(report),
-        **_fetches_text(report["fetches"]),
-        "tokens generated": _count(tokens["generated"]),
+        **moved_texts(report),
+        "tokens generated": counted(tokens["generated"]),
         **_in_vain_text(tokens),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
         **_goodput_text(report["goodput"]),
@@ -125,7 +91,7 @@ def _totals_table(report: Report) -> Table:
     }
     for label, key in (("turns over the context", "turns_over_context"), ("turns not sent", "turns_not_sent")):
         if report[key]:
-            rows[label] = _count(report[key])
+            rows[label] = counted(report[key])
     table = plain_table(show_header=False)
     for label, text in rows.items():
         table.add_row(label, text)
@@ -135,7 +101,7 @@ def _totals_table(report: Report) -> Table:
 def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
     """What was computed for attempts that were given up, if anything was."""
     computed, generated = tokens["computed_in_vain"], tokens["generated_in_vain"]
-    text = f"{_count(computed)} computed, {_count(generated)} generated"
+    text = f"{counted(computed)} computed, {counted(generated)} generated"
     return {"tokens in vain": text} if computed or generated else {}
 
 
@@ -145,7 +111,7 @@ def _goodput_text(goodput: Report | None) -> dict[str, str]:
         return {}
     share, rate = format_figure(goodput["share"], "share"), format_figure(goodput["requests_per_s"], "number")
     missed = ", ".join(
-        f"{_count(goodput['missed'][key])} by {_name_of(key)} <= {format_figure(bound, 'seconds')}"
+        f"{counted(goodput['missed'][key])} by {_name_of(key)} <= {format_figure(bound, 'seconds')}"
         for key, bound in goodput["slo"].items()
         if bound is not None
     )
@@ -158,7 +124,7 @@ def _classes_text(classes: Report | None) -> dict[str, str]:
 
 
 def _class_texts(figures: Report) -> Iterator[str]:
-    yield f"{_count(figures['num_finished'])} of {_count(figures['num_requests'])} finished"
+    yield f"{counted(figures['num_finished'])} of {counted(figures['num_requests'])} finished"
     for name in ("TTFT", "TPOT", "JCT"):
         mean, p99 = (format_figure(figures[_LATENCIES[name]][statistic], "seconds") for statistic in ("mean", "p99"))
         yield f"{name} {mean} (P99 {p99})"
@@ -172,17 +138,17 @@ def _name_of(key: str) -> str:
 
 def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
     """Who came and went, and for how long instances were there together, if anybody did."""
-    changes = ", ".join(f"{_count(m[key])} {key}" for key in ("joined", "left", "lost") if m[key])
-    left = f", {_count(m['bequeathed_tokens'])} tokens left to others" * bool(m["bequeathed_tokens"])
+    changes = ", ".join(f"{counted(m[key])} {key}" for key in ("joined", "left", "lost") if m[key])
+    left = f", {counted(m['bequeathed_tokens'])} tokens left to others" * bool(m["bequeathed_tokens"])
     return {"instances": f"{changes}; {format_figure(m['instance_s'], 'seconds')} in all{left}"} if changes else {}
 
 
 def _migrations_text(m: Mapping[str, Any]) -> dict[str, str]:
     """Answers that went on elsewhere, if any were to."""
-    failed = f", {_count(m['failed'])} failed" * bool(m["failed"])
+    failed = f", {counted(m['failed'])} failed" * bool(m["failed"])
     mean, most = (format_figure(m["stood_still_s"][key], "seconds") for key in ("mean", "max"))
     text = (
-        f"{_count(m['number'])}, {_count(m['tokens'])} tokens{failed}; stood still {mean} in the mean, {most} at most"
+        f"{counted(m['number'])}, {counted(m['tokens'])} tokens{failed}; stood still {mean} in the mean, {most} at most"
     )
     return {"migrations": text} if m["number"] or m["failed"] else {}
 
@@ -196,53 +162,9 @@ def _control_text(control: Report | None) -> dict[str, str]:
     return {"routing": f"{busy}; requests waited {mean} in the mean, {p99} at P99"}
 
 
-def _transfer_texts(report: Report) -> dict[str, str]:
-    """What moved each way and between instances of one role, where anything did or should have."""
-    texts = {}
-    for label, key in (("P -> D", "p_to_d"), ("D -> P", "d_to_p"), ("between", "between")):
-        counts = report["transfers"][key]
-        if any(counts.values()):
-            lost = ", ".join(f"{_count(counts[k])} {k}" for k in ("declined", "overtaken", "failed") if counts[k])
-            texts[label] = (
-                f"{_count(counts['tokens'])} tokens, {format_figure(counts['bytes'], 'mega')} MB in "
-                f"{_count(counts['transfers'])} transfers, {_count(counts['calls'])} network calls, "
-                f"{format_figure(counts['seconds'], 'seconds')}{'; ' * bool(lost)}{lost}"
-            )
-    texts |= _overtaken_text(report)
-    if report["quarantined_blocks"]:
-        texts["blocks in quarantine"] = _count(report["quarantined_blocks"])
-    return texts
-
-
-def _overtaken_text(report: Report) -> dict[str, str]:
-    """Where clients go on before what was generated is back at the prefill instance, which computes it again then."""
-    num_overtaken, num_answers = report["transfers"]["d_to_p"]["overtaken"], report["num_finished"]
-    if num_overtaken <= num_answers * MANY_OVERTAKEN:
-        return {}
-    return {
-        "D -> P too late": f"the next turn came first after {_count(num_overtaken)} of {_count(num_answers)} answers "
-        "(workload.think_time_s is how long a client takes)"
-    }
-
-
-def _fetches_text(f: Report) -> dict[str, str]:
-    """What came of the decisions to fetch or to compute, and of those to fetch how right they were."""
-    outcomes = [f"{_count(f[key])} {key}" for key in ("fetched", "computed", "refused", "failed") if f[key]]
-    texts = {"fetch or compute": ", ".join(outcomes)} if outcomes else {}
-    if f["fetched"]:
-        actual, arrived, predicted, computing = (
-            format_figure(f[key]["p50"], "seconds") for key in ("actual_s", "arrived_s", "predicted_s", "computing_s")
-        )
-        texts["time to fetch (P50)"] = (
-            f"{actual}, {predicted} predicted, {arrived} to the last byte; computing {computing} predicted, "
-            f"{_count(f['slower_than_computing'])} took longer"
-        )
-    return texts
-
-
 def _requests_text(report: Report) -> str:
-    text = f"{_count(report['num_finished'])} of {_count(report['num_requests'])} finished"
-    failures = ", ".join(f"{_count(n)} {reason}" for reason, n in report["failures"].items())
+    text = f"{counted(report['num_finished'])} of {counted(report['num_requests'])} finished"
+    failures = ", ".join(f"{counted(n)} {reason}" for reason, n in report["failures"].items())
     return f"{text}; {failures}" if failures else text
 
 
@@ -263,16 +185,16 @@ def _instance_table(report: Report) -> Table:
     for row in report["instances"]:
         table.add_row(
             row["id"] + _stay_text(row),
-            _count(row["num_requests"]),
+            counted(row["num_requests"]),
             format_figure(row["busy_s"], "seconds"),
             format_figure(row["utilisation"], "share"),
             format_figure(row["peak_used_share"], "percent"),
             format_figure(row["hit_ratio"], "share"),
-            _count(row["tokens"]["computed"]),
-            _count(row["tokens"]["generated"]),
-            _count(row["preemptions"]),
-            _count(row["num_evicted_blocks"]),
-            *([_count(row["peak_waiting_handoffs"])] if anybody_waited else []),
+            counted(row["tokens"]["computed"]),
+            counted(row["tokens"]["generated"]),
+            counted(row["preemptions"]),
+            counted(row["num_evicted_blocks"]),
+            *([counted(row["peak_waiting_handoffs"])] if anybody_waited else []),
         )
     return table
 
@@ -283,7 +205,3 @@ def _stay_text(row: Mapping[str, float | None]) -> str:
     since = f"from {format_figure(joined_s, 'seconds')}" if joined_s else ""
     until = f"to {format_figure(left_s, 'seconds')}" if left_s is not None else ""
     return f"\n ({', '.join(filter(None, (since, until)))})" if since or until else ""
-
-
-def _count(value: float) -> str:
-    return format_figure(value, "count")

@@ -17,12 +17,12 @@ from collections import Counter
 
 import numpy as np
 
-from memserve.clock import to_s
-from memserve.messages import CANCELLED, Cancel, Dispatch, Finished, HandoffEnded, Inherited, Message, Submit, Tokens
+from memserve.messages import CANCELLED, Cancel, Finished, HandoffEnded, Inherited, Message, Submit, Tokens
 from memserve.request import FinishReason, Role
 from memserve.sched.departures import Departure, EndThere
-from memserve.sched.group import Group, held_elsewhere
+from memserve.sched.group import Group
 from memserve.sched.groups import Groups
+from memserve.sched.holders import Holders
 from memserve.sched.modes import Colocated, Mode
 from memserve.sched.redirects import Redirects, abort_of, aborts
 from memserve.sched.rejection import NoRejection, Rejection, refusal
@@ -44,6 +44,7 @@ class GlobalScheduler:
     MAX_ATTEMPTS times; else it fails.  max_unfinished: a request that comes when so many are there is refused.
     patience_ns: so long a request waits for an instance to come where none of a role is left.  rejection: refuses one
     that is about to be sent out for the first time.  departure: says what becomes of answers whose instance drains.
+    stores: who holds KV and serves nobody.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class GlobalScheduler:
         patience_ns: int = 0,
         rejection: Rejection = _NO_REJECTION,
         departure: Departure = _WAIT,
+        stores: Holders | None = None,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
-        self.groups = Groups(group, decode, mode)
+        self.groups = Groups(group, decode, mode, stores)
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rejection, self._rng = rejection, rng
         self._redirects = Redirects(self.groups, departure, rng)
@@ -80,8 +82,7 @@ class GlobalScheduler:
     def poll(self, now_ns: int) -> None:
         """Requests that have waited for an instance for as long as they may fail."""
         for request_id in self._unserved.expired(now_ns):
-            routed, patience_s = self._live[request_id], to_s(self._unserved.patience_ns)
-            why = f"no {self.groups.missing_role()} is left, and none came within cluster.patience_s={patience_s:g}"
+            routed, why = self._live[request_id], self._unserved.why(self.groups.missing_role())
             self._end(routed, routed.failed(FinishReason.INSTANCE_LOST, why), now_ns)
 
     def receive(self, message: Message, now_ns: int) -> None:
@@ -178,7 +179,7 @@ class GlobalScheduler:
 
     def _dispatch(self, routed: Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it, or refuses it."""
-        m, timeline = routed.submit, routed.timeline
+        timeline = routed.timeline
         places = self.groups.choose(routed.request, now_ns, self._rng)
         why = None if timeline.attempt else refusal(self._rejection, self.groups.prospect(routed, places, now_ns))
         if why is not None:
@@ -189,8 +190,8 @@ class GlobalScheduler:
         timeline.dispatched_ns, timeline.instance = now_ns, self.groups.takers.labels[places[0].row]
         timeline.num_promised = places[0].num_cached
         timeline.routes += [place.choice for place in places]
-        what = (m.request_id, timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns)
-        self._outbox.append((timeline.instance, Dispatch(*what, decode, held_elsewhere(places), m.priority)))
+        held = self.groups.held_elsewhere(routed, places, now_ns)
+        self._outbox.append((timeline.instance, routed.dispatch(decode, held)))
 
     def _cancel(self, message: Cancel, now_ns: int) -> None:
         routed = self._live.get(message.request_id)

@@ -1,4 +1,4 @@
-"""Group: the instances of one role as the global scheduler sees them: who is there, what each has to do and caches."""
+"""Group: the instances of one role as the global scheduler sees them: beside what each holds, what it has to do."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,13 @@ import numpy as np
 from memserve.clock import to_ns, to_s
 from memserve.decisions import Holding, RouteChoice
 from memserve.latest import Latest
-from memserve.messages import pack_tokens
-from memserve.sched.admission import usable_prefix
 from memserve.sched.cost_model.base import CostModel
+from memserve.sched.holders import Holders
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest
 
 LATELY = 16  # requests an instance
 NUM_SESSIONS = 65_536  # whose instance is remembered
-NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, and the first may be gone
 
 _ROW = np.dtype(  # what is counted of an instance
     [
@@ -31,7 +29,6 @@ _ROW = np.dtype(  # what is counted of an instance
         ("free_blocks", np.float64),
         ("num_blocks", np.float64),
         ("said_s", np.float64),
-        ("is_here", np.bool_),
     ],
     align=True,
 )
@@ -59,15 +56,7 @@ class Assignment:
     decodes: bool = False
 
 
-def held_elsewhere(places: Sequence[Assignment]) -> tuple[Holding, ...]:
-    """Who is believed to have more of a prompt than the instance that it goes to, of any role (Eq. 2).
-
-    places: in each group, that of the instance first.
-    """
-    return tuple(held for place in places for held in place.longest if held.num_tokens > places[0].num_cached)
-
-
-class Group:
+class Group(Holders):
     """labels: of the instances, a row each.  incarnations: their numbers.  policy: chooses among them.  tree: what each
     is believed to have cached.  cost_model: says in the records what each choice costs, and what another would have;
     None where the group prefills nothing.  prediction: by which is said what a request would wait for; None: by that.
@@ -84,16 +73,12 @@ class Group:
         prediction: CostModel | None = None,
         num_gpus: int = 1,
     ) -> None:
-        self.labels, self.incarnations, self.tree = tuple(labels), list(incarnations), tree
+        super().__init__(labels, incarnations, tree)
         self._policy, self._cost_model, self._prediction = policy, cost_model, prediction or cost_model
         self._num_gpus = num_gpus
         self._rows = _new_rows(len(labels))
         self._homes: Latest[str, int] = Latest(NUM_SESSIONS)  # row of each session
         self._num_routed = 0
-
-    def row_of(self, label: str) -> int | None:
-        """The row of an instance; None for one of another group."""
-        return self.labels.index(label) if label in self.labels else None
 
     @property
     def num_routed_to(self) -> np.ndarray:
@@ -106,40 +91,10 @@ class Group:
         row = self.row_of(label)
         return 0 if row is None else int(self._rows["num_requests"][row])
 
-    def is_here(self, label: str) -> bool:
-        """Whether an instance is of this group, and neither gone nor draining."""
-        row = self.row_of(label)
-        return row is not None and bool(self._rows["is_here"][row])
-
     def add(self, label: str, incarnation: int) -> None:
         """An instance joins, the last row, with nothing to do and nothing cached."""
-        self.labels = (*self.labels, label)
-        self.incarnations.append(incarnation)
-        self.tree.add_row()
+        super().add(label, incarnation)
         self._rows = np.append(self._rows, _new_rows(1))
-
-    def remove(self, label: str) -> None:
-        """An instance is gone, or drains: nothing is routed to it or fetched from it any more, and what it had cached
-        is forgotten.
-        """
-        row = self.row_of(label)
-        if row is not None:
-            self._rows["is_here"][row] = False
-            self.tree.purge(row)
-
-    def restore(self, label: str) -> None:
-        """An instance that was taken for gone is there again."""
-        row = self.row_of(label)
-        if row is not None:
-            self._rows["is_here"][row] = True
-
-    def rows(self, tried: Collection[int] = ()) -> np.ndarray:
-        """Who can take a request, without the rows that were tried: int64 [n]."""
-        can = self._rows["is_here"]
-        if tried:
-            can = can.copy()
-            can[list(tried)] = False
-        return np.flatnonzero(can)
 
     def says(self, label: str, num_free: int, num_blocks: int, said_ns: int) -> None:
         """An instance, if it is of this group, had so many blocks of HBM that nobody held, of so many."""
@@ -178,7 +133,7 @@ class Group:
         none of the instances.
         """
         num_tokens, rows = len(request.tokens), self.rows(tried)
-        num_cached = self.tree.match(pack_tokens(request.tokens[: usable_prefix(num_tokens)]), now_ns)[rows]
+        num_cached = self._num_cached(request.tokens, rows, now_ns)
         snapshot = self.snapshot(rows, num_cached, request.session_id, now_ns)
         chosen = self._policy.choose(request, snapshot, rng)
         if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen < len(rows):
@@ -192,7 +147,7 @@ class Group:
         """The request goes there. is_first: not to another of this group before, in this attempt."""
         self._num_routed += is_first
         self._rows["num_routed"][placement.row] += 1
-        self._rows["num_lately"] *= 1 - 1 / (LATELY * np.count_nonzero(self._rows["is_here"]))
+        self._rows["num_lately"] *= 1 - 1 / (LATELY * np.count_nonzero(self._here))
         self._rows["num_lately"][placement.row] += 1
         self._homes[session_id] = placement.row
         self._count(placement, 1)
@@ -248,11 +203,6 @@ class Group:
             self._rows["num_decoding"][placement.row] -= placement.decodes
         placement.is_counted = placement.decodes = False
 
-    def _longest(self, rows: np.ndarray, num_cached: np.ndarray) -> list[Holding]:
-        """The instances of some rows that have anything, at most NUM_HOLDINGS. num_cached: int64 [n], of these rows."""
-        order = np.argsort(-num_cached, kind="stable")[:NUM_HOLDINGS]
-        return [Holding(self.incarnations[rows[i]], int(num_cached[i])) for i in order if num_cached[i]]
-
     def _count(self, placement: Assignment, sign: int) -> None:
         self._rows["num_requests"][placement.row] += sign
         self._rows["num_tokens"][placement.row] += sign * placement.num_tokens
@@ -268,8 +218,8 @@ def _read_only(column: np.ndarray) -> np.ndarray:
 
 
 def _new_rows(num_rows: int) -> np.ndarray:
-    """Instances that are here and have nothing to do."""
+    """Instances that have nothing to do."""
     rows = np.zeros(num_rows, dtype=_ROW)
-    rows["is_here"], rows["said_s"] = True, -np.inf
+    rows["said_s"] = -np.inf
     rows["free_blocks"] = rows["num_blocks"] = np.inf
     return rows

@@ -1,7 +1,7 @@
 """Groups: the instances by role as the global scheduler sees them (the tree types of section 6). Knows no message.
 
-`takers` get a request first: colocated or prefill instances. `decode`, if there is one, go on with it. What is said of
-an instance by its label concerns whichever group it is in.
+`takers` get a request first: colocated or prefill instances. `decode`, if there is one, go on with it. `stores` get
+none, and hold KV that may be fetched. What is said of an instance by its label concerns whichever of these it is in.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from memserve.clock import to_s
+from memserve.decisions import Holding
 from memserve.kvcache.errors import MissedEvents
 from memserve.kvcache.events import IndexEvent, IndexSnapshot
 from memserve.messages import Room, pack_tokens
 from memserve.request import Role
 from memserve.sched.group import Assignment, Group
+from memserve.sched.holders import Holders
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import Exact, counts_of
 from memserve.sched.rejection import Prospect
@@ -22,12 +24,14 @@ from memserve.sched.routing import RouteRequest
 
 
 class Groups:
-    """takers, decode: see above.  mode: says what a request leaves in whose cache."""
+    """takers, decode, stores: see above.  mode: says what a request leaves in whose cache."""
 
-    def __init__(self, takers: Group, decode: Group | None, mode: Mode) -> None:
+    def __init__(self, takers: Group, decode: Group | None, mode: Mode, stores: Holders | None = None) -> None:
         self.takers, self.decode = takers, decode
         self.taking_role = Role.COLOCATED if decode is None else Role.PREFILL
         self._mode = mode
+        self._holders: list[Holders] = [*self.all] if stores is None else [*self.all, stores]
+        self._stores = stores
 
     @property
     def all(self) -> list[Group]:
@@ -41,17 +45,17 @@ class Groups:
 
     def remove(self, label: str) -> None:
         """An instance is gone, or drains: no request is routed to it any more."""
-        for group in self.all:
+        for group in self._holders:
             group.remove(label)
 
     def restore(self, label: str) -> None:
         """An instance that was taken for gone is there again."""
-        for group in self.all:
+        for group in self._holders:
             group.restore(label)
 
     def is_here(self, label: str) -> bool:
         """Whether an instance is named for requests."""
-        return any(group.is_here(label) for group in self.all)
+        return any(group.is_here(label) for group in self._holders)
 
     def missing_role(self) -> str | None:
         """The kind of instance of which none is left, if one that is needed is."""
@@ -165,9 +169,19 @@ class Groups:
             if role is not Role.DECODE or routed.num_generated > 1:  # one alone is the prefill's
                 self.learn(routed, role, routed.num_generated, now_ns)
 
+    def held_elsewhere(self, routed: Routed, places: Sequence[Assignment], now_ns: int) -> tuple[Holding, ...]:
+        """Who is believed to have more of a prompt than the instance that it goes to, of any role (Eq. 2). Of who has
+        as much as others, the first is asked: a store, whose port no hand-off needs.
+
+        places: in each group, that of the instance first.
+        """
+        held = [] if self._stores is None else self._stores.holdings(routed.request.tokens, now_ns)
+        held += [holding for place in places for holding in place.longest]
+        return tuple(holding for holding in held if holding.num_tokens > places[0].num_cached)
+
     def inherited(self, label: str, tokens: bytes, now_ns: int) -> None:
         """An instance has cached what another left to it."""
-        for group in self.all:
+        for group in self._holders:
             if (row := group.row_of(label)) is not None and group.is_here(label):
                 group.tree.learn(row, tokens, now_ns)
 
@@ -197,9 +211,9 @@ class Groups:
 
     def tree_counts(self) -> dict[str, int]:
         """Of the prompt trees of all roles: blocks in them now, and those forgotten for space and for age."""
-        return counts_of([group.tree for group in self.all])
+        return counts_of([group.tree for group in self._holders])
 
     def _followed(self, label: str) -> list[tuple[Exact, int]]:
         """The tree that follows an instance's index, and its row there; none if it is gone."""
-        rows = [(group.tree, group.row_of(label)) for group in self.all if group.is_here(label)]
+        rows = [(group.tree, group.row_of(label)) for group in self._holders if group.is_here(label)]
         return [(tree, row) for tree, row in rows if isinstance(tree, Exact) and row is not None]

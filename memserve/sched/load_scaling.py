@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memserve.clock import LONGEST_S, to_ns
-from memserve.request import Role
+from memserve.request import SERVING, Role
 from memserve.sched.scaling import Add, Change, ChangeRole, Drain, Load, Scaling, Standing
 from memserve.values import require_duration, require_int, require_number
 
-ROLES = ", ".join(Role)
+ROLES = ", ".join(SERVING)
 SHORTEST_S = 0.001  # between looks
 LEAST_FULL = 1e-6
 MOST_INSTANCES = 2**14 - 1  # as many as addresses can name
@@ -67,7 +67,7 @@ class _ByRequests(Scaling):
         allowed = f"seconds in [{SHORTEST_S:g}, {LONGEST_S:g}]"
         require_number("scaling.interval_s", interval_s, allowed, minimum=SHORTEST_S, maximum=LONGEST_S)
         self._interval_ns = to_ns(interval_s)
-        if not isinstance(full, Mapping) or not set(full) <= set(Role):
+        if not isinstance(full, Mapping) or not set(full) <= set(SERVING):
             raise ValueError(f"scaling.full={full!r}: expected a number of requests for each of {ROLES}")
         self._full = {
             Role(role): require_number(f"scaling.full.{role}", value, f"a number >= {LEAST_FULL:g}", minimum=LEAST_FULL)
@@ -79,7 +79,7 @@ class _ByRequests(Scaling):
         return self._interval_ns if last_ns is None else last_ns + self._interval_ns
 
     def begin(self, roles: Sequence[Role]) -> None:
-        for role in roles:
+        for role in (roles := _serving(roles)):
             if role not in self._full:
                 given = {str(known): number for known, number in self._full.items()}
                 raise ValueError(f"scaling.full={given}: expected a number of requests for {role} too")
@@ -101,6 +101,11 @@ class _ByRequests(Scaling):
         return teams
 
 
+def _serving(roles: Sequence[Role]) -> list[Role]:
+    """Those of instances that requests go to."""
+    return [role for role in roles if role in SERVING]
+
+
 class ByLoad(_ByRequests):
     """Adds instances of a role until nobody has more than `full` requests, and drains one that can be spared; the rule
     of horizontal autoscalers, with their window. At most max_instances in all, at least one of a role.
@@ -120,9 +125,9 @@ class ByLoad(_ByRequests):
 
     def begin(self, roles: Sequence[Role]) -> None:
         super().begin(roles)
-        if len(roles) > self._max_instances:
+        if (num_serving := len(_serving(roles))) > self._max_instances:
             raise ValueError(
-                f"scaling.max_instances={self._max_instances}: expected at least the {len(roles)} of cluster.roles"
+                f"scaling.max_instances={self._max_instances}: expected at least the {num_serving} of cluster.roles"
             )
 
     @property
@@ -163,7 +168,7 @@ class SwitchRoles(_ByRequests):
         super().__init__(full, slack, interval_s, window_s, switch_s=switch_s)
 
     def begin(self, roles: Sequence[Role]) -> None:
-        if len(set(roles)) < 2:
+        if len(set(_serving(roles))) < 2:
             raise ValueError(f"scaling=SwitchRoles with cluster.roles={[str(r) for r in roles]}: expected two roles")
         super().begin(roles)
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memserve.clock import to_s
-from memserve.messages import Finished, Submit, Tokens, unpack_times, unpack_tokens
+from memserve.decisions import Holding
+from memserve.messages import Dispatch, Finished, Submit, Tokens, unpack_times, unpack_tokens
 from memserve.request import FinishReason
 from memserve.sched.group import Assignment
 from memserve.sched.routing import RouteRequest
@@ -38,11 +39,17 @@ class Routed:
 
     @classmethod
     def of(cls, submit: Submit) -> "Routed":
-        """A request that a client has submitted."""
+        """A request that has come, and was sent nowhere yet."""
         m = submit
         num_prompt = len(m.tokens) // 4
         timeline = RequestTimeline(m.request_id, m.session_id, m.arrival_ns, num_prompt, m.priority, m.class_name)
-        return cls(submit, timeline)
+        return cls(m, timeline)
+
+    def dispatch(self, decode: int | None, held_elsewhere: tuple[Holding, ...]) -> Dispatch:
+        """What the instance of its present attempt is told."""
+        m = self.submit
+        what = (m.request_id, self.timeline.attempt, m.session_id, m.tokens, m.params, m.arrival_ns)
+        return Dispatch(*what, decode, held_elsewhere, m.priority)
 
     def failed(self, reason: FinishReason, detail: str) -> Finished:
         """What the client is told of its end."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memserve.clock import to_ns
-from memserve.request import Role
+from memserve.request import SERVING, Role
 from memserve.values import require_choice, require_duration
 
 
@@ -98,11 +98,13 @@ class Scaling(ABC):
     @abstractmethod
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
         """What is to be done at now_ns, when it wanted to be asked. loads: of all instances that are in the cluster or
-        will be, in the order in which they were named.
+        will be, and serve requests, in the order in which they were named.
         """
 
     def begin(self, roles: Sequence[Role]) -> None:
-        """The cluster begins with instances of these roles. Raises ValueError for what cannot be done to it."""
+        """The cluster begins with instances of these roles, and perhaps a store, which neither comes nor goes. Raises
+        ValueError for what cannot be done to it.
+        """
         return
 
     @property
@@ -160,6 +162,8 @@ class Schedule(Scaling):
                 if role is None:
                     names = ", ".join(here)
                     raise ValueError(f"scaling.changes: {change}: expected an instance that is there then, of {names}")
+                if not isinstance(change, Crash) and role not in SERVING:
+                    raise ValueError(f"scaling.changes: {change}: expected an instance that serves requests")
                 if not isinstance(change, Crash) and role not in here.values():
                     raise ValueError(f"scaling.changes: {change}: expected another {role} instance that stays")
             if isinstance(change, Add | ChangeRole):
@@ -189,4 +193,4 @@ def _timed_change(number: int, given: Mapping[str, object]) -> tuple[int, Change
 
 
 def _role(name: str, value: object) -> Role:
-    return Role(require_choice(name, str(value), tuple(Role)))
+    return Role(require_choice(name, str(value), SERVING))

@@ -3,6 +3,8 @@
 Each waits patience_ns from when it was put there; with 0 nobody waits.
 """
 
+from memserve.clock import to_s
+
 
 class Unserved:
     """In the order in which they came, which is also that in which their time is up."""
@@ -31,6 +33,10 @@ class Unserved:
         for request_id in ids:
             self.discard(request_id)
         return ids
+
+    def why(self, missing: str | None) -> str:
+        """Why one whose time is up fails. missing: the kind of instance that it waited for."""
+        return f"no {missing} is left, and none came within cluster.patience_s={to_s(self.patience_ns):g}"
 
     def drain(self) -> list[str]:
         """All of them; they wait no longer."""

@@ -32,6 +32,10 @@ CLUSTER = [
     "mode=pd_caching_3", "transfer.deadline_s=1", "transfer.patience_s=5", "transfer.retry_s=0.2",
     "cluster.silence_s=3", "policy=random", "policy@decode_policy=random",
 ]  # fmt: skip
+STORE = [
+    "cluster.roles=[prefill,prefill,decode,store]", "store=write_through", "fetch=always",
+    "+per_role.store.kvcache.num_dram_blocks=200",
+]  # fmt: skip
 GRANULARITIES = ("by_layer", "by_request", "packed")
 FATES = ("killed", "stopped and goes on", "stopped for good")
 NAMED = ("instance_lost", "transfer_failed")
@@ -81,6 +85,20 @@ def survive(seed: int, transport: str, directory: Path) -> dict[str, object]:
     words = [*CLUSTER, *WORKLOAD, f"transport={transport}", f"granularity={rng.choice(GRANULARITIES)}"]
     victims = [rng.choice((1, 2)), rng.choice((3, 4))]  # a rank of each role
     fates = [(rng.uniform(0.2, LASTS_S), victim, rng.choice(FATES)) for victim in victims]
+    return _survived(words, fates, directory)
+
+
+def survive_without_store(seed: int, transport: str, directory: Path) -> dict[str, object]:
+    """The same where a store, and nobody else, is lost or stopped: no request fails, or is served a second time."""
+    rng = random.Random(seed)
+    words = [*CLUSTER, *WORKLOAD, *STORE, f"transport={transport}", f"granularity={rng.choice(GRANULARITIES)}"]
+    said = _survived(words, [(rng.uniform(0.2, LASTS_S / 2), NUM_RANKS - 1, rng.choice(FATES))], directory)
+    assert set(said["ends"]) == {"length", "new attempts"} and not said["ends"]["new attempts"], said
+    return said
+
+
+def _survived(words: list[str], fates: list[tuple[float, int, str]], directory: Path) -> dict[str, object]:
+    victims = [victim for _, victim, _ in fates]
     ranks = Forked(directory, [[words, NUM_RANKS]], NUM_RANKS)
     try:
         wait_for(lambda: have_started(directory), START_S, "the cluster starts", ranks)

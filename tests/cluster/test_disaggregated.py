@@ -107,7 +107,7 @@ def test_kv_that_comes_back_too_late_is_counted_once_however_often_it_is_asked_f
         ask = Ask((1, number), tokens, 1, 0, True, True, False, late, handoffs.transfers.geometry)
         for _ in range(3):
             handoffs.receive(1, ask, {"r": served}, 0)
-    assert handoffs.num_overtaken == 2
+    assert handoffs.returns.num_overtaken == 2
 
 
 @pytest.mark.parametrize("cancelled_after", [12, None])

@@ -22,6 +22,7 @@ WORKLOAD = [
     "workload.turn_tokens=15", "workload.prefix_tokens=24", "workload.share_ratio=2", "workload.max_output_tokens=8",
     "workload.rate=200", "workload.think_time_s=0.05",
 ]  # fmt: skip
+STORE = ["store=write_through", "fetch=always", "+per_role.store.kvcache.num_dram_blocks=20"]
 MODES = ("pd_basic", "pd_caching_1", "pd_caching_2", "pd_caching_3")
 LIMIT_S = 280
 
@@ -51,6 +52,8 @@ def cases(transport):
                    "kvcache.async_swap=true", "kvcache.swap_ahead_blocks=3", "batching=prefill_first"], 4  # fmt: skip
     yield "model", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer", "model=tiny"], 3
     yield "model", ["cluster=1p2d", "mode=pd_caching_2", "granularity=by_request", "model=tiny"], 4
+    yield "hash", ["cluster.roles=[colocated,store,colocated]", "policy=round_robin", "index_source=exact", *STORE], 4
+    yield "model", ["cluster.roles=[store,prefill,decode]", "mode=pd_caching_3", "model=tiny", *STORE], 4
     if transport == "gloo":
         yield "hash", ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request", "channels=3"], 3
         yield "hash", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer",
@@ -76,7 +79,11 @@ def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
         report = result["report"]
         assert report["num_failed"] == 0 and report["quarantined_blocks"] == 0
         sent = report["transfers"]["p_to_d"]
-        assert (sent["tokens"] > 0) == ("cluster=colocated_2" not in words) and sent["failed"] == 0, words
+        assert (sent["tokens"] > 0) == ("colocated" not in words[0]) and sent["failed"] == 0, words
+        assert (report["store"] is not None) == (STORE[0] in words), words
+        if report["store"] is not None:
+            received = report["store"]["received"]
+            assert received["tokens"] > 0 == received["failed"] and report["store"]["num_indexed_blocks"] > 0
 
 
 def assert_on_one_clock(records, spans):

@@ -10,7 +10,7 @@ from rich.console import Console
 from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Submit, pack_tokens
 from memserve.metrics.table import print_report
-from memserve.request import FinishReason, Role, SamplingParams
+from memserve.request import SERVING, FinishReason, Role, SamplingParams
 from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, NoScaling
 
 SLOW_LINK = [  # so that much happens while KV is on its way
@@ -65,8 +65,8 @@ def nothing_is_left(cluster):
 
 def drawn(cluster, rng):
     """A change that the cluster can do now, if chance finds one."""
-    here = [m for m in cluster.members.members if m.standing == "serving"]
-    roles = sorted({m.role for m in cluster.members.members})
+    here = [m for m in cluster.members.members if m.standing == "serving" and m.role in SERVING]
+    roles = sorted({m.role for m in cluster.members.members}.intersection(SERVING))
     if not here:
         return None
     one = here[int(rng.integers(len(here)))]

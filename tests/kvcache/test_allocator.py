@@ -112,3 +112,13 @@ def test_the_index_evicts_nothing_that_others_hold_or_nobody(medium, holders):
         allocator.evicted(np.concatenate([blocks, other]))
     assert (allocator.refcounts == before[0]).all() and (allocator.generations == before[1]).all()
     allocator.check()
+
+
+def test_who_has_dram_needs_no_hbm():
+    allocator = Allocator(0, 2)
+    assert allocator.alloc(2, A, Medium.DRAM).tolist() == [0, 1] and allocator.num_free == allocator.num_blocks == 0
+    with pytest.raises(OutOfBlocks, match="1 blocks asked for, 0 of 0 free in HBM"):
+        allocator.alloc(1, B)
+    allocator.check()
+    with pytest.raises(ValueError, match="num_blocks=0: expected 1 to"):
+        Allocator(0, 0)

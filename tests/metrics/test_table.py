@@ -8,11 +8,12 @@ from rich.console import Console
 from memserve.decisions import FetchRecord
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.comparison import print_comparison, print_points
+from memserve.metrics.figure_text import format_figure
 from memserve.metrics.formulas import Slo
 from memserve.metrics.progress import Progress
 from memserve.metrics.repeats import median_of
 from memserve.metrics.report import InstanceStats, build_report
-from memserve.metrics.table import format_figure, print_report
+from memserve.metrics.table import print_report
 from memserve.request import FinishReason, Role
 
 INSTANCES = [InstanceStats("colocated-0", Role.COLOCATED, busy_ns=4_000_000_000)]
