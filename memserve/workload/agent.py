@@ -77,8 +77,8 @@ class AgentWorkload(Workload):
     def _session(
         self, where: str, record: dict[str, Any], arrival_ns: int, few_shot: str, tokenizer: ChatTokenizer
     ) -> Session:
-        turns, named = tuple(self._turns(where, record, few_shot, tokenizer)), named_by(where, record)
-        return Session(record["id"], arrival_ns, turns, _NOTHING, class_name=named.class_name, priority=named.priority)
+        turns = tuple(self._turns(where, record, few_shot, tokenizer))
+        return Session(record["id"], arrival_ns, turns, _NOTHING, **named_by(where, record, self.classes))
 
     def _few_shot(self) -> str:
         try:

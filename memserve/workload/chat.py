@@ -17,7 +17,7 @@ from memserve.request import SamplingParams
 from memserve.values import require_bool, require_choice, require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes
-from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations
+from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations, named_by
 from memserve.workload.records import require_enough
 from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
 
@@ -111,8 +111,16 @@ class ChatWorkload(Workload):
         require_enough(self._num_sessions, num_good, held)
 
     def _checked(self, conversation: Conversation | BadConversation) -> Conversation | BadConversation:
-        """The same; where lengths are the file's, one that lacks the answer of a turn to play is a bad one."""
-        if self._from_file and isinstance(conversation, Conversation):
+        """The same; one of a class that is no name is a bad one. So is, where lengths are the file's, one that lacks
+        the answer of a turn to play.
+        """
+        if not isinstance(conversation, Conversation):
+            return conversation
+        try:
+            named_by(conversation.where, conversation.names, self.classes)
+        except BadConversation as error:
+            return error
+        if self._from_file:
             for number, turn in enumerate(conversation.turns[: self._max_turns], start=1):
                 if turn.answer is None:
                     where = f"{conversation.where}, turn {number}"
@@ -127,11 +135,8 @@ class ChatWorkload(Workload):
             params = self._params_for(turn.answer, tokenizer)
             turns.append(Turn(tokens, params, self._think_time_ns if number else 0))
         suffix, eos_token_ids = tokenizer.turn_suffix, tokenizer.eos_token_ids
-        named = conversation.named
-        return Session(
-            conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids,
-            class_name=named.class_name, priority=named.priority,
-        )  # fmt: skip
+        named = named_by(conversation.where, conversation.names, self.classes)
+        return Session(conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids, **named)
 
     def _params_for(self, answer: str | None, tokenizer: ChatTokenizer) -> SamplingParams:
         if not self._from_file:

@@ -9,11 +9,13 @@ Knows text and roles; never sees a token. Every error names the file and the lin
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from memserve.request import require_priority
+from memserve.workload.classes import RequestClass
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -46,22 +48,21 @@ class ConversationTurn:
     answer: str | None
 
 
-@dataclass(frozen=True)
-class Named:
-    """What a line says of the class and the priority of its requests, if it does."""
+class NamedBy(TypedDict, total=False):
+    """Of a Session, what a line names."""
 
-    class_name: str = ""
-    priority: int | None = None
+    class_name: str
+    priority: int
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """where: "file:line", for messages to the user."""
+    """where: "file:line", for messages to the user.  names: its `class` and `priority`."""
 
     conversation_id: str
     turns: tuple[ConversationTurn, ...]
     where: str
-    named: Named = Named()
+    names: Mapping[str, object]
 
 
 def iter_conversations(path: Path) -> Iterator[Conversation | BadConversation]:
@@ -178,18 +179,29 @@ def _conversation(entry: object, number: int, where: str) -> Conversation:
         raise _bad(where, f"id={conversation_id!r}: expected a non-empty string or an integer")
     require_text(where, "id", str(conversation_id))
     messages = _messages(entry, where)
-    return Conversation(str(conversation_id), _turns(messages, where), where, named_by(where, entry))
+    return Conversation(str(conversation_id), _turns(messages, where), where, names_in(entry))
 
 
-def named_by(where: str, entry: Mapping[str, object]) -> Named:
-    """By the fields `class` and `priority` of a line's object, where it has them."""
-    name, priority = entry.get("class", ""), entry.get("priority")
-    if not isinstance(name, str) or ("class" in entry and not name):
-        raise _bad(where, f"class={name!r}: expected a word, one of workload.classes")
-    try:
-        return Named(name, None if "priority" not in entry else require_priority("priority", priority))
-    except ValueError as error:
-        raise _bad(where, str(error)) from None
+def names_in(entry: Mapping[str, object]) -> dict[str, object]:
+    """What of a line's object `named_by` reads."""
+    return {name: entry[name] for name in ("class", "priority") if name in entry}
+
+
+def named_by(where: str, entry: Mapping[str, object], classes: Collection[RequestClass]) -> NamedBy:
+    """What a line's object says by its fields `class` and `priority`, where the workload has classes: without, they are
+    as good as any other field that nobody reads.
+    """
+    named = NamedBy()
+    if classes and "class" in entry:
+        if not isinstance(entry["class"], str) or not entry["class"]:
+            raise _bad(where, f"class={entry['class']!r}: expected a word, one of workload.classes")
+        named["class_name"] = entry["class"]
+    if classes and "priority" in entry:
+        try:
+            named["priority"] = require_priority("priority", entry["priority"])
+        except ValueError as error:
+            raise _bad(where, str(error)) from None
+    return named
 
 
 def _messages(entry: dict[str, object], where: str) -> list[ChatMessage]:

@@ -15,7 +15,7 @@ from memserve.request import SamplingParams
 from memserve.values import require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes
-from memserve.workload.conversations import Named, named_by
+from memserve.workload.conversations import NamedBy, named_by
 from memserve.workload.records import iter_records, require_enough, require_fields
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
 
@@ -60,7 +60,7 @@ class DocumentQA(Workload):
         """See Workload. Raises BadConversation with file and line, ValueError when there is no file or too few."""
         rng = np.random.default_rng(require_int("seed", seed, 0))
         asked = [
-            (f"{record['id']}/{number}", turn, named_by(where, record))
+            (f"{record['id']}/{number}", turn, named_by(where, record, self.classes))
             for where, record in iter_records(self._path, {"document": str, "questions": list})
             for number, turn in enumerate(self._turns(where, record, tokenizer))
         ]
@@ -83,8 +83,8 @@ class DocumentQA(Workload):
         return turns
 
 
-def _session(asked: tuple[str, Turn, Named], arrival_ns: int) -> Session:
+def _session(asked: tuple[str, Turn, NamedBy], arrival_ns: int) -> Session:
     """Of one question."""
     session_id, turn, named = asked
     nothing = np.empty(0, dtype=np.int32)
-    return Session(session_id, arrival_ns, (turn,), nothing, class_name=named.class_name, priority=named.priority)
+    return Session(session_id, arrival_ns, (turn,), nothing, **named)

@@ -23,7 +23,7 @@ from memserve.mixing import GOLDEN64, mix64
 from memserve.request import SamplingParams
 from memserve.values import require_bool, require_duration, require_int, require_number
 from memserve.workload.classes import request_classes
-from memserve.workload.conversations import BadConversation
+from memserve.workload.conversations import BadConversation, named_by
 from memserve.workload.lengths import MAX_TOKENS
 from memserve.workload.records import require_enough
 from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
@@ -98,8 +98,7 @@ class TraceWorkload(Workload):
                 turns=(self._turn(request, number, hash_tokens, tokenizer.vocab_size, seed),),
                 suffix=np.empty(0, dtype=np.int32),
                 chat=request.chat,
-                class_name=request.named.class_name,
-                priority=request.named.priority,
+                **named_by(request.where, request.names, self.classes),
             )
             for number, request in enumerate(requests)
         ]

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from memserve.workload.conversations import BadConversation, named_by, parse_line, require_file
+from memserve.workload.conversations import BadConversation, names_in, parse_line, require_file
 from memserve.workload.trace_formats import CSV_FORMATS, JSON_FORMATS, TraceFormat, TraceRequest, expected
 
 _NO_TEXT = {
@@ -84,7 +84,7 @@ def _of_json(found: TraceFormat, lines: _Lines, hash_tokens: int | None) -> Iter
         record = parse_line(line, where)
         if not isinstance(record, dict) or not found.fits(record):
             raise BadConversation(f"{where}: expected an object with {found.described()}, as the first line has")
-        yield replace(found.request(where, record, hash_tokens), named=named_by(where, record))
+        yield replace(found.request(where, record, hash_tokens), names=names_in(record))
 
 
 def _of_csv(found: TraceFormat, columns: list[str], lines: _Lines) -> Iterator[TraceRequest]:

@@ -12,17 +12,17 @@ microsoft/vidur (data/processed_traces).
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from memserve.clock import MAX_S, date_ns, to_ns
-from memserve.workload.conversations import BadConversation, Named
+from memserve.workload.conversations import BadConversation
 from memserve.workload.lengths import MAX_TOKENS
 
-_NOT_NAMED = Named()
+_NO_NAMES: Mapping[str, Any] = {}
 _DATE_AND_TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d", re.ASCII)
 
 
@@ -33,7 +33,7 @@ class TraceRequest:
     time_ns: of its arrival, from whenever the format counts.  num_prompt, num_output: tokens, from 0 on.
     ids: int64 [n] of the blocks of text that its prompt is made of, or None.
     chat: of which it is one request, where the format has chats and the line is of one.
-    named: its class and priority, which lines of JSON may name.
+    names: its class and priority, where a line of JSON has such fields.
     """
 
     where: str
@@ -42,7 +42,7 @@ class TraceRequest:
     num_output: int
     ids: np.ndarray | None
     chat: str | None
-    named: Named = _NOT_NAMED
+    names: Mapping[str, Any] = field(default_factory=lambda: _NO_NAMES)
 
 
 class TraceFormat(ABC):

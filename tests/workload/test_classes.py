@@ -121,8 +121,19 @@ def test_a_class_that_the_workload_does_not_have_is_refused(tokenizer, tmp_path)
     path = written(tmp_path / "f", lines_of("chat", [{"class": "gold"}]))
     with pytest.raises(ValueError, match=r"class='gold' of session '0': expected one of workload.classes: chat, batch"):
         sessions_of(ChatWorkload(path=path, classes=CLASSES), tokenizer, 0)
-    with pytest.raises(ValueError, match=r"class='gold' of session '0': expected workload.classes with its name"):
-        sessions_of(ChatWorkload(path=path), tokenizer, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_classes_a_line_may_say_of_class_and_priority_what_it_likes(kind, tokenizer, tmp_path):
+    path = written(tmp_path / "f", lines_of(kind, [{"class": 3, "priority": "high"}, {"class": "gold", "priority": 4}]))
+    sessions = sessions_of(KINDS[kind](path=path), tokenizer, 0)
+    assert [(s.class_name, s.priority) for s in sessions] == [("", None)] * 2
+
+
+def test_a_conversation_with_a_bad_class_is_skipped_where_invalid_ones_are(tokenizer, tmp_path):
+    path = written(tmp_path / "f", lines_of("chat", [{"class": 3}, {}]))
+    workload = ChatWorkload(path=path, classes=CLASSES, skip_invalid=True)
+    assert len(sessions_of(workload, tokenizer, 0)) == 1 and workload.figures["skipped_invalid"] == 1
 
 
 @pytest.mark.parametrize(
