@@ -249,16 +249,17 @@ def _check_fetch(cfg: RunConfig) -> None:
     if is_a(cfg.fetch, "NeverFetch"):
         return
     fetch = f"fetch={_word(cfg.fetch, FETCHES)}"
+    never = "fetch=never" if Role.STORE not in roles else "fetch=never and no store among the roles"
     if is_a(cfg.index, "NullIndex"):
-        raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected fetch=never")
+        raise ConfigError(f"{fetch} contradicts index=none: nobody holds anything; expected {never}")
     if is_a(cfg.index_source, "NoPromptTree"):
-        raise ConfigError(f"{fetch} contradicts index_source=none: nobody knows who holds what; expected fetch=never")
+        raise ConfigError(f"{fetch} contradicts index_source=none: nobody knows who holds what; expected {never}")
     if mode == "PDBasic":
-        raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected fetch=never")
+        raise ConfigError(f"{fetch} contradicts mode=pd_basic: nobody holds anything; expected {never}")
     decode_holds = mode != "PDCaching1" and Role.DECODE.value in roles
     more_may_come = not is_a(cfg.scaling, "NoScaling")
     if not (decode_holds or more_may_come) and sum(role != Role.DECODE.value for role in roles) < 2:
-        raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected fetch=never")
+        raise ConfigError(f"{fetch} contradicts cluster.roles={roles}: no other instance caches; expected {never}")
 
 
 def _word(node: Any, words: Mapping[str, str]) -> str:

@@ -365,6 +365,15 @@ def test_what_a_store_cannot_be_is_refused_by_name(word):
         LocalCluster(load_config([*WORKLOAD, *PLACES["colocated"], *STORE, *word.split()]))
 
 
+@pytest.mark.parametrize(
+    "words", ["index=none", "index_source=none", "cluster.roles=[prefill,decode,store] mode=pd_basic"]
+)
+def test_what_forbids_fetching_is_said_to_forbid_a_store_as_well(words):
+    """Without fetching, which would be the other way out, a store is refused."""
+    with pytest.raises(ConfigError, match="fetch=always contradicts .* expected fetch=never and no store among"):
+        LocalCluster(load_config([*WORKLOAD, *PLACES["colocated"], *STORE, *words.split()]))
+
+
 def test_a_store_may_be_of_so_many_bytes():
     system = local(*PLACES["colocated"], *STORE[:2], "+per_role.store.kvcache.dram_bytes=32KiB")
     cluster = system.cluster()
