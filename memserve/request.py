@@ -110,7 +110,8 @@ class Role(enum.StrEnum):
     STORE = "store"
 
 
-SERVING = (Role.COLOCATED, Role.PREFILL, Role.DECODE)  # roles of instances that requests go to
+TAKING = (Role.COLOCATED, Role.PREFILL)  # roles of instances that requests go to first
+SERVING = (*TAKING, Role.DECODE)  # of all that they go to
 
 
 class FinishReason(enum.StrEnum):

@@ -15,7 +15,7 @@ from memserve.metrics.output import cpu_model, usable_cpus
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
 from memserve.model.runner import geometry
-from memserve.request import Role
+from memserve.request import TAKING, Role
 from memserve.sched.cost_model.base import CostModel, Subject, attention_tokens
 from memserve.sched.prediction import Prediction
 
@@ -32,7 +32,7 @@ def costs_of(cfg: RunConfig, role: str) -> CostModel:
 
 def computing_role(cfg: RunConfig, role: str) -> str:
     """Whose costs are an instance's of that role: what a store keeps is of who takes requests."""
-    return role if role != Role.STORE else next(r for r in cfg.cluster.roles if r not in (Role.STORE, Role.DECODE))
+    return role if role != Role.STORE else next(r for r in cfg.cluster.roles if r in TAKING)
 
 
 def predicted(cfg: RunConfig, exact: CostModel) -> CostModel:

@@ -176,7 +176,7 @@ class Node:
         assert step is not None
         if self.instance.handoffs is not None:
             self._announce(step.batch, step.layers_ns)
-            self.activity.sent(self.instance.handoffs.transfers.drain_sent())
+        self._note_sent()
         self.busy_ns += now_ns - step.start_ns
         if step.output is None:
             self.instance.scheduler.extend(step.batch)
@@ -191,9 +191,12 @@ class Node:
 
     def rest(self, now_ns: int) -> None:
         """There is nothing to compute, on a store there never is: what it has sent is noted all the same."""
+        self._note_sent()
+        self.occupancy.offer(now_ns)
+
+    def _note_sent(self) -> None:
         if self.instance.handoffs is not None:
             self.activity.sent(self.instance.handoffs.transfers.drain_sent())
-        self.occupancy.offer(now_ns)
 
     def resume(self, now_ns: int) -> list[tuple[int, int | tuple[int, PoolMessage]]]:
         """Goes on after it was stopped; (kind, what) of the events that have come meanwhile."""

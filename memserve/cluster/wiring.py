@@ -27,7 +27,7 @@ from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry
 from memserve.kvcache.ticket import Timeouts
 from memserve.kvcache.transfers import Transfers
-from memserve.request import Role
+from memserve.request import TAKING, Role
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.cost_model.transfer import TransferCost
 from memserve.sched.departures import EndThere
@@ -117,7 +117,7 @@ def build_handoffs(
 
 def _deposits(cfg: RunConfig, role: Role, transfers: Transfers, pool: BlockPool) -> Deposits:
     """Who takes requests gives to the store; a decode instance's KV is given by who prefilled it, once it has that."""
-    gives = role in (Role.COLOCATED, Role.PREFILL) and Role.STORE in cfg.cluster.roles
+    gives = role in TAKING and Role.STORE in cfg.cluster.roles
     store = list(cfg.cluster.roles).index(Role.STORE) if gives else None
     return Deposits(transfers, pool, make(cfg.store) if gives else NoStore(), store)
 
@@ -134,7 +134,7 @@ def build_global_scheduler(
     cfg: RunConfig, members: Sequence[tuple[str, Role]], rng: np.random.Generator
 ) -> GlobalScheduler:
     """Routes over the members (label, role) that take requests, and over those that decode for them."""
-    takers = [(label, i) for i, (label, role) in enumerate(members) if role in (Role.COLOCATED, Role.PREFILL)]
+    takers = [(label, i) for i, (label, role) in enumerate(members) if role in TAKING]
     decoders, stores = (
         [(label, i) for i, (label, role) in enumerate(members) if role is of] for of in (Role.DECODE, Role.STORE)
     )

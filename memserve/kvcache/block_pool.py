@@ -105,7 +105,6 @@ class BlockPool:
 
     def alloc(self, num_blocks: int, holder: Holder, medium: Medium = Medium.HBM) -> np.ndarray:
         """Exactly `num_blocks` blocks, int32. What only the index holds makes room: moved to DRAM, else evicted.
-
         Raises OutOfBlocks, with nothing allocated.
         """
         self._make_room(num_blocks, holder, medium)
@@ -147,10 +146,9 @@ class BlockPool:
 
     def swap_ahead(self, num_blocks: int) -> None:
         """Begins to move what eviction would take first to DRAM, while less than `num_blocks` of HBM will be free."""
-        if not num_blocks:
-            return
-        leaving = sum(len(s.sources) for s in self._swaps.open if self._frees(s, Medium.HBM))
-        self.swap_out(max(0, num_blocks - self.allocator.num_free - leaving))
+        if num_blocks:
+            leaving = sum(len(s.sources) for s in self._swaps.open if self._frees(s, Medium.HBM))
+            self.swap_out(max(0, num_blocks - self.allocator.num_free - leaving))
 
     def poll(self, now_ns: int) -> None:
         """Sets the time of the calls that follow, in ns; ends the swaps whose copies have ended by it."""
@@ -163,10 +161,8 @@ class BlockPool:
 
     def swap_in_of(self, blocks: np.ndarray) -> Swap | None:
         """The first open swap that brings any of `blocks` (int32 [n]) to HBM."""
-        for swap in self._swaps.open:
-            if self._frees(swap, Medium.DRAM) and np.isin(swap.sources, blocks).any():
-                return swap
-        return None
+        ups = (swap for swap in self._swaps.open if self._frees(swap, Medium.DRAM))
+        return next((swap for swap in ups if np.isin(swap.sources, blocks).any()), None)
 
     def are_swapping(self, blocks: np.ndarray) -> np.ndarray:
         """bool [n]: which of `blocks` an open swap takes elsewhere."""
@@ -224,6 +220,10 @@ class BlockPool:
     def retain(self, blocks: np.ndarray, holder: Holder) -> None:
         self.allocator.retain(blocks, holder)
         self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
+
+    def hold(self, blocks: np.ndarray, holder: Holder) -> None:
+        """Retains those of `blocks` (int32 [n], each once) that `holder` has not yet."""
+        self.retain(blocks[~np.isin(blocks, self.allocator.held_by(holder))], holder)
 
     def release(self, blocks: np.ndarray, holder: Holder) -> None:
         self.allocator.release(blocks, holder)

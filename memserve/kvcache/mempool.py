@@ -142,7 +142,7 @@ class MemPool:
         if elsewhere.any() or len(np.unique(blocks)) != len(blocks):
             raise ValueError(f"blocks {blocks.tolist()}: expected each once, and none that is cached for other tokens")
         canonical = self.blocks.publish(array, blocks)
-        self.blocks.retain(canonical[~np.isin(canonical, held)], holder)
+        self.blocks.hold(canonical, holder)
         return self._book.addresses(canonical)
 
     def match(self, tokens: Tokens, limit: int | None = None) -> AddressMatch:

@@ -152,8 +152,7 @@ class Receiving:
             raise ValueError(f"arrival of ticket {arrival.ticket_id}: expected one that was not settled before")
         incoming = self.tickets.pop(arrival.ticket_id)
         if heir is not None:
-            arrived, held = (self._pool.allocator.held_by(holder) for holder in (incoming.holder, heir))
-            self._pool.retain(arrived[~np.isin(arrived, held)], heir)
+            self._pool.hold(self._pool.allocator.held_by(incoming.holder), heir)
         if not incoming.ask.pinned:
             self._pool.release_all(incoming.holder)
         self._over[arrival.ticket_id] = ReceiverState.DONE
@@ -273,8 +272,7 @@ class Receiving:
         if incoming.ask.insert:
             num_full = len(tokens) // self._pool.block_size
             canonical = self._pool.publish(tokens[: num_full * self._pool.block_size], blocks[:num_full])
-            held = self._pool.allocator.held_by(incoming.holder)
-            self._pool.retain(canonical[~np.isin(canonical, held)], incoming.holder)
+            self._pool.hold(canonical, incoming.holder)
         arrived_ns = min(incoming.arrived_ns, now_ns)  # the sender's clock may be a little ahead
         arrival = Arrival(
             incoming.ask.ticket, tokens, blocks, incoming.num_held, incoming.private,

@@ -167,8 +167,7 @@ class Sending:
     def keep_paths(self, blocks: np.ndarray) -> None:
         """Tickets that send any of `blocks` (int32 [n]) hold all that is cached of their tokens."""
         for out in [out for out in self.tickets.values() if np.isin(out.blocks, blocks).any()]:
-            path = self._pool.index.peek(unpack_tokens(out.ask.tokens)).blocks
-            self._pool.retain(path[~np.isin(path, self._pool.allocator.held_by(out.holder))], out.holder)
+            self._pool.hold(self._pool.index.peek(unpack_tokens(out.ask.tokens)).blocks, out.holder)
 
     def is_writing_to(self, peer: int, addrs: np.ndarray) -> bool:
         """Whether any of the peer's addresses is the target of a ticket that has not ended."""

@@ -205,8 +205,7 @@ class Transfers:
         """
         outgoing, incoming = self._sending.tickets.values(), self._receiving.tickets.values()
         for holder in (*(out.holder for out in outgoing), *(one.holder for one in incoming)):
-            held = self._pool.allocator.held_by(holder)
-            self._pool.retain(new[np.isin(old, held) & ~np.isin(new, held)], holder)
+            self._pool.hold(new[np.isin(old, self._pool.allocator.held_by(holder))], holder)
 
     def settle(self, arrival: Arrival, heir: Holder | None = None) -> None:
         """Gives up the ticket's hold on what arrived, unless the sender asked for it to stay (`pinned`).

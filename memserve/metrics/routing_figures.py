@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from memserve.metrics import formulas
-from memserve.request import Role
+from memserve.request import TAKING
 from memserve.timeline import RequestTimeline
 
 
@@ -30,7 +30,7 @@ def routing_figures(
     ]
     missing = [promised - found for promised, found in begun if promised > found]
     num_promised = sum(promised > 0 for promised, _ in begun)
-    takers = [row for row in rows if row["role"] in (Role.COLOCATED, Role.PREFILL)]
+    takers = [row for row in rows if row["role"] in TAKING]
     return {
         "promised_tokens": sum(promised for promised, _ in begun),
         "num_promised": num_promised,

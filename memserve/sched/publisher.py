@@ -58,5 +58,4 @@ class Publisher:
         """The request holds what the index has of its path, its own copies or not."""
         theirs = canonical[canonical != request.block_table.view[: len(canonical)]]
         if len(theirs):
-            held = self._pool.allocator.held_by(request.holder)
-            self._pool.retain(theirs[~np.isin(theirs, held)], request.holder)
+            self._pool.hold(theirs, request.holder)

@@ -192,11 +192,13 @@ def named_by(where: str, entry: Mapping[str, object], classes: Collection[Reques
     as good as any other field that nobody reads.
     """
     named = NamedBy()
-    if classes and "class" in entry:
+    if not classes:
+        return named
+    if "class" in entry:
         if not isinstance(entry["class"], str) or not entry["class"]:
             raise _bad(where, f"class={entry['class']!r}: expected a word, one of workload.classes")
         named["class_name"] = entry["class"]
-    if classes and "priority" in entry:
+    if "priority" in entry:
         try:
             named["priority"] = require_priority("priority", entry["priority"])
         except ValueError as error:

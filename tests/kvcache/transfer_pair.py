@@ -89,10 +89,14 @@ class Wires:
         """Lets time pass until no ticket is open, or until_ns."""
         self.deliver()
         while any(p.transfers.num_open for p in self.pools.values()) and self.now_ns < until_ns:
-            times = [self.transport.next_time_ns(), *(p.transfers.next_time_ns() for p in self.pools.values())]
-            self.now_ns = max(self.now_ns, min(t for t in [*times, until_ns] if t is not None))
+            self.let_time_pass(until_ns)
             self.deliver()
             self.check()
+
+    def let_time_pass(self, until_ns=None):
+        """To when anything happens by itself, or until_ns."""
+        times = [self.transport.next_time_ns(), *(p.transfers.next_time_ns() for p in self.pools.values())]
+        self.now_ns = max(self.now_ns, min(t for t in [*times, until_ns] if t is not None))
 
     def check(self):
         for pool in self.pools.values():
