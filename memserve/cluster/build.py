@@ -49,10 +49,11 @@ from memserve.workload.session import Workload
 @dataclass(frozen=True)
 class Engine:
     """What the instances of one process share. `model` is None when nothing is computed (tokens=hash, workload), and
-    this rank's part where an instance has several.
+    this rank's part where an instance has several; `config` is of all of it.
     """
 
     tokenizer: Tokenizer
+    config: ModelConfig | None
     model: Llama | None
     vocab_size: int
     max_context: int
@@ -78,7 +79,7 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True, with_weights: bool 
         torch.set_num_threads(cfg.model.num_threads)
     if cfg.tokens != "model":
         tokenizer = ByteTokenizer()
-        return Engine(tokenizer, None, tokenizer.vocab_size, cfg.model.max_context or np.iinfo(np.int32).max)
+        return Engine(tokenizer, None, None, tokenizer.vocab_size, cfg.model.max_context or np.iinfo(np.int32).max)
     opened = _open(cfg)
     config = opened.config
     max_context = cfg.model.max_context or config.max_position
@@ -87,12 +88,12 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True, with_weights: bool 
     _check_ranks(cfg, config)
     text = opened.tokenizer or NoTokenizer(config.vocab_size, config.eos_token_ids)
     if not with_model:
-        return Engine(text, None, config.vocab_size, max_context)
+        return Engine(text, config, None, config.vocab_size, max_context)
     device = _device(cfg.model.device) if with_weights else torch.device("meta")
     model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), device, shard)
     if cfg.model.compile and with_weights:
         model.compile(cfg.model.fused_rows)
-    return Engine(text, model, config.vocab_size, max_context)
+    return Engine(text, config, model, config.vocab_size, max_context)
 
 
 def _check_ranks(cfg: RunConfig, config: ModelConfig) -> None:
@@ -124,9 +125,9 @@ def build_part(cfg: RunConfig, engine: Engine, role: Role) -> RankPart:
     """One rank's runner and memory of an instance. Raises MemoryError where the blocks cannot be had."""
     if cfg.tokens == "workload":
         return RankPart(TraceRunner(engine.vocab_size), NothingToCopy(), [None, None])
-    geometry = rank_geometry(cfg, engine.model, role)
+    geometry = rank_geometry(cfg, engine.config, role)
     num_blocks, num_dram_blocks = capacity(cfg, role, geometry)
-    geometry = stored_geometry(cfg, engine.model, role)
+    geometry = stored_geometry(cfg, engine.config, role)
     device = torch.device(cfg.model.device if engine.model and role is not Role.STORE else "cpu")
     if device.type == "cuda":
         gc.collect()  # an instance of before is a cycle of objects, and its blocks may be most of the GPU's memory
@@ -161,7 +162,7 @@ def build_instance(
     """
     everybody, cfg = cfg, of_role(cfg, role)
     costs = build_cost_model(everybody, engine.model, computing_role(everybody, role))
-    geometry = rank_geometry(cfg, engine.model, role)
+    geometry = rank_geometry(cfg, engine.config, role)
     num_blocks, num_dram_blocks = capacity(cfg, role, geometry)
     check_fits(costs, num_blocks * geometry.block_bytes)
     part = build_part(cfg, engine, role)
@@ -186,7 +187,7 @@ def build_instance(
             cfg, role, pool, costs, queue, asks_at_admission=handoffs is not None and handoffs.asks_at_admission
         ),
         part.runner,
-        limits_of(everybody, engine.model, role, engine.max_context, engine.vocab_size),
+        limits_of(everybody, engine.config, role, engine.max_context, engine.vocab_size),
         eos_token_ids=eos_token_ids(engine),
         tokenizer=None if isinstance(engine.tokenizer, NoTokenizer) else engine.tokenizer,
         seed=cfg.seed,

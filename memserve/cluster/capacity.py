@@ -15,20 +15,20 @@ from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import hash_geometry
 from memserve.kvcache.layout import CacheGeometry, what_fits
-from memserve.model.llama import Llama
+from memserve.model.model_config import ModelConfig
 from memserve.request import Role
 from memserve.sched.admission import Limits
 from memserve.sched.cost_model.base import CostModel
 
 
-def rank_geometry(cfg: RunConfig, model: Llama | None, role: str) -> CacheGeometry:
-    """What a block holds on one rank of a role's instances. model: what runs, or None."""
-    return geometry_of_model(cfg, model, num_ranks(cfg, role)) or hash_geometry(cfg.kvcache.block_size)
+def rank_geometry(cfg: RunConfig, config: ModelConfig | None, role: str) -> CacheGeometry:
+    """What a block holds on one rank of a role's instances. config: of all of the model that runs, or None."""
+    return geometry_of_model(cfg, config, num_ranks(cfg, role)) or hash_geometry(cfg.kvcache.block_size)
 
 
-def stored_geometry(cfg: RunConfig, model: Llama | None, role: str) -> CacheGeometry:
+def stored_geometry(cfg: RunConfig, config: ModelConfig | None, role: str) -> CacheGeometry:
     """What an arena has for a block on one rank: as many layers as that counts as, so that all regions are there."""
-    counts_as = rank_geometry(cfg, model, role)
+    counts_as = rank_geometry(cfg, config, role)
     own = hash_geometry(cfg.kvcache.block_size)
     return counts_as if cfg.tokens == "model" else replace(own, num_layers=counts_as.num_layers)
 
@@ -72,9 +72,9 @@ def check_fits(costs: CostModel, pool_bytes: int) -> None:
         raise ConfigError(str(error)) from error
 
 
-def describe_pools(cfg: RunConfig, roles: Collection[Role], model: Llama | None) -> str:
+def describe_pools(cfg: RunConfig, roles: Collection[Role], config: ModelConfig | None) -> str:
     """What fits into an instance's pool, in one line. roles: that there are."""
-    geometries = {role: rank_geometry(cfg, model, role) for role in roles}
+    geometries = {role: rank_geometry(cfg, config, role) for role in roles}
     fits = {role: what_fits(kv, *capacity(cfg, role, kv)) for role, kv in geometries.items()}
     texts = dict.fromkeys(fits.values())
     return " | ".join(texts if len(texts) == 1 else map(": ".join, fits.items()))
@@ -92,8 +92,8 @@ def describe_moved(cfg: RunConfig) -> str:
     return f"{size}, which is HashRunner's own and no model's: geometry=llama3_8b, say, makes it that model's"
 
 
-def limits_of(cfg: RunConfig, model: Llama | None, role: Role, max_context: int, vocab_size: int) -> Limits:
+def limits_of(cfg: RunConfig, config: ModelConfig | None, role: Role, max_context: int, vocab_size: int) -> Limits:
     """What an instance of a role can serve; where another one decodes, that has to have room for the answer."""
     roles = (role, Role.DECODE) if role is Role.PREFILL else (role,)
-    num_blocks, *decode_blocks = (capacity(cfg, of, rank_geometry(cfg, model, of))[0] for of in roles)
+    num_blocks, *decode_blocks = (capacity(cfg, of, rank_geometry(cfg, config, of))[0] for of in roles)
     return Limits(max_context, vocab_size, num_blocks, cfg.kvcache.block_size, *decode_blocks)

@@ -64,7 +64,7 @@ class Controller:
         run: int = 0,
     ) -> None:
         self._mailbox, self._roster, self._run = mailbox, roster, run
-        self._scheduler = build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
+        self._scheduler = build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed), engine.config)
         scaling = build_scaling(cfg, [role for _, role in roles])
         self._members = ClusterManager(roles, scaling, self._scheduler, make(cfg.heir))
         self._client = SessionPlayer(sessions, engine.max_context, workload.concurrency)

@@ -48,7 +48,8 @@ def build_cost_model(cfg: RunConfig, model: Llama | None, role: str = Role.COLOC
     """
     costs = costs_of(cfg, role)
     costs.block_size = cfg.kvcache.block_size
-    counts_as = geometry_of_model(cfg, model, num_ranks(cfg, role)) or hash_geometry(cfg.kvcache.block_size)
+    config = None if model is None else model.whole_config
+    counts_as = geometry_of_model(cfg, config, num_ranks(cfg, role)) or hash_geometry(cfg.kvcache.block_size)
     costs.pieces_per_block = make(cfg.layout).regions_per_block(counts_as)
     if not hasattr(costs, "swap_block_s"):
         name = type(costs).__name__
@@ -65,22 +66,23 @@ def subject_of(cfg: RunConfig, model: Llama | None, num_ranks: int = 1) -> Subje
     num_ranks = num_ranks if model is None else model.shard.size
     cuda = model is not None and model.device.type == "cuda"
     machine = torch.cuda.get_device_name(model.device) if model is not None and cuda else cpu_model()
-    place, kv = (machine, usable_cpus() or 0, torch.get_num_threads()), kv_of(geometry_of_model(cfg, model, num_ranks))
+    config = None if model is None else model.whole_config
+    place, kv = (machine, usable_cpus() or 0, torch.get_num_threads()), kv_of(geometry_of_model(cfg, config, num_ranks))
     if model is None:
         return Subject(*place, tensor_parallel=num_ranks, kv=kv)
     return Subject(*place, shape_of(model.config), cfg.model.dtype, cfg.model.attention, num_ranks, kv)
 
 
-def geometry_of_model(cfg: RunConfig, model: Llama | None, num_ranks: int = 1) -> CacheGeometry | None:
+def geometry_of_model(cfg: RunConfig, config: ModelConfig | None, num_ranks: int = 1) -> CacheGeometry | None:
     """What blocks hold, on one of num_ranks ranks, of the model that runs or of the one that a simulation is of; None
-    where there is neither.
+    where there is neither. config: of all of the model that runs.
     """
     simulated, size = cfg.geometry, cfg.kvcache.block_size
     if simulated is not None:
         dtype, num_heads = getattr(torch, simulated.dtype), simulated.num_kv_heads
         whole = CacheGeometry(simulated.num_layers, size, num_heads, simulated.head_dim, dtype)
-    elif model is not None:
-        whole, num_heads = geometry(model.config, size, model.dtype), model.config.num_kv_heads * model.shard.size
+    elif config is not None:
+        whole, num_heads = geometry(config, size, getattr(torch, cfg.model.dtype)), config.num_kv_heads
     else:
         return None
     return replace(whole, num_kv_heads=num_heads // num_ranks)

@@ -67,7 +67,7 @@ class LocalCluster:
         kinds = list(dict.fromkeys(role for _, role in self._roles))
         self._step_time = build_step_time(cfg, kinds, self.engine)
         self._seed, self._sessions = cfg.seed, sessions_of(self._workload, self.engine.tokenizer, cfg.seed)
-        self.memory = describe_pools(cfg, kinds, self.engine.model)
+        self.memory = describe_pools(cfg, kinds, self.engine.config)
         self.moved = describe_moved(cfg) if transfers_kv(cfg) else ""
         built = self._build(cfg)  # a pool that does not fit fails here, and a policy that contradicts its index source
         self._built = None if self._step_time.is_measured else built  # a warm-up needs the memory of its pools
@@ -126,7 +126,7 @@ class LocalCluster:
         transport = build_transport(cfg)
         build = partial(build_instance, cfg, self.engine, transport=transport)
         nodes = [Node(build(label, role, number)) for number, (label, role) in enumerate(self._roles)]
-        scheduler = build_global_scheduler(cfg, self._roles, np.random.default_rng(cfg.seed))
+        scheduler = build_global_scheduler(cfg, self._roles, np.random.default_rng(cfg.seed), self.engine.config)
         player = SessionPlayer(self._sessions_of(cfg.seed), self.engine.max_context, self._workload.concurrency)
         link: LinkModel = make(cfg.link)
         scaling = build_scaling(cfg, [role for _, role in self._roles])

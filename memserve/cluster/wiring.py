@@ -15,8 +15,9 @@ from memserve.cluster.make import make, make_asking, maker
 from memserve.compose import group_of
 from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
-from memserve.config.per_role import num_ranks, of_role
+from memserve.config.per_role import num_ranks
 from memserve.config.schema import RunConfig
+from memserve.config.targets import node_class
 from memserve.deposits import Deposits
 from memserve.fetches import Fetches
 from memserve.handoff import Handoffs
@@ -27,6 +28,7 @@ from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry
 from memserve.kvcache.ticket import Timeouts
 from memserve.kvcache.transfers import Transfers
+from memserve.model.model_config import ModelConfig
 from memserve.request import TAKING, Role
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.cost_model.transfer import TransferCost
@@ -131,31 +133,34 @@ def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Gra
 
 
 def build_global_scheduler(
-    cfg: RunConfig, members: Sequence[tuple[str, Role]], rng: np.random.Generator
+    cfg: RunConfig, members: Sequence[tuple[str, Role]], rng: np.random.Generator, config: ModelConfig | None = None
 ) -> GlobalScheduler:
-    """Routes over the members (label, role) that take requests, and over those that decode for them."""
+    """Routes over the members (label, role) that take requests, and over those that decode for them.
+
+    config: of the model that runs; None where none does, or to see whether the words fit.
+    """
     takers = [(label, i) for i, (label, role) in enumerate(members) if role in TAKING]
     decoders, stores = (
         [(label, i) for i, (label, role) in enumerate(members) if role is of] for of in (Role.DECODE, Role.STORE)
     )
     taking, decoding = (Role.PREFILL, Role.DECODE) if decoders else (Role.COLOCATED, Role.COLOCATED)
     return GlobalScheduler(
-        _group(cfg, "policy", taking, takers),
+        _group(cfg, "policy", taking, takers, config),
         rng,
-        decode=_group(cfg, "decode_policy", decoding, decoders) if decoders else None,
+        decode=_group(cfg, "decode_policy", decoding, decoders, config) if decoders else None,
         mode=make(cfg.mode),
         recompute_failed=cfg.transfer.on_failure == "recompute",
         max_unfinished=cfg.cluster.max_unfinished,
         patience_ns=to_ns(cfg.cluster.patience_s),
         rejection=make_asking(cfg.rejection, cost_model=predicted(cfg, costs_of(cfg, decoding))),
         departure=make(cfg.departure),
-        stores=_stores(cfg, stores) if stores else None,
+        stores=_stores(cfg, stores, config) if stores else None,
     )
 
 
-def _stores(cfg: RunConfig, members: Sequence[tuple[str, int]]) -> Holders:
+def _stores(cfg: RunConfig, members: Sequence[tuple[str, int]], config: ModelConfig | None) -> Holders:
     labels, numbers = [label for label, _ in members], [number for _, number in members]
-    return Holders(labels, numbers, _prompt_index(cfg, Role.STORE, len(members)))
+    return Holders(labels, numbers, _prompt_index(cfg, Role.STORE, len(members), config))
 
 
 def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
@@ -177,15 +182,17 @@ def build_scaling(cfg: RunConfig, roles: Sequence[Role]) -> Scaling:
 
 def follows_events(cfg: RunConfig) -> bool:
     """Whether the global scheduler wants to hear of every change of the instances' indexes."""
-    return isinstance(_prompt_index(cfg, cfg.cluster.roles[0], 1), Exact)
+    return issubclass(node_class(cfg.index_source), Exact) and not _caches_nothing(cfg)
 
 
-def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, int]]) -> Group:
+def _group(
+    cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, int]], config: ModelConfig | None
+) -> Group:
     """name: of its policy's node.  role: of its instances."""
     costs = costs_of(cfg, role)
     prediction = predicted(cfg, costs)
     policy: Policy = make_asking(getattr(cfg, name), cost_model=prediction)
-    tree = _prompt_index(cfg, role, len(members))
+    tree = _prompt_index(cfg, role, len(members), config)
     if policy.looks_at_prefixes and isinstance(tree, NoPromptTree):
         option = "index=none" if _caches_nothing(cfg) else "index_source=none"
         raise ConfigError(f"{group_of(name)}={type(policy).__name__} contradicts {option}: it looks at cached prefixes")
@@ -194,27 +201,22 @@ def _group(cfg: RunConfig, name: str, role: Role, members: Sequence[tuple[str, i
     return Group(labels, numbers, policy, tree, priced, predicts, num_ranks(cfg, role))
 
 
-def _prompt_index(cfg: RunConfig, role: str, num_rows: int) -> PromptIndex:
+def _prompt_index(cfg: RunConfig, role: str, num_rows: int, config: ModelConfig | None) -> PromptIndex:
     """What is believed of the caches of a role's instances; where they cache nothing there is nothing to believe."""
     if _caches_nothing(cfg):
         return NoPromptTree(num_rows, cfg.kvcache.block_size)
     options = {"num_rows": num_rows, "block_size": cfg.kvcache.block_size}
     if cfg.index_source.get("max_blocks", 0) is None:
-        options["max_blocks"] = _num_believed(cfg, role)
+        options["max_blocks"] = _num_believed(cfg, role, config)
     tree: PromptIndex = make(cfg.index_source, **options)
     return tree
 
 
-def _num_believed(cfg: RunConfig, role: str) -> int:
-    """Blocks that a role's instance can cache. Given in bytes they are taken for many, but for a store's, where it is
-    known here what a block has.
-    """
-    kv = of_role(cfg, role).kvcache
-    if role == Role.STORE and cfg.tokens != "model":
-        return sum(capacity(cfg, role, rank_geometry(cfg, None, role)))
-    num_hbm_blocks = 0 if role == Role.STORE else kv.num_hbm_blocks
-    is_known = num_hbm_blocks is not None and kv.dram_bytes is None
-    return (num_hbm_blocks or 0) + kv.num_dram_blocks if is_known else MANY_BLOCKS
+def _num_believed(cfg: RunConfig, role: str, config: ModelConfig | None) -> int:
+    """Blocks that a role's instance can cache; where a model is to run that is not known yet, many."""
+    if cfg.tokens == "model" and config is None:
+        return MANY_BLOCKS
+    return sum(capacity(cfg, role, rank_geometry(cfg, config, role)))
 
 
 def _caches_nothing(cfg: RunConfig) -> bool:

@@ -93,13 +93,15 @@ class DecoderLayer(torch.nn.Module):
 class Llama(torch.nn.Module):
     """The decoder. One object serves any number of runners: it holds weights and nothing that changes.
 
-    config: as this rank sees the model, see `Shard.config`.  shard: which part of it the rank holds.
+    config: as this rank sees the model, see `Shard.config`; whole_config: of all of it.  shard: which part of it the
+    rank holds.
     """
 
     embedding_VE: torch.Tensor
 
     def __init__(self, config: ModelConfig, load: Loader) -> None:
         super().__init__()
+        self.whole_config = config
         self.config = config = load.shard.config(config)
         self.dtype, self.device, self.shard = load.dtype, load.device, load.shard
         self.decode_graph: DecodeGraph | None = None

@@ -3,6 +3,7 @@
 import pytest
 
 from memserve import LocalCluster, load_config
+from memserve.cluster.capacity import rank_geometry
 from memserve.config.errors import ConfigError
 
 SHARED = [
@@ -53,6 +54,23 @@ def test_an_optimistic_tree_of_the_pools_size_is_wrong_less_often_than_a_larger_
     large, fitting = (report(*TIGHT, *words)["routing"] for words in (["index_source.max_blocks=65536"], []))
     assert fitting["wrong_hit_tokens"] < large["wrong_hit_tokens"]
     assert fitting["tree_evicted_blocks"] > 0 == large["tree_evicted_blocks"] and fitting["tree_blocks"] <= 4 * 80
+
+
+IN_BYTES = ["kvcache.num_hbm_blocks=null", "geometry=llama3_8b", "kvcache.hbm_bytes=160MiB"]  # 80 blocks of 2 MiB
+
+
+@pytest.mark.parametrize("words", [[], PD], ids=["colocated", "3p1d"])
+def test_an_optimistic_tree_knows_how_many_blocks_a_pool_in_bytes_has(words):
+    in_bytes, in_blocks = (report(*TIGHT, *words, *size, "tokens=workload") for size in (IN_BYTES, IN_BYTES[1:2]))
+    assert in_bytes["routing"] == in_blocks["routing"] and in_bytes["routing"]["tree_evicted_blocks"] > 0
+
+
+def test_it_knows_so_of_a_model_that_runs():
+    words = ["exec=emulated", "step_time=model", "model=tiny", *TIGHT]
+    cluster = LocalCluster(load_config([*SHARED, *words]))
+    size = rank_geometry(cluster.cfg, cluster.engine.config, "colocated").block_bytes
+    in_bytes = report(*words, "kvcache.num_hbm_blocks=null", f"kvcache.hbm_bytes={80 * size}")
+    assert in_bytes["routing"] == cluster.run()["routing"] and in_bytes["routing"]["tree_evicted_blocks"] > 0
 
 
 @pytest.mark.parametrize("source", ["optimistic", "exact"])
