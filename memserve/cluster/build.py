@@ -163,7 +163,7 @@ def build_instance(
     everybody, cfg = cfg, of_role(cfg, role)
     costs = build_cost_model(everybody, engine.model, computing_role(everybody, role))
     geometry = rank_geometry(cfg, engine.config, role)
-    num_blocks, num_dram_blocks = capacity(cfg, role, geometry)
+    num_blocks, num_dram_blocks = capacity(everybody, role, geometry)
     check_fits(costs, num_blocks * geometry.block_bytes)
     part = build_part(cfg, engine, role)
     part = part if followers is None else _led(part, followers)

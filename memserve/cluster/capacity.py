@@ -58,8 +58,9 @@ def capacity(cfg: RunConfig, role: str, geometry: CacheGeometry) -> tuple[int, i
         if value is not None:
             counts[i] = parse_bytes(value) // geometry.block_bytes
             if not counts[i]:
+                of = f"per_role.{role}." if name in getattr(cfg.per_role, role).get("kvcache", {}) else ""
                 raise ConfigError(
-                    f"kvcache.{name}={value}: expected at least the {geometry.block_bytes} bytes of one block"
+                    f"{of}kvcache.{name}={value}: expected at least the {geometry.block_bytes} bytes of one block"
                 )
     return counts[0] if role != Role.STORE else 0, counts[1]
 

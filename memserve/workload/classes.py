@@ -39,14 +39,14 @@ def request_classes(given: object) -> tuple[RequestClass, ...]:
     `priority`, `ttft_s`, `tpot_s`, `jct_s`. Raises ValueError naming what is wrong of which and what is allowed.
     """
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"classes={given!r}: expected a list of mappings with {', '.join(_KEYS)}")
-    classes = tuple(_class_of(f"classes[{number}]", each) for number, each in enumerate(given))
+        raise ValueError(f"workload.classes={given!r}: expected a list of mappings with {', '.join(_KEYS)}")
+    classes = tuple(_class_of(f"workload.classes[{number}]", each) for number, each in enumerate(given))
     repeated = [name for name, count in Counter(c.name for c in classes).items() if count > 1]
     if repeated:
-        raise ValueError(f"classes: name={repeated[0]!r} of more than one: expected names that differ")
+        raise ValueError(f"workload.classes: name={repeated[0]!r} of more than one: expected names that differ")
     total = sum(c.share for c in classes)
     if classes and abs(total - 1) > 1e-6:
-        raise ValueError(f"classes: shares that add up to {total:g}: expected 1")
+        raise ValueError(f"workload.classes: shares that add up to {total:g}: expected 1")
     return classes
 
 

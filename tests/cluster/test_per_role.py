@@ -3,6 +3,7 @@
 import pytest
 
 from memserve import LocalCluster, load_config
+from memserve.config.errors import ConfigError
 from memserve.kvcache.eviction import LFU, LRU
 from memserve.request import Role
 from memserve.sched.cost_model.fixed import FixedCostModel
@@ -136,6 +137,13 @@ def test_blocks_are_of_what_a_rank_holds():
         [node, _] = local(*words, f"cluster.tensor_parallel.every={ranks}").cluster().nodes
         by_ranks[ranks] = node.instance.pool.allocator.num_blocks
     assert by_ranks == {1: 512, 2: 1024}
+
+
+def test_bytes_of_a_role_that_hold_no_block_are_refused_by_their_name():
+    words = [*SIMULATED, *LLAMA, "kvcache.num_hbm_blocks=null", "kvcache.hbm_bytes=1GiB"]
+    for option in ("per_role.decode.kvcache.hbm_bytes", "kvcache.hbm_bytes"):
+        with pytest.raises(ConfigError, match=rf"^{option}=9: expected at least the 2097152 bytes of one block"):
+            local(*words, f"{'+' * option.startswith('per')}{option}=9")
 
 
 @pytest.mark.parametrize("mode", ["pd_basic", "pd_caching_2", "pd_caching_3"])
