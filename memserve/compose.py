@@ -40,6 +40,7 @@ from memserve.sched.prediction import Prediction
 from memserve.sched.preemption import Preemption
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.rebalancing import Rebalancing
 from memserve.sched.rejection import Rejection
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling
@@ -71,6 +72,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "scaling": Scaling,
     "heir": Heir,
     "departure": Departure,
+    "rebalancing": Rebalancing,
     "rejection": Rejection,
     "workload": Workload,
     "tracking": Tracking,

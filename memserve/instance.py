@@ -56,8 +56,7 @@ class Instance:
         self._runner = runner
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer, self._seed = tokenizer, seed
-        self.handoffs = handoffs
-        self._began_ns = 0
+        self.handoffs, self._began_ns = handoffs, 0
         self._peer_inbox: list[tuple[int, PoolMessage]] = []
         self.served = ServedBook()
         self._inbox: list[Message] = []
@@ -174,8 +173,9 @@ class Instance:
         return [] if self.handoffs is None else self.handoffs.drain_outbox()
 
     def drain_room(self) -> Room | None:
-        """How much of the pool is free, if a request has come or gone here since the last call."""
-        return Room(self.pool.num_available, self.pool.num_blocks) if self.served.drain_changed() else None
+        """How much of the pool is free, if a request has come, gone or been preempted here since the last call."""
+        has_changed = self.served.drain_changed(self.scheduler.counts.preemptions)
+        return Room(self.pool.num_available, self.pool.num_blocks) if has_changed else None
 
     def check(self) -> None:
         """Raises unless every book of this instance agrees with the others."""

@@ -10,7 +10,7 @@
 | `Finished` | instance -> global scheduler -> client | the attempt ended, with its reason, counts and event times   |
 | `HandoffEnded` | instance -> global scheduler       | the attempt's KV has reached whom it was for, or not         |
 | `Inherited` | instance -> global scheduler          | another instance has left KV to this one                     |
-| `Room`     | instance -> global scheduler           | a request has come or gone, and how much of the pool is free |
+| `Room`     | instance -> global scheduler           | a request has come, gone or been preempted; how much is free |
 | `Redirect` | global scheduler -> instance           | hand the attempt to another instance, once it decodes        |
 | `Ask`      | sending pool -> receiving pool         | room for blocks, and which prefix of the tokens is held      |
 | `Grant`    | receiving pool -> sending pool         | where it goes, and what is held already                      |

@@ -147,27 +147,29 @@ class Served:
 
 
 class ServedBook(dict[str, Served]):
-    """The requests of an instance by their ids. has_changed: one has come or gone since somebody asked.
+    """The requests of an instance by their ids.
 
     leaving: of those that go on at another instance as soon as they decode here, that one's incarnation.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.has_changed = False
+        self._has_changed, self._num_preemptions = False, 0
         self.leaving: dict[str, int] = {}
 
     def __setitem__(self, request_id: str, served: Served) -> None:
         super().__setitem__(request_id, served)
-        self.has_changed = True
+        self._has_changed = True
 
     def __delitem__(self, request_id: str) -> None:
         super().__delitem__(request_id)
         self.leaving.pop(request_id, None)
-        self.has_changed = True
+        self._has_changed = True
 
-    def drain_changed(self) -> bool:
-        changed, self.has_changed = self.has_changed, False
+    def drain_changed(self, num_preemptions: int) -> bool:
+        """Whether one has come, gone or been preempted since the last call. num_preemptions: so far."""
+        changed = self._has_changed or num_preemptions != self._num_preemptions
+        self._has_changed, self._num_preemptions = False, num_preemptions
         return changed
 
     def drain_leaving(self) -> list[tuple[Served, int]]:

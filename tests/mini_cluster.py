@@ -17,7 +17,7 @@ from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import Recompute
 from memserve.sched.prompt_tree import NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import FCFS
-from memserve.sched.routing import Policy
+from memserve.sched.routing import ClusterSnapshot, Policy
 from memserve.sched.swap_policy import Always
 
 VOCAB = 1000
@@ -131,3 +131,21 @@ def hash_answer(prompt, num_tokens: int) -> list[int]:
         tokens.append((word ^ (word >> 31)) % VOCAB)
         answer.append(tokens[-1])
     return answer
+
+
+def snapshot(requests, tokens=None, num_routed=0, **columns):
+    """What a policy is shown of colocated instances with so many requests each, and else nothing."""
+    labels = tuple(f"colocated-{i}" for i in range(len(requests)))
+    none = np.zeros(len(requests), dtype=np.int64)
+    names = (
+        "num_cached",
+        "queued_work",
+        "num_lately",
+        "num_decoding",
+        "num_gpus",
+        "free_blocks",
+        "num_blocks",
+        "said_s",
+    )
+    columns = {**dict.fromkeys(names, none), "home": None, "now_s": 0.0, **columns}
+    return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)

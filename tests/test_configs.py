@@ -45,6 +45,7 @@ BESIDE = {  # what a word needs, by its group or itself
     "scaling": DISAGGREGATED,
     "heir": ["scaling=schedule"],
     "departure": ["scaling=schedule"],
+    "rebalancing": ["cluster=colocated_2"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
     "prediction": ["policy=cost_based"],
     "store=write_through": [

@@ -88,9 +88,12 @@ class ControlPlane:
         for destination, message in self._scheduler.drain_outbox():
             self._send(destination, message, now_ns)
 
-    def notice(self, heed: Callable[[], None], now_ns: int) -> None:
-        """The global scheduler notices something about an instance, after all that this one has said."""
-        heed()
+    def notice(self, heed: Callable[[int], None], now_ns: int) -> None:
+        """The global scheduler notices something about an instance, after all that this one has said. heed: is given
+        the time.
+        """
+        heed(now_ns)
+        self.from_scheduler(now_ns)
 
     def figures(self) -> dict[str, Any] | None:
         """For how long the global scheduler was routing, and how long requests waited for that; None: all is free."""
@@ -133,8 +136,8 @@ class SlowControlPlane(ControlPlane):
             due_ns = self._server.passes(arrives_ns)
         self._at(due_ns, now_ns, partial(self._receive, message))
 
-    def notice(self, heed: Callable[[], None], now_ns: int) -> None:
-        self._at(self._server.passes(now_ns + self._latency_ns), now_ns, lambda _: heed())
+    def notice(self, heed: Callable[[int], None], now_ns: int) -> None:
+        self._at(self._server.passes(now_ns + self._latency_ns), now_ns, partial(super().notice, heed))
 
     def figures(self) -> dict[str, Any] | None:
         return {"busy_s": to_s(self._server.busy_ns), "wait_s": distribution(self._server.waits_s())}

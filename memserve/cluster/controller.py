@@ -227,7 +227,7 @@ class Controller:
             case Held():
                 self._scheduler.groups.index_snapshot(self._label(instance), message.snapshot)
             case Room():
-                self._scheduler.groups.has_room(self._label(instance), message, self._now_ns())
+                self._scheduler.has_room(self._label(instance), message, (now_ns := self._now_ns()), now_ns)
             case Broken() | LeftAlone():
                 if not self._goes_on_without(self._label(instance), message):
                     raise InstanceFailed(f"{self._label(instance)} failed: {message.detail}")

@@ -195,7 +195,7 @@ class EmulatedCluster:
         if node is not None:
             self._interrupt(node)
             node.leave(self.transport)
-        self.control_plane.notice(lambda: self._perform(self.members.lost(label, self.now_ns)), self.now_ns)
+        self.control_plane.notice(lambda then_ns: self._perform(self.members.lost(label, then_ns)), self.now_ns)
         if node is not None:
             self._tell_peers(node)
 

@@ -23,8 +23,8 @@ class PoolFeed:
     def send(self, node: Node, now_ns: int) -> None:
         """Puts what has changed in a node's pool on the wire."""
         if (room := node.instance.drain_room()) is not None:
-            label, groups = node.instance.label, self._scheduler.groups
-            self._control.notice(lambda: groups.has_room(label, room, now_ns), now_ns)
+            label, scheduler = node.instance.label, self._scheduler
+            self._control.notice(lambda then_ns: scheduler.has_room(label, room, now_ns, then_ns), now_ns)
         if events := node.instance.pool.drain_events():
             due_ns = now_ns + self._delay_ns
             self._call_at(due_ns, lambda: self._arrive(node, events, due_ns))

@@ -41,6 +41,7 @@ from memserve.sched.holders import Holders
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.rebalancing import NoRebalancing
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling, Schedule
 from memserve.sched.store_policy import NoStore
@@ -62,7 +63,13 @@ def transfers_kv(cfg: RunConfig) -> bool:
     """Whether KV moves between instances."""
     mode: Mode = make(cfg.mode)
     fetches, bequeaths = not isinstance(make(cfg.fetch), NeverFetch), not isinstance(make(cfg.heir), NoHeir)
-    return mode.hand_off is not None or fetches or bequeaths or not isinstance(make(cfg.departure), EndThere)
+    return mode.hand_off is not None or fetches or bequeaths or migrates(cfg)
+
+
+def migrates(cfg: RunConfig) -> bool:
+    """Whether answers may go on at another instance of their role."""
+    leave = not isinstance(make(cfg.departure), EndThere)
+    return leave or not isinstance(make(cfg.rebalancing), NoRebalancing)
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:
@@ -154,6 +161,7 @@ def build_global_scheduler(
         patience_ns=to_ns(cfg.cluster.patience_s),
         rejection=make_asking(cfg.rejection, cost_model=predicted(cfg, costs_of(cfg, decoding))),
         departure=make(cfg.departure),
+        rebalancing=make(cfg.rebalancing),
         stores=_stores(cfg, stores, config) if stores else None,
     )
 

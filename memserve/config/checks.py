@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from memserve.clock import LONGEST_S
-from memserve.config.checks_of_members import check_departure, check_heir, check_member, check_scaling
+from memserve.config.checks_of_members import (
+    check_departure,
+    check_heir,
+    check_member,
+    check_rebalancing,
+    check_scaling,
+)
 from memserve.config.checks_of_roles import check_per_role, check_tensor_parallel
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
@@ -71,6 +77,7 @@ def check_config(cfg: RunConfig) -> None:
     check_scaling(cfg)
     check_heir(cfg)
     check_departure(cfg)
+    check_rebalancing(cfg)
     check_member(cfg)
 
 

@@ -4,6 +4,7 @@ from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
 from memserve.config.schema import RunConfig
 from memserve.config.targets import is_a
+from memserve.request import Role
 
 SCHEDULER = "scheduler"  # the member of a cluster that is no instance
 
@@ -45,6 +46,17 @@ def check_departure(cfg: RunConfig) -> None:
         raise ConfigError(
             "departure contradicts scaling=fixed: nobody leaves; expected departure=wait, or another scaling"
         )
+
+
+def check_rebalancing(cfg: RunConfig) -> None:
+    """Answers can go on at another instance of the role."""
+    if is_a(cfg.rebalancing, "NoRebalancing") or not is_a(cfg.scaling, "NoScaling"):
+        return
+    roles = [str(role) for role in cfg.cluster.roles]
+    decodes = Role.DECODE if Role.DECODE in roles else Role.COLOCATED
+    if roles.count(decodes) < 2:
+        raise ConfigError(f"rebalancing={class_name(cfg.rebalancing)} contradicts cluster.roles={roles}: expected "
+                          f"more than one {decodes} instance, or rebalancing=none")  # fmt: skip
 
 
 def check_member(cfg: RunConfig) -> None:

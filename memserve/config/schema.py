@@ -174,6 +174,7 @@ class RunConfig:
     scaling: Any = MISSING
     heir: Any = MISSING
     departure: Any = MISSING
+    rebalancing: Any = MISSING
     rejection: Any = MISSING
     slo: SloConfig = field(default_factory=SloConfig)
     workload: Any = MISSING

@@ -1,4 +1,4 @@
-"""Migrations in figures: answers that went on at another instance of the role, since theirs was to leave.
+"""Migrations in figures: answers that went on at another instance of the role.
 
 # tokens ... t[g-1] | stops, with g tokens; its KV moves, or nobody takes it | t[g] ...
 #                   |------------------- stood still ------------------------|

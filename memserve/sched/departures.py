@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answer:
-    """One that an instance decodes which is to leave. Tokens: of its prompt, and that it may have at most.
+    """One that an instance decodes. Tokens: of its prompt, and that it may have at most. arrival_s: at the client, on
+    the cluster's clock.  priority: smaller is more urgent.
 
     How many it has so far is known late where several steps are one event (macro_steps): no choice is to depend on it.
     """
 
     num_prompt: int
     max_tokens: int
+    arrival_s: float
+    priority: int = 0
 
 
 class Departure(ABC):

@@ -3,7 +3,7 @@
     Submit -> policy -> Dispatch to an instance -> Tokens, ordered by index, repeats dropped -> client
     Cancel -> Abort to that instance; Finished from it ends the request -> client
     HandoffEnded, failed -> Redirect to another decode instance, or the next attempt, or the request's failure
-    instance is to leave -> Redirect of what it decodes, if that is to migrate (redirects.py)
+    instance is to leave, or has little room -> Redirect of what it decodes, if that is to migrate (redirects.py)
     instance joins, drains -> it is named for requests, or for no more of them
     instance gone -> what was there is served again elsewhere, or fails by name
     no instance of a role is left -> a request waits for one, or fails by name
@@ -17,13 +17,14 @@ from collections import Counter
 
 import numpy as np
 
-from memserve.messages import CANCELLED, Cancel, Finished, HandoffEnded, Inherited, Message, Submit, Tokens
+from memserve.messages import CANCELLED, Cancel, Finished, HandoffEnded, Inherited, Message, Room, Submit, Tokens
 from memserve.request import FinishReason, Role
 from memserve.sched.departures import Departure, EndThere
 from memserve.sched.group import Group
 from memserve.sched.groups import Groups
 from memserve.sched.holders import Holders
 from memserve.sched.modes import Colocated, Mode
+from memserve.sched.rebalancing import NoRebalancing, Rebalancing
 from memserve.sched.redirects import Redirects, abort_of, aborts
 from memserve.sched.rejection import NoRejection, Rejection, refusal
 from memserve.sched.routed import Routed
@@ -33,18 +34,18 @@ from memserve.timeline import RequestTimeline
 CLIENT = "client"
 MAX_ATTEMPTS = 3  # of a request whose hand-offs fail or whose instances are lost
 _COLOCATED = Colocated()
-_NO_REJECTION, _WAIT = NoRejection(), EndThere()
+_NO_REJECTION, _WAIT, _STAY = NoRejection(), EndThere(), NoRebalancing()
 
 
 class GlobalScheduler:
     """Routes over `group`, the instances that take requests. `timelines` holds every request submitted, in order.
 
-    decode: the decode instances that prefill instances hand over to, if they do.  mode: says what a request leaves in
-    whose cache.  recompute_failed: a request whose hand-off failed, or whose instance is gone, is served again, up to
-    MAX_ATTEMPTS times; else it fails.  max_unfinished: a request that comes when so many are there is refused.
-    patience_ns: so long a request waits for an instance to come where none of a role is left.  rejection: refuses one
-    that is about to be sent out for the first time.  departure: says what becomes of answers whose instance drains.
-    stores: who holds KV and serves nobody.
+    decode: whom prefill instances hand over to, if they do.  mode: says what a request leaves in whose cache.
+    recompute_failed: one whose hand-off failed, or whose instance is gone, is served again, up to MAX_ATTEMPTS times;
+    else it fails.  max_unfinished: one that comes when so many are there is refused.  patience_ns: so long one waits
+    for an instance to come where none of a role is left.  rejection: refuses one that is about to be sent out for the
+    first time.  departure, rebalancing: say which answers go on elsewhere when their instance drains, or is short of
+    room.  stores: who holds KV and serves nobody.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class GlobalScheduler:
         patience_ns: int = 0,
         rejection: Rejection = _NO_REJECTION,
         departure: Departure = _WAIT,
+        rebalancing: Rebalancing = _STAY,
         stores: Holders | None = None,
     ) -> None:
         self.timelines: dict[str, RequestTimeline] = {}
         self.groups = Groups(group, decode, mode, stores)
         self._recompute_failed, self._max_unfinished = recompute_failed, max_unfinished
         self._rejection, self._rng = rejection, rng
-        self._redirects = Redirects(self.groups, departure, rng)
+        self._redirects = Redirects(self.groups, departure, rebalancing, rng)
         self._live: dict[str, Routed] = {}
         self._unserved = Unserved(patience_ns)
         self._outbox: list[tuple[str, Message]] = []
@@ -110,8 +112,7 @@ class GlobalScheduler:
         if message.request_id in self.timelines:
             raise ValueError(f"request_id={message.request_id!r} was submitted before: expected a new one")
         routed, num_unfinished = Routed.of(message), len(self._live)
-        self.timelines[message.request_id] = routed.timeline
-        self._live[message.request_id] = routed
+        self.timelines[message.request_id], self._live[message.request_id] = routed.timeline, routed
         if self._max_unfinished is not None and num_unfinished >= self._max_unfinished:
             why = f"{num_unfinished} requests are unfinished: expected fewer than cluster.max_unfinished"
             self._end(routed, routed.failed(FinishReason.REFUSED, why), now_ns)
@@ -130,6 +131,11 @@ class GlobalScheduler:
         """An instance gets no new requests, and nothing is fetched from it; what it has goes on, there or elsewhere."""
         self.groups.remove(label)
         self._outbox += self._redirects.leaves(label, self._live.values(), now_ns)
+
+    def has_room(self, label: str, room: Room, said_ns: int, now_ns: int) -> None:
+        """An instance said at said_ns what nobody held of its pool."""
+        self.groups.has_room(label, room, said_ns)
+        self._outbox += self._redirects.has_room(label, self._live.values(), now_ns)
 
     def loads(self) -> Counter[str]:
         """Unfinished requests at each instance: at a prefill instance those without a first token, at a decode
@@ -179,23 +185,17 @@ class GlobalScheduler:
 
     def _dispatch(self, routed: Routed, now_ns: int) -> None:
         """Names the instances of the request's next attempt and sends it, or refuses it."""
-        timeline = routed.timeline
-        places = self.groups.choose(routed.request, now_ns, self._rng)
-        why = None if timeline.attempt else refusal(self._rejection, self.groups.prospect(routed, places, now_ns))
+        places, is_first = self.groups.choose(routed.request, now_ns, self._rng), not routed.timeline.attempt
+        why = refusal(self._rejection, self.groups.prospect(routed, places, now_ns)) if is_first else None
         if why is not None:
             self._end(routed, routed.failed(FinishReason.REFUSED, why), now_ns)
             return
-        self.groups.take(routed, places)
-        decode = None if self.groups.decode is None else self.groups.decode.incarnations[places[-1].row]
-        timeline.dispatched_ns, timeline.instance = now_ns, self.groups.takers.labels[places[0].row]
-        timeline.num_promised = places[0].num_cached
-        timeline.routes += [place.choice for place in places]
+        decode = self.groups.take(routed, places, now_ns)
         held = self.groups.held_elsewhere(routed, places, now_ns)
-        self._outbox.append((timeline.instance, routed.dispatch(decode, held)))
+        self._outbox.append((routed.timeline.instance, routed.dispatch(decode, held)))
 
     def _cancel(self, message: Cancel, now_ns: int) -> None:
-        routed = self._live.get(message.request_id)
-        if routed is None:
+        if (routed := self._live.get(message.request_id)) is None:
             return  # it ended while the client was asking
         routed.is_cancelled = True
         if message.request_id in self._unserved:

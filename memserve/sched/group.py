@@ -143,6 +143,12 @@ class Group(Holders):
             )
         return self._assign(snapshot, rows, chosen, num_tokens)
 
+    def place_at(self, row: int, why: str, request: RouteRequest, now_ns: int) -> Assignment:
+        """A place for the request at an instance that is named already, as `choose`; the policy is not asked."""
+        rows = np.array([row])
+        snapshot = self.snapshot(rows, self._num_cached(request.tokens, rows, now_ns), request.session_id, now_ns)
+        return self._assign(snapshot, rows, Chosen(0, why), len(request.tokens))
+
     def take(self, placement: Assignment, session_id: str, *, is_first: bool = True) -> None:
         """The request goes there. is_first: not to another of this group before, in this attempt."""
         self._num_routed += is_first

@@ -67,11 +67,16 @@ class Groups:
         """Where a request is to go: in each group an instance, that which gets it first of all."""
         return [group.choose(request, now_ns, rng) for group in self.all]
 
-    def take(self, routed: Routed, places: Sequence[Assignment]) -> None:
-        """A request's attempt begins at these."""
+    def take(self, routed: Routed, places: Sequence[Assignment], now_ns: int) -> int | None:
+        """A request's attempt begins at these. Returns the incarnation of who is to decode it, if that is another."""
         routed.starts(*places)
         for group, place in self.places(routed):
             group.take(place, routed.submit.session_id)
+        timeline = routed.timeline
+        timeline.dispatched_ns, timeline.instance = now_ns, self.takers.labels[places[0].row]
+        timeline.num_promised = places[0].num_cached
+        timeline.routes += [place.choice for place in places]
+        return None if self.decode is None else self.decode.incarnations[places[-1].row]
 
     def prospect(self, routed: Routed, places: Sequence[Assignment], now_ns: int) -> Prospect:
         """What awaits a request at places that it has not taken."""

@@ -1,9 +1,12 @@
-"""Redirects: other instances for requests whose KV cannot go where it was to, or whose instance leaves. Sans-IO.
+"""Redirects: other instances for requests whose KV cannot go where it was to, or that decode where they should not.
+
+Sans-IO.
 
     prefilled, refused by its decode instance -> another one
     decodes at an instance that is to leave (departures.py) -> another one, to which its KV is to go
         HandoffEnded, done -> it is there; its place is that one's from now on
         not done -> the next one, or, with none left, it goes on where it is, and is asked again when there may be room
+    decodes at one that has less room than another (rebalancing.py) -> that one; not done -> it goes on where it is
 
 From each instance one migrates at a time: the others decode meanwhile, where they would wait for the same link.
 
@@ -16,22 +19,29 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from memserve.clock import to_s
 from memserve.decisions import Migration
 from memserve.messages import Abort, HandoffEnded, Message, Redirect
 from memserve.sched.departures import Answer, Departure
 from memserve.sched.group import Assignment, Group
 from memserve.sched.groups import Groups
+from memserve.sched.rebalancing import Rebalancing
 from memserve.sched.routed import Routed
 
 Sent = list[tuple[str, Message]]  # (destination label, message) pairs
 
 
 class Redirects:
-    """groups: in which others are found, by their policies.  departure: says which answers migrate."""
+    """groups: in which others are found, by their policies.  departure: says which answers migrate when their instance
+    leaves; rebalancing: where which go though it stays.
+    """
 
-    def __init__(self, groups: Groups, departure: Departure, rng: np.random.Generator) -> None:
-        self._groups, self._departure, self._rng = groups, departure, rng
+    def __init__(
+        self, groups: Groups, departure: Departure, rebalancing: Rebalancing, rng: np.random.Generator
+    ) -> None:
+        self._groups, self._departure, self._rebalancing, self._rng = groups, departure, rebalancing, rng
         self._leaving: set[str] = set()  # instances that drain, or did
+        self._full = set[str]()  # instances that have taken no answer since they last said how much room they have
         self._moving: dict[str, Routed] = {}
         self._waiting: dict[str, Routed] = {}  # are to migrate, each when the one before has, or when there is room
 
@@ -43,7 +53,8 @@ class Redirects:
         if not len(decode.rows(routed.tried)):
             return []
         decode.forget(refused_by)
-        routed.decode_place = self._taken(routed, decode, routed.tried, now_ns)
+        routed.decode_place = decode.choose(routed.request, now_ns, self._rng, routed.tried)
+        self._take(routed, decode, routed.decode_place)
         decode.decodes(routed.decode_place)
         return [self._redirect(routed, routed.timeline.instance, decode.incarnations[routed.decode_place.row])]
 
@@ -64,6 +75,22 @@ class Redirects:
             return []
         self._waiting[request_id] = routed
         return self._next_of(label, now_ns)
+
+    def has_room(self, label: str, live: Iterable[Routed], now_ns: int) -> Sent:
+        """An instance has said how much room it has: an answer of `live` may go from there to one that has more."""
+        self._full.discard(label)
+        if not self._rebalancing.looks_at_loads:
+            return []
+        group, in_use = self._groups.all[-1], self._in_use()
+        if not group.is_here(label) or label in in_use:
+            return []
+        others = (group.row_of(other) for other in in_use | self._full)
+        rows = group.rows({row for row in others if row is not None})
+        target = self._target(group, rows, label, now_ns)
+        if target is None or not (here := [r for r in live if self._may_go(r, label) and target not in r.tried]):
+            return []
+        routed = min(here, key=lambda r: self._rebalancing.key(_answer(r)))
+        return self._go(routed, label, group, group.place_at(target, "rebalanced", routed.request, now_ns))
 
     def is_about(self, routed: Routed, message: HandoffEnded) -> bool:
         """Whether a hand-off that has ended was this request's migration."""
@@ -87,6 +114,9 @@ class Redirects:
         (routed.declined if message.refused else routed.tried).add(target.row)
         routed.has_copies = routed.has_copies or not message.refused
         dropped = [] if message.refused else aborts(routed, [group.labels[target.row]])
+        if message.instance not in self._leaving or not self._departure.moves(_answer(routed)):
+            self._full.add(group.labels[target.row])
+            return [*dropped, self._redirect(routed, message.instance, group.incarnations[place.row])]
         if len(group.rows(tried := routed.tried | routed.declined)):
             return [*dropped, *self._ask(routed, group, place, tried, now_ns)]
         self._waiting[request_id] = routed
@@ -111,6 +141,29 @@ class Redirects:
     def is_target(self, label: str) -> bool:
         """Whether a request is on its way to an instance, from another of its role."""
         return any(self._next_label(routed) == label for routed in self._moving.values())
+
+    def _in_use(self) -> set[str]:
+        """The labels of instances from or to which an answer is on its way."""
+        moving = self._moving.values()
+        return {self._label_of(routed) for routed in moving} | {self._next_label(routed) for routed in moving}
+
+    def _target(self, group: Group, rows: np.ndarray, label: str, now_ns: int) -> int | None:
+        """The row to which one of an instance's answers is to go, of these of the group; None: they stay."""
+        source = int(np.flatnonzero(rows == group.row_of(label))[0])
+        target = self._rebalancing.target(source, group.snapshot(rows, np.zeros_like(rows), "", now_ns))
+        if target is None:
+            return None
+        is_row = isinstance(target, int | np.integer) and not isinstance(target, bool) and 0 <= target < len(rows)
+        if not is_row or target == source:
+            raise ValueError(f"{type(self._rebalancing).__name__} chose row {target!r}: expected None or one of 0 to "
+                             f"{len(rows) - 1} that is not {source}")  # fmt: skip
+        return int(rows[target])
+
+    def _may_go(self, routed: Routed, label: str) -> bool:
+        """Whether an answer is decoded at an instance, and nobody wants it to go elsewhere."""
+        at, request_id = self._groups.decoding_at(routed), routed.submit.request_id
+        is_asked = request_id in self._moving or request_id in self._waiting or routed.is_cancelled
+        return at is not None and not is_asked and _label(at) == label
 
     def _next_of(self, label: str, now_ns: int) -> Sent:
         """The next answer that is to leave an instance does, unless one is on its way from there."""
@@ -138,18 +191,22 @@ class Redirects:
         return self._groups.all[-1].labels[routed.next_place.row]
 
     def _ask(self, routed: Routed, group: Group, place: Assignment, tried: set[int], now_ns: int) -> Sent:
-        """Its instance is to hand it over to one that was not tried."""
-        routed.next_place, routed.is_next_gone = self._taken(routed, group, tried, now_ns), False
-        group.prefilled(routed.next_place)
-        self._moving[routed.submit.request_id] = routed
-        return [self._redirect(routed, group.labels[place.row], group.incarnations[routed.next_place.row])]
+        """Its instance is to hand it over to one that was not tried, by the group's policy."""
+        target = group.choose(routed.request, now_ns, self._rng, tried)
+        return self._go(routed, group.labels[place.row], group, target)
 
-    def _taken(self, routed: Routed, group: Group, tried: set[int], now_ns: int) -> Assignment:
-        """A place by the group's policy, counted there."""
-        place = group.choose(routed.request, now_ns, self._rng, tried)
+    def _go(self, routed: Routed, label: str, group: Group, target: Assignment) -> Sent:
+        """Its instance, of this label, is to hand it over to that of another place, where it counts from now on."""
+        self._take(routed, group, target)
+        routed.next_place, routed.is_next_gone = target, False
+        group.prefilled(target)
+        self._moving[routed.submit.request_id] = routed
+        return [self._redirect(routed, label, group.incarnations[target.row])]
+
+    @staticmethod
+    def _take(routed: Routed, group: Group, place: Assignment) -> None:
         group.take(place, routed.submit.session_id, is_first=False)
         routed.timeline.routes.append(place.choice)
-        return place
 
     def _note(self, routed: Routed, message: HandoffEnded) -> None:
         migration = Migration(message.instance, self._next_label(routed), message.num_tokens, message.done)
@@ -166,7 +223,8 @@ def _label(at: tuple[Group, Assignment]) -> str:
 
 
 def _answer(routed: Routed) -> Answer:
-    return Answer(routed.timeline.num_prompt, routed.submit.params.max_tokens)
+    m = routed.submit
+    return Answer(routed.timeline.num_prompt, m.params.max_tokens, to_s(m.arrival_ns), m.priority)
 
 
 def aborts(routed: Routed, labels: Iterable[str]) -> Sent:

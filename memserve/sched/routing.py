@@ -27,8 +27,9 @@ class ClusterSnapshot:
     int64 [n], ranks of each (`cluster.tensor_parallel`).  free_blocks: float64 [n], blocks of each one's HBM that no
     request or transfer held when it last said so (free, or cached alone).  num_blocks: float64 [n], all of its HBM's.
     said_s: float64 [n], when that was; in exec=distributed, when it came. Of one that has said nothing yet they are
-    infinite, and said_s is -infinite. An instance says so whenever a request has come or gone there. What its answers
-    have taken since is not in it, nor what is on its way there: it is `now_s - said_s` seconds old, which has no bound.
+    infinite, and said_s is -infinite. An instance says so whenever a request has come, gone or been preempted there.
+    What its answers have taken since is not in it, nor what is on its way there: it is `now_s - said_s` seconds old,
+    which has no bound.
     """
 
     labels: tuple[str, ...]

@@ -41,6 +41,15 @@ CASES = {
 LONG = ["workload.num_sessions=5", "workload.num_turns=1", "workload.max_output_tokens=2500", "workload.rate=50"]
 MIGRATES = [*LONG, "cluster.roles=[prefill,decode,decode]", "mode=pd_caching_3", "transport=gloo", "departure=migrate",
             "policy@decode_policy=least_load", *scheduled({"at_s": 0.5, "drain": "decode-2"})]  # fmt: skip
+REBALANCED = [
+    *LONG,
+    "cluster.roles=[prefill,decode,decode]",
+    "mode=pd_caching_3",
+    "transport=gloo",
+    "decode_policy._target_=cluster.test_rebalancing.Unfair",
+    "rebalancing=by_answers",
+    "rebalancing.gap=1",
+]
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -52,9 +61,10 @@ def expected(*words):
 
 
 def test_whoever_comes_and_goes_every_request_is_answered_right(tmp_path):
-    cases = [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in (*CASES.values(), MIGRATES)]
-    *found, migrated = found_by(tmp_path, cases, 4, LIMIT_S)
+    cases = [([*DISTRIBUTED, *WORKLOAD, *words], 4) for words in (*CASES.values(), MIGRATES, REBALANCED)]
+    *found, migrated, rebalanced = found_by(tmp_path, cases, 4, LIMIT_S)
     answers_migrated(migrated)
+    answers_rebalanced(rebalanced)
     for result in found:
         assert result["tokens"] == expected() and result["missing"] == {}
         report = result["report"]
@@ -78,6 +88,15 @@ def answers_migrated(result):
     assert all(attempt == 0 for _, _, attempt in result["ends"].values())
     assert report["membership"]["left"] == 1 and report["migrations"]["number"] > 0
     assert report["instances"][2]["id"] == "decode-2" and report["instances"][2]["left_s"] < report["makespan_s"]
+
+
+def answers_rebalanced(result):
+    """Of five, four were to be decoded at one instance and one at the other."""
+    assert result["tokens"] == expected(*LONG) and result["missing"] == {}
+    report = result["report"]
+    assert report["num_failed"] == report["quarantined_blocks"] == 0 < report["migrations"]["number"]
+    assert all(attempt == 0 for _, _, attempt in result["ends"].values())
+    assert sum(row["num_generated"] for row in report["instances"]) == report["tokens"]["generated"]
 
 
 def test_a_spare_takes_the_place_of_one_that_is_killed(tmp_path):

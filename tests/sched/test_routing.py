@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
-from mini_cluster import group_of
+from mini_cluster import group_of, snapshot
 
 from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Finished, Submit, Tokens, pack_times, pack_tokens
 from memserve.request import FinishReason, SamplingParams
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.sched.routing import (
-    ClusterSnapshot,
     LeastLoad,
     Policy,
     Random,
@@ -16,23 +15,6 @@ from memserve.sched.routing import (
     SessionAffinity,
     StickyLeastLoad,
 )
-
-
-def snapshot(requests, tokens=None, num_routed=0, **columns):
-    labels = tuple(f"colocated-{i}" for i in range(len(requests)))
-    none = np.zeros(len(requests), dtype=np.int64)
-    names = (
-        "num_cached",
-        "queued_work",
-        "num_lately",
-        "num_decoding",
-        "num_gpus",
-        "free_blocks",
-        "num_blocks",
-        "said_s",
-    )
-    columns = {**dict.fromkeys(names, none), "home": None, "now_s": 0.0, **columns}
-    return ClusterSnapshot(labels, np.array(requests), np.array(tokens or requests), num_routed, **columns)
 
 
 def route(session="s", name="r"):
