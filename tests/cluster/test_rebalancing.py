@@ -108,6 +108,22 @@ def test_a_client_may_cancel_an_answer_that_is_on_its_way(name):
     assert num_cancelled > 2
 
 
+@pytest.mark.parametrize("name", ["caching 3", "colocated"])
+def test_a_real_model_s_answers_are_the_same_wherever_they_go_on(name):
+    words = ["exec=emulated", "model=tiny", "step_time=model", "workload.max_output_tokens=40"]
+    timelines = play(local(*MODES[name], *words, RESTLESS).cluster(), check=True)
+    assert any(migration.done for migration in migrations_of(timelines))
+    assert_answered(timelines, *words)
+
+
+def test_answers_go_between_instances_of_several_ranks():
+    words = ["tokens=workload", "geometry=llama3_8b", "cluster.tensor_parallel.every=4", "link.gb_per_s=100"]
+    cluster = local(*MODES["colocated"], *words, RESTLESS).cluster()
+    timelines = play(cluster, check=True)
+    assert all(t.succeeded for t in timelines) and any(migration.done for migration in migrations_of(timelines))
+    nothing_is_left(cluster)
+
+
 RULES = {
     "always": [RESTLESS],
     "by room": ["rebalancing=by_room", "rebalancing.low=0.7", "rebalancing.high=0.7"],
