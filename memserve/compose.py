@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
-from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from memserve.config.checks import check_config
@@ -89,7 +89,14 @@ GIVEN = {  # arguments of such an object that cluster/ gives, and which are ther
     "cost_model": ("tensor_parallel",),
     "prediction": ("seed",),
 }
-_PLAIN = {IntegerNode: "an integer", FloatNode: "a number", BooleanNode: "true or false", StringNode: "text"}
+_PLAIN: dict[type, str] = {
+    IntegerNode: "an integer",
+    FloatNode: "a number",
+    BooleanNode: "true or false",
+    StringNode: "text",
+    ListConfig: "a list",
+    DictConfig: "a mapping",
+}
 FILLED_IN = ("index_source.max_blocks", "eviction.attention_tokens")  # null until cluster/ knows the pool and the costs
 
 
@@ -166,6 +173,7 @@ def _hydra_apart() -> Iterator[None]:
 def resolve(composed: DictConfig) -> RunConfig:
     """Checks a composed configuration against the schema and the cross-field rules; returns it read-only."""
     try:
+        _check_sections(RunConfig, composed)
         merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
@@ -188,6 +196,18 @@ def resolve(composed: DictConfig) -> RunConfig:
         raise ConfigError(str(error)) from error
     OmegaConf.set_readonly(merged, True)
     return cfg
+
+
+def _check_sections(schema: type, composed: DictConfig, within: str = "") -> None:
+    """Raises ConfigError where a section, of which the options have values, is given one itself."""
+    for section in fields(schema):
+        if not is_dataclass(section.type) or section.name not in composed:
+            continue
+        kind, name, value = cast(type, section.type), within + section.name, composed[section.name]
+        if not isinstance(value, DictConfig):
+            options = ", ".join(f"{name}.{option.name}" for option in fields(kind))
+            raise ConfigError(f"{name}={value!r}: expected a value of one of its options, {options}")
+        _check_sections(kind, value, f"{name}.")
 
 
 def _check_targets(merged: DictConfig) -> None:

@@ -263,7 +263,7 @@ def _as_list(prompts: Any) -> list[Any]:
     """One prompt or many, as many."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, Mapping | bytes) or not np.iterable(prompts):
         raise ValueError(
             f"prompts={prompts!r}: expected a string, a chat (a list of messages), token ids, or many of these"
         )

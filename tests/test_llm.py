@@ -212,6 +212,7 @@ def test_logprobs_name_every_token_and_the_likeliest(llm):
         ([[2**32 + 5]], "prompt 0: prompt token 4294967301: expected 0 to 299"),
         ({"role": "user", "content": "x"}, "expected a string, a chat"),
         (b"abc", "expected a string, a chat"),
+        (np.array(3), "expected a string, a chat"),
         (None, "prompts=None: expected"),
         (["fine", "\ud800"], r"prompt 1: text='\\ud800': expected what UTF-8 can hold"),
         (["fine", [True]], r"prompt 1: \[True\]: expected a string"),

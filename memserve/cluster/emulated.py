@@ -150,8 +150,8 @@ class EmulatedCluster:
         self._from_scheduler()
 
     def _join(self, member: Membership) -> None:
-        """An instance is there, unless nobody wants it any more."""
-        if self._is_over or member.standing is not Standing.STARTING:
+        """An instance is there, unless nobody wants it any more, or it has crashed before."""
+        if self._is_over or member.standing is not Standing.STARTING or member.is_doomed:
             return
         assert self.build is not None, "whoever changes a cluster says how to build its instances"
         node = Node(self.build(member.label, member.role, member.incarnation), member.incarnation)
@@ -189,10 +189,7 @@ class EmulatedCluster:
 
     def _crash(self, label: str) -> None:
         """Peers get proof at once; the global scheduler after the last message that the instance had sent it."""
-        node = self._by_label.get(label)
-        if node is not None and node.is_gone:
-            return  # it has crashed before, and the global scheduler is to hear of it
-        if node is not None:
+        if (node := self._by_label.get(label)) is not None:
             self._interrupt(node)
             node.leave(self.transport)
         self.control_plane.notice(lambda then_ns: self._perform(self.members.lost(label, then_ns)), self.now_ns)

@@ -116,8 +116,9 @@ class ClusterManager:
                     orders.append(Starting(self._named(change.role), self._scaling.startup_ns))
                 case Crash():
                     member = self.member(change.label)
-                    member.is_doomed = True
-                    orders.append(Crash(member.label))
+                    if not member.is_doomed:  # else the global scheduler is still to hear of it
+                        member.is_doomed = True
+                        orders.append(Crash(member.label))
                 case Drain() | ChangeRole():
                     orders += self._retire(change, now_ns)
                 case _:
@@ -245,7 +246,7 @@ class ClusterManager:
             raise ValueError(f"instance {change.label!r} is to drain already: expected one that is to stay")
         if isinstance(change, ChangeRole):
             member.successor = self._named(change.role)
-        elif member.standing is Standing.STARTING:
+        elif member.standing is Standing.STARTING and not member.is_doomed:
             member.is_leaving = True
             return self._ended(member, now_ns)
         self._drain(member, now_ns)

@@ -293,6 +293,20 @@ def test_one_that_is_still_starting_can_neither_stop_nor_go_on():
             act("colocated-9")
 
 
+@pytest.mark.parametrize(
+    "meanwhile", [(), (Crash("colocated-2"),), (Drain("colocated-2"),)], ids=["nothing", "crash", "drain"]
+)
+def test_one_that_crashes_while_it_starts_never_comes_though_the_global_scheduler_hears_of_it_late(meanwhile):
+    """It would have come between the two, in which it may be told to crash once more, or to drain."""
+    words = scheduled({"at_s": 0.01, "add": "colocated"}, {"at_s": 0.02, "crash": "colocated-2"}, startup_s=0.03)
+    cluster = local("cluster=colocated_2", *words, "control.latency_s=0.1").cluster()
+    for change in meanwhile:
+        cluster.call_at(30_000_000, lambda change=change: cluster.change(change))
+    assert_answered(play(cluster))
+    assert [node.instance.label for node in cluster.nodes] == ["colocated-0", "colocated-1"]
+    assert cluster.members.members[2].is_lost and cluster.members.counts()["joined"] == 0
+
+
 def test_an_idle_instance_leaves_as_soon_as_it_is_to_drain():
     cluster = local("cluster=colocated_2").cluster()
     assert_answered(play(cluster))
