@@ -148,7 +148,7 @@ class Fetches:
             self.ended(ticket)  # open: the transfer repeats itself; failed: said again
             return
         tokens = unpack_tokens(message.tokens)
-        found = self._pool.match(tokens, message.limit)
+        found = self._pool.index.peek(tokens, message.limit)
         if found.num_tokens <= message.num_held:
             reason = f"{found.num_tokens} tokens are held, no more than the {message.num_held} there"
             self._outbox.append((sender, Refuse(message.ticket, reason)))
@@ -157,7 +157,7 @@ class Fetches:
             msgspec.msgpack.encode(FetchedKV(message.ticket)),
             TransferOptions(insert=True, best_effort=True),
         )
-        sent = tokens[: found.num_tokens]
+        sent = tokens[: self._pool.match(tokens, found.num_tokens).num_tokens]
         self._served[message.ticket] = self._transfers.start(sender, sent, found.blocks, options, private, now_ns)
 
     def ended(self, ticket: Ticket) -> None:
