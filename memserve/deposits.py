@@ -36,6 +36,7 @@ class Deposits:
 
     def __init__(self, transfers: Transfers, pool: BlockPool, policy: StorePolicy, store: int | None) -> None:
         self._transfers, self._pool, self._policy, self._store = transfers, pool, policy, store
+        pool.index.counts_apart = store is not None and policy.asks_index
         self._num_ahead = policy.num_ahead(pool.num_blocks)
         self._num_too_late = 0  # tokens
         self._waiting: deque[np.ndarray] = deque()

@@ -35,12 +35,14 @@ class Index(ABC):
     """What a pool asks of an index.
 
     log: told of everything that enters, leaves or moves.  moves_blocks: whether `coldest` offers any.  ranks_blocks:
-    whether `uses` and `next_out` tell what is used often, and what goes next.
+    whether `uses` and `next_out` tell what is used often, and what goes next.  counts_apart: set by who asks for
+    `uses`, before anything is cached; else what continues a prefix may be given the uses of that.
     """
 
     log: EventLog = NobodyFollows()
     moves_blocks = False
     ranks_blocks = False
+    counts_apart = False
 
     @abstractmethod
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:

@@ -234,7 +234,7 @@ class RadixIndex(Index):
         above = nodes[-1] if nodes else self._tree.root
         was_leaf = bool(nodes) and not above.children
         leaf = self._tree.grow(above, tokens, blocks, self._num_operations)
-        same = was_leaf and above.num_uses == leaf.num_uses
+        same = was_leaf and (not self.counts_apart or above.num_uses == leaf.num_uses)
         if same and self._eviction.key(above) == self._eviction.key(leaf):
             self._tree.join(above)
             self._leaves.reoffer(above)

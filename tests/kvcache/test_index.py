@@ -64,7 +64,7 @@ def test_each_eviction_policy_has_its_own_first(index_class, policy, first):
 def test_what_continues_a_prefix_has_its_own_number_of_uses(index_class):
     """A conversation's second turn finds the first, and enters what follows it: that is used once."""
     index, first, second = index_class(2, np.ones(9, dtype=np.int32)), np.arange(4), np.arange(10)
-    first, second = first.astype(np.int32), second.astype(np.int32)
+    first, second, index.counts_apart = first.astype(np.int32), second.astype(np.int32), True
     index.insert(first, np.arange(2, dtype=np.int32))
     assert index.uses(second).tolist() == [1, 1]
     index.match(second)
