@@ -105,8 +105,9 @@ class Bequest:
         """The next prefix leaves, as far as it is still here."""
         assert self._heir is not None, "somebody gets it"
         while self._waiting and self._offer is None:
-            found = self._pool.match(tokens := self._waiting.popleft())
+            found = self._pool.index.peek(tokens := self._waiting.popleft())
             sent = tokens[: found.num_tokens]
+            self._pool.index.insert(sent, found.blocks)  # the youngest now, but used by nobody
             if len(sent) and sent.tobytes() not in self._given:
                 ticket = self._transfers.start(self._heir, sent, found.blocks, _OPTIONS, _WORD, now_ns)
                 self._offer = _Offer(ticket, self._heir, sent.tobytes(), found.blocks.copy())

@@ -19,8 +19,9 @@ class FetchRecord(msgspec.Struct, frozen=True):
     """One decision of Eq. 2. Tokens found here and usable there; seconds predicted for all num_in_batch requests that
     were decided at once: until the KV has come, and by which prefilling takes longer without it.
 
-    outcome: computed, fetched, refused or failed; the last two were computed too, for `reason`.  arrived_ns: when the
+    outcome: computed, fetched, refused or failed; of the last two nothing came, for `reason`.  arrived_ns: when the
     last byte was here.  ended_ns: when nothing was waited for any more: what has come is read between two steps.
+    earlier: the decisions before this one, of holders from whom nothing came, in their order; each has none of its own.
     """
 
     holder: int
@@ -36,6 +37,12 @@ class FetchRecord(msgspec.Struct, frozen=True):
     outcome: str = "computed"
     reason: str = ""
     num_fetched: int = 0
+    earlier: "tuple[FetchRecord, ...]" = ()
+
+    @property
+    def decisions(self) -> "tuple[FetchRecord, ...]":
+        """All that were made for the request, this one last."""
+        return (*self.earlier, self)
 
 
 class Migration(msgspec.Struct, frozen=True):

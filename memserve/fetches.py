@@ -1,13 +1,15 @@
 """Fetches: KV that this instance gets from others instead of computing it, and what others get from it. Sans-IO.
 
     requester   offered -> decided once a batch -> Fetch -> the holder's transfer arrives            -> ready: fetched
-                                                         -> Refuse, deadline or the holder is gone   -> ready: computed
+                                                         -> Refuse, deadline or the holder is gone   -> the next holder
                                                 -> nothing is sent                                   -> ready: computed
+    next holder the one with most of those named that were not asked: decided anew, of this request alone; none is left
+                that holds more than is here                                                         -> ready: computed
     holder      Fetch -> what it still holds more of: a best-effort transfer_with_insert; else Refuse
 
 A request waits here, holding no block, until it is ready; then the local scheduler has it as any other. What was
-fetched is found in the index. Whatever goes wrong costs time: the prompt is computed. A Fetch is repeated until
-something comes; a repeated one changes nothing.
+fetched is found in the index. Whatever goes wrong costs time: each who was named is asked once, then the prompt is
+computed. A Fetch is repeated until something comes; a repeated one changes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,11 +38,25 @@ class FetchedKV(msgspec.Struct, frozen=True, tag=True):
     fetch: tuple[int, int]
 
 
-@dataclass
-class _Open:
-    """A fetch that has not come."""
+@dataclass(frozen=True)
+class _Candidate:
+    """The holder of whom a request may have KV. others: named for it, and not asked yet.  earlier: what came of those
+    that were asked.
+    """
 
     request: Request
+    holder: int
+    choice: Choice
+    others: Sequence[Holding]
+    earlier: tuple[FetchRecord, ...]
+
+
+@dataclass
+class _Open:
+    """A fetch that has not come. others: holders that are left to be asked."""
+
+    request: Request
+    others: Sequence[Holding]
     message: Fetch
     record: FetchRecord
     retry_ns: int
@@ -86,26 +102,30 @@ class Fetches:
     def decide(self, num_cached: Callable[[Request], int], now_ns: int) -> None:
         """Fetch or compute, once for all that was offered since the last call. num_cached: tokens found here."""
         offers, self._offers = self._offers, []
-        choices: list[tuple[Request, int, Choice]] = []
+        batch: list[_Candidate] = []
         for request, holdings in offers:
             best = self._best(request, holdings, num_cached(request))
             if best is None:
                 self._ready.append((request, None))
             else:
-                choices.append((request, *best))
-        if not choices:
-            return
-        batch = [choice for _, _, choice in choices]
-        fetch_s, compute_s = self._prices.fetch_time_s(batch), self._prices.compute_time_s(batch)
+                batch.append(best)
+        if batch:
+            self._choose(batch, now_ns)
+
+    def _choose(self, batch: Sequence[_Candidate], now_ns: int) -> None:
+        """Fetch or compute, for all of a batch at once."""
+        choices = [candidate.choice for candidate in batch]
+        fetch_s, compute_s = self._prices.fetch_time_s(choices), self._prices.compute_time_s(choices)
         fetched = self._policy.fetches(fetch_s, compute_s)
-        for request, holder, choice in choices:
+        for one in batch:
             record = FetchRecord(
-                holder, choice.num_cached, choice.num_held, len(batch), fetch_s, compute_s, fetched, now_ns
-            )
+                one.holder, one.choice.num_cached, one.choice.num_held, len(batch), fetch_s, compute_s, fetched, now_ns,
+                earlier=one.earlier,
+            )  # fmt: skip
             if fetched:
-                self._ask(request, holder, choice, record, now_ns)
+                self._ask(one, record, now_ns)
             else:
-                self._ready.append((request, record))
+                self._ready.append((one.request, record))
 
     def drain_ready(self) -> list[tuple[Request, FetchRecord | None]]:
         """Requests that wait no longer, with what was decided; None where nobody holds more after all."""
@@ -128,7 +148,7 @@ class Fetches:
             self.ended(ticket)  # open: the transfer repeats itself; failed: said again
             return
         tokens = unpack_tokens(message.tokens)
-        found = self._pool.match(tokens, message.limit)
+        found = self._pool.index.peek(tokens, message.limit)
         if found.num_tokens <= message.num_held:
             reason = f"{found.num_tokens} tokens are held, no more than the {message.num_held} there"
             self._outbox.append((sender, Refuse(message.ticket, reason)))
@@ -137,7 +157,7 @@ class Fetches:
             msgspec.msgpack.encode(FetchedKV(message.ticket)),
             TransferOptions(insert=True, best_effort=True),
         )
-        sent = tokens[: found.num_tokens]
+        sent = tokens[: self._pool.match(tokens, found.num_tokens).num_tokens]
         self._served[message.ticket] = self._transfers.start(sender, sent, found.blocks, options, private, now_ns)
 
     def ended(self, ticket: Ticket) -> None:
@@ -191,7 +211,9 @@ class Fetches:
         """When `let_time_pass` has something to do."""
         return self._alarms.next_ns()
 
-    def _best(self, request: Request, holdings: Sequence[Holding], num_cached: int) -> tuple[int, Choice] | None:
+    def _best(
+        self, request: Request, holdings: Sequence[Holding], num_cached: int, earlier: tuple[FetchRecord, ...] = ()
+    ) -> _Candidate | None:
         """Who holds most and what that is, or None if it is no more than what is here."""
         me, size = self._transfers.incarnation, self._pool.block_size
         others = [h for h in holdings if h.instance != me and h.instance not in self._gone]
@@ -201,23 +223,35 @@ class Fetches:
         num_held = min(best.num_tokens, usable_prefix(request.num_tokens)) // size * size
         if num_held <= num_cached:
             return None
-        return best.instance, Choice(request.num_tokens, num_cached, num_held)
+        others.remove(best)
+        choice = Choice(request.num_tokens, num_cached, num_held)
+        return _Candidate(request, best.instance, choice, others, earlier)
 
-    def _ask(self, request: Request, holder: int, choice: Choice, record: FetchRecord, now_ns: int) -> None:
+    def _ask(self, asked: _Candidate, record: FetchRecord, now_ns: int) -> None:
         self._num_fetches += 1
         ticket = (self._transfers.incarnation, -self._num_fetches)  # no transfer has a number below 0
+        request, choice = asked.request, asked.choice
         tokens = pack_tokens(np.ascontiguousarray(request.tokens.view[: choice.num_held]))
         message = Fetch(ticket, tokens, choice.num_held, choice.num_cached)
         times = now_ns + self._timeouts.retry_ns, now_ns + self._timeouts.deadline_ns
-        entry = self._open[ticket] = _Open(request, message, record, *times)
+        entry = self._open[ticket] = _Open(request, asked.others, message, record, *times)
         self._alarms.put(ticket, entry.next_time_ns)
-        self._outbox.append((holder, message))
+        self._outbox.append((asked.holder, message))
 
     def _fail(self, ticket: tuple[int, int], outcome: str, reason: str, now_ns: int) -> None:
+        """Whoever was asked sends nothing: the next holder's turn, while the request waits here anyway."""
         entry = self._close(ticket)
-        if entry is not None:
-            record = msgspec.structs.replace(entry.record, outcome=outcome, reason=reason, ended_ns=now_ns)
-            self._ready.append((entry.request, record))
+        if entry is None:
+            return
+        request = entry.request
+        record = msgspec.structs.replace(entry.record, outcome=outcome, reason=reason, ended_ns=now_ns)
+        earlier = (*record.earlier, msgspec.structs.replace(record, earlier=()))
+        found = self._pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
+        best = self._best(request, entry.others, found.num_tokens, earlier)
+        if best is None:
+            self._ready.append((request, record))
+        else:
+            self._choose([best], now_ns)
 
     def _close(self, ticket: tuple[int, int]) -> _Open | None:
         """Nothing more is waited for, if anything was."""

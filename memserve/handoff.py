@@ -82,6 +82,11 @@ class Handoffs:
         self._start(request, decode, now_ns, prefill=self.transfers.incarnation, ready=False)
         self._mark([(request, request.num_computed // self._block_size)], now_ns, now_ns)
 
+    def scheduled(self, batch: ScheduledBatch, now_ns: int) -> None:
+        """A step is about to be computed. Not of each that decodes, of which many are settled as one."""
+        if max(batch.num_new) > 1:
+            self.deposits.look_ahead(now_ns)
+
     def granted(self, request: Request) -> bool:
         """Whether the decode instance has made room."""
         return self.transfers.is_granted(self._on_the_way[request.request_id].ticket)
@@ -228,6 +233,7 @@ class Handoffs:
             return word
         if isinstance(word, FetchedKV):
             self.fetches.arrived(word, arrival)
+            self.deposits.came(arrival)
         self.transfers.settle(arrival)
         if isinstance(word, HandedOver):  # its prefill instance may have let go of it before it heard of that
             return Finished(word.request_id, word.attempt, *CANCELLED, word.stats)

@@ -49,10 +49,8 @@ class Instance:
         seed: int = 0,
         handoffs: Handoffs | None = None,
     ) -> None:
-        self.label = label
-        self.role = role
-        self.scheduler = scheduler
-        self.limits = limits
+        self.label, self.role = label, role
+        self.scheduler, self.limits = scheduler, limits
         self._runner = runner
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer, self._seed = tokenizer, seed
@@ -133,8 +131,10 @@ class Instance:
         self._began_ns = now_ns
         batch = self.scheduler.schedule()
         self._ask_for_admitted(now_ns)
-        for request in batch.requests if batch is not None else ():
-            self.served[request.request_id].scheduled(now_ns)
+        if batch is not None:
+            self.served.scheduled(batch, now_ns)
+            if self.handoffs is not None:
+                self.handoffs.scheduled(batch, now_ns)
         return batch
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:

@@ -12,7 +12,7 @@ from memserve.kvcache.ticket import Arrival, Ticket, TicketState
 from memserve.messages import Dispatch, HandoffEnded, Tokens, pack_times, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Phase, Request, SamplingParams, TokenLogprobs
+from memserve.request import FinishReason, Phase, Request, SamplingParams, ScheduledBatch, TokenLogprobs
 from memserve.request_stats import RequestStats, Stint
 from memserve.sched.admission import RequestRefused
 from memserve.words import HandedOver
@@ -165,6 +165,11 @@ class ServedBook(dict[str, Served]):
         super().__delitem__(request_id)
         self.leaving.pop(request_id, None)
         self._has_changed = True
+
+    def scheduled(self, batch: ScheduledBatch, now_ns: int) -> None:
+        """A step begins."""
+        for request in batch.requests:
+            self[request.request_id].scheduled(now_ns)
 
     def drain_changed(self, num_preemptions: int) -> bool:
         """Whether one has come, gone or been preempted since the last call. num_preemptions: so far."""

@@ -48,11 +48,14 @@ BESIDE = {  # what a word needs, by its group or itself
     "rebalancing": ["cluster=colocated_2"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
     "prediction": ["policy=cost_based"],
-    "store=write_through": [
-        "cluster.roles=[colocated,store]",
-        "fetch=cost",
-        "+per_role.store.kvcache.num_dram_blocks=64",
-    ],
+    **{
+        f"store={word}": [
+            "cluster.roles=[colocated,store]",
+            "fetch=cost",
+            "+per_role.store.kvcache.num_dram_blocks=64",
+        ]
+        for word in ("write_through", "write_through_selective", "write_back")
+    },
 }
 TOGETHER = {  # groups whose words go with each other's: a run takes one of each, the next run the next of each
     ("eviction", "queue", "swap", "preemption", "layout", "policy", "workload/arrivals"): [

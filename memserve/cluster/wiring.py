@@ -44,7 +44,7 @@ from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.rebalancing import NoRebalancing
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling, Schedule
-from memserve.sched.store_policy import NoStore
+from memserve.sched.store_policy import NoStore, StorePolicy
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.transport import Transport
 from memserve.words import level_of_word
@@ -128,7 +128,13 @@ def _deposits(cfg: RunConfig, role: Role, transfers: Transfers, pool: BlockPool)
     """Who takes requests gives to the store; a decode instance's KV is given by who prefilled it, once it has that."""
     gives = role in TAKING and Role.STORE in cfg.cluster.roles
     store = list(cfg.cluster.roles).index(Role.STORE) if gives else None
-    return Deposits(transfers, pool, make(cfg.store) if gives else NoStore(), store)
+    policy: StorePolicy = make(cfg.store) if gives else NoStore()
+    if policy.asks_index and not pool.index.ranks_blocks:
+        raise ConfigError(
+            f"store={type(policy).__name__} contradicts index={type(pool.index).__name__}, which tells neither uses "
+            "nor what goes next: expected store=write_through, or index=radix"
+        )
+    return Deposits(transfers, pool, policy, store)
 
 
 def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:

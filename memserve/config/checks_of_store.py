@@ -24,7 +24,7 @@ def check_store(cfg: RunConfig) -> None:
         return
     if not keeps:
         raise ConfigError(f"{roles} contradicts store=none: nothing would go to the store; expected "
-                          "store=write_through, or no store among the roles")  # fmt: skip
+                          "another policy, such as store=write_through, or no store among the roles")  # fmt: skip
     if is_a(cfg.fetch, "NeverFetch"):
         raise ConfigError(f"{roles} contradicts fetch=never: nothing would come from the store; expected fetch=cost "
                           "or always")  # fmt: skip

@@ -48,6 +48,8 @@ class Allocator:
 
     refcounts: int32 [all blocks], read by indexes and written here alone: 2 for each holder, but 1 for the index. So 0
     is free, 1 is held by the index alone (evictable), and above 1 somebody uses the block.
+    offered: bool [all blocks], written by who gives cached KV away: what was offered, since it is cached here.
+    num_evicted_unoffered: blocks that were evicted without having been.
     """
 
     def __init__(self, num_blocks: int, num_dram_blocks: int = 0) -> None:
@@ -60,6 +62,8 @@ class Allocator:
         self.num_dram_blocks = num_dram_blocks
         self.refcounts = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)
         self.generations = np.zeros(num_blocks + num_dram_blocks, dtype=np.int64)
+        self.offered = np.zeros(num_blocks + num_dram_blocks, dtype=bool)
+        self.num_evicted_unoffered = 0
         self._free = {
             Medium.HBM: _FreeStack(0, num_blocks),
             Medium.DRAM: _FreeStack(num_blocks, num_dram_blocks),
@@ -98,7 +102,8 @@ class Allocator:
             capacity = self.num_dram_blocks if medium else self.num_blocks
             raise OutOfBlocks(f"{num_blocks} blocks asked for, {free.size} of {capacity} free in {medium.name}")
         blocks = free.pop(num_blocks)
-        self.refcounts[_places(blocks)] = _weight(holder)
+        places = _places(blocks)
+        self.refcounts[places], self.offered[places] = _weight(holder), False
         if holder == INDEX:
             self._num_index_only[medium] += num_blocks
         else:
@@ -149,6 +154,7 @@ class Allocator:
         places = _places(blocks)
         assert np.count_nonzero(self.refcounts[places] == 1) == len(blocks), "the index evicts what others hold"
         self.refcounts[places] = 0
+        self.num_evicted_unoffered += len(blocks) - int(np.count_nonzero(self.offered[places]))
         in_dram = self._free_places(blocks, places)
         self._num_index_only[Medium.DRAM] -= in_dram
         self._num_index_only[Medium.HBM] -= len(blocks) - in_dram

@@ -14,8 +14,10 @@ class Evictable(Protocol):
     """What a policy may look at.
 
     born, last_used: the index operations (counted from 1) that inserted the node and last used it.  num_uses: how often
-    it was looked up, and once for its insertion: a prompt that is entered chunk by chunk has not used its own beginning
-    each time.  num_tokens_before, num_tokens_end: tokens before it, and with its own.
+    it was looked up, and once for its insertion: by each request that found it here, once, and by each other instance
+    that was sent it for one of its own. A prompt that is entered chunk by chunk has not used its own beginning each
+    time, nor has one that was preempted and starts again.  num_tokens_before, num_tokens_end: tokens before it, and
+    with its own.
     """
 
     born: int

@@ -34,11 +34,15 @@ class Match(NamedTuple):
 class Index(ABC):
     """What a pool asks of an index.
 
-    log: told of everything that enters, leaves or moves.  moves_blocks: whether `coldest` offers any.
+    log: told of everything that enters, leaves or moves.  moves_blocks: whether `coldest` offers any.  ranks_blocks:
+    whether `uses` and `next_out` tell what is used often, and what goes next.  counts_apart: set by who asks for
+    `uses`, before anything is cached; else what continues a prefix may be given the uses of that.
     """
 
     log: EventLog = NobodyFollows()
     moves_blocks = False
+    ranks_blocks = False
+    counts_apart = False
 
     @abstractmethod
     def match(self, tokens: np.ndarray, limit: int | None = None) -> Match:
@@ -83,6 +87,20 @@ class Index(ABC):
     def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
         """The contents of cached `blocks` lie in `moved_to` now; both int32 [n]."""
         assert not len(blocks), f"{type(self).__name__} cannot follow blocks that move"
+
+    def uses(self, tokens: np.ndarray) -> np.ndarray:
+        """How often each block of the longest cached prefix was used (see eviction.Evictable), int64 [n]; never more
+        than the block before it. Marks nothing used.
+        """
+        return np.ones(len(self.peek(tokens).blocks), dtype=np.int64)
+
+    def next_out(self, num_blocks: int, known: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Of what `evict(num_blocks)` would take, the first that is not in `known`, and all that it continues and that
+        ends with it: tokens, int32 [n * block_size], and their blocks, int32 [n]. Changes nothing.
+
+        known: bool [all blocks]; if it has a block, it has those before it.
+        """
+        return None
 
     @abstractmethod
     def clear(self) -> np.ndarray:

@@ -7,6 +7,7 @@ A node's life: born a leaf by `insert` -> split when a request diverges inside i
 inner node while it has children -> leaf again -> trimmed from the tail by `evict`, removed when empty.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,7 +26,7 @@ class RadixIndex(Index):
     number on lie in DRAM; None: there is no DRAM.
     """
 
-    moves_blocks = True
+    moves_blocks = ranks_blocks = True
 
     def __init__(
         self,
@@ -144,6 +145,35 @@ class RadixIndex(Index):
             self._in_hbm.offer(node)
         return _joined(found)
 
+    def uses(self, tokens: np.ndarray) -> np.ndarray:
+        nodes, _, inside, shared = self._tree.walk(tokens, self._whole_blocks(tokens, None))
+        num_uses, num_blocks = [n.num_uses for n in nodes], [len(n.blocks) for n in nodes]
+        if inside is not None:
+            num_uses, num_blocks = [*num_uses, inside.num_uses], [*num_blocks, shared // self._block_size]
+        return np.repeat(np.array(num_uses, dtype=np.int64), num_blocks)
+
+    def next_out(self, num_blocks: int, known: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        seen: list[RadixNode] = []
+        num_gone: Counter[RadixNode] = Counter()  # children that would be gone
+        found, missing = None, num_blocks
+        self._leaves.unpark()
+        while missing > 0 and found is None and (node := self._leaves.pop()) is not None:
+            parent = node.parent
+            if parent is None or len(node.children) > num_gone[node]:
+                continue
+            seen.append(node)
+            count = self._num_evictable(node, missing, None)
+            if count and not known[node.blocks[-1]]:
+                found = node
+            missing -= count
+            num_gone[parent] += count == len(node.blocks)
+            if num_gone[parent] == len(parent.children) and parent is not self._tree.root:
+                self._leaves.offer(parent)
+        for node in seen:
+            if not node.children:
+                self._leaves.offer(node)
+        return None if found is None else found.prefix()
+
     def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
         order = blocks.argsort()
         old, new = blocks[order], moved_to[order]
@@ -198,13 +228,14 @@ class RadixIndex(Index):
     def _grow(self, nodes: list[RadixNode], tokens: np.ndarray, blocks: np.ndarray) -> RadixNode:
         """The leaf that holds new `blocks` at the end of a path, to which it is added.
 
-        Where eviction cannot tell it from the leaf that it continues, that one becomes longer: a request that enters
-        its blocks as they fill makes one node, not a chain of them.
+        Where nothing tells it from the leaf that it continues, that one becomes longer: a request that enters its
+        blocks as they fill makes one node, not a chain of them.
         """
         above = nodes[-1] if nodes else self._tree.root
         was_leaf = bool(nodes) and not above.children
         leaf = self._tree.grow(above, tokens, blocks, self._num_operations)
-        if was_leaf and self._eviction.key(above) == self._eviction.key(leaf):
+        same = was_leaf and (not self.counts_apart or above.num_uses == leaf.num_uses)
+        if same and self._eviction.key(above) == self._eviction.key(leaf):
             self._tree.join(above)
             self._leaves.reoffer(above)
             return above

@@ -224,7 +224,10 @@ class Receiving:
             raise
         incoming.blocks = np.concatenate([held, new])
         incoming.num_held = len(held) * pool.block_size
-        pool.match(incoming.tokens, incoming.num_held)  # used now: an Ask that waits is looked at often
+        if ask.best_effort:  # it keeps its place; who uses it looks it up
+            pool.index.insert(incoming.tokens[: incoming.num_held], held)
+        else:
+            pool.match(incoming.tokens, incoming.num_held)  # used now: an Ask that waits is looked at often
         return True
 
     def _keep_headroom(self, num_new: int, num_held: int) -> None:

@@ -33,7 +33,7 @@ def store_figures(
     evicted; None where it is gone.
 
     fetches, fetched_tokens: of the requests that found KV there.  received, sent: all that moved, what came too late
-    for its request included.  dropped_tokens: that waited for too long at their instances.
+    for its request included.  dropped_tokens: that waited for too long at their instances, or were evicted unoffered.
     """
     begun = [timeline.stats for timeline in timelines if timeline.stats is not None]
     came = [s for s in begun if s.fetch is not None and s.fetch.outcome == "fetched" and s.fetch.holder == store]

@@ -110,6 +110,7 @@ def _listed(route: RouteChoice) -> np.ndarray:
 
 def fetch_record(record: FetchRecord) -> dict[str, Any]:
     """A decision to fetch or to compute; times and predictions in seconds, `actual_fetch_s` null where nothing came.
+    earlier: those before it, in the same form.
 
     What computing took in fact is the request's prefill: from first_scheduled_s to prefill_end_s.
     """
@@ -117,7 +118,8 @@ def fetch_record(record: FetchRecord) -> dict[str, Any]:
     began_ns, arrived_ns, ended_ns = (values.pop(name) for name in ("began_ns", "arrived_ns", "ended_ns"))
     fetched_s = None if record.outcome != "fetched" or ended_ns is None else to_s(ended_ns - began_ns)
     times_s = {"began_s": to_s(began_ns), "arrived_s": _seconds(arrived_ns), "ended_s": _seconds(ended_ns)}
-    return {**values, **times_s, "actual_fetch_s": fetched_s}
+    earlier = [fetch_record(one) for one in record.earlier]
+    return {**values, **times_s, "actual_fetch_s": fetched_s, "earlier": earlier}
 
 
 def record_lines(timelines: Iterable[RequestTimeline], *, with_tokens: bool = True) -> Iterator[str]:

@@ -164,14 +164,16 @@ def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:
 
 
 def _fetches(timelines: Sequence[RequestTimeline]) -> Report:
-    """Decisions of Eq. 2 by what came of them: `computed` by choice, `fetched`, or `refused` and `failed`: computed.
+    """Decisions of Eq. 2 by what came of them: `computed` by choice, `fetched`, or `refused` and `failed`: decided anew
+    for another holder, if one was left, else computed.
 
     Of those fetched, both sides of Eq. 2 as they were predicted (`predicted_s`, `computing_s`: for all that were
     decided at once), how long each in fact waited for its KV (`actual_s`), of which until the last byte was there
     (`arrived_s`; what follows is the wait for the end of a step), and how many longer than computing was predicted to
     take (`slower_than_computing`). Null where nothing was fetched.
     """
-    records = [t.stats.fetch for t in timelines if t.stats is not None and t.stats.fetch is not None]
+    last = [t.stats.fetch for t in timelines if t.stats is not None and t.stats.fetch is not None]
+    records = [record for one in last for record in one.decisions]
     found = Counter(record.outcome for record in records)
     came = [(r, to_s(r.ended_ns - r.began_ns)) for r in records if r.outcome == "fetched" and r.ended_ns is not None]
     return {

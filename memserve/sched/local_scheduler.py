@@ -139,8 +139,7 @@ class LocalScheduler:
         elif request.phase not in (Phase.HANDING_OFF, Phase.FETCHING):
             self.room.remove(request)
         self.pool.release_all(request.holder)
-        request.phase = Phase.FINISHED
-        request.finish_reason = reason
+        request.phase, request.finish_reason = Phase.FINISHED, reason
 
     def max_macro_steps(self, batch: ScheduledBatch) -> int:
         """How often `batch` can be repeated before anything could change; see `most_steps`."""
@@ -243,11 +242,13 @@ class LocalScheduler:
             self.pool.release_all(request.holder)
             return False
         num_cached = request.num_computed = request.num_published = len(cached) * self.pool.block_size
-        self.pool.match(request.tokens.view, num_cached)  # used now: who waits asks in every step, and uses nothing
         request.prefill_end = request.num_tokens
-        if not request.num_preemptions:
-            request.num_cached = num_cached
-            self.counts.cached += num_cached
+        if request.num_preemptions:  # used before: it keeps its place
+            self.pool.index.insert(request.tokens.view[:num_cached], cached)
+            return True
+        self.pool.match(request.tokens.view, num_cached)  # used now: who waits asks in every step, and uses nothing
+        request.num_cached = num_cached
+        self.counts.cached += num_cached
         return True
 
     def _go_on(self, request: Request) -> bool:

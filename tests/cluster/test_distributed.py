@@ -54,6 +54,9 @@ def cases(transport):
     yield "model", ["cluster=1p2d", "mode=pd_caching_2", "granularity=by_request", "model=tiny"], 4
     yield "hash", ["cluster.roles=[colocated,store,colocated]", "policy=round_robin", "index_source=exact", *STORE], 4
     yield "model", ["cluster.roles=[store,prefill,decode]", "mode=pd_caching_3", "model=tiny", *STORE], 4
+    for policy in ("write_through_selective", "write_back"):
+        words = ["cluster.roles=[colocated,store,colocated]", "policy=round_robin", "kvcache.num_hbm_blocks=12"]
+        yield "hash", [*words, f"store={policy}", *STORE[1:]], 4
     if transport == "gloo":
         yield "hash", ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request", "channels=3"], 3
         yield "hash", ["cluster=1p1d", "mode=pd_caching_3", "granularity=by_layer",
@@ -80,7 +83,7 @@ def test_answers_are_the_emulated_cluster_s_in_every_mode(transport, tmp_path):
         assert report["num_failed"] == 0 and report["quarantined_blocks"] == 0
         sent = report["transfers"]["p_to_d"]
         assert (sent["tokens"] > 0) == ("colocated" not in words[0]) and sent["failed"] == 0, words
-        assert (report["store"] is not None) == (STORE[0] in words), words
+        assert (report["store"] is not None) == (STORE[1] in words), words
         if report["store"] is not None:
             received = report["store"]["received"]
             assert received["tokens"] > 0 == received["failed"] and report["store"]["num_indexed_blocks"] > 0

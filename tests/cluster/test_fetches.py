@@ -5,6 +5,7 @@ instance's index has.
 """
 
 import functools
+import itertools
 import json
 import re
 
@@ -18,7 +19,9 @@ from memserve.config.errors import ConfigError
 from memserve.decisions import Holding
 from memserve.messages import Ask, Cancel, Dispatch, Fetch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record
+from memserve.metrics.report import build_report
 from memserve.request import FinishReason, Phase, SamplingParams
+from memserve.sched.fetch_policy import FetchPolicy
 from memserve.transfer import MessageFaults
 
 WORKLOAD = [
@@ -37,14 +40,16 @@ class KnowingCluster(EmulatedCluster):
 
     def _deliver(self, node, message):
         if isinstance(message, Dispatch):
-            tokens = unpack_tokens(message.tokens)
-            held = [
-                Holding(number, max(other.instance.pool.index.peek(tokens, len(tokens)).num_tokens, self.promised))
-                for number, other in enumerate(self.nodes)
-                if other is not node
-            ]
+            held = self._holdings(node, unpack_tokens(message.tokens))
             message = msgspec.structs.replace(message, held_elsewhere=tuple(held))
         super()._deliver(node, message)
+
+    def _holdings(self, node, tokens):
+        return [
+            Holding(number, max(other.instance.pool.index.peek(tokens, len(tokens)).num_tokens, self.promised))
+            for number, other in enumerate(self.nodes)
+            if other is not node
+        ]
 
 
 @functools.cache
@@ -52,9 +57,9 @@ def local(*words):
     return LocalCluster(load_config([*WORKLOAD, *words]))
 
 
-def cluster_of(*words):
+def cluster_of(*words, kind=KnowingCluster):
     made = local(*words).cluster()
-    return KnowingCluster(made.nodes, made.scheduler, made.client, made.step_time, made.macro_steps, made.transport)
+    return kind(made.nodes, made.scheduler, made.client, made.step_time, made.macro_steps, made.transport)
 
 
 def play(cluster, each_event=lambda cluster: None):
@@ -358,3 +363,132 @@ def test_the_global_schedulers_trees_tell_who_holds_more(place, source):
     timelines = play(local(*place, "fetch=always", f"index_source={source}").cluster())
     assert_right(timelines)
     assert sum(t.stats.num_fetched for t in timelines) > 0
+
+
+THREE = ("cluster.roles=[colocated,colocated,colocated]", "mode=colocated", "policy=random")
+MANY_TURNS = ["workload.num_turns=6", "workload.num_sessions=7"]
+
+
+class Believing(KnowingCluster):
+    """One that believes of who holds least of a prompt that it has all of it."""
+
+    def _holdings(self, node, tokens):
+        least, *others = sorted(super()._holdings(node, tokens), key=lambda h: h.num_tokens)
+        return [Holding(least.instance, len(tokens)), *others]
+
+
+def went_on(timelines):
+    """The last decisions for requests of which somebody was asked in vain."""
+    return [record for record in records(timelines) if record.earlier]
+
+
+def assert_true(record):
+    """Each holder was asked once, with nothing in vain but at last, one decision after the other."""
+    holders = [one.holder for one in record.decisions]
+    assert len(set(holders)) == len(holders) and all(one.earlier == () for one in record.earlier)
+    for before, after in itertools.pairwise(record.decisions):
+        assert before.outcome in ("refused", "failed") and before.chose_fetch and before.reason
+        assert before.ended_ns == after.began_ns and after.num_in_batch == 1 and after.num_held > after.num_cached
+
+
+@pytest.mark.parametrize("fetch", ["always", "cost"])
+def test_who_is_refused_asks_the_next_holder_and_every_decision_is_on_record(fetch):
+    timelines = play(cluster_of(*THREE, f"fetch={fetch}", *MANY_TURNS, kind=Believing))
+    assert_right(timelines, *MANY_TURNS)
+    found = went_on(timelines)
+    assert {record.outcome for record in found} >= {"fetched"}
+    for record in found:
+        assert_true(record)
+        assert len(record.earlier) == 1 and "tokens are held" in record.earlier[0].reason
+    served = [t for t in timelines if t.stats.fetch in found and t.stats.fetch.outcome == "fetched"]
+    assert all(t.stats.num_fetched == t.stats.fetch.num_fetched > 0 for t in served)
+
+
+def test_each_who_was_named_is_asked_once_and_then_the_prompt_is_computed():
+    cluster = cluster_of(*THREE, "fetch=always", "workload.num_turns=1")
+    cluster.promised = 48  # which nobody has, in any first turn
+    asked = []
+    timelines = play(cluster, lambda cluster: asked.extend(
+        key for node in cluster.nodes for key in node.instance.handoffs.fetches._open if key not in asked))  # fmt: skip
+    assert_right(timelines)
+    assert len(records(timelines)) == len(timelines) and len(asked) == 2 * len(timelines)
+    for record in records(timelines):
+        assert_true(record)
+        assert [one.outcome for one in record.decisions] == ["refused", "refused"]
+
+
+def test_who_does_not_answer_is_given_up_at_the_deadline_and_the_next_holder_is_asked():
+    cluster = cluster_of(*THREE, "fetch=always", kind=Believing)
+    cluster.faults = MessageFaults(np.random.default_rng(0), drop=1.0, kinds=["Fetch"], limit=10_000)
+    timelines = play(cluster)
+    assert_right(timelines)
+    found = went_on(timelines)
+    assert found and all(one.ended_ns - one.began_ns == 500_000_000 for r in found for one in r.decisions)
+    for record in found:
+        assert_true(record)
+        assert record.outcome == "failed"
+
+
+WORTH_S = 80 * 0.00003  # of 80 tokens' prefill, by `fixed`
+
+
+class WorthFiveBlocks(FetchPolicy):
+    """Fetches what would take as long to compute as five blocks do."""
+
+    def fetches(self, fetch_s, compute_s):
+        return compute_s >= WORTH_S
+
+
+def test_the_next_decision_is_priced_by_what_the_next_holder_has():
+    """It may be to compute."""
+    words = [*THREE, "~fetch", "+fetch={_target_: " + f"{__name__}.WorthFiveBlocks}}", *MANY_TURNS]
+    timelines = play(cluster_of(*words, kind=Believing))
+    assert_right(timelines, *MANY_TURNS)
+    found = went_on(timelines)
+    assert {"computed", "fetched"} <= {record.outcome for record in found}
+    for record in found:
+        assert record.chose_fetch == (record.compute_s >= WORTH_S) and record.compute_s < record.earlier[0].compute_s
+
+
+@pytest.mark.parametrize("faults", [{}, {"drop": 0.3}], ids=["refused", "lost"])
+def test_macro_steps_change_nothing_where_several_are_asked(faults):
+    rows = []
+    for on in ("true", "false"):
+        more = ["workload.max_output_tokens=40", *MANY_TURNS]
+        cluster = cluster_of(*THREE, "fetch=always", *more, f"macro_steps={on}", kind=Believing)
+        cluster.faults = MessageFaults(np.random.default_rng(0), **faults, kinds=["Fetch", "Refuse"], limit=40)
+        timelines = play(cluster)
+        rows.append([request_record(t) for t in timelines])
+        assert len(went_on(timelines)) > 3
+    assert rows[0] == rows[1]
+
+
+def test_a_client_may_cancel_while_the_next_holder_is_asked():
+    words = [*THREE, "fetch=always", "link.gb_per_s=0.0001", *MANY_TURNS]
+    cluster, cancelled = cluster_of(*words, kind=Believing), set()
+
+    def cancel(cluster):
+        for node in cluster.nodes:
+            for entry in node.instance.handoffs.fetches._open.values():
+                if entry.record.earlier and len(cancelled) < 2:
+                    cancelled.add(entry.request.request_id)
+                    cluster._to_scheduler(Cancel(entry.request.request_id))
+
+    timelines = play(cluster, cancel)
+    assert len(cancelled) == 2
+    for t in timelines:
+        assert (t.reason is FinishReason.ABORTED) == (t.request_id in cancelled)
+        assert not t.succeeded or t.token_ids.tolist() == expected(*MANY_TURNS)[t.request_id]
+
+
+def test_decisions_in_vain_are_in_the_requests_line_and_count_in_the_report():
+    cluster = cluster_of(*THREE, "fetch=always", "workload.rate=20", kind=Believing)
+    timelines = play(cluster)
+    lines = [json.loads(json.dumps(request_record(t)["fetch"])) for t in timelines]
+    earlier = [one for line in lines if line for one in line["earlier"]]
+    assert len(earlier) == len(went_on(timelines)) > 0
+    assert all(one["outcome"] == "refused" and one["actual_fetch_s"] is None and not one["earlier"] for one in earlier)
+    counts = build_report(timelines, [], wall_s=1.0)["fetches"]
+    assert counts["refused"] >= len(earlier) and counts["fetched"] == sum(
+        record.outcome == "fetched" for record in records(timelines)
+    )

@@ -141,6 +141,30 @@ def test_a_store_may_die_at_any_moment_and_the_others_go_on_without_it(name):
     assert num_lost > 3
 
 
+def test_who_is_served_by_a_store_that_dies_has_its_kv_from_the_next_holder_or_computes_it():
+    system = with_store("colocated", "link.gb_per_s=0.0005", "cluster.roles=[colocated,store,colocated,colocated]")
+    outcomes = set()
+    for nth in range(0, 9, 2):
+        cluster, label, seen = system.cluster(), "store-1", set()
+        store = store_of(cluster).incarnation
+
+        def act(cluster, seen=seen, label=label, store=store, nth=nth):
+            for node in cluster.nodes:
+                entries = node.instance.handoffs.fetches._open.values()
+                seen |= {e.message.ticket for e in entries if e.record.holder == store}
+            if len(seen) > nth and cluster.members.counts()["lost"] == 0:
+                cluster.crash(label)
+
+        timelines = play(cluster, act)
+        assert_answered(timelines)
+        nothing_is_left(cluster)
+        for t in timelines:
+            for record in t.stats.fetch.earlier if t.stats.fetch is not None else ():
+                assert (record.holder, record.outcome) == (store, "failed") and "is gone" in record.reason
+                outcomes.add(t.stats.fetch.outcome)
+    assert "fetched" in outcomes
+
+
 @pytest.mark.parametrize("name", PLACES)
 def test_a_store_may_be_silent_for_a_while(name):
     """Longer than the deadline of what was asked of it."""

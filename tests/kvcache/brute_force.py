@@ -97,6 +97,23 @@ class BruteForceIndex:
             del self.used[first]
         return gone
 
+    def uses(self, tokens):
+        """Of each block of the longest cached prefix."""
+        counts = []
+        for prefix in self.prefixes(tokens):
+            if prefix not in self.blocks:
+                break
+            counts.append(self.used[prefix].num_uses)
+        return counts
+
+    def next_out(self, count, known):
+        """The block that `evict(count)` would take first of those not in `known`, and its prefix."""
+        blocks, used = dict(self.blocks), dict(self.used)
+        gone = self.evict(count)
+        self.blocks, self.used = blocks, used
+        prefix_of = {block: prefix for prefix, block in blocks.items()}
+        return next(((prefix_of[block], block) for block in gone if not known[block]), None)
+
     def coldest(self, count, movable):
         """Blocks for which movable(block) holds and which nobody else holds: the first `count`, of any depth."""
         alone = [p for p, block in self.blocks.items() if movable(block) and self.refcounts[block] == 1]
@@ -128,7 +145,7 @@ def assert_agrees_with_brute_force(index_class, seed, num_operations=300):
     rng = random.Random(seed)
     refcounts = np.zeros(4000, dtype=np.int32)
     index, model = index_class(BLOCK, refcounts), BruteForceIndex(refcounts)
-    next_block = 0
+    next_block, index.counts_apart = 0, seed % 2 == 0
     for _ in range(num_operations):
         tokens = np.array([rng.randrange(3) for _ in range(rng.randrange(0, 40))], dtype=np.int32)
         action = rng.choice(["insert", "insert", "match", "limited", "evict", "delete", "hold"])
@@ -146,6 +163,8 @@ def assert_agrees_with_brute_force(index_class, seed, num_operations=300):
             for look in (index.peek, index.match):
                 found = look(tokens, limit)
                 assert found.blocks.tolist() == m and found.num_tokens == len(m) * BLOCK
+            if index.ranks_blocks and index.counts_apart:
+                assert index.uses(tokens).tolist() == model.uses(tokens.tolist())
         elif action == "hold":
             held = index.match(tokens).blocks
             model.match(tokens.tolist())
@@ -153,6 +172,8 @@ def assert_agrees_with_brute_force(index_class, seed, num_operations=300):
         elif action == "evict":
             refcounts[:] = np.minimum(refcounts, 1) if rng.random() < 0.5 else refcounts
             count = rng.randrange(1, 6)
+            if index.ranks_blocks:
+                _assert_foresees(index, model, 2 * count, rng)
             gone = index.evict(count)
             assert gone.tolist() == model.evict(count)
             refcounts[gone] = 0
@@ -161,6 +182,20 @@ def assert_agrees_with_brute_force(index_class, seed, num_operations=300):
         assert index.num_blocks == len(model.blocks)
     _assert_same_paths(index, model)
     assert sorted(index.clear().tolist()) == sorted(model.blocks.values()) and index.num_blocks == 0
+
+
+def _assert_foresees(index, model, count, rng):
+    """Whatever part of the cached prefixes is known already."""
+    known = np.zeros(4000, dtype=bool)
+    for prefix in sorted(model.blocks):
+        if rng.random() < 0.5:
+            known[[model.blocks[p] for p in model.prefixes(prefix)]] = True
+    found, expected = index.next_out(count, known), model.next_out(count, known)
+    assert (found is None) == (expected is None)
+    if expected is not None:
+        tokens, blocks = found
+        assert tuple(tokens.tolist()) == expected[0] and blocks[-1] == expected[1]
+        assert blocks.tolist() == [model.blocks[p] for p in model.prefixes(expected[0])]
 
 
 def _assert_same_paths(index, model):
