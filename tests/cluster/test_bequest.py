@@ -2,18 +2,8 @@
 
 import numpy as np
 import pytest
-from cluster.test_membership import (
-    CLUSTERS,
-    WORKLOAD,
-    assert_answered,
-    at_random,
-    expected,
-    local,
-    nothing_is_left,
-    play,
-    rows_of,
-    scheduled,
-)
+from cluster.playing import CLUSTERS, at_random, nothing_is_left, play, rows_of, scheduled
+from cluster.test_membership import WORKLOAD, assert_answered, expected, local
 
 from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from cluster.playing import tokens_of
 
 from memserve.cluster.control import RoutingServer
 from memserve.cluster.local import LocalCluster
@@ -116,9 +117,9 @@ def test_answers_are_the_same_where_instances_come_go_and_crash_far_from_the_glo
                f"{{at_s: 0.2, crash: {role}-{last - 1}}}", f"{{at_s: 0.3, add: {role}}}"]  # fmt: skip
     words = [*BUSY, *CLUSTERS[name], THINKING["a little"], "control.latency_s=0.02", "control.request_s=0.001",
              "scaling=schedule", f"scaling.changes=[{','.join(changes)}]", "departure=migrate"]  # fmt: skip
-    expected = {t.request_id: t.token_ids.tolist() for t in played(*BUSY, THINKING["a little"]).timelines}
+    expected = tokens_of(played(*BUSY, THINKING["a little"]).timelines)
     result = played(*words)
-    assert {t.request_id: t.token_ids.tolist() for t in result.timelines} == expected
+    assert tokens_of(result.timelines) == expected
     assert result.report["num_failed"] == 0 and result.report["membership"]["lost"] == 1
 
 

@@ -5,6 +5,7 @@ import functools
 import msgspec
 import numpy as np
 import pytest
+from cluster.playing import tokens_of
 
 from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError
@@ -39,7 +40,7 @@ def play(cluster, each_event=lambda cluster: None):
 
 @functools.cache
 def expected():
-    return {t.request_id: t.token_ids.tolist() for t in play(local("cluster=colocated_1", "index=none").cluster())}
+    return tokens_of(play(local("cluster=colocated_1", "index=none").cluster()))
 
 
 def assert_right(timelines):

@@ -7,8 +7,8 @@ import time
 
 import pytest
 from cluster.forked_ranks import Forked
+from cluster.playing import scheduled
 from cluster.survival import START_S, found_by, have_started, wait_for
-from cluster.test_membership import scheduled
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.roster import Roster

@@ -12,6 +12,7 @@ import re
 import msgspec
 import numpy as np
 import pytest
+from cluster.playing import tokens_of
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.emulated import EmulatedCluster
@@ -81,7 +82,7 @@ def play(cluster, each_event=lambda cluster: None):
 @functools.cache
 def expected(*words):
     alone = local("cluster=colocated_1", "index=none", *words)
-    return {t.request_id: t.token_ids.tolist() for t in play(alone.cluster())}
+    return tokens_of(play(alone.cluster()))
 
 
 def assert_right(timelines, *words):

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from cluster.playing import play, tokens_of
 
 from memserve import LocalCluster, load_config
 from memserve.request import FinishReason
@@ -26,19 +27,9 @@ def local(*words):
     return LocalCluster(load_config([*WORKLOAD, *words]))
 
 
-def play(cluster, act):
-    """Until nothing is left to do; `act` is called after each event with its number."""
-    number = 0
-    while cluster.advance():
-        number += 1
-        act(cluster, number)
-    return list(cluster.scheduler.timelines.values())
-
-
 @functools.cache
 def expected():
-    timelines = play(local("cluster=colocated_1", "index=none").cluster(), lambda cluster, number: None)
-    return {t.request_id: t.token_ids.tolist() for t in timelines}
+    return tokens_of(play(local("cluster=colocated_1", "index=none").cluster()))
 
 
 def assert_right(timelines, failures):

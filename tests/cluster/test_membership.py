@@ -5,30 +5,20 @@ import io
 
 import numpy as np
 import pytest
+from cluster.playing import CLUSTERS, SLOW_LINK, at_random, nothing_is_left, play, rows_of, scheduled, tokens_of
 from rich.console import Console
 
 from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Submit, pack_tokens
 from memserve.metrics.table import print_report
-from memserve.request import SERVING, FinishReason, Role, SamplingParams
+from memserve.request import FinishReason, Role, SamplingParams
 from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, NoScaling
 
-SLOW_LINK = [  # so that much happens while KV is on its way
-    "transfer.retry_s=0.05", "transfer.deadline_s=0.5", "transfer.patience_s=5", "link.gb_per_s=0.001",
-    "workload.think_time_s=0.05",
-]  # fmt: skip
 WORKLOAD = [
     "exec=simulated", "workload=synthetic", "workload.num_sessions=8", "workload.num_turns=3",
     "workload.prompt_tokens=60", "workload.turn_tokens=20", "workload.max_output_tokens=12", "workload.rate=100",
     *SLOW_LINK,
 ]  # fmt: skip
-CLUSTERS = {
-    "basic": ["cluster=1p2d", "mode=pd_basic"],
-    "caching 1": ["cluster=2p1d", "mode=pd_caching_1"],
-    "caching 2": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_2", "fetch=always"],
-    "caching 3": ["cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_3", "policy=prompt_tree_bounded"],
-    "colocated": ["cluster=colocated_2", "policy=prompt_tree_bounded", "fetch=always"],
-}
 
 
 @functools.cache
@@ -36,67 +26,13 @@ def local(*words):
     return LocalCluster(load_config([*WORKLOAD, *words]))
 
 
-def play(cluster, act=lambda cluster: None):
-    while cluster.advance():
-        act(cluster)
-    return list(cluster.scheduler.timelines.values())
-
-
 @functools.cache
 def expected():
-    timelines = play(local("cluster=colocated_1", "index=none").cluster())
-    return {t.request_id: t.token_ids.tolist() for t in timelines}
+    return tokens_of(play(local("cluster=colocated_1", "index=none").cluster()))
 
 
 def assert_answered(timelines):
-    assert {t.request_id: t.token_ids.tolist() for t in timelines if t.succeeded} == expected()
-
-
-def nothing_is_left(cluster):
-    for node in cluster.nodes:
-        if not node.is_gone:
-            node.instance.check()
-            assert node.instance.is_idle
-            assert [h for h in node.instance.pool.allocator.holders() if h != ("index",)] == []
-    for group in cluster.scheduler.groups.all:
-        assert all(group.num_requests(label) == 0 for label in group.labels)
-        group.tree.check()
-
-
-def drawn(cluster, rng):
-    """A change that the cluster can do now, if chance finds one."""
-    here = [m for m in cluster.members.members if m.standing == "serving" and m.role in SERVING]
-    roles = sorted({m.role for m in cluster.members.members}.intersection(SERVING))
-    if not here:
-        return None
-    one = here[int(rng.integers(len(here)))]
-    is_needed = sum(m.role == one.role for m in here) < 2
-    kind = int(rng.integers(4))
-    if kind == 0 or is_needed:
-        return Add(roles[int(rng.integers(len(roles)))]) if len(here) < 7 else None
-    if kind == 1:
-        return Drain(one.label)
-    if kind == 2 and len(roles) > 1:
-        return ChangeRole(one.label, roles[int(rng.integers(len(roles)))])
-    return None
-
-
-def at_random(seed, often, *, crash=0.0, changes=None):
-    """What befalls a cluster after each event: a change with one probability, a crash with another. changes: kept."""
-    rng, made = np.random.default_rng(seed), [] if changes is None else changes
-
-    def act(cluster):
-        if rng.random() < often and (change := drawn(cluster, rng)) is not None:
-            cluster.change(change)
-            made.append(change)
-        there = [m for m in cluster.members.members if m.standing is not None]
-        if crash and there:
-            one = there[int(rng.integers(len(there)))]
-            is_last = one.standing == "serving" and sum(m.role == one.role for m in there) < 2
-            if rng.random() < crash and not is_last:
-                cluster.change(Crash(one.label))
-
-    return act
+    assert tokens_of(t for t in timelines if t.succeeded) == expected()
 
 
 @pytest.mark.parametrize("granularity", ["by_layer", "by_request"])
@@ -131,23 +67,12 @@ def test_some_crash_meanwhile_and_what_fails_says_so(name):
     assert num_lost > 4
 
 
-def scheduled(*changes, words=(), **delays):
-    listed = ",".join("{" + ",".join(f"{key}:{value}" for key, value in change.items()) + "}" for change in changes)
-    delayed = [f"scaling.{key}={value}" for key, value in delays.items()]
-    return ["scaling=schedule", f"scaling.changes=[{listed}]", *delayed, *words]
-
-
 BUSY = ["workload.num_sessions=20", "workload.rate=200"]
 
 
 @functools.cache
 def expected_when_busy():
-    timelines = play(local("cluster=colocated_1", "index=none", *BUSY).cluster())
-    return {t.request_id: t.token_ids.tolist() for t in timelines}
-
-
-def rows_of(timelines):
-    return [(t.request_id, t.instance, t.finished_ns, t.token_times_ns.tolist(), t.stats) for t in timelines]
+    return tokens_of(play(local("cluster=colocated_1", "index=none", *BUSY).cluster()))
 
 
 @pytest.mark.parametrize("name", ["caching 3", "colocated"])
@@ -322,7 +247,7 @@ def test_by_load_adds_while_there_is_much_to_do_and_drains_when_there_is_not():
     ).cluster()
     most = [0]
 
-    def act(cluster):
+    def act(cluster, number):
         here = [m for m in cluster.members.members if m.standing is not None]
         most[0] = max(most[0], len(here))
         assert len(here) <= 6 and {"prefill", "decode"} <= {m.role for m in here}
@@ -344,7 +269,7 @@ def test_switch_roles_keeps_their_number_and_moves_who_is_needed_elsewhere():
     system = ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_caching_1", "workload.prompt_tokens=400"]
     cluster = local(*system, "workload.num_sessions=40", "workload.rate=400", *words).cluster()
 
-    def act(cluster):
+    def act(cluster, number):
         assert sum(m.standing is not None for m in cluster.members.members) in (4, 5)  # a successor has its name before
 
     assert all(t.succeeded for t in play(cluster, act))
@@ -374,7 +299,7 @@ def test_where_nobody_is_left_requests_wait_for_who_comes(victim, words):
     words = [*words, *BUSY, *scheduled(*changes, startup_s=0.3)]
     cluster = local(*words, "cluster.patience_s=1").cluster()
     timelines = play(cluster)
-    assert {t.request_id: t.token_ids.tolist() for t in timelines} == expected_when_busy()
+    assert tokens_of(timelines) == expected_when_busy()
     waited = [t for t in cluster.scheduler.timelines.values() if 50_000_000 < t.arrival_ns < 350_000_000]
     assert waited and all(t.dispatched_ns >= 350_000_000 for t in waited)
     nothing_is_left(cluster)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import msgspec
 import numpy as np
 import pytest
-from cluster.test_membership import nothing_is_left
+from cluster.playing import nothing_is_left
 from cluster.test_migration import MIGRATE, THREE, drained, migrations_of
 from weights_once import weights_loaded_once
 

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from cluster.test_membership import CLUSTERS, SLOW_LINK, at_random, nothing_is_left, rows_of, scheduled
+from cluster.playing import CLUSTERS, SLOW_LINK, at_random, nothing_is_left, play, rows_of, scheduled, tokens_of
 from cluster.test_overtaking import LateWays
 from rich.console import Console
 
@@ -49,26 +49,13 @@ def local(*words):
     return LocalCluster(load_config([*WORKLOAD, *words]))
 
 
-def play(cluster, act=lambda cluster, number: None, *, check=False):
-    """Until nothing is left to do; `act` is called after each event with its number. check: all books then, too."""
-    number = 0
-    while cluster.advance():
-        number += 1
-        act(cluster, number)
-        for node in cluster.nodes if check else ():
-            if not node.is_gone:
-                node.instance.check()
-    return list(cluster.scheduler.timelines.values())
-
-
 @functools.cache
 def expected(*words):
-    timelines = play(local("cluster=colocated_1", "index=none", *words).cluster())
-    return {t.request_id: t.token_ids.tolist() for t in timelines}
+    return tokens_of(play(local("cluster=colocated_1", "index=none", *words).cluster()))
 
 
 def assert_answered(timelines, *words, attempts=(0,)):
-    assert {t.request_id: t.token_ids.tolist() for t in timelines} == expected(*words)
+    assert tokens_of(timelines) == expected(*words)
     assert all(t.succeeded and t.attempt in attempts for t in timelines)
 
 
@@ -125,8 +112,7 @@ def test_whoever_comes_and_goes_every_request_is_answered_right(name):
     num_done = 0
     for seed, granularity in enumerate(GRANULARITIES):
         cluster = local(*CLUSTERS[name], *MIGRATE, f"granularity={granularity}").cluster()
-        change = at_random(seed, 0.1)
-        timelines = play(cluster, lambda cluster, number, change=change: change(cluster))
+        timelines = play(cluster, at_random(seed, 0.1))
         assert_answered(timelines)
         nothing_is_left(cluster)
         num_done += sum(migration.done for migration in migrations_of(timelines))

@@ -8,7 +8,8 @@ import itertools
 
 import numpy as np
 import pytest
-from cluster.test_lost_instances import CLUSTERS, assert_right, expected, local, lost, nothing_is_left, play
+from cluster.playing import play
+from cluster.test_lost_instances import CLUSTERS, assert_right, expected, local, lost, nothing_is_left
 
 from memserve.messages import Cancel
 from memserve.request import FinishReason
@@ -63,7 +64,7 @@ def late(system, seed, **options):
 def test_answers_are_right_whatever_is_heard_first(name, granularity):
     for seed in SEEDS:
         cluster = late(local(*CLUSTERS[name], f"granularity={granularity}"), seed)
-        timelines = play(cluster, lambda cluster, number: None)
+        timelines = play(cluster)
         assert_right(timelines, ())
         assert all(timeline.succeeded and timeline.attempt == 0 for timeline in timelines)
         nothing_is_left(cluster)

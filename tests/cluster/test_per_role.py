@@ -1,6 +1,7 @@
 """Clusters whose instances differ by role, in options, costs and ranks: what they do in virtual time."""
 
 import pytest
+from cluster.playing import tokens_of
 
 from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError
@@ -19,7 +20,7 @@ def local(*words):
 
 
 def answers(result):
-    return {t.request_id: t.token_ids.tolist() for t in result.timelines}
+    return tokens_of(result.timelines)
 
 
 def test_each_instance_is_built_by_its_role_s_options_and_answers_are_the_same():

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from cluster.playing import tokens_of
 from cluster.survival import found_by
 
 from memserve import LocalCluster, load_config
@@ -42,16 +43,12 @@ def local(*words):
 @functools.cache
 def expected():
     result = LocalCluster(load_config([*WORKLOAD, "cluster=colocated_1", "index=none"])).run_once()
-    return {t.request_id: t.token_ids.tolist() for t in result.timelines}
+    return tokens_of(result.timelines)
 
 
 @functools.cache
 def priorities():
     return {t.request_id: t.priority for t in local("cluster=colocated_1").run_once().timelines}
-
-
-def answers(timelines):
-    return {t.request_id: t.token_ids.tolist() for t in timelines}
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap", "swap beside"])
@@ -60,7 +57,7 @@ def test_answers_are_the_same_in_every_mode_and_macro_steps_change_nothing(name,
     words = [*CLUSTERS[name], *SCARCE, *(SWAP if preemption != "recompute" else [])]
     words += ["kvcache.async_swap=true"] * (preemption == "swap beside")
     runs = [local(*words, f"macro_steps={on}").run_once() for on in ("true", "false")]
-    assert all(answers(run.timelines) == expected() for run in runs)
+    assert all(tokens_of(run.timelines) == expected() for run in runs)
     macro, single = ({**run.report, "wall_s": 0} for run in runs)
     assert macro == single
     assert [request_record(t) for t in runs[0].timelines] == [request_record(t) for t in runs[1].timelines]
@@ -74,7 +71,7 @@ def test_a_real_model_gives_the_same_answers_whatever_the_priorities(words):
         LocalCluster(load_config([*emulated, *SCARCE, *words, *more])).run_once()
         for more in ([], [CLASSES, "queue=priority"])
     )
-    assert answers(plain.timelines) == answers(classed.timelines)
+    assert tokens_of(plain.timelines) == tokens_of(classed.timelines)
     assert {t.priority for t in classed.timelines} == {-1, 3} and {t.priority for t in plain.timelines} == {0}
 
 
@@ -94,7 +91,7 @@ def test_a_priority_is_with_its_request_at_every_instance_wherever_it_is_sent_on
             if not node.is_gone:
                 node.instance.check()
     timelines = list(cluster.scheduler.timelines.values())
-    assert answers(timelines) == expected() and len(seen_at) == 4
+    assert tokens_of(timelines) == expected() and len(seen_at) == 4
     assert any(t.migrations for t in timelines) and any(t.attempt for t in timelines)
     assert all(t.priority == priorities()[t.request_id] for t in timelines)
 

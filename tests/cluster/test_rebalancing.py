@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from cluster.test_membership import CLUSTERS, SLOW_LINK, at_random, nothing_is_left, rows_of, scheduled
+from cluster.playing import CLUSTERS, SLOW_LINK, at_random, nothing_is_left, play, rows_of, scheduled
 from cluster.test_migration import (
     MODES,
     PRESSURE,
@@ -14,7 +14,6 @@ from cluster.test_migration import (
     expected,
     local,
     migrations_of,
-    play,
 )
 
 from memserve import load_config
@@ -79,8 +78,7 @@ def test_whoever_comes_goes_and_dies_meanwhile_answers_are_right(name, departure
     for seed in range(3):
         cluster = local(*CLUSTERS[name], "scaling=schedule", f"departure={departure}", RESTLESS).cluster()
         cluster.faults = MessageFaults(np.random.default_rng(seed), drop=0.1, repeat=0.1)
-        change = at_random(seed, 0.08, crash=0.01)
-        timelines = play(cluster, lambda cluster, number, change=change: change(cluster))
+        timelines = play(cluster, at_random(seed, 0.08, crash=0.01))
         for timeline in timelines:
             tokens = timeline.token_ids.tolist()
             assert tokens == expected()[timeline.request_id][: len(tokens)]

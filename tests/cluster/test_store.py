@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from cluster.test_membership import at_random, nothing_is_left, rows_of, scheduled
+from cluster.playing import at_random, nothing_is_left, play, rows_of, scheduled, tokens_of
 from rich.console import Console
 
 from memserve import LocalCluster, load_config
@@ -42,16 +42,9 @@ def with_store(name, *words):
     return local(*PLACES[name], *STORE, *words)
 
 
-def play(cluster, act=lambda cluster: None):
-    while cluster.advance():
-        act(cluster)
-    return list(cluster.scheduler.timelines.values())
-
-
 @functools.cache
 def expected():
-    timelines = play(local("cluster=colocated_1", "index=none").cluster())
-    return {t.request_id: t.token_ids.tolist() for t in timelines}
+    return tokens_of(play(local("cluster=colocated_1", "index=none").cluster()))
 
 
 def assert_answered(timelines, num_requests=24):
@@ -129,7 +122,7 @@ def test_a_store_may_die_at_any_moment_and_the_others_go_on_without_it(name):
         cluster, count = system.cluster(), iter(range(10**6))
         label = store_of(cluster).instance.label
 
-        def act(cluster, count=count, after=after, label=label):
+        def act(cluster, number, count=count, after=after, label=label):
             if next(count) == after:
                 cluster.crash(label)
 
@@ -148,7 +141,7 @@ def test_who_is_served_by_a_store_that_dies_has_its_kv_from_the_next_holder_or_c
         cluster, label, seen = system.cluster(), "store-1", set()
         store = store_of(cluster).incarnation
 
-        def act(cluster, seen=seen, label=label, store=store, nth=nth):
+        def act(cluster, number, seen=seen, label=label, store=store, nth=nth):
             for node in cluster.nodes:
                 entries = node.instance.handoffs.fetches._open.values()
                 seen |= {e.message.ticket for e in entries if e.record.holder == store}
@@ -297,7 +290,7 @@ def test_an_instance_gives_one_prefix_at_a_time_and_what_waits_too_long_is_dropp
     system = with_store(name, *SLOW, "link.gb_per_s=0.00005", "store.max_waiting=1", "fetch=cost")
     cluster, most = system.cluster(), 0
 
-    def act(cluster):
+    def act(cluster, number):
         nonlocal most
         asks = [message.ticket[0] for message in store_of(cluster).instance.handoffs.transfers.open_asks]
         most = max(most, max(map(asks.count, asks), default=0))
@@ -409,7 +402,7 @@ def test_the_model_answers_as_without_a_store():
     words = ["model=tiny", "step_time=model", "workload.num_sessions=3", "kvcache.num_hbm_blocks=60"]
     alone = LocalCluster(load_config([*words, "index=none"])).run_once()
     stored = LocalCluster(load_config([*words, *PLACES["caching 3"], *STORE])).run_once()
-    answers = [{t.request_id: t.token_ids.tolist() for t in result.timelines} for result in (alone, stored)]
+    answers = [tokens_of(result.timelines) for result in (alone, stored)]
     assert answers[0] == answers[1] and stored.report["store"]["fetched_tokens"] > 0
 
 

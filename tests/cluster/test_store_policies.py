@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from cluster.test_membership import at_random, nothing_is_left, rows_of
-from cluster.test_store import PLACES, SLOW, SMALL, WORKLOAD, assert_answered, from_store, local, play, store_of
+from cluster.playing import at_random, nothing_is_left, play, rows_of, tokens_of
+from cluster.test_store import PLACES, SLOW, SMALL, WORKLOAD, assert_answered, from_store, local, store_of
 
 from memserve import LocalCluster, RadixIndex, load_config
 from memserve.config.errors import ConfigError
@@ -199,7 +199,7 @@ def test_selective_a_prompt_that_stays_hot_is_offered_once_by_each_instance():
     own = ["workload.num_turns=1", "workload.num_sessions=24", "workload.prefix_tokens=64", "workload.share_ratio=24"]
     asked = {}
 
-    def act(cluster):
+    def act(cluster, number):
         asked.update({ask.ticket: ask for ask in store_of(cluster).instance.handoffs.transfers.open_asks})
 
     play(with_policy("colocated", SELECTIVE, *own).cluster(), act)
@@ -223,7 +223,7 @@ def test_the_model_answers_as_without_a_store(policy):
     alone = LocalCluster(load_config([*WORKLOAD, *words, "exec=emulated", "index=none"])).run_once()
     own = [*PLACES["caching 3"], policy, *KEEPS, "kvcache.num_hbm_blocks=24"]
     stored = LocalCluster(load_config([*WORKLOAD, *words, "exec=emulated", *own])).run_once()
-    answers = [{t.request_id: t.token_ids.tolist() for t in result.timelines} for result in (alone, stored)]
+    answers = [tokens_of(result.timelines) for result in (alone, stored)]
     assert answers[0] == answers[1] and stored.report["store"]["received"]["tokens"] > 0
 
 
