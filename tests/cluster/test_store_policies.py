@@ -107,7 +107,7 @@ def test_whoever_comes_goes_and_migrates_every_request_is_answered_right(policy)
     words = ["cluster.roles=[prefill,prefill,decode,decode,store]", "mode=pd_caching_3", policy, *KEEPS, *SMALL,
              "scaling=schedule", "scaling.changes=[]", "departure=migrate", "heir=least_load"]  # fmt: skip
     cluster = local(*words, *SLOW).cluster()
-    assert_answered(play(cluster, at_random(1, 0.1)))
+    assert_answered(play(cluster, at_random(1, 0.01)))
     nothing_is_left(cluster)
     assert cluster.members.counts()["left"] > 0
 
