@@ -49,6 +49,8 @@ from memserve.transfer.in_process import InProcess
 from memserve.transfer.transport import Transport
 from memserve.words import level_of_word
 
+_MOVES_NOTHING = {"fetch": NeverFetch, "heir": NoHeir, "departure": EndThere, "rebalancing": NoRebalancing}
+
 
 def build_transport(cfg: RunConfig) -> InProcess | None:
     """What moves KV between the instances of this process; None where none is to."""
@@ -62,14 +64,8 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
 def transfers_kv(cfg: RunConfig) -> bool:
     """Whether KV moves between instances."""
     mode: Mode = make(cfg.mode)
-    fetches, bequeaths = not isinstance(make(cfg.fetch), NeverFetch), not isinstance(make(cfg.heir), NoHeir)
-    return mode.hand_off is not None or fetches or bequeaths or migrates(cfg)
-
-
-def migrates(cfg: RunConfig) -> bool:
-    """Whether answers may go on at another instance of their role."""
-    leave = not isinstance(make(cfg.departure), EndThere)
-    return leave or not isinstance(make(cfg.rebalancing), NoRebalancing)
+    moves = (not isinstance(make(getattr(cfg, group)), baseline) for group, baseline in _MOVES_NOTHING.items())
+    return mode.hand_off is not None or any(moves)
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:

@@ -8,7 +8,6 @@ A leaf waits in a heap by the eviction policy's key; an entry whose key grew sin
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -77,8 +76,6 @@ class HashIndex(Index):
 
     refcounts, num_hbm_blocks: as of RadixIndex.
     """
-
-    ranks_blocks = True
 
     def __init__(
         self,
@@ -172,32 +169,6 @@ class HashIndex(Index):
             self._leaves.offer(leaf)
         return _blocks_of(gone)
 
-    def uses(self, tokens: np.ndarray) -> np.ndarray:
-        return np.array([entry.num_uses for entry in self._find(tokens, None)], dtype=np.int64)
-
-    def next_out(self, num_blocks: int, known: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        seen: list[HashEntry] = []
-        num_gone: Counter[HashEntry] = Counter()  # children that would be gone
-        found, missing = None, num_blocks
-        self._leaves.unpark()
-        while missing > 0 and found is None and (entry := self._leaves.pop()) is not None:
-            if self._entries.get(entry.digest) is not entry or len(entry.children) > num_gone[entry]:
-                continue
-            seen.append(entry)
-            if self._refcounts[entry.block] > 1:
-                continue
-            missing -= 1
-            if not known[entry.block]:
-                found = entry
-            elif (parent := entry.parent) is not None:
-                num_gone[parent] += 1
-                if num_gone[parent] == len(parent.children):
-                    self._leaves.offer(parent)
-        for entry in seen:
-            if not entry.children:
-                self._leaves.offer(entry)
-        return None if found is None else _path_of(found)
-
     def repoint(self, blocks: np.ndarray, moved_to: np.ndarray) -> None:
         entries = [self._entry_of.pop(block) for block in blocks.tolist()]
         for entry, block in zip(entries, moved_to.tolist(), strict=True):
@@ -215,7 +186,7 @@ class HashIndex(Index):
     def iter_prefixes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         leaves = [entry for entry in self._entries.values() if not entry.children]
         for leaf in sorted(leaves, key=self._eviction.key, reverse=True):
-            yield _path_of(leaf)
+            yield np.frombuffer(leaf.path(), dtype=np.int32), _blocks_of(leaf.prefix())
 
     def _find(self, tokens: np.ndarray, limit: int | None) -> list[HashEntry]:
         """The entries of the longest cached prefix of tokens[:limit]."""
@@ -260,11 +231,6 @@ def _subtree(entry: HashEntry) -> Iterator[HashEntry]:
         top = stack.pop()
         yield top
         stack.extend(top.children.values())
-
-
-def _path_of(entry: HashEntry) -> tuple[np.ndarray, np.ndarray]:
-    """The prefix that ends with an entry: tokens int32 [n * block_size], blocks int32 [n]."""
-    return np.frombuffer(entry.path(), dtype=np.int32), _blocks_of(entry.prefix())
 
 
 def _blocks_of(entries: list[HashEntry]) -> np.ndarray:

@@ -11,7 +11,7 @@ from memserve.latest import Latest
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.holders import Holders
 from memserve.sched.prompt_tree import PromptIndex
-from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest
+from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest, is_row
 
 LATELY = 16  # requests an instance
 NUM_SESSIONS = 65_536  # whose instance is remembered
@@ -136,7 +136,7 @@ class Group(Holders):
         num_cached = self._num_cached(request.tokens, rows, now_ns)
         snapshot = self.snapshot(rows, num_cached, request.session_id, now_ns)
         chosen = self._policy.choose(request, snapshot, rng)
-        if isinstance(chosen, bool) or not isinstance(chosen, int | np.integer) or not 0 <= chosen < len(rows):
+        if not is_row(chosen, len(rows)):
             names = ", ".join(self.labels[row] for row in rows)
             raise ValueError(
                 f"{type(self._policy).__name__} chose row {chosen!r}: expected 0 to {len(rows) - 1} ({names})"

@@ -27,6 +27,7 @@ from memserve.sched.group import Assignment, Group
 from memserve.sched.groups import Groups
 from memserve.sched.rebalancing import Rebalancing
 from memserve.sched.routed import Routed
+from memserve.sched.routing import is_row
 
 Sent = list[tuple[str, Message]]  # (destination label, message) pairs
 
@@ -153,8 +154,7 @@ class Redirects:
         target = self._rebalancing.target(source, group.snapshot(rows, np.zeros_like(rows), "", now_ns))
         if target is None:
             return None
-        is_row = isinstance(target, int | np.integer) and not isinstance(target, bool) and 0 <= target < len(rows)
-        if not is_row or target == source:
+        if not is_row(target, len(rows)) or target == source:
             raise ValueError(f"{type(self._rebalancing).__name__} chose row {target!r}: expected None or one of 0 to "
                              f"{len(rows) - 1} that is not {source}")  # fmt: skip
         return int(rows[target])

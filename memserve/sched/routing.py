@@ -73,6 +73,11 @@ class Chosen(int):
         return chosen
 
 
+def is_row(chosen: object, num_rows: int) -> bool:
+    """Whether what somebody's rule named is one of so many rows."""
+    return isinstance(chosen, int | np.integer) and not isinstance(chosen, bool) and 0 <= int(chosen) < num_rows
+
+
 class Policy(ABC):
     """A routing policy. looks_at_prefixes: it needs an index source."""
 

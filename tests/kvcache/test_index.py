@@ -59,38 +59,3 @@ def test_each_eviction_policy_has_its_own_first(index_class, policy, first):
     for used in (0, 0, 1, 1, 2, 0):
         index.match(prompts[used])
     assert index.evict(1).tolist() == [first]
-
-
-def test_what_continues_a_prefix_has_its_own_number_of_uses(index_class):
-    """A conversation's second turn finds the first, and enters what follows it: that is used once."""
-    index, first, second = index_class(2, np.ones(9, dtype=np.int32)), np.arange(4), np.arange(10)
-    first, second, index.counts_apart = first.astype(np.int32), second.astype(np.int32), True
-    index.insert(first, np.arange(2, dtype=np.int32))
-    assert index.uses(second).tolist() == [1, 1]
-    index.match(second)
-    for end in (6, 8, 10):  # entered as its blocks fill
-        index.insert(second[:end], np.arange(end // 2, dtype=np.int32))
-    assert index.uses(second).tolist() == [2, 2, 1, 1, 1]
-    index.match(second, 7)
-    assert index.uses(second).tolist() == [3, 3, 2, 1, 1] and index.uses(second[:3]).tolist() == [3]
-
-
-def test_what_goes_next_is_told_before_it_goes_and_stays_where_it_is(index_class):
-    refcounts, known = np.ones(9, dtype=np.int32), np.zeros(9, dtype=bool)
-    index = index_class(1, refcounts)
-    prompts = {
-        name: np.array(tokens, dtype=np.int32) for name, tokens in {"ab": [1, 2], "ac": [1, 3], "d": [4]}.items()
-    }
-    for block, name in ((0, "ab"), (2, "d")):
-        index.insert(prompts[name], np.arange(block, block + len(prompts[name]), dtype=np.int32))
-    index.insert(prompts["ac"], np.array([0, 3], dtype=np.int32))
-    for order, number in (("ab", 1), ("d", 2), ("ac", 3)):
-        tokens, blocks = index.next_out(number, known)
-        assert (tokens.tolist(), blocks[-1]) == (prompts[order].tolist(), {"ab": 1, "d": 2, "ac": 3}[order])
-        known[blocks] = True
-        assert index.next_out(number, known) is None, "the next one is further away"
-    known[:] = False
-    refcounts[1] = 3  # somebody uses what goes first
-    assert index.next_out(1, known)[1].tolist() == [2]
-    refcounts[1] = 1
-    assert index.evict(4).tolist() == [1, 2, 3, 0]
