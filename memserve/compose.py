@@ -35,6 +35,7 @@ from memserve.sched.cost_model.base import CostModel
 from memserve.sched.departures import Departure
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.sched.heirs import Heir
+from memserve.sched.migration import MigrationPolicy
 from memserve.sched.modes import Mode
 from memserve.sched.prediction import Prediction
 from memserve.sched.preemption import Preemption
@@ -73,6 +74,7 @@ TARGETS: dict[str, type[object]] = {  # what the object of each node must be
     "heir": Heir,
     "departure": Departure,
     "rebalancing": Rebalancing,
+    "migration": MigrationPolicy,
     "rejection": Rejection,
     "workload": Workload,
     "tracking": Tracking,

@@ -48,12 +48,14 @@ class FetchRecord(msgspec.Struct, frozen=True):
 class Migration(msgspec.Struct, frozen=True):
     """A request that was decoded at `source` was to go on at `target` with the KV of its first num_tokens tokens, and
     stood still until it did, or, where that could not take it (not `done`), until it went on elsewhere or at `source`.
+    Of 0 tokens it had not stopped.  num_ahead: tokens whose KV went ahead, while it was decoded.
     """
 
     source: str
     target: str
     num_tokens: int
     done: bool
+    num_ahead: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,7 @@ from memserve.messages import (
     Wait,
     pack_tokens,
 )
+from memserve.migrations import Migrations, SentAhead
 from memserve.request import FinishReason, Request, ScheduledBatch
 from memserve.request_stats import RequestStats
 from memserve.returns import Returns
@@ -59,9 +60,11 @@ class Handoffs:
     """The transfers of one instance's requests. mode: says what is sent where, and what is indexed."""
 
     def __init__(
-        self, transfers: Transfers, mode: Mode, fetches: Fetches, bequest: Bequest, deposits: Deposits
-    ) -> None:
+        self, transfers: Transfers, mode: Mode, fetches: Fetches, bequest: Bequest, deposits: Deposits,
+        migrations: Migrations,
+    ) -> None:  # fmt: skip
         self.transfers, self.fetches, self.bequest, self.deposits = transfers, fetches, bequest, deposits
+        self.migrations = migrations
         self.given_up = GivenUp()
         self.returns = Returns(transfers)
         self.peak_waiting = 0  # most requests that waited for a grant at a time
@@ -152,6 +155,7 @@ class Handoffs:
         """A request has ended here. prefill: the instance that prefilled it, if it was another."""
         self.drop(request.request_id, f"the request ended: {reason}", now_ns)
         self.fetches.drop(request)
+        self.migrations.forget(request.request_id)
         if prefill is not None and reason.succeeded and self._mode.gives_back:
             self.returns.give_back(request, prefill, now_ns)
         if reason.succeeded:
@@ -207,6 +211,7 @@ class Handoffs:
             self.fetches.ended(ticket)
             self.bequest.ended(ticket, now_ns)
             self.deposits.ended(ticket, now_ns)
+            self.migrations.ended(ticket)
         return ended
 
     def peer_gone(self, incarnation: int, now_ns: int) -> None:
@@ -239,7 +244,8 @@ class Handoffs:
             return Finished(word.request_id, word.attempt, *CANCELLED, word.stats)
         if isinstance(word, GivenBack):
             self.deposits.offer(arrival.tokens, arrival.received_ns)
-        return Inherited(label, pack_tokens(arrival.tokens)) if isinstance(word, Bequeathed | Deposited) else None
+        is_left = isinstance(word, Bequeathed | Deposited | SentAhead)
+        return Inherited(label, pack_tokens(arrival.tokens)) if is_left else None
 
     def take_over(self, word: HandedOver, arrival: Arrival) -> Request:
         """The request that has arrived; from now on it holds the blocks, not the ticket."""

@@ -25,7 +25,7 @@ from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
-from memserve.served import Served, ServedBook, adopted, check_stop, handoff_ended, new_request, stop_strings
+from memserve.served import Served, ServedBook, adopted, check_stop, handoff_ended, new_request, stays, stop_strings
 from memserve.words import HandedOver
 
 
@@ -107,7 +107,9 @@ class Instance:
             return
         for ticket in self.handoffs.poll(now_ns):
             if (request := self.handoffs.ended(ticket, now_ns)) is not None:
-                self._handed_off(request, ticket)
+                self._handed_off(request, ticket, self.handoffs.migrations.forget(request.request_id))
+        for request, ticket in self.handoffs.migrations.drain_declined():
+            self._outbox.append(stays(request, self.label, ticket))
         for request in self.scheduler.running:
             request.on_hold = request.on_hold and not self.handoffs.granted(request)
 
@@ -124,10 +126,12 @@ class Instance:
                     self._redirect(message, now_ns)
                 case _:
                     raise TypeError(f"an instance takes no {type(message).__name__}")
-        self._migrate(now_ns)
+        if self.handoffs is not None:
+            self._migrate(self.handoffs, now_ns)
         self.pool.poll(now_ns)
-        self._read_peers(now_ns)
-        self._add_fetched(now_ns)
+        if self.handoffs is not None:
+            self._read_peers(self.handoffs, now_ns)
+            self._add_fetched(self.handoffs, now_ns)
         self._began_ns = now_ns
         batch = self.scheduler.schedule()
         self._ask_for_admitted(now_ns)
@@ -179,9 +183,9 @@ class Instance:
 
     def check(self) -> None:
         """Raises unless every book of this instance agrees with the others."""
-        handing_off = [s.request for s in self.served.values() if s.request.phase is Phase.HANDING_OFF]
+        handing_off = self.served.in_phase(Phase.HANDING_OFF)
         self.scheduler.check(handing_off)
-        num_fetching = sum(s.request.phase is Phase.FETCHING for s in self.served.values())
+        num_fetching = len(self.served.in_phase(Phase.FETCHING))
         num_known = self.scheduler.num_unfinished + len(handing_off) + num_fetching
         assert num_known == len(self.served), "requests were lost between instance and scheduler"
         if self.handoffs is not None:
@@ -239,9 +243,9 @@ class Instance:
         self.scheduler.stop(served.request)
         self.handoffs.prefilled(served.request, served.decode, served.stats(self.label), now_ns)
 
-    def _handed_off(self, request: Request, ticket: Ticket) -> None:
+    def _handed_off(self, request: Request, ticket: Ticket, num_ahead: int) -> None:
         """A hand-off has ended: forgotten here, or kept until the global scheduler says what becomes of it."""
-        self._outbox.append(handoff_ended(request, self.label, ticket))
+        self._outbox.append(handoff_ended(request, self.label, ticket, num_ahead))
         if ticket.state is TicketState.DONE:
             self.scheduler.finish(request, FinishReason.LENGTH)
             del self.served[request.request_id]
@@ -252,41 +256,37 @@ class Instance:
         if served is None or served.request.attempt != message.attempt or self.handoffs is None:
             return
         if served.request.phase is not Phase.HANDING_OFF:
-            self.served.leaving[message.request_id] = message.decode
+            self.handoffs.migrations.ask(served.request, message.decode)
         elif message.decode == self.handoffs.transfers.incarnation:  # nobody takes it, and its KV is here
             self.handoffs.drop(message.request_id, "it goes on here", now_ns)
             self.scheduler.resume(served.request)
         else:
             self.handoffs.redirect(message.request_id, message.decode, now_ns)
 
-    def _migrate(self, now_ns: int) -> None:
+    def _migrate(self, handoffs: Handoffs, now_ns: int) -> None:
         """Requests that are to go on elsewhere, and decode, stop here; those that do not decode yet stay."""
-        for served, target in self.served.drain_leaving():
-            assert self.handoffs is not None, "who hands requests over transfers KV"
-            self.scheduler.stop(served.request)
-            self.handoffs.migrate(served.request, target, served.prefill, served.left(self.label), now_ns)
+        for request, target in handoffs.migrations.stopping(self.served.decoding, now_ns):
+            served = self.served[request.request_id]
+            self.scheduler.stop(request)
+            handoffs.migrate(request, target, served.prefill, served.left(self.label), now_ns)
 
-    def _read_peers(self, now_ns: int) -> None:
+    def _read_peers(self, handoffs: Handoffs, now_ns: int) -> None:
         """Room is made, and what has arrived becomes requests here, between two steps alone."""
-        if self.handoffs is None:
-            return
         inbox, self._peer_inbox = self._peer_inbox, []
         for sender, message in inbox:
-            self.handoffs.receive(sender, message, self.served, now_ns)
+            handoffs.receive(sender, message, self.served, now_ns)
         self.poll(now_ns)
-        for arrival in self.handoffs.transfers.drain_arrivals():
-            came = self.handoffs.take(arrival, self.served, self.label)
+        for arrival in handoffs.transfers.drain_arrivals():
+            came = handoffs.take(arrival, self.served, self.label)
             if isinstance(came, HandedOver):
                 self._adopt(came, arrival, now_ns)
             elif came is not None:
                 self._outbox.append(came)
 
-    def _add_fetched(self, now_ns: int) -> None:
+    def _add_fetched(self, handoffs: Handoffs, now_ns: int) -> None:
         """Decides for what others hold more of, and lets go on what need not wait for it any more."""
-        if self.handoffs is None:
-            return
-        self.handoffs.fetches.decide(self.scheduler.num_cached, now_ns)
-        for request, record in self.handoffs.fetches.drain_ready():
+        handoffs.fetches.decide(self.scheduler.num_cached, now_ns)
+        for request, record in handoffs.fetches.drain_ready():
             self.served[request.request_id].fetched(record, now_ns)
             self.scheduler.add(request)
 

@@ -99,7 +99,8 @@ CANCELLED = (FinishReason.ABORTED, "cancelled by the client")
 
 class HandoffEnded(msgspec.Struct, frozen=True, tag=True):
     """`instance`: who had the KV, and keeps it unless `done`. `refused`: whoever was asked has not taken it and never
-    will. num_tokens: whose KV it was.
+    will. num_tokens: whose KV it was; 0 if the request went on meanwhile.  num_ahead: of these, those whose KV was sent
+    before it stopped.
     """
 
     request_id: str
@@ -109,6 +110,7 @@ class HandoffEnded(msgspec.Struct, frozen=True, tag=True):
     refused: bool = False
     reason: str = ""
     num_tokens: int = 0
+    num_ahead: int = 0
 
 
 class Inherited(msgspec.Struct, frozen=True, tag=True):

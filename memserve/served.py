@@ -1,7 +1,7 @@
 """Served: what an instance keeps of a request beside the scheduler's books: event times, counts, stop strings."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -147,15 +147,11 @@ class Served:
 
 
 class ServedBook(dict[str, Served]):
-    """The requests of an instance by their ids.
-
-    leaving: of those that go on at another instance as soon as they decode here, that one's incarnation.
-    """
+    """The requests of an instance by their ids."""
 
     def __init__(self) -> None:
         super().__init__()
         self._has_changed, self._num_preemptions = False, 0
-        self.leaving: dict[str, int] = {}
 
     def __setitem__(self, request_id: str, served: Served) -> None:
         super().__setitem__(request_id, served)
@@ -163,7 +159,6 @@ class ServedBook(dict[str, Served]):
 
     def __delitem__(self, request_id: str) -> None:
         super().__delitem__(request_id)
-        self.leaving.pop(request_id, None)
         self._has_changed = True
 
     def scheduled(self, batch: ScheduledBatch, now_ns: int) -> None:
@@ -177,10 +172,13 @@ class ServedBook(dict[str, Served]):
         self._has_changed, self._num_preemptions = False, num_preemptions
         return changed
 
-    def drain_leaving(self) -> list[tuple[Served, int]]:
-        """Those that leave and decode, with where to."""
-        ready = [request_id for request_id in self.leaving if self[request_id].decodes]
-        return [(self[request_id], self.leaving.pop(request_id)) for request_id in ready]
+    def decoding(self, request_ids: Iterable[str]) -> list[Request]:
+        """Of those that have these ids, the ones that decode here."""
+        return [self[request_id].request for request_id in request_ids if self[request_id].decodes]
+
+    def in_phase(self, phase: Phase) -> list[Request]:
+        """Those in this phase."""
+        return [served.request for served in self.values() if served.request.phase is phase]
 
 
 def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, word: HandedOver) -> Served:
@@ -200,12 +198,21 @@ def adopted(request: Request, stops: StopStrings | None, arrival: Arrival, word:
     )  # fmt: skip
 
 
-def handoff_ended(request: Request, label: str, ticket: Ticket) -> HandoffEnded:
-    """What the global scheduler is told of a hand-off by the instance that had the request, `label`."""
+def handoff_ended(request: Request, label: str, ticket: Ticket, num_ahead: int) -> HandoffEnded:
+    """What the global scheduler is told of a hand-off by the instance that had the request, `label`.
+
+    num_ahead: tokens whose KV went ahead of it.
+    """
     done = ticket.state is TicketState.DONE
     refused = not done and request.phase is Phase.HANDING_OFF and ticket.refused
-    num_tokens = request.num_computed
-    return HandoffEnded(request.request_id, request.attempt, label, done, refused, ticket.reason, num_tokens)
+    return HandoffEnded(
+        request.request_id, request.attempt, label, done, refused, ticket.reason, request.num_computed, num_ahead
+    )
+
+
+def stays(request: Request, label: str, ticket: Ticket) -> HandoffEnded:
+    """As `handoff_ended`, of a request that went on meanwhile: what was to go ahead of it, under `ticket`, did not."""
+    return HandoffEnded(request.request_id, request.attempt, label, False, ticket.refused, ticket.reason)
 
 
 def new_request(message: Dispatch, engine_seed: int, max_tokens: int) -> Request:

@@ -1,7 +1,8 @@
 """Words: what travels beside KV, as msgpack, for whoever receives it. Knows requests and fetches; moves nothing.
 
 `HandedOver` brings a request, `GivenBack` what was generated for one, `FetchedKV` (fetches.py) what was asked for,
-`Bequeathed` (bequest.py) what an instance that leaves has cached, `Deposited` (deposits.py) what a store is to keep.
+`Bequeathed` (bequest.py) what an instance that leaves has cached, `Deposited` (deposits.py) what a store is to keep,
+`SentAhead` (migrations.py) what an answer brings along that is still decoded elsewhere.
 """
 
 import msgspec
@@ -10,6 +11,7 @@ from memserve.bequest import Bequeathed
 from memserve.deposits import Deposited
 from memserve.fetches import FetchedKV
 from memserve.messages import pack_tokens, unpack_tokens
+from memserve.migrations import SentAhead
 from memserve.request import Request, SamplingParams
 from memserve.request_stats import RequestStats
 from memserve.sched.queue_policy import QueuePolicy, level_of
@@ -42,7 +44,7 @@ class GivenBack(msgspec.Struct, frozen=True, tag=True):
     session_id: str
 
 
-Word = HandedOver | GivenBack | FetchedKV | Bequeathed | Deposited
+Word = HandedOver | GivenBack | FetchedKV | Bequeathed | Deposited | SentAhead
 _words: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
 
 

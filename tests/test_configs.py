@@ -46,6 +46,7 @@ BESIDE = {  # what a word needs, by its group or itself
     "heir": ["scaling=schedule"],
     "departure": ["scaling=schedule"],
     "rebalancing": ["cluster=colocated_2"],
+    "migration": ["cluster=colocated_2", "rebalancing=by_answers"],
     "rejection": ["slo.ttft_s=1", "slo.tpot_s=1"],
     "prediction": ["policy=cost_based"],
     **{

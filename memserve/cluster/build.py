@@ -16,7 +16,7 @@ from memserve.cluster.costs import build_cost_model, computing_role, predicted, 
 from memserve.cluster.idle_runner import IdleRunner
 from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
-from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling
+from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling, check_migration
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks, of_role
@@ -277,6 +277,7 @@ def check_wired(cfg: RunConfig) -> None:
     roles = build_roles(cfg)
     build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
     build_scaling(cfg, [role for _, role in roles])
+    check_migration(cfg)
     _check_classes(cfg, make(cfg.workload))
 
 

@@ -213,7 +213,7 @@ class Node:
         handoffs = self.instance.handoffs
         if handoffs is not None and handoffs.transfers.has_waiting:
             return 1
-        if any(request.request_id in self.instance.served.leaving for request in batch.requests):
+        if handoffs is not None and any(handoffs.migrations.is_asked(r.request_id) for r in batch.requests):
             return 1
         return self.instance.scheduler.max_macro_steps(batch)
 

@@ -28,6 +28,7 @@ from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry
 from memserve.kvcache.ticket import Timeouts
 from memserve.kvcache.transfers import Transfers
+from memserve.migrations import Migrations
 from memserve.model.model_config import ModelConfig
 from memserve.request import TAKING, Role
 from memserve.sched.cost_model.base import CostModel
@@ -38,6 +39,7 @@ from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.heirs import NoHeir
 from memserve.sched.holders import Holders
+from memserve.sched.migration import MigrationPolicy
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
@@ -117,7 +119,23 @@ def build_handoffs(
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
     prices = FetchPrices(predicted(cfg, costs), transfer, cfg.kvcache.block_size)
     fetches = Fetches(transfers, pool, make(cfg.fetch), prices, timeouts)
-    return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool), _deposits(cfg, role, transfers, pool))
+    deposits, migrations = _deposits(cfg, role, transfers, pool), Migrations(transfers, make(cfg.migration))
+    return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool), deposits, migrations)
+
+
+def check_migration(cfg: RunConfig) -> None:
+    """Raises ConfigError where nothing can go ahead of an answer that migrates."""
+    policy: MigrationPolicy = make(cfg.migration)
+    if not policy.is_live:
+        return
+    name, mode = f"migration={type(policy).__name__}", make(cfg.mode)
+    moves = (not isinstance(make(getattr(cfg, group)), _MOVES_NOTHING[group]) for group in ("departure", "rebalancing"))
+    if not any(moves):
+        raise ConfigError(f"{name} contradicts departure=wait and rebalancing=none: no answer migrates")
+    if _caches_nothing(cfg) or not mode.keeps_received:
+        word = "index=none" if _caches_nothing(cfg) else f"mode {type(mode).__name__}"
+        raise ConfigError(f"{name} contradicts {word}: what goes ahead of an answer is kept by an index where it goes; "
+                          "expected migration=stop_and_copy")  # fmt: skip
 
 
 def _deposits(cfg: RunConfig, role: Role, transfers: Transfers, pool: BlockPool) -> Deposits:

@@ -175,6 +175,7 @@ class RunConfig:
     heir: Any = MISSING
     departure: Any = MISSING
     rebalancing: Any = MISSING
+    migration: Any = MISSING
     rejection: Any = MISSING
     slo: SloConfig = field(default_factory=SloConfig)
     workload: Any = MISSING

@@ -14,8 +14,9 @@ from memserve.timeline import RequestTimeline
 def migration_figures(timelines: Sequence[RequestTimeline]) -> dict[str, Any]:
     """The report's `migrations`. number: of those that came to be; failed: those whose target did not take them.
 
-    tokens: whose KV went along, those included that the target had already.  stood_still_s: from the last token before
-    an answer stopped to the first one after it, mean and max over all stops.
+    tokens: whose KV went along, those included that the target had already.  ahead_tokens: of these, those whose KV
+    went ahead, while the answer was decoded.  stood_still_s: from the last token before an answer stopped to the first
+    one after it, mean and max over all stops.
     """
     told = [migration for timeline in timelines for migration in timeline.migrations]
     done = [migration for migration in told if migration.done]
@@ -24,6 +25,7 @@ def migration_figures(timelines: Sequence[RequestTimeline]) -> dict[str, Any]:
         "number": len(done),
         "failed": len(told) - len(done),
         "tokens": sum(migration.num_tokens for migration in done),
+        "ahead_tokens": sum(migration.num_ahead for migration in done),
         "stood_still_s": {
             "mean": sum(pauses_s) / len(pauses_s) if pauses_s else None,
             "max": max(pauses_s, default=None),
@@ -32,7 +34,9 @@ def migration_figures(timelines: Sequence[RequestTimeline]) -> dict[str, Any]:
 
 
 def stood_still_s(timeline: RequestTimeline) -> list[float]:
-    """Seconds of each stop of an answer that went on afterwards. Whoever was asked in vain made no stop of its own."""
+    """Seconds of each stop of an answer that went on afterwards. Whoever was asked in vain made no stop of its own, nor
+    did one that was asked while the answer went on (0 tokens).
+    """
     times_ns = timeline.token_times_ns
     stops = sorted({migration.num_tokens + 1 - timeline.num_prompt for migration in timeline.migrations})
     return [to_s(int(times_ns[stop] - times_ns[stop - 1])) for stop in stops if 0 < stop < len(times_ns)]

@@ -146,10 +146,10 @@ def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
 def _migrations_text(m: Mapping[str, Any]) -> dict[str, str]:
     """Answers that went on elsewhere, if any were to."""
     failed = f", {counted(m['failed'])} failed" * bool(m["failed"])
+    ahead = f" ({counted(m['ahead_tokens'])} ahead)" * bool(m["ahead_tokens"])
     mean, most = (format_figure(m["stood_still_s"][key], "seconds") for key in ("mean", "max"))
-    text = (
-        f"{counted(m['number'])}, {counted(m['tokens'])} tokens{failed}; stood still {mean} in the mean, {most} at most"
-    )
+    moved = f"{counted(m['number'])}, {counted(m['tokens'])} tokens{ahead}{failed}"
+    text = f"{moved}; stood still {mean} in the mean, {most} at most"
     return {"migrations": text} if m["number"] or m["failed"] else {}
 
 

@@ -209,7 +209,8 @@ class Redirects:
         routed.timeline.routes.append(place.choice)
 
     def _note(self, routed: Routed, message: HandoffEnded) -> None:
-        migration = Migration(message.instance, self._next_label(routed), message.num_tokens, message.done)
+        m = message
+        migration = Migration(m.instance, self._next_label(routed), m.num_tokens, m.done, m.num_ahead)
         routed.timeline.migrations.append(migration)
 
     @staticmethod

@@ -49,6 +49,7 @@ REBALANCED = [
     "decode_policy._target_=cluster.test_rebalancing.Unfair",
     "rebalancing=by_answers",
     "rebalancing.gap=1",
+    "migration=live",
 ]
 
 pytestmark = pytest.mark.timeout(240)
@@ -95,6 +96,7 @@ def answers_rebalanced(result):
     assert result["tokens"] == expected(*LONG) and result["missing"] == {}
     report = result["report"]
     assert report["num_failed"] == report["quarantined_blocks"] == 0 < report["migrations"]["number"]
+    assert report["migrations"]["ahead_tokens"] > 0
     assert all(attempt == 0 for _, _, attempt in result["ends"].values())
     assert sum(row["num_generated"] for row in report["instances"]) == report["tokens"]["generated"]
 

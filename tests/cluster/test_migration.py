@@ -41,6 +41,8 @@ MODES = {
     "caching 2": [TWO_EACH, "mode=pd_caching_2", "policy@decode_policy=least_load"],
     "caching 3": [TWO_EACH, "mode=pd_caching_3", "index_source=exact", "policy@decode_policy=prompt_tree_bounded"],
     "colocated": ["cluster=colocated_2", "policy=least_load"],
+    "live, caching 3": [TWO_EACH, "mode=pd_caching_3", "migration=live"],
+    "live, colocated": ["cluster=colocated_2", "policy=least_load", "migration=live"],
 }
 
 
@@ -133,7 +135,8 @@ def moving(cluster):
 
 THREE = {"caching 3": ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_caching_3"],
          "basic": ["cluster.roles=[prefill,decode,decode,decode]", "mode=pd_basic"],
-         "colocated": ["cluster.roles=[colocated,colocated,colocated]"]}  # fmt: skip
+         "colocated": ["cluster.roles=[colocated,colocated,colocated]"],
+         "live": ["cluster.roles=[colocated,colocated,colocated]", "migration=live"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("victim", ["source", "target"])

@@ -107,7 +107,7 @@ def test_a_client_may_cancel_an_answer_that_is_on_its_way(name):
     assert num_cancelled > 2
 
 
-@pytest.mark.parametrize("name", ["caching 3", "colocated"])
+@pytest.mark.parametrize("name", ["caching 3", "colocated", "live, caching 3", "live, colocated"])
 def test_a_real_model_s_answers_are_the_same_wherever_they_go_on(name):
     words = ["exec=emulated", "model=tiny", "step_time=model", "workload.max_output_tokens=40"]
     timelines = play(local(*MODES[name], *words, RESTLESS).cluster(), check=True)
@@ -135,7 +135,7 @@ RULES = {
 @pytest.mark.parametrize("name", THREE)
 def test_two_runs_are_equal_to_the_nanosecond_and_macro_steps_change_nothing(name, rule):
     many = ["workload.num_sessions=12", "workload.prefix_tokens=32", "workload.share_ratio=3", "link.gb_per_s=1",
-            "kvcache.num_hbm_blocks=24", "kvcache.block_size=16", "policy@decode_policy=random"]  # fmt: skip
+            "kvcache.num_hbm_blocks=28", "kvcache.block_size=16", "policy@decode_policy=random"]  # fmt: skip
     words = [*THREE[name], *many, *RULES[rule]]
     if "mode=pd_basic" in words and rule == "by answers":
         words.append("policy=least_load")  # nothing is cached there
