@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast_compose import compose_fast
+
+from memserve import compose
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
+compose.compose = compose_fast
 
 
 def pytest_configure() -> None:

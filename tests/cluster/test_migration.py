@@ -96,10 +96,11 @@ def drained(moment):
 def test_whenever_an_instance_drains_every_answer_is_the_same(name, pressure):
     """Where all are full nobody may have room, and the answers end where they are."""
     words, num_told, num_done, num_left = [*MODES[name], *PRESSURE[pressure], *MIGRATE], 0, 0, 0
-    for i, moment in enumerate(range(1, 40, 13)):
+    case = [*MODES].index(name) + [*PRESSURE].index(pressure)  # each has two of what follows
+    for i in (case, case + 1):
         granularity, macro_steps = GRANULARITIES[i % 3], ["true", "false"][i % 2]
         cluster = local(*words, f"granularity={granularity}", f"macro_steps={macro_steps}").cluster()
-        timelines = play(cluster, drained(moment), check=True)
+        timelines = play(cluster, drained([1, 14, 27][i % 3]), check=i == case)
         assert_answered(timelines)
         nothing_is_left(cluster)
         num_left += cluster.members.counts()["left"]
