@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from memserve.clock import monotonic_ns
-from memserve.cluster.build import build_engine, build_instance
+from memserve.cluster.build import build_instance
+from memserve.cluster.engine import build_engine
 from memserve.cluster.interruption import sigint_held_back
 from memserve.compose import load_config, words_of
 from memserve.instance import Instance

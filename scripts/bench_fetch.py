@@ -39,7 +39,7 @@ from rich.table import Table
 from step_grid import PACE, StepTimer, fitted_cases, linear_points
 from transfer_ends import Ends
 
-from memserve.cluster.build import build_engine
+from memserve.cluster.engine import build_engine
 from memserve.compose import load_config
 from memserve.config.schema import RunConfig
 from memserve.metrics.output import environment

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 from step_grid import PACE, Case, StepTimer, by_kind, fitted_cases, held_out_cases, linear_points
 
-from memserve.cluster.build import build_engine
 from memserve.cluster.costs import subject_of
+from memserve.cluster.engine import build_engine
 from memserve.cluster.launch import is_under_torchrun
 from memserve.cluster.worker import Followers, IdleHand, follow
 from memserve.compose import load_config

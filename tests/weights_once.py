@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from memserve.cluster.build import build_engine
+from memserve.cluster.engine import build_engine
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from memserve.clock import monotonic_ns, to_s
-from memserve.cluster.build import Engine
+from memserve.cluster.engine import Engine
 from memserve.cluster.mailbox import AnyMessage, Mailbox
 from memserve.cluster.make import make
 from memserve.cluster.manager import ClusterManager, Membership

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from memserve.cluster.build import build_engine, build_roles
+from memserve.cluster.build import build_roles
 from memserve.cluster.controller import Controller
+from memserve.cluster.engine import build_engine
 from memserve.cluster.farewell import Farewell
 from memserve.cluster.hosts import check_one_host, hosts_of, neighbours
 from memserve.cluster.interruption import Interrupted, ended_at_once, heed_signals, leave

@@ -13,8 +13,6 @@ import numpy as np
 
 from memserve.clock import monotonic_ns, to_ns, to_s
 from memserve.cluster.build import (
-    Engine,
-    build_engine,
     build_instance,
     build_roles,
     build_step_time,
@@ -24,6 +22,7 @@ from memserve.cluster.capacity import describe_moved, describe_pools
 from memserve.cluster.control import ControlCosts
 from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
+from memserve.cluster.engine import Engine, build_engine
 from memserve.cluster.make import make
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.result import Result, finish_runs

@@ -16,7 +16,8 @@ import msgspec
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
-from memserve.cluster.build import Engine, RankPart, build_engine, build_instance, build_part, build_roles
+from memserve.cluster.build import RankPart, build_instance, build_part, build_roles
+from memserve.cluster.engine import Engine, build_engine
 from memserve.cluster.hosts import choose_device, set_threads
 from memserve.cluster.launch import Place, joined
 from memserve.cluster.mailbox import AnyMessage, Mailbox

@@ -204,6 +204,9 @@ def _check_model(cfg: RunConfig) -> None:
 
 
 def _check_execution(cfg: RunConfig) -> None:
+    if cfg.tokenizer is not None and cfg.tokens == "model":
+        raise ConfigError(f"tokenizer={cfg.tokenizer} contradicts tokens=model, whose texts are tokens of that model: "
+                          "expected tokenizer=null, or exec=simulated")  # fmt: skip
     if cfg.exec == "distributed":
         _check_distributed(cfg)
         return

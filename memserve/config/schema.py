@@ -147,6 +147,7 @@ class RunConfig:
     link: Any = MISSING
     decode_policy: Any = MISSING
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    tokenizer: str | None = None
     seed: int = 0
     repeats: int = 1
     seeds: int = 1

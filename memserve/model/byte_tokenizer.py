@@ -20,6 +20,7 @@ class ByteTokenizer(Tokenizer):
 
     eos_token_ids = (END,)
     vocab_size = VOCAB_SIZE
+    token_is = "a byte"
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(as_utf8(text), dtype=np.uint8).astype(np.int32)

@@ -34,11 +34,13 @@ def as_utf8(text: str) -> bytes:
 class Tokenizer(ABC):
     """What everyone asks of a tokenizer. Token ids are int32 arrays [num_tokens].
 
-    eos_token_ids: any of them ends an answer.  vocab_size: ids are below it.
+    eos_token_ids: any of them ends an answer.  vocab_size: ids are below it.  token_is: what a token of text is, where
+    that is no model's; a report says so.
     """
 
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+    token_is: str = ""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes
 from memserve.workload.conversations import named_by, read_file
 from memserve.workload.records import iter_records, require_enough, require_fields
-from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
+from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload, figures_of_text
 
 PACKAGED_TRAJECTORIES = Path(__file__).parent / "data" / "trajectories.jsonl"
 PACKAGED_FEW_SHOT = Path(__file__).parent / "data" / "few_shot.txt"
@@ -64,6 +64,7 @@ class AgentWorkload(Workload):
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError without a file or with too few."""
+        self.figures = figures_of_text(tokenizer)
         few_shot = self._few_shot()
         records = list(iter_records(self._path, {"question": str, "steps": list}))[: self._num_sessions]
         require_enough(self._num_sessions, len(records), f"{self._path} holds {len(records)} trajectories")

@@ -19,7 +19,7 @@ from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes
 from memserve.workload.conversations import BadConversation, ChatMessage, Conversation, iter_conversations, named_by
 from memserve.workload.records import require_enough
-from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload
+from memserve.workload.session import CLIENT_S, ChatTokenizer, Session, Turn, Workload, figures_of_text
 
 PACKAGED_CONVERSATIONS = Path(__file__).parent / "data" / "conversations.jsonl"
 
@@ -37,11 +37,12 @@ class ChatWorkload(Workload):
     max_output_tokens: most tokens of an answer.
     max_turns: the first so many turns of each conversation; None is all.
     output_length: "free" lets the model end its answer; "from_file" gives each answer the token count of the file's
-        own as its limit (at most max_output_tokens), which with ignore_eos it reaches exactly.
+        own (at most max_output_tokens).
     tool_role: the role under which tool results reach the chat template; "user" works with every template.
     skip_invalid: leave out conversations that cannot be played, say how many in the log and in the report, and go on,
         instead of raising.
-    temperature, top_k, top_p, ignore_eos: see SamplingParams.
+    temperature, top_k, top_p: see SamplingParams.
+    ignore_eos: an answer ends at its length alone; None: with output_length="from_file".
     classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
     Raises ValueError naming option, value and what is allowed.
@@ -62,7 +63,7 @@ class ChatWorkload(Workload):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        ignore_eos: bool = False,
+        ignore_eos: bool | None = None,
         classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.classes = request_classes(classes)
@@ -80,13 +81,14 @@ class ChatWorkload(Workload):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            ignore_eos=ignore_eos,
+            ignore_eos=self._from_file if ignore_eos is None else ignore_eos,
             max_tokens=require_int("max_output_tokens", max_output_tokens, 1),
         )
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError when the file holds too few."""
         conversations = list(self._conversations())
+        self.figures = {**self.figures, **figures_of_text(tokenizer)}
         rng = np.random.default_rng(require_int("seed", seed, 0))
         arrivals_ns = arrival_times_ns(self._arrivals, len(conversations), self._rate, rng)
         return [self._session(c, int(t), tokenizer) for c, t in zip(conversations, arrivals_ns, strict=True)]

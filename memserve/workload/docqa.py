@@ -17,7 +17,7 @@ from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes
 from memserve.workload.conversations import NamedBy, named_by
 from memserve.workload.records import iter_records, require_enough, require_fields
-from memserve.workload.session import ChatTokenizer, Session, Turn, Workload
+from memserve.workload.session import ChatTokenizer, Session, Turn, Workload, figures_of_text
 
 PACKAGED_DOCUMENTS = Path(__file__).parent / "data" / "documents.jsonl"
 _DEFAULT_ARRIVALS = Poisson()
@@ -58,6 +58,7 @@ class DocumentQA(Workload):
 
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """See Workload. Raises BadConversation with file and line, ValueError when there is no file or too few."""
+        self.figures = figures_of_text(tokenizer)
         rng = np.random.default_rng(require_int("seed", seed, 0))
         asked = [
             (f"{record['id']}/{number}", turn, named_by(where, record, self.classes))

@@ -30,6 +30,10 @@ class ChatTokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def token_is(self) -> str:
+        """What a token of text is where it is no model's; else ""."""
+
+    @property
     def eos_token_ids(self) -> Collection[int]: ...
 
     @property
@@ -137,6 +141,11 @@ class Workload(ABC):
     @abstractmethod
     def sessions(self, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
         """The sessions in order of arrival. Equal arguments give equal sessions."""
+
+
+def figures_of_text(tokenizer: ChatTokenizer) -> dict[str, str | float | None]:
+    """What a workload of text says of its tokens in `figures`; nothing where they are a model's."""
+    return {"token": tokenizer.token_is} if tokenizer.token_is else {}
 
 
 def sessions_of(workload: Workload, tokenizer: ChatTokenizer, seed: int) -> list[Session]:

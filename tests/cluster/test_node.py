@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from memserve import load_config
-from memserve.cluster.build import build_engine, build_instance
+from memserve.cluster.build import build_instance
+from memserve.cluster.engine import build_engine
 from memserve.cluster.node import InstanceLoop
 from memserve.cluster.node_messages import (
     Between,

@@ -16,7 +16,7 @@ from cluster.test_distributed import WORKLOAD
 from torch.distributed import HashStore
 
 from memserve import LocalCluster, load_config
-from memserve.cluster.build import build_engine
+from memserve.cluster.engine import build_engine
 from memserve.cluster.hosts import check_one_host, choose_device, hosts_of, neighbours
 from memserve.cluster.launch import check_world
 from memserve.cluster.roster import Roster

@@ -1,6 +1,7 @@
 import pytest
 
-from memserve.cluster.build import build_engine, build_instance
+from memserve.cluster.build import build_instance
+from memserve.cluster.engine import build_engine
 from memserve.compose import load_config
 from memserve.config.errors import ConfigError
 from memserve.config.sizes import parse_bytes

@@ -7,6 +7,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class ToyTokenizer:
+    token_is = ""
     vocab_size = 262
     eos_token_ids = (257,)
     turn_suffix = np.array([257, 10], dtype=np.int32)

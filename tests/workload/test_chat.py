@@ -51,10 +51,21 @@ def test_a_conversation_becomes_prompt_and_turns_without_the_files_answers(token
 
 
 def test_answers_take_the_files_lengths_on_request(tokenizer, chat_file):
-    workload = ChatWorkload(path=chat_file, output_length="from_file", max_output_tokens=5, ignore_eos=True)
+    workload = ChatWorkload(path=chat_file, output_length="from_file", max_output_tokens=5)
     first, second, _ = workload.sessions(tokenizer, seed=0)
     assert [turn.params.max_tokens for turn in first.turns] == [5, 1]  # 7 tokens cut at 5; 0 raised to 1
-    assert second.turns[0].params.max_tokens == 1 and second.turns[0].params.ignore_eos
+    assert second.turns[0].params.max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "said", "ignores"),
+    [("free", None, False), ("free", True, True), ("from_file", None, True), ("from_file", False, False)],
+)
+def test_an_answer_of_the_file_s_length_is_not_ended_by_a_token_unless_that_is_said(
+    tokenizer, chat_file, length, said, ignores
+):
+    sessions = ChatWorkload(path=chat_file, output_length=length, ignore_eos=said).sessions(tokenizer, seed=0)
+    assert {turn.params.ignore_eos for session in sessions for turn in session.turns} == {ignores}
 
 
 def test_a_missing_answer_has_no_length(tokenizer, tmp_path):
