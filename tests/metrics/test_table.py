@@ -80,6 +80,14 @@ def test_returns_that_come_too_late_are_named_with_what_to_do_once_they_are_more
         assert ("after 2 of 10 answers (workload.think_time_s is how long" in shown) == is_shown
 
 
+def test_bytes_that_were_moved_in_vain_are_told_apart_where_there_are_any(make_timeline):
+    for num_bytes, said in ((0, "9 MB in 10 transfers"), (3_000_000, "9 MB (3 of them in vain) in 10 transfers")):
+        out = console()
+        moved = TransferCounts(tokens=9, bytes=9_000_000, bytes_in_vain=num_bytes, transfers=10, failed=1)
+        print_report(build_report([make_timeline()], INSTANCES, wall_s=1.0, p_to_d=moved), "a run", out)
+        assert said in " ".join(text(out).split())
+
+
 def test_how_busy_the_control_plane_was_is_shown_where_it_takes_time(make_timeline):
     for control in (None, {"busy_s": 1.0, "wait_s": {"mean": 0.001, "p99": 0.25}}):
         out = console()
