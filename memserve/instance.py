@@ -206,7 +206,7 @@ class Instance:
         request = new_request(message, self._seed, self.limits.max_tokens(len(prompt), message.params))
         if self.handoffs is not None:
             self.handoffs.returns.next_turn(message.session_id)
-        stops = stop_strings(self._tokenizer, message.params)
+        stops = stop_strings(self._tokenizer, request)
         self.served[message.request_id] = Served(request, now_ns, stops, decode=message.decode)
         if self.handoffs is not None and self.handoffs.fetches.takes(message.held_elsewhere):
             self.handoffs.fetches.offer(request, message.held_elsewhere)
@@ -295,6 +295,6 @@ class Instance:
         assert self.handoffs is not None
         if (older := self.served.get(word.request_id)) is not None:
             self._finish(older, *CANCELLED, now_ns)  # its abort is on its way
-        request, stops = self.handoffs.take_over(word, arrival), stop_strings(self._tokenizer, word.params)
-        self.served[word.request_id] = adopted(request, stops, arrival, word)
+        request = self.handoffs.take_over(word, arrival)
+        self.served[word.request_id] = adopted(request, stop_strings(self._tokenizer, request), arrival, word)
         self.scheduler.adopt(request)

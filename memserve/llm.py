@@ -45,7 +45,7 @@ OPTIONS = {
 class Output:
     """One answer. num_cached: prompt tokens taken from the cache. finish_reason: stop or length.
 
-    `text` ends before a stop string; `token_ids` are all that were generated.
+    text: continues the prompt's, so it may begin with a space; ends before a stop string.  token_ids: all generated.
     """
 
     prompt_token_ids: list[int]
@@ -227,7 +227,7 @@ class _Answer:
     text: str = ""
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer)
+        self._detokenizer = Detokenizer(self.tokenizer, self.prompt)
         self._stops = StopChecker(self.params.stop)
 
     def take(self, message: Tokens | Finished) -> Delta:

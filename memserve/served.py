@@ -12,7 +12,7 @@ from memserve.kvcache.ticket import Arrival, Ticket, TicketState
 from memserve.messages import Dispatch, HandoffEnded, Tokens, pack_times, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Phase, Request, SamplingParams, ScheduledBatch, TokenLogprobs
+from memserve.request import FinishReason, Phase, Request, ScheduledBatch, TokenLogprobs
 from memserve.request_stats import RequestStats, Stint
 from memserve.sched.admission import RequestRefused
 from memserve.words import HandedOver
@@ -21,8 +21,8 @@ from memserve.words import HandedOver
 class StopStrings:
     """Watches one answer's text for its stop strings, and its tokens for special ones, which the text leaves out."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._checker = StopChecker(stop)
         special = tokenizer.special_tokens
         self._token_ids = {special[text] for text in stop if text in special}
@@ -245,9 +245,10 @@ def check_stop(tokenizer: Tokenizer | None, stop: tuple[str, ...]) -> None:
             )
 
 
-def stop_strings(tokenizer: Tokenizer | None, params: SamplingParams) -> StopStrings | None:
+def stop_strings(tokenizer: Tokenizer | None, request: Request) -> StopStrings | None:
     """The watcher of an answer that has stop strings."""
-    return StopStrings(tokenizer, params.stop) if tokenizer is not None and params.stop else None
+    stop = request.params.stop
+    return StopStrings(tokenizer, request.prompt, stop) if tokenizer is not None and stop else None
 
 
 def drawn_seed(engine_seed: int, request_id: str) -> int:

@@ -38,6 +38,7 @@ BESIDE = {  # what a word needs, by its group or itself
     "cost_model/gpu": ["exec=simulated", "cost_model=roofline", "tokens=workload", "geometry=llama3_8b"],
     "cost_model/shape": ["exec=simulated", "cost_model=roofline", "tokens=workload"],
     "cost_model=roofline": ["tokens=workload", "geometry=llama3_8b"],
+    "cost_model=roofline_llama3_70b": ["tokens=workload", "geometry=llama3_70b", "cluster.tensor_parallel.every=4"],
     "cost_model/shape=llama3_8b": ["geometry=llama3_8b"],
     "cost_model/shape=llama2_13b": ["geometry=llama2_13b"],
     "cost_model/shape=llama3_70b": ["geometry=llama3_70b", "cluster.tensor_parallel.every=4"],
@@ -134,6 +135,28 @@ def test_every_other_yaml_composes_and_runs_three_requests(word, tmp_path, monke
 def test_every_experiment_composes_and_runs(word):
     report = run(f"+{word}", "workload.num_sessions=3", "workload.max_output_tokens=4")
     assert report["num_finished"] >= 3 and report["num_failed"] == 0
+
+
+@pytest.mark.parametrize("word", words_of("cost_model"))
+@pytest.mark.parametrize("experiment", words_of("experiment"))
+def test_an_experiment_goes_with_every_other_cost_model(experiment, word):
+    """Whatever words of groups below the cost model, as cost_model/shape, it has chosen itself."""
+    more = ["cost_model.path=of_nobody.json"] if word == "cost_model=fitted" else []
+    alone = load_config(["exec=simulated", word, *more]).cost_model
+    assert load_config([f"+{experiment}", word, *more]).cost_model == alone
+    own = "{_target_: memserve.sched.cost_model.fixed.FixedCostModel, step_s: 2}"
+    assert load_config([f"+{experiment}", "~cost_model", f"+cost_model={own}"]).cost_model.step_s == 2
+
+
+@pytest.mark.parametrize(("experiment", "layers", "ranks"), [("h100_llama3_8b", 32, 1), ("h100_llama3_70b", 80, 4)])
+def test_gpu_and_shape_of_an_experiment_s_roofline_can_be_chosen(experiment, layers, ranks):
+    words = [f"+experiment={experiment}"]
+    cfg = load_config(words)
+    assert (cfg.cost_model.shape.num_layers, cfg.cluster.tensor_parallel.every) == (layers, ranks)
+    other = load_config([*words, "cost_model/gpu=h200", "cost_model/shape=qwen3_32b", "geometry=qwen3_32b"])
+    assert (other.cost_model.shape.num_layers, other.cost_model.gpu.hbm_gib) == (64, 141)
+    role = load_config([*words, "cluster=1p1d", "mode=pd_basic", "+cost_model@per_role.decode.cost_model=fixed"])
+    assert role.cost_model == cfg.cost_model and role.per_role.decode.cost_model._target_.endswith("FixedCostModel")
 
 
 @pytest.mark.parametrize(("num_blocks", "seed"), [(236, 22), (160, 3)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from small_sentencepiece import IDS, PIECES, SPACE, sentencepiece_tokenizer
 from small_tokenizers import byte_level_tokenizer
 
 from memserve import LLM, SamplingParams
@@ -163,6 +164,41 @@ def test_stop_strings_end_the_text_and_never_show(llm):
     assert cut.text == full.text[: full.text.find(stop)] and cut.finish_reason == "stop"
     assert cut.token_ids == full.token_ids[: len(cut.token_ids)] and len(cut.token_ids) < 60
     assert settled(llm)
+
+
+@pytest.fixture
+def in_sentencepiece(tmp_path, path):
+    directory = tmp_path / "with_sentencepiece"
+    shutil.copytree(path.removeprefix("random:"), directory)
+    sentencepiece_tokenizer().save_pretrained(directory)
+    return LLM(directory, block_size=4, num_blocks=400)
+
+
+def test_a_sentencepiece_answer_begins_with_its_space_which_a_stop_string_may_ask_for(in_sentencepiece):
+    llm, the = in_sentencepiece, IDS[f"{SPACE}the"]
+    few = SamplingParams(max_tokens=4, temperature=5.0, ignore_eos=True)
+    drawn = [msgspec.structs.replace(few, seed=seed) for seed in range(200)]
+    outputs = llm.generate([[1, the]] * len(drawn), drawn)
+    for output in outputs:
+        whole = llm.tokenizer.decode([1, the, *output.token_ids])
+        assert whole == "the" + output.text or "\ufffd" in whole
+    words = {token_id for piece, token_id in IDS.items() if piece.startswith(SPACE)}
+    spaced = [i for i, output in enumerate(outputs) if output.token_ids[0] in words]
+    assert len(spaced) > 1
+    for i in spaced:
+        stop = PIECES[outputs[i].token_ids[0]].replace(SPACE, " ")
+        [cut] = llm.generate([[1, the]], msgspec.structs.replace(drawn[i], stop=(stop,)))
+        assert outputs[i].text.startswith(stop) and cut.finish_reason == "stop"
+        assert cut.text == "" and cut.token_ids == outputs[i].token_ids[:1]
+
+
+def test_a_completion_of_a_real_model_goes_on_after_the_prompt_s_last_word(stories260k):
+    llm = LLM(str(stories260k))
+    assert llm.generate("Once upon", SamplingParams(max_tokens=8))[0].text == " a time, there was a little g"
+    [cut] = llm.generate("Once upon", SamplingParams(max_tokens=8, stop=(" a", " little", " park")))
+    assert cut.finish_reason == "stop" and len(cut.token_ids) == 1
+    deltas = [*llm.generate("Once upon", SamplingParams(max_tokens=8), stream=True)]
+    assert "".join(delta.text for delta in deltas) == deltas[-1].output.text == " a time, there was a little g"
 
 
 def test_a_special_token_as_a_stop_string_ends_the_answer_at_that_token(tmp_path, path):

@@ -140,6 +140,19 @@ def test_an_answer_of_one_token_is_handed_to_nobody_and_waits_for_no_grant_by_la
     assert by_layer["ttft_s"] == by_request["ttft_s"] and by_layer["transfers"] == by_request["transfers"]
 
 
+@pytest.mark.parametrize("granularity", ["by_layer", "by_request", "packed"])
+def test_bytes_of_transfers_that_fail_are_counted_as_in_vain(granularity):
+    """On a link that cannot carry all prompts within the deadline; aggregated or not, a token's bytes are the same."""
+    words = ["workload.num_sessions=60", "workload.rate=1000", "workload.prompt_tokens=64", "link.gb_per_s=0.0002",
+             "transfer.deadline_s=0.05", f"granularity={granularity}"]  # fmt: skip
+    counts = LocalCluster(load_config([*WORDS, *words])).run()["transfers"]["p_to_d"]
+    assert counts["failed"] > 0 and counts["tokens"] > 0
+    token_bytes = hash_geometry(16).block_bytes // 16
+    assert counts["bytes"] - counts["bytes_in_vain"] == counts["tokens"] * token_bytes
+    assert 0 < counts["bytes_in_vain"] < counts["bytes"]
+    assert sent(f"granularity={granularity}")["bytes_in_vain"] == 0
+
+
 def test_a_contended_link_takes_longer_for_the_same_bytes():
     words = ["cluster=3p1d", "granularity=by_request", "workload.rate=100000", "link.gb_per_s=0.00001"]
     reports = [

@@ -1,8 +1,8 @@
-"""MemPool: the paper's Table 1, in its order and words. Addresses at the edge, block numbers (block_pool.py) inside.
+"""MemPool: the calls of the paper's Table 1, in its order. Addresses at the edge, block numbers (block_pool.py) inside.
 
-Whoever calls it names a holder, and a block lives as long as somebody holds it. Every address that comes in is checked:
-another instance's, another medium's or a freed block's raises StaleAddress and changes nothing. Calls come one after
-another: threads that share a pool need a lock of their own.
+Table 1's `size` is `num_blocks` here, `type` `medium`, `id` `instance`. Whoever calls names a holder too, and a block
+lives as long as somebody holds it. Every address that comes in is checked: another instance's, another medium's or a
+freed block's raises StaleAddress and changes nothing. Threads that share a pool need a lock of their own.
 """
 
 from collections.abc import Callable
@@ -128,10 +128,10 @@ class MemPool:
     def insert(self, tokens: Tokens, addrs: np.ndarray, *, holder: Holder) -> np.ndarray:
         """Maps a token prefix of whole blocks to its KV; returns the canonical addresses, int64 [n].
 
-        This is what turns active KV into historical KV (section 4.2). The index becomes one more holder. `holder`
-        keeps what it holds and also takes the canonical blocks it did not have, so that it can rely on them.
-        Raises StaleAddress, NotHeld for a block that `holder` does not hold, and ValueError for a block given twice or
-        one to be cached that is cached under another prefix, with nothing inserted.
+        This is what turns active KV into historical KV (section 4.2). Of Table 1's `flags` the paper names none, and
+        nothing is left to choose. The index becomes one more holder; `holder` keeps what it holds and also takes the
+        canonical blocks it did not have, to rely on them. Raises StaleAddress, NotHeld for a block that `holder` lacks,
+        and ValueError for one given twice, or to be cached that is cached under another prefix, with nothing inserted.
         """
         blocks, array = self.resolve(addrs), as_tokens(tokens)
         held = self.blocks.allocator.held_by(named(holder))

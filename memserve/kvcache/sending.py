@@ -203,6 +203,7 @@ class Sending:
                 out.counts.tokens += out.num_tokens
             case Action.FAIL:
                 self._end(out, TicketState.FAILED, reason)
+                out.counts.bytes_in_vain += out.num_bytes
                 if out.state is SenderState.DRAINING:
                     out.holder = self._pool.allocator.rename(out.holder, ("quarantine", *ticket_id))
                 if reason.startswith(DECLINED):

@@ -79,8 +79,9 @@ PLAIN = TransferOptions()
 
 @dataclass
 class TransferCounts:
-    """What was sent. tokens: valid ones, apart from bytes.  calls: network calls.  bytes, calls: of all ranks of an
-    instance.  elapsed_ns: on the wire, of each move, added up, also of moves that were there at the same time.
+    """What was sent. tokens: valid ones, of tickets that did not fail; all else is of those that failed, too.
+    calls: network calls.  bytes, calls: of all ranks of an instance.  bytes_in_vain: of tickets that failed.
+    elapsed_ns: on the wire, of each move, added up, also of moves that were there at the same time.
 
     transfers: as the paper counts them (Fig. 5), of KV that had to move: 2L for each chunk by layer, else 1 a ticket.
     declined: refused for lack of room, best effort only.  overtaken: what it was sent for had happened already.
@@ -89,6 +90,7 @@ class TransferCounts:
 
     tokens: int = 0
     bytes: int = 0
+    bytes_in_vain: int = 0
     transfers: int = 0
     calls: int = 0
     elapsed_ns: int = 0

@@ -41,6 +41,7 @@ _COMPARED = (
     _Row("prefill tokens computed", ("tokens", "computed"), "count"),
     _Row("tokens P -> D", ("transfers", "p_to_d", "tokens"), "count"),
     _Row("MB P -> D", ("transfers", "p_to_d", "bytes"), "mega"),
+    _Row("of these in vain", ("transfers", "p_to_d", "bytes_in_vain"), "mega"),
     _Row("transfers P -> D", ("transfers", "p_to_d", "transfers"), "count"),
     _Row("network calls P -> D", ("transfers", "p_to_d", "calls"), "count"),
     _Row("tokens D -> P", ("transfers", "d_to_p", "tokens"), "count"),

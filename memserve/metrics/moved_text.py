@@ -42,7 +42,7 @@ def _transfer_texts(report: Mapping[str, Any]) -> dict[str, str]:
         if any(counts.values()):
             lost = ", ".join(f"{counted(counts[k])} {k}" for k in ("declined", "overtaken", "failed") if counts[k])
             texts[label] = (
-                f"{counted(counts['tokens'])} tokens, {format_figure(counts['bytes'], 'mega')} MB in "
+                f"{counted(counts['tokens'])} tokens, {_bytes_text(counts)} in "
                 f"{counted(counts['transfers'])} transfers, {counted(counts['calls'])} network calls, "
                 f"{format_figure(counts['seconds'], 'seconds')}{'; ' * bool(lost)}{lost}"
             )
@@ -50,6 +50,11 @@ def _transfer_texts(report: Mapping[str, Any]) -> dict[str, str]:
     if report["quarantined_blocks"]:
         texts["blocks in quarantine"] = counted(report["quarantined_blocks"])
     return texts
+
+
+def _bytes_text(counts: Mapping[str, float]) -> str:
+    moved, in_vain = (format_figure(counts[key], "mega") for key in ("bytes", "bytes_in_vain"))
+    return f"{moved} MB" + (f" ({in_vain} of them in vain)" if counts["bytes_in_vain"] else "")
 
 
 def _overtaken_text(report: Mapping[str, Any]) -> dict[str, str]:

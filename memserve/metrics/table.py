@@ -73,9 +73,7 @@ def _totals_table(report: Report) -> Table:
         **({"figures": said} if (said := of_what(report)) else {}),
         "requests": _requests_text(report),
         **_workload_text(report["workload"]),
-        "prompt tokens": f"{counted(tokens['prompt'])}: {counted(tokens['cached_local'])} cached, "
-        f"{counted(tokens['fetched'])} fetched, {counted(tokens['computed'])} computed"
-        + (f", {counted(tokens['computed_on_decode'])} again on decode" if tokens["computed_on_decode"] else ""),
+        "prompt tokens": _prompt_text(tokens),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
         **moved_texts(report),
         "tokens generated": counted(tokens["generated"]),
@@ -96,6 +94,15 @@ def _totals_table(report: Report) -> Table:
     for label, text in rows.items():
         table.add_row(label, text)
     return table
+
+
+def _prompt_text(tokens: Mapping[str, int]) -> str:
+    """Where prompts came from. After a preemption tokens are computed again, those of the answer so far among them."""
+    cached, fetched, computed = (tokens[key] for key in ("cached_local", "fetched", "computed"))
+    num_again, on_decode = computed + fetched + cached - tokens["prompt"], tokens["computed_on_decode"]
+    again = f" ({counted(num_again)} of them again)" if num_again > 0 else ""
+    parts = f"{counted(cached)} cached, {counted(fetched)} fetched, {counted(computed)} computed{again}"
+    return f"{counted(tokens['prompt'])}: {parts}{f', {counted(on_decode)} again on decode' if on_decode else ''}"
 
 
 def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:

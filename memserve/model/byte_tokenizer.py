@@ -44,7 +44,7 @@ class ByteTokenizer(Tokenizer):
 
     def _turn(self, message: Message) -> np.ndarray:
         if message["role"] not in ROLES:
-            raise ValueError(f"role {message['role']!r}: expected one of {', '.join(ROLES)}")
+            raise ValueError(f"role {message['role']!r}: the byte tokenizer's chat format has {', '.join(ROLES)} alone")
         if message.get("tool_calls"):
             raise ValueError("messages with tool_calls: the byte tokenizer has no way to write them")
         role = np.array([ROLES[message["role"]]], dtype=np.int32)

@@ -4,27 +4,36 @@ token -> Detokenizer.push -> whole characters -> StopChecker.push -> text that n
 """
 
 from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
 
 from memserve.model.tokenizer import Tokenizer
 
 INCOMPLETE = "\ufffd"
+MIN_CONTEXT, MAX_CONTEXT = 5, 8  # tokens of a prompt's end; a character has at most four, one for each byte
+MAX_BEGUN = 3  # tokens of a character that lacks its last byte
 
 
 class Detokenizer:
-    """Text of a growing answer: the pieces that `push` and `flush` return, joined, are `decode` of all ids.
+    """Text of a growing answer: the pieces that `push` and `flush` return, joined, are what `decode` of prompt and
+    answer has beyond `decode` of the prompt, as in vLLM and SGLang: of "▁a ▁time" after "▁upon" it is " a time".
 
-    (Byte tokens that form no UTF-8 are the exception: a sentencepiece decoder then also takes back the valid characters
-    among them, while a piece that was returned stays.)
+    prompt: int32 [num_prompt]. Of a character that it begins and the answer ends, all is the answer's. (Byte tokens
+    that form no UTF-8 are the exception: a sentencepiece decoder then also takes back the valid characters among them,
+    while a piece that was returned stays.)
 
-    What a token adds depends on the tokens before it (a space that a first token drops, bytes of one character), so it
-    is read off a short window: [window, done) was returned already and gives context, [done, end) is pending.
+    What a token adds depends on the tokens before it (the first of all drops its space, a character has several bytes),
+    so it is read off a short window: [window, done) is the prompt's end or was returned already and gives context,
+    [done, end) is pending.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids, self._done = _end_of(tokenizer, prompt)
         self._window = 0
-        self._done = 0
+        self._told = ""  # what the prompt's last bytes are as long as they are no character
+        self._told = self._pending()
 
     def push(self, token_id: int) -> str:
         """Adds one token; returns the text that is now certain, "" while a character is incomplete."""
@@ -34,7 +43,7 @@ class Detokenizer:
         text = self._pending()
         if not text or text.endswith(INCOMPLETE):
             return ""
-        self._window, self._done = self._done, len(self._ids)
+        self._window, self._done, self._told = self._done, len(self._ids), ""
         return text
 
     def flush(self) -> str:
@@ -45,7 +54,22 @@ class Detokenizer:
 
     def _pending(self) -> str:
         context = self._tokenizer.decode(self._ids[self._window : self._done])
-        return self._tokenizer.decode(self._ids[self._window :])[len(context) :]
+        return self._tokenizer.decode(self._ids[self._window :])[len(context) :].removeprefix(self._told)
+
+
+def _end_of(tokenizer: Tokenizer, prompt: np.ndarray) -> tuple[list[int], int]:
+    """The last tokens that have text, and how many of them are whole characters; what follows begins one.
+
+    They begin with a character, too: bytes that continue one can make a decoder give up all bytes after them.
+    """
+    with_text = (token_id for token_id in map(int, reversed(prompt)) if not tokenizer.is_silent(token_id))
+    ids = [*islice(with_text, MAX_CONTEXT + MAX_BEGUN)][::-1]
+    for end in range(len(ids), max(len(ids) - MAX_BEGUN, 0) - 1, -1):
+        for start in range(max(end - MIN_CONTEXT, 0), max(end - MAX_CONTEXT, 0) - 1, -1):
+            text = tokenizer.decode(ids[start:end])
+            if not text.startswith(INCOMPLETE) and not text.endswith(INCOMPLETE):
+                return ids[start:], end - start
+    return ids, len(ids)
 
 
 class StopChecker:

@@ -5,7 +5,7 @@ ShareGPT: section 8.1 replaces its responses by generated ones).
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +132,24 @@ class ChatWorkload(Workload):
     def _session(self, conversation: Conversation, arrival_ns: int, tokenizer: ChatTokenizer) -> Session:
         turns = []
         for number, turn in enumerate(conversation.turns[: self._max_turns]):
-            messages = _to_template(turn.messages, self._tool_role)
-            tokens = tokenizer.next_turn(messages) if number else tokenizer.chat_prompt(messages)
+            tokens = self._tokens(turn.messages, tokenizer.next_turn if number else tokenizer.chat_prompt)
             params = self._params_for(turn.answer, tokenizer)
             turns.append(Turn(tokens, params, self._think_time_ns if number else 0))
         suffix, eos_token_ids = tokenizer.turn_suffix, tokenizer.eos_token_ids
         named = named_by(conversation.where, conversation.names, self.classes)
         return Session(conversation.conversation_id, arrival_ns, tuple(turns), suffix, eos_token_ids, **named)
+
+    def _tokens(
+        self, messages: tuple[ChatMessage, ...], tokens_of: Callable[[list[dict[str, str]]], np.ndarray]
+    ) -> np.ndarray:
+        """What a turn says. Raises ValueError naming tool_role where it is that which the chat format does not have."""
+        try:
+            return tokens_of(_to_template(messages, self._tool_role))
+        except ValueError as error:
+            if self._tool_role != "tool" or messages[0].role != "tool":
+                raise
+            tokens_of(_to_template(messages, "user"))  # raises what the role has nothing to do with
+            raise ValueError(f"workload.tool_role=tool: {error}; expected user, which every one has") from error
 
     def _params_for(self, answer: str | None, tokenizer: ChatTokenizer) -> SamplingParams:
         if not self._from_file:

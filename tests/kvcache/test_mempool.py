@@ -1,5 +1,7 @@
 """MemPool: Table 1 in one medium, bad input, and what it says of itself; DRAM is in test_mempool_tiers.py."""
 
+import inspect
+
 import numpy as np
 import pytest
 from kvcache.small_pools import GEOMETRY, A, B, filled_pool, make_pool
@@ -18,6 +20,26 @@ from memserve.kvcache import (
 )
 from memserve.kvcache.address import Medium
 from memserve.kvcache.inputs import OWN_HOLDERS
+
+TABLE_1 = {  # of the paper, with its names in our spelling, but for what the module says
+    "alloc_mem": ["num_blocks", "medium", "instance"],
+    "free_mem": ["addrs"],
+    "insert": ["tokens", "addrs"],
+    "match": ["tokens"],
+    "delete": ["tokens"],
+    "swap_out": ["num_blocks"],
+    "swap_in": ["addrs"],
+    "transfer": ["instance", "src_addrs", "dst_addrs", "flags", "private"],
+    "transfer_with_insert": ["instance", "tokens", "src_addrs", "dst_addrs", "flags", "private"],
+}
+
+
+def test_the_calls_are_those_of_table_1_in_its_order():
+    assert [name for name in vars(MemPool) if name in TABLE_1] == list(TABLE_1)
+    for name, arguments in TABLE_1.items():
+        beside = ("self", "holder", *(["limit"] if name == "match" else []))
+        ours = [argument for argument in inspect.signature(getattr(MemPool, name)).parameters if argument not in beside]
+        assert ours == arguments
 
 
 def test_an_address_says_instance_medium_generation_and_block():

@@ -48,7 +48,7 @@ def test_the_keys_that_others_read_are_there(make_timeline):
     assert list(report["transfers"]) == ["p_to_d", "d_to_p", "between"]
     for way in ("p_to_d", "d_to_p", "between"):
         assert list(report["transfers"][way]) == [
-            "tokens", "bytes", "transfers", "calls", "declined", "overtaken", "failed", "seconds",
+            "tokens", "bytes", "bytes_in_vain", "transfers", "calls", "declined", "overtaken", "failed", "seconds",
         ]  # fmt: skip
     assert report["instances"][0].keys() >= {"id", "role", "busy_s"}
 

@@ -5,6 +5,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
+from memserve import LocalCluster, load_config
 from memserve.decisions import FetchRecord
 from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics.comparison import print_comparison, print_points
@@ -78,6 +79,36 @@ def test_returns_that_come_too_late_are_named_with_what_to_do_once_they_are_more
         print_report(build_report(timelines, INSTANCES, wall_s=1.0, d_to_p=returns), "a run", out)
         shown = " ".join(text(out).split())
         assert ("after 2 of 10 answers (workload.think_time_s is how long" in shown) == is_shown
+
+
+def test_prompt_tokens_that_were_computed_again_are_told_apart(make_timeline):
+    for num_computed, said in ((60, "100: 40 cached, 0 fetched, 60 computed"),
+                               (85, "100: 40 cached, 0 fetched, 85 computed (25 of them again)")):  # fmt: skip
+        out = console()
+        timeline = make_timeline(num_cached=40, num_computed=num_computed)
+        print_report(build_report([timeline], INSTANCES, wall_s=1.0), "a run", out)
+        (shown,) = (line for line in text(out).splitlines() if "prompt tokens" in line)
+        assert shown.strip().endswith(said)
+
+
+def test_what_is_said_to_be_computed_again_is_what_preemption_cost():
+    words = ["exec=simulated", "workload=synthetic", "workload.num_sessions=20", "workload.rate=1000", "index=none",
+             "workload.prompt_tokens=64", "workload.max_output_tokens=80", "kvcache.num_hbm_blocks=40"]  # fmt: skip
+    result = LocalCluster(load_config(words)).run_once()
+    tokens, preempted = result.report["tokens"], [t for t in result.timelines if t.stats.num_preemptions]
+    again = sum(t.stats.num_computed - t.stats.num_prompt for t in preempted)
+    assert again == tokens["computed"] - tokens["prompt"] > 0
+    out = console()
+    print_report(result.report, "a run", out)
+    assert f"computed ({again:,} of them again)" in text(out)
+
+
+def test_bytes_that_were_moved_in_vain_are_told_apart_where_there_are_any(make_timeline):
+    for num_bytes, said in ((0, "9 MB in 10 transfers"), (3_000_000, "9 MB (3 of them in vain) in 10 transfers")):
+        out = console()
+        moved = TransferCounts(tokens=9, bytes=9_000_000, bytes_in_vain=num_bytes, transfers=10, failed=1)
+        print_report(build_report([make_timeline()], INSTANCES, wall_s=1.0, p_to_d=moved), "a run", out)
+        assert said in " ".join(text(out).split())
 
 
 def test_how_busy_the_control_plane_was_is_shown_where_it_takes_time(make_timeline):

@@ -2,29 +2,41 @@
 
 import itertools
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
-from small_sentencepiece import PIECES, SPECIAL_AND_BYTES, sentencepiece_tokenizer
-from small_tokenizers import SAMPLES, byte_level_tokenizer
+from small_sentencepiece import BYTES, IDS, PIECES, SPACE, SPECIAL_AND_BYTES, metadata, sentencepiece_tokenizer
+from small_tokenizers import SAMPLES, byte_level_tokenizer, write_tokenizer_gguf
 
 from memserve.model.byte_tokenizer import ByteTokenizer
 from memserve.model.detokenizer import Detokenizer, StopChecker
+from memserve.model.gguf_tokenizer import gguf_tokenizer
+from memserve.model.gguf_weights import GGUFWeights
 from memserve.model.tokenizer import HFTokenizer, Tokenizer
 
+
+def from_gguf(directory: Path) -> Tokenizer:
+    write_tokenizer_gguf(directory / "t.gguf", metadata())
+    return gguf_tokenizer(GGUFWeights(directory / "t.gguf"))
+
+
 TOKENIZERS = {
-    "bytes": ByteTokenizer,
-    "byte-level": lambda: HFTokenizer(byte_level_tokenizer()),
-    "sentencepiece": lambda: HFTokenizer(sentencepiece_tokenizer()),
+    "bytes": lambda _: ByteTokenizer(),
+    "byte-level": lambda _: HFTokenizer(byte_level_tokenizer()),
+    "sentencepiece": lambda _: HFTokenizer(sentencepiece_tokenizer()),
+    "sentencepiece in a GGUF file": from_gguf,
 }
 
 
 @pytest.fixture(params=TOKENIZERS, scope="module")
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return TOKENIZERS[request.param]()
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return TOKENIZERS[request.param](tmp_path_factory.mktemp("tokenizer"))
 
 
-def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer)
+def stream(tokenizer: Tokenizer, ids: list[int], prompt: Sequence[int] = ()) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, np.array(prompt, dtype=np.int32))
     return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
 
 
@@ -44,10 +56,54 @@ def test_pieces_of_random_tokens_join_to_the_whole_text(tokenizer: Tokenizer) ->
         assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+def test_prompt_and_answer_join_to_the_text_of_all_tokens_wherever_the_prompt_ends(tokenizer: Tokenizer) -> None:
+    for text in (*SAMPLES, "cat 世界世界世界世界 on", "🙂🙂🙂🙂"):
+        ids = tokenizer.encode(text).tolist()
+        for cut in range(len(ids) + 1):
+            prompt, whole = tokenizer.decode(ids[:cut]), tokenizer.decode(ids)
+            if whole.startswith(prompt):
+                assert prompt + "".join(stream(tokenizer, ids[cut:], ids[:cut])) == whole
+
+
+def test_after_random_prompts_too(tokenizer: Tokenizer) -> None:
+    rng = random.Random(3)
+    first = len(SPECIAL_AND_BYTES) if tokenizer.vocab_size == len(PIECES) else 0
+    for _ in range(100):
+        ids = rng.choices(range(first, tokenizer.vocab_size), k=30)
+        cut = rng.randrange(30)
+        prompt, whole = tokenizer.decode(ids[:cut]), tokenizer.decode(ids)
+        if whole.startswith(prompt):
+            assert prompt + "".join(stream(tokenizer, ids[cut:], ids[:cut])) == whole
+
+
+def test_a_sentencepiece_answer_keeps_the_space_of_its_first_word_unless_nothing_is_before_it() -> None:
+    tokenizer = HFTokenizer(sentencepiece_tokenizer())
+    the, cat, begin = IDS[f"{SPACE}the"], IDS[f"{SPACE}cat"], IDS["<s>"]
+    assert stream(tokenizer, [cat, the], [begin, the]) == [" cat", " the", ""]
+    assert stream(tokenizer, [cat, the], [begin, the, *[begin] * 20]) == [" cat", " the", ""]
+    assert stream(tokenizer, [cat, the], [begin]) == stream(tokenizer, [cat, the]) == ["cat", " the", ""]
+
+
+@pytest.mark.parametrize("before", ["", "the cat", "世界世界世界世界"])
+def test_a_character_that_the_prompt_begins_comes_whole_with_its_last_byte(tokenizer: Tokenizer, before: str) -> None:
+    begun, rest = as_bytes(tokenizer, "🙂"), as_bytes(tokenizer, "a")
+    for cut in (1, 2, 3):
+        prompt = [*tokenizer.encode(before).tolist(), *begun[:cut]]
+        assert "".join(stream(tokenizer, [*begun[cut:], *rest], prompt)) == "🙂a"
+        assert "".join(stream(tokenizer, rest, prompt)) == "a"
+
+
+def as_bytes(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of what these tokenizers have no word for, without a space before it."""
+    if tokenizer.vocab_size == len(PIECES):
+        return [IDS[text]] if text in IDS else [IDS[BYTES[byte]] for byte in text.encode()]
+    return tokenizer.encode(text).tolist()
+
+
 def test_tokens_without_text_are_not_kept() -> None:
     tokenizer = HFTokenizer(sentencepiece_tokenizer())
     silent = next(i for i in range(tokenizer.vocab_size) if tokenizer.is_silent(i))
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, np.array([silent], dtype=np.int32))
     assert "".join(detokenizer.push(silent) for _ in range(50)) == "" and not detokenizer._ids
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memserve.model.byte_tokenizer import ByteTokenizer
+from memserve.model.chat_format import ChatTemplateError
 from memserve.workload.arrivals import ClosedLoop, Gamma
 from memserve.workload.chat import ChatWorkload
 from memserve.workload.conversations import BadConversation
@@ -90,6 +92,21 @@ def test_tool_results_reach_the_template_as_the_user_or_as_tools(tokenizer, chat
     assert as_user[1] == 259 and text(as_user) == "t1\n\nt2\n"
     as_tool = ChatWorkload(path=chat_file, tool_role="tool").sessions(tokenizer, seed=0)[2].turns[1].tokens
     assert as_tool[1] == 261 and text(as_tool) == "t1\nt2\n"
+
+
+def test_a_chat_format_without_tools_is_refused_by_the_name_of_the_option_and_only_for_their_role(chat_file):
+    workload = ChatWorkload(path=chat_file, tool_role="tool")
+    expected = "workload.tool_role=tool: role 'tool': the byte tokenizer's chat format has .* alone; expected user"
+    with pytest.raises(ValueError, match=expected):
+        workload.sessions(ByteTokenizer(), seed=0)
+    assert len(ChatWorkload(path=chat_file).sessions(ByteTokenizer(), seed=0)) == 3
+
+    class RewritesHistory(ByteTokenizer):
+        def next_turn(self, messages):
+            raise ChatTemplateError("rewrites history")
+
+    with pytest.raises(ChatTemplateError, match=r"^rewrites history$"):
+        workload.sessions(RewritesHistory(), seed=0)
 
 
 def test_num_sessions_and_max_turns_take_the_first_ones(tokenizer, chat_file):
