@@ -1,7 +1,7 @@
 """Handoffs: how one instance performs its mode's transfers, request by request. Sans-IO; decides nothing.
 
-    prefill instance   admitted (by_layer) or prefilled -> ticket -> DONE: the request is decode's
-                                                                  -> FAILED: kept until it is redirected or aborted
+    prefill instance   begun (by_layer) or prefilled -> ticket -> DONE: the request is decode's
+                                                               -> FAILED: kept until it is redirected or aborted
     decode instance    arrival -> a Request with its blocks -> local scheduler -> finished -> given back (PD-Caching-3)
     who leaves         a request that decodes here -> ticket -> DONE: it is another's
                                                              -> FAILED, or no room there now: as above, or it stays
@@ -9,7 +9,7 @@
 What travels as `private` beside the KV is one of words.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +21,7 @@ from memserve.given_up import GivenUp
 from memserve.kvcache.sending import DECLINED
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
+from memserve.layer_marks import LayerMarks
 from memserve.messages import (
     CANCELLED,
     Ask,
@@ -38,14 +39,14 @@ from memserve.request import FinishReason, Request, ScheduledBatch
 from memserve.request_stats import RequestStats
 from memserve.returns import Returns
 from memserve.sched.modes import Mode
-from memserve.served import Served
+from memserve.served import Served, ServedBook
 from memserve.words import GivenBack, HandedOver, packed, read_word, request_of
 
 
 @dataclass
 class _Handoff:
     """One request on its way: its ticket, when it was asked for, the instance that prefilled it, whether it was decoded
-    here before, and what the receiver is told of it; None before it has a token.
+    here before, how often it had been preempted, and what the receiver is told of it; None before it has a token.
     """
 
     request: Request
@@ -53,6 +54,7 @@ class _Handoff:
     asked_ns: int
     prefill: int | None
     migrates: bool
+    num_preemptions: int
     stats: RequestStats | None = None
 
 
@@ -68,50 +70,36 @@ class Handoffs:
         self.given_up = GivenUp()
         self.returns = Returns(transfers)
         self.peak_waiting = 0  # most requests that waited for a grant at a time
-        self._mode = mode
+        self._mode, self._marks = mode, LayerMarks(transfers)
         self._on_the_way: dict[str, _Handoff] = {}
 
     @property
-    def asks_at_admission(self) -> bool:
-        return self._mode.hand_off is not None and self.transfers.granularity.asks_at_admission
+    def asks_at_first_chunk(self) -> bool:
+        return self._mode.hand_off is not None and self.transfers.granularity.asks_at_first_chunk
 
     @property
     def requests(self) -> list[Request]:
         return [handoff.request for handoff in self._on_the_way.values()]
 
-    def admitted(self, request: Request, decode: int, now_ns: int) -> None:
-        """Asks for a request that is about to be prefilled; what is cached is ready in every layer at once."""
-        self.drop(request.request_id, "the request starts again", now_ns)
-        self._start(request, decode, now_ns, prefill=self.transfers.incarnation, ready=False)
-        self._mark([(request, request.num_computed // self._block_size)], now_ns, now_ns)
-
-    def scheduled(self, batch: ScheduledBatch, now_ns: int) -> None:
+    def scheduled(self, batch: ScheduledBatch, here: ServedBook, now_ns: int) -> None:
         """A step is about to be computed. Not of each that decodes, of which many are settled as one."""
+        for request, decode in here.leaving(batch) if self.asks_at_first_chunk else ():
+            self._begin(request, decode, now_ns)
         if max(batch.num_new) > 1:
             self.deposits.look_ahead(now_ns)
-
-    def granted(self, request: Request) -> bool:
-        """Whether the decode instance has made room."""
-        return self.transfers.is_granted(self._on_the_way[request.request_id].ticket)
 
     def layer_written(self, batch: ScheduledBatch, layer: int, now_ns: int) -> None:
         """A step is under way and has written this layer: it may leave while the next ones are computed."""
         for request, num_new in zip(batch.requests, batch.num_new, strict=True):
-            if request.request_id in self._on_the_way and self.asks_at_admission:
-                num_blocks = self._num_final(request, request.num_computed + num_new)
-                self.transfers.mark_ready(self._on_the_way[request.request_id].ticket, num_blocks, layer, now_ns)
+            if request.request_id in self._on_the_way and self.asks_at_first_chunk:
+                ticket = self._on_the_way[request.request_id].ticket
+                self._marks.written(ticket, request, request.num_computed + num_new, layer, now_ns)
 
     def computed(self, batch: ScheduledBatch, began_ns: int, ended_ns: int) -> None:
         """A step was computed. Layers that `layer_written` was not told of count as written evenly over it."""
-        if self.asks_at_admission:
+        if self.asks_at_first_chunk:
             here = [r for r in batch.requests if r.request_id in self._on_the_way]
-            self._mark([(r, self._num_final(r, r.num_computed)) for r in here], began_ns, ended_ns)
-
-    def _num_final(self, request: Request, num_computed: int) -> int:
-        """The request's leading blocks that nothing more is written into before it is handed over."""
-        if num_computed >= request.num_prompt:
-            return self._num_blocks(request.num_prompt)
-        return num_computed // self._block_size
+            self._marks.computed([(self._on_the_way[r.request_id].ticket, r) for r in here], began_ns, ended_ns)
 
     def prefilled(self, request: Request, decode: int, stats: RequestStats, now_ns: int) -> None:
         """The prompt is computed and the first token there: what is not on its way yet is asked for now."""
@@ -254,12 +242,19 @@ class Handoffs:
         self.transfers.settle(arrival, heir=request.holder)
         return request
 
-    @property
-    def _block_size(self) -> int:
-        return self.transfers.geometry.block_size
+    def _begin(self, request: Request, decode: int, now_ns: int) -> None:
+        """A chunk of the request is about to be computed: asks, if that was not done before an earlier one. What is
+        cached is ready in every layer at once.
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        The chunk waits for no grant: what is computed until that comes leaves then. To compute only what is granted
+        would leave this instance idle while the other is full, and to ask earlier would hold room there for prompts
+        that nobody computes yet.
+        """
+        earlier = self._on_the_way.get(request.request_id)
+        if earlier is None or earlier.num_preemptions != request.num_preemptions:
+            self.drop(request.request_id, "the request starts again", now_ns)
+            ticket = self._start(request, decode, now_ns, prefill=self.transfers.incarnation, ready=False)
+            self._marks.computed([(ticket, request)], now_ns, now_ns)
 
     def _start(
         self,
@@ -270,16 +265,19 @@ class Handoffs:
         prefill: int | None,
         migrates: bool = False,
         ready: bool = True,
-    ) -> None:
+    ) -> Ticket:
         """Asks `target` for room. ready: the KV is there, of all tokens but the last; else it will be, of a prompt."""
         num_tokens = request.num_computed if ready else request.num_prompt
-        tokens, blocks = request.tokens.view[:num_tokens], request.block_table.view[: self._num_blocks(num_tokens)]
+        num_blocks = -(-num_tokens // self.transfers.geometry.block_size)
+        tokens, blocks = request.tokens.view[:num_tokens], request.block_table.view[:num_blocks]
         options = TransferOptions(insert=self._mode.keeps_received)
         word = packed(request, None, prefill, migrates=migrates)
         ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready, told=ready)
-        self._on_the_way[request.request_id] = _Handoff(request, ticket, now_ns, prefill, migrates)
+        handoff = _Handoff(request, ticket, now_ns, prefill, migrates, request.num_preemptions)
+        self._on_the_way[request.request_id] = handoff
         waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
         self.peak_waiting = max(self.peak_waiting, waiting)
+        return ticket
 
     def _tell(self, request: Request, stats: RequestStats) -> None:
         """What the receiver is to know of a request that is on its way."""
@@ -288,12 +286,3 @@ class Handoffs:
             stats = msgspec.structs.replace(stats, asked_ns=handoff.asked_ns)
         handoff.stats = stats
         self.transfers.tell(handoff.ticket, packed(request, stats, handoff.prefill, migrates=handoff.migrates))
-
-    def _mark(self, final: Sequence[tuple[Request, int]], began_ns: int, ended_ns: int) -> None:
-        """So many leading blocks of each request are final, in layer after layer: the link takes them in that order."""
-        num_layers = self.transfers.geometry.num_layers
-        for layer in range(num_layers):
-            ready_ns = began_ns + (ended_ns - began_ns) * (layer + 1) // num_layers
-            for request, num_blocks in final:
-                ticket = self._on_the_way[request.request_id].ticket
-                self.transfers.mark_ready(ticket, num_blocks, layer, ready_ns)

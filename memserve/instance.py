@@ -101,7 +101,7 @@ class Instance:
             self.poll(now_ns)
 
     def poll(self, now_ns: int) -> None:
-        """Lets time pass: copies end, moves arrive, deadlines pass, tickets end, who waited for a grant may go on."""
+        """Lets time pass: copies end, moves arrive, deadlines pass, tickets end."""
         self.pool.poll(now_ns)
         if self.handoffs is None:
             return
@@ -110,8 +110,6 @@ class Instance:
                 self._handed_off(request, ticket, self.handoffs.migrations.forget(request.request_id))
         for request, ticket in self.handoffs.migrations.drain_declined():
             self._outbox.append(stays(request, self.label, ticket))
-        for request in self.scheduler.running:
-            request.on_hold = request.on_hold and not self.handoffs.granted(request)
 
     def schedule(self, now_ns: int) -> ScheduledBatch | None:
         """Reads the inbox and picks the next batch; None when there is nothing to compute."""
@@ -134,11 +132,10 @@ class Instance:
             self._add_fetched(self.handoffs, now_ns)
         self._began_ns = now_ns
         batch = self.scheduler.schedule()
-        self._ask_for_admitted(now_ns)
         if batch is not None:
             self.served.scheduled(batch, now_ns)
             if self.handoffs is not None:
-                self.handoffs.scheduled(batch, now_ns)
+                self.handoffs.scheduled(batch, self.served, now_ns)
         return batch
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
@@ -229,13 +226,6 @@ class Instance:
         self.scheduler.finish(request, reason)
         del self.served[request.request_id]
         self._outbox.append(Finished(request.request_id, request.attempt, reason, detail, served.stats(self.label)))
-
-    def _ask_for_admitted(self, now_ns: int) -> None:
-        """By layer, the hand-off is asked for before the first chunk."""
-        for request in self.scheduler.drain_admitted():
-            served = self.served[request.request_id]
-            assert self.handoffs is not None and served.decode is not None
-            self.handoffs.admitted(request, served.decode, now_ns)
 
     def _hand_off(self, served: Served, now_ns: int) -> None:
         """The first token is there: the rest is the decode instance's."""

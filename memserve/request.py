@@ -189,7 +189,6 @@ class Request:
     num_prefilled: int = 0  # prefill tokens computed, recomputed ones included
     max_num_tokens: int = 0  # prompt and answer together, as far as params and context allow
     num_preemptions: int = 0
-    on_hold: bool = False  # admitted, but its first chunk waits for the grant of its hand-off
     finish_reason: FinishReason | None = None
     tokens: IntBuffer = field(init=False)
     block_table: IntBuffer = field(init=False)

@@ -176,6 +176,11 @@ class ServedBook(dict[str, Served]):
         """Of those that have these ids, the ones that decode here."""
         return [self[request_id].request for request_id in request_ids if self[request_id].decodes]
 
+    def leaving(self, batch: ScheduledBatch) -> list[tuple[Request, int]]:
+        """Of a batch, the requests that another instance is to decode, and that one; an answer of one token is not."""
+        decoders = ((r, self[r.request_id].decode) for r in batch.requests if r.max_num_tokens > r.num_prompt + 1)
+        return [(request, decode) for request, decode in decoders if decode is not None]
+
     def in_phase(self, phase: Phase) -> list[Request]:
         """Those in this phase."""
         return [served.request for served in self.values() if served.request.phase is phase]

@@ -378,7 +378,7 @@ def test_an_attention_that_is_none_is_refused_also_where_no_model_runs(words, sa
 class Early(ByRequest):
     """Sends blocks that are not computed yet."""
 
-    asks_at_admission = True
+    asks_at_first_chunk = True
 
     def stretches(self, posted, ready, num_blocks):
         return [] if posted.all() else [Stretch(0, num_blocks, None)]

@@ -111,9 +111,7 @@ def build_instance(
     return Instance(
         label,
         role,
-        _scheduler(
-            cfg, role, pool, costs, queue, asks_at_admission=handoffs is not None and handoffs.asks_at_admission
-        ),
+        _scheduler(cfg, role, pool, costs, queue),
         part.runner,
         limits_of(everybody, engine.config, role, engine.max_context, engine.vocab_size),
         eos_token_ids=eos_token_ids(engine),
@@ -123,9 +121,7 @@ def build_instance(
     )
 
 
-def _scheduler(
-    cfg: RunConfig, role: Role, pool: BlockPool, costs: CostModel, queue: QueuePolicy, *, asks_at_admission: bool
-) -> LocalScheduler:
+def _scheduler(cfg: RunConfig, role: Role, pool: BlockPool, costs: CostModel, queue: QueuePolicy) -> LocalScheduler:
     mode: Mode = make(cfg.mode)
     return LocalScheduler(
         pool,
@@ -137,7 +133,6 @@ def _scheduler(
         max_running=cfg.sched.max_running,
         swap_ahead_blocks=cfg.kvcache.swap_ahead_blocks,
         publishes=mode.inserts(role),
-        holds_admitted=role is Role.PREFILL and asks_at_admission,
         batching=make(cfg.batching),
     )
 

@@ -104,7 +104,7 @@ class Node:
         Nothing where none leaves by itself.
         """
         handoffs, role = self.instance.handoffs, self.instance.role
-        if handoffs is None or not handoffs.asks_at_admission or role is not Role.PREFILL:
+        if handoffs is None or not handoffs.asks_at_first_chunk or role is not Role.PREFILL:
             return []
         lasts_ns, num_layers = step_ns, handoffs.transfers.geometry.num_layers
         if batch.num_swapped_blocks:

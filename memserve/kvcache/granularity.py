@@ -2,7 +2,7 @@
 
 | word             | asked for at     | network calls                                        | layout     |
 |------------------|------------------|------------------------------------------------------|------------|
-| `by_layer`       | admission        | 2 for each block and layer, as layers are computed   | any        |
+| `by_layer`       | first chunk      | 2 for each block and layer, as layers are computed   | any        |
 | `by_request`     | end of prefill   | 2L for each block                                    | any        |
 | `by_request_agg` | end of prefill   | 1 for each block                                     | aggregated |
 | `packed`         | end of prefill   | 1: gathered before it, scattered after it (not in the paper) | any |
@@ -52,7 +52,7 @@ class Granularity(ABC):
     geometry: of one rank's arenas.  num_ranks: over which this end's heads are split.
     """
 
-    asks_at_admission = False
+    asks_at_first_chunk = False
     transfers_per_stretch = 1  # in the paper's count, where keys and values of a layer are two
 
     def __init__(self, layout: Layout, geometry: CacheGeometry, merge: bool = False, num_ranks: int = 1) -> None:
@@ -145,7 +145,7 @@ def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:
 class ByLayer(Granularity):
     """Every layer's keys and values leave as soon as they are computed: transfer beside compute."""
 
-    asks_at_admission = True
+    asks_at_first_chunk = True
     transfers_per_stretch = 2
 
     def stretches(self, posted: np.ndarray, ready: np.ndarray, num_blocks: int) -> list[Stretch]:

@@ -17,7 +17,8 @@ class Outgoing:
 
     targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
     target_pool: the receiver's.  counts: of all that was sent to this peer.  begun_ns, ended_ns: of its first and last
-    move that are over.  is_told: nothing more is to be said to the receiver than `private`.
+    move that are over.  is_told: nothing more is to be said to the receiver than `private`.  early: (layer, leading
+    blocks) that were marked before the grant, and since when they are final, which in virtual time is yet to come.
     """
 
     ticket: Ticket
@@ -39,6 +40,7 @@ class Outgoing:
     begun_ns: int | None = None
     ended_ns: int = 0
     is_told: bool = True
+    early: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.private = self.ask.private
@@ -64,6 +66,10 @@ class Outgoing:
     def num_tokens(self) -> int:
         """Valid tokens that the receiver lacked."""
         return len(self.ask.tokens) // 4 - self.num_held
+
+    def mark(self, num_blocks: int, layer: int) -> None:
+        """The first `num_blocks` blocks of a layer are final."""
+        self.ready[layer] = max(int(self.ready[layer]), num_blocks)
 
     def arrived(self, arrived: Arrived) -> None:
         """One of the moves is over."""

@@ -91,11 +91,12 @@ class Sending:
     def mark_ready(self, ticket_id: tuple[int, int], num_blocks: int, layer: int, ready_ns: int) -> None:
         """The first `num_blocks` blocks are final in `layer` since ready_ns."""
         out = self.tickets.get(ticket_id)
-        if out is not None:
-            out.ready[layer] = max(int(out.ready[layer]), num_blocks)
-            if out.state is SenderState.SENDING:
-                self._post(out, ready_ns)
-                self._unchecked.add(ticket_id)
+        if out is not None and out.state is SenderState.ASKED:
+            out.early.setdefault((layer, num_blocks), ready_ns)
+        elif out is not None and out.state is SenderState.SENDING:
+            out.mark(num_blocks, layer)
+            self._post(out, ready_ns)
+            self._unchecked.add(ticket_id)
 
     def tell(self, ticket_id: tuple[int, int], private: bytes) -> None:
         """What `Done` says, instead of what the Ask did."""
@@ -197,7 +198,7 @@ class Sending:
         ticket_id = out.ask.ticket
         match action:
             case Action.POST:
-                self._post(out, now_ns)
+                self._post_granted(out, now_ns)
             case Action.SUCCEED:
                 self._end(out, TicketState.DONE, "")
                 out.counts.tokens += out.num_tokens
@@ -233,6 +234,18 @@ class Sending:
         if out.begun_ns is not None:
             num_tokens = out.num_tokens if out.ticket.state is TicketState.DONE else 0
             self._sent.append(Sent(out.ask.ticket, out.peer, out.begun_ns, out.ended_ns, num_tokens, out.num_bytes))
+
+    def _post_granted(self, out: Outgoing, now_ns: int) -> None:
+        """What is final by now leaves, and the layers that the step under way has still to write leave then, each."""
+        for (layer, num_blocks), ready_ns in out.early.items():
+            if ready_ns <= now_ns:
+                out.mark(num_blocks, layer)
+        self._post(out, now_ns)
+        for (layer, num_blocks), ready_ns in out.early.items():
+            if ready_ns > now_ns:
+                out.mark(num_blocks, layer)
+                self._post(out, ready_ns)
+        out.early.clear()
 
     def _post(self, out: Outgoing, ready_ns: int) -> None:
         """Hands to the transport what is ready and not posted yet.

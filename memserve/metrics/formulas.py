@@ -7,8 +7,7 @@
     # |- dispatch -|---- queue ---|------- prefill --------|--------------------- decode -------------------|
     # handed over:     prefill end -> Ask read -> granted -> last byte there -> first decode step
     #                       |- ask wait -|- grant wait -|- transfer -|- decode queue -|------ decode ----------|
-    # by layer:  queued -> asked -> Ask read -> granted -> first_scheduled -> prefill_end -> last byte there -> ...
-    #              |-queue-|-ask wait-|-grant wait-|-queue-|--- prefill ---|----- transfer -----|- decode queue ..
+    # by layer Ask read, granted and last byte there may be earlier than prefill end, and count as if they were then
 
 A metric that a request does not have (no token, no second token, not finished) is None, never 0.
 """
@@ -35,8 +34,8 @@ class Phases:
     wait for the end of the step under way, and for a place in one. decode: until the end; time lost to preemption is in
     it, and an answer's way to the client.
 
-    The four before `decode` are None where one instance does both. By layer the grant is waited for before the first
-    step: those waits are not in `queue`, and what ended before the prefill did counts as 0 otherwise.
+    The four before `decode` are None where one instance does both. By layer room is asked for
+    when the prefill begins: what of these waits lies within it is `prefill`, and does not count here.
     """
 
     dispatch: float | None = None
@@ -121,29 +120,18 @@ def _handed_over(stats: RequestStats, finished_ns: int | None) -> dict[str, floa
 
     Clocks of two processes differ a little: no event counts as earlier than the one that led to it.
     """
-    first_ns, prefilled_ns = stats.first_scheduled_ns, stats.prefill_end_ns
+    prefilled_ns = stats.prefill_end_ns
     read_ns, granted_ns, arrived_ns = stats.ask_read_ns, stats.granted_ns, stats.arrived_ns
-    if first_ns is None or prefilled_ns is None or read_ns is None or granted_ns is None or arrived_ns is None:
+    if prefilled_ns is None or read_ns is None or granted_ns is None or arrived_ns is None:
         return {}
-    asked_ns = prefilled_ns if stats.asked_ns is None else stats.asked_ns
-    asked_ns = min(asked_ns, prefilled_ns)  # it is later where one that was asked before refused
-    read_ns = max(read_ns, asked_ns)
+    read_ns = max(read_ns, prefilled_ns)  # where another was asked before, the first Ask does not matter
     granted_ns = max(granted_ns, read_ns)
     arrived_ns = max(arrived_ns, granted_ns)
-
-    def early_ns(start_ns: int, end_ns: int) -> int:
-        return min(end_ns, first_ns) - min(start_ns, first_ns)
-
-    def late_ns(start_ns: int, end_ns: int) -> int:
-        return max(end_ns, prefilled_ns) - max(start_ns, prefilled_ns)
-
-    since_ns = stats.queued_ns if stats.fetch_end_ns is None else stats.fetch_end_ns
     return {
-        "queue": to_s(first_ns - since_ns - early_ns(asked_ns, granted_ns)),
-        "ask_wait": to_s(early_ns(asked_ns, read_ns) + late_ns(asked_ns, read_ns)),
-        "grant_wait": to_s(early_ns(read_ns, granted_ns) + late_ns(read_ns, granted_ns)),
-        "transfer": to_s(late_ns(granted_ns, arrived_ns)),
-        "decode_queue": _between_s(max(arrived_ns, prefilled_ns), stats.decode_scheduled_ns),
+        "ask_wait": to_s(read_ns - prefilled_ns),
+        "grant_wait": to_s(granted_ns - read_ns),
+        "transfer": to_s(arrived_ns - granted_ns),
+        "decode_queue": _between_s(arrived_ns, stats.decode_scheduled_ns),
         "decode": _between_s(stats.decode_scheduled_ns, finished_ns),
     }
 

@@ -35,8 +35,7 @@ class LocalScheduler:
 
     token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
     max_running: most requests admitted at once.  publishes: what is computed here enters the index.
-    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.  holds_admitted: a request that is to be
-    handed over waits when it is admitted, in `drain_admitted`, until its `on_hold` is taken off.
+    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class LocalScheduler:
         max_running: int,
         swap_ahead_blocks: int = 0,
         publishes: bool = True,
-        holds_admitted: bool = False,
         batching: Batching | None = None,
     ) -> None:
         self.pool = pool
@@ -61,8 +59,7 @@ class LocalScheduler:
         self._preemption, self._swap, self._batching = preemption, swap, batching or Mixed()
         self._token_budget, self._chunk_size = token_budget, chunk_size or token_budget
         self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
-        self._publisher, self._holds_admitted = Publisher(pool, publishes), holds_admitted
-        self._admitted: list[Request] = []
+        self._publisher = Publisher(pool, publishes)
         self._num_waited = 0  # blocks that were swapped up to the last batch
         self._budget = 0  # tokens that the step being scheduled may still have
         self._made_room = False  # somebody was preempted since waiting requests were last asked
@@ -127,11 +124,6 @@ class LocalScheduler:
         request.phase = Phase.WAITING
         self.room.put_first(request)
 
-    def drain_admitted(self) -> list[Request]:
-        """Requests admitted since the last call that are on hold."""
-        admitted, self._admitted = self._admitted, []
-        return admitted
-
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request wherever it is; its computed full blocks enter the index and its holds are given up."""
         if request.phase is Phase.RUNNING:
@@ -176,8 +168,7 @@ class LocalScheduler:
     def _serve(self, batch: ScheduledBatch, requests: Sequence[Request]) -> None:
         """Puts the next tokens of those that run into the batch, as far as the budget goes."""
         for request in requests:
-            can_run = request.phase is Phase.RUNNING and not request.on_hold
-            if self._budget and can_run and self._grow(request, batch):
+            if self._budget and request.phase is Phase.RUNNING and self._grow(request, batch):
                 num_new = min(request.num_to_compute, self._chunk_size, self._budget)
                 batch.requests.append(request)
                 batch.num_new.append(num_new)
@@ -295,6 +286,3 @@ class LocalScheduler:
         self.room.remove(request)
         self.running.append(request)
         request.phase = Phase.RUNNING
-        request.on_hold = self._holds_admitted and request.max_num_tokens > request.num_prompt + 1
-        if request.on_hold:
-            self._admitted.append(request)

@@ -109,6 +109,30 @@ def test_by_layer_sends_each_layer_when_it_is_ready_and_ends_with_the_last():
     assert ticket.state is TicketState.DONE and torch.equal(d.kv(arrival.blocks), p.kv(blocks))
 
 
+def test_by_layer_what_was_final_before_the_grant_leaves_with_it_and_later_layers_when_they_are_written():
+    """A first block in all layers, then the grant while a step writes the two others, layer after layer."""
+    wires = Wires(granularity="by_layer")
+    p, d = wires.pool(1), wires.pool(2, num_blocks=4)
+    other = d.blocks.alloc(3, ("request", "other", 0))
+    ticket, blocks = send(wires, p, d, 3 * B, ready=False)
+    wires.deliver()
+    for layer in range(SHAPE.num_layers):
+        p.transfers.mark_ready(ticket, 1, layer, wires.now_ns)
+    written_ns = [wires.now_ns + 200_000 * (layer + 1) for layer in range(SHAPE.num_layers)]
+    for layer, ready_ns in enumerate(written_ns):
+        p.transfers.mark_ready(ticket, 3, layer, ready_ns)
+    assert not p.transfers.is_granted(ticket)
+    granted_ns = wires.now_ns = (written_ns[0] + written_ns[1]) // 2
+    d.blocks.release(other, ("request", "other", 0))
+    wires.deliver()
+    assert p.transfers.is_granted(ticket) and p.transfers.counts.calls == 2 * SHAPE.num_layers * 3
+    assert p.transfers.counts.transfers == 2 * (1 + 2 + 2)  # three blocks of layer 0; one, then two of the others
+    arrival = arrived(wires, d)
+    assert torch.equal(d.kv(arrival.blocks), p.kv(blocks))
+    (sent,) = p.transfers.drain_sent()
+    assert sent.begun_ns == granted_ns and sent.ended_ns > written_ns[-1]
+
+
 def test_a_hand_off_waits_for_room_with_its_blocks_held_at_the_sender():
     wires = Wires()
     p, d = wires.pool(1), wires.pool(2, num_blocks=4)
