@@ -34,8 +34,8 @@ class Phases:
     wait for the end of the step under way, and for a place in one. decode: until the end; time lost to preemption is in
     it, and an answer's way to the client.
 
-    The four before `decode` are None where one instance does both. By layer room is asked for
-    when the prefill begins: what of these waits lies within it is `prefill`, and does not count here.
+    The four before `decode` are None where one instance does both. By layer room is asked for when the prefill begins:
+    what of these waits lies within it is `prefill`, and does not count here.
     """
 
     dispatch: float | None = None
