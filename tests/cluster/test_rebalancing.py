@@ -9,6 +9,7 @@ from cluster.test_migration import (
     MODES,
     PRESSURE,
     THREE,
+    UNDER_PRESSURE,
     WORKLOAD,
     assert_answered,
     expected,
@@ -56,8 +57,7 @@ def returned(timelines):
     return sum(m.target in [before.source for before in stay[:i]] for stay in stays for i, m in enumerate(stay))
 
 
-@pytest.mark.parametrize("pressure", PRESSURE)
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(("name", "pressure"), UNDER_PRESSURE)
 def test_wherever_answers_go_they_are_the_same(name, pressure):
     """Where all are full nobody may have room, and they end where they are."""
     number = [*MODES].index(name) + [*PRESSURE].index(pressure)  # each meets each of what follows
