@@ -99,7 +99,7 @@ class Migrations:
         if ahead is None or ahead.target != target:
             ahead = _Ahead(target, request)
         num_left = num_full - ahead.num_blocks
-        if not (self._policy.is_live and num_left > 0 and self._policy.copies_ahead(num_left, ahead.num_new)):
+        if not (num_left > 0 and self._policy.copies_ahead(num_left, ahead.num_new)):
             return False
         tokens = request.tokens.view[: num_full * self._transfers.geometry.block_size]
         blocks = request.block_table.view[:num_full]

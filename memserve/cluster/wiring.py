@@ -39,7 +39,7 @@ from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.group import Group
 from memserve.sched.heirs import NoHeir
 from memserve.sched.holders import Holders
-from memserve.sched.migration import MigrationPolicy
+from memserve.sched.migration import MigrationPolicy, StopAndCopy
 from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
@@ -66,8 +66,12 @@ def build_transport(cfg: RunConfig) -> InProcess | None:
 def transfers_kv(cfg: RunConfig) -> bool:
     """Whether KV moves between instances."""
     mode: Mode = make(cfg.mode)
-    moves = (not isinstance(make(getattr(cfg, group)), baseline) for group, baseline in _MOVES_NOTHING.items())
-    return mode.hand_off is not None or any(moves)
+    return mode.hand_off is not None or any(_moves_kv(cfg, group) for group in _MOVES_NOTHING)
+
+
+def _moves_kv(cfg: RunConfig, group: str) -> bool:
+    """Whether a group's word is another than its baseline."""
+    return not isinstance(make(getattr(cfg, group)), _MOVES_NOTHING[group])
 
 
 def build_process_transport(cfg: RunConfig, store: Store, host: str) -> Transport | None:
@@ -126,11 +130,10 @@ def build_handoffs(
 def check_migration(cfg: RunConfig) -> None:
     """Raises ConfigError where nothing can go ahead of an answer that migrates."""
     policy: MigrationPolicy = make(cfg.migration)
-    if not policy.is_live:
+    if isinstance(policy, StopAndCopy):
         return
     name, mode = f"migration={type(policy).__name__}", make(cfg.mode)
-    moves = (not isinstance(make(getattr(cfg, group)), _MOVES_NOTHING[group]) for group in ("departure", "rebalancing"))
-    if not any(moves):
+    if not (_moves_kv(cfg, "departure") or _moves_kv(cfg, "rebalancing")):
         raise ConfigError(f"{name} contradicts departure=wait and rebalancing=none: no answer migrates")
     if _caches_nothing(cfg) or not mode.keeps_received:
         word = "index=none" if _caches_nothing(cfg) else f"mode {type(mode).__name__}"

@@ -12,9 +12,7 @@ from abc import ABC, abstractmethod
 
 
 class MigrationPolicy(ABC):
-    """Asked between two steps of an answer that is to migrate, first and after each copy. is_live: it copies ahead."""
-
-    is_live = True
+    """Asked between two steps of an answer that is to migrate, first and after each copy."""
 
     @abstractmethod
     def copies_ahead(self, num_left: int, num_before: int | None) -> bool:
@@ -27,8 +25,6 @@ class MigrationPolicy(ABC):
 
 class StopAndCopy(MigrationPolicy):
     """It stops first. The baseline."""
-
-    is_live = False
 
     def copies_ahead(self, num_left: int, num_before: int | None) -> bool:
         return False
