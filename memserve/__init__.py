@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LLM": "memserve.llm",
     "Output": "memserve.llm",
-    "SamplingParams": "memserve.request",
+    "SamplingParams": "memserve.sampling_params",
     "MemPool": "memserve.kvcache",
     "RadixIndex": "memserve.kvcache",
     "NullIndex": "memserve.kvcache",

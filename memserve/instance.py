@@ -22,7 +22,8 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState
 from memserve.messages import CANCELLED, Abort, Dispatch, Finished, Message, PoolMessage, Redirect, Room, unpack_tokens
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import FinishReason, Phase, Request, Role, Runner, SamplingParams, ScheduledBatch, StepOutput
+from memserve.request import FinishReason, Phase, Request, Role, Runner, ScheduledBatch, StepOutput
+from memserve.sampling_params import SamplingParams
 from memserve.sched.admission import Limits, RequestRefused
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.served import Served, ServedBook, adopted, check_stop, handoff_ended, new_request, stays, stop_strings

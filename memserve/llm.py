@@ -24,7 +24,8 @@ from memserve.instance import Instance
 from memserve.messages import Abort, Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
-from memserve.request import Role, SamplingParams, TokenLogprobs, require_priority
+from memserve.request import Role, TokenLogprobs, require_priority
+from memserve.sampling_params import SamplingParams
 from memserve.sched.queue_policy import QueuePolicy
 
 _OF_THE_MODEL = ("dtype", "device", "attention", "compile", "fused_rows", "max_context", "num_threads")

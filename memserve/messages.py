@@ -34,8 +34,9 @@ import msgspec
 import numpy as np
 
 from memserve.decisions import Holding
-from memserve.request import FinishReason, SamplingParams, TokenLogprobs
+from memserve.request import FinishReason, TokenLogprobs
 from memserve.request_stats import RequestStats
+from memserve.sampling_params import SamplingParams
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

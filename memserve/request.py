@@ -17,74 +17,10 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from memserve.values import as_tuple, require_bool, require_int, require_number
+from memserve.sampling_params import SamplingParams
+from memserve.values import require_int
 
-MAX_STOP_STRINGS = 16
-MAX_LOGPROBS = 20
-MAX_WORD = 2**64 - 1  # of what goes from one instance to another
 Output = TypeVar("Output")
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the tokens of one answer are chosen. The defaults are greedy.
-
-    temperature: 0 is greedy; otherwise logits are divided by it.
-    top_k: keep the k most likely tokens; 0 keeps all.
-    top_p: keep the smallest set of tokens whose probability reaches it, in (0, 1].
-    seed: the random number of a token is a function of (seed, position) alone; None takes the engine's seed and the
-        request's id.
-    max_tokens: most tokens to generate, at least 1.
-    stop: strings that end the answer; the text ends before the first of them. One that is a special token of the
-        tokenizer (`<|im_end|>`), which text leaves out, ends the answer at that token.
-    stop_token_ids: tokens that end the answer, beside the model's end-of-sequence tokens.
-    ignore_eos: do not end at the model's end-of-sequence tokens.
-    logprobs: return the log-probability of each token and of this many most likely ones; None returns none.
-
-    Raises ValueError naming the value and what is allowed.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int = 128
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        self._set("stop", as_tuple("stop", self.stop))
-        self._set("stop_token_ids", as_tuple("stop_token_ids", self.stop_token_ids))
-        self._set("temperature", require_number("temperature", self.temperature, "a finite number >= 0", minimum=0.0))
-        top_k = require_int("top_k", self.top_k, 0, MAX_WORD, allowed="an integer in [0, 2**64) (0 keeps all)")
-        self._set("top_k", top_k)
-        top_p = require_number("top_p", self.top_p, "a number in (0, 1]", minimum=0.0, maximum=1.0, exclusive=True)
-        self._set("top_p", top_p)
-        self._set("max_tokens", require_int("max_tokens", self.max_tokens, 1))
-        if self.seed is not None:
-            self._set("seed", require_int("seed", self.seed, 0, MAX_WORD, allowed="an integer in [0, 2**64) or None"))
-        if self.logprobs is not None:
-            allowed = f"an integer in [0, {MAX_LOGPROBS}] or None"
-            self._set("logprobs", require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, allowed=allowed))
-        if len(self.stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop={self.stop!r}: expected at most {MAX_STOP_STRINGS} non-empty strings")
-        ids, allowed = self.stop_token_ids, "integers in [0, 2**64)"
-        stop_ids = tuple(require_int("stop_token_ids", token, 0, MAX_WORD, allowed=allowed) for token in ids)
-        self._set("stop_token_ids", stop_ids)
-        require_bool("ignore_eos", self.ignore_eos)
-
-    def _set(self, name: str, value: object) -> None:
-        msgspec.structs.force_setattr(self, name, value)
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def can_stop_early(self) -> bool:
-        """Whether the answer may end before max_tokens, so that its length is not known in advance."""
-        return bool(self.stop or self.stop_token_ids or not self.ignore_eos)
 
 
 def require_priority(name: str, value: object) -> int:

@@ -12,8 +12,9 @@ from memserve.deposits import Deposited
 from memserve.fetches import FetchedKV
 from memserve.messages import pack_tokens, unpack_tokens
 from memserve.migrations import SentAhead
-from memserve.request import Request, SamplingParams
+from memserve.request import Request
 from memserve.request_stats import RequestStats
+from memserve.sampling_params import SamplingParams
 from memserve.sched.queue_policy import QueuePolicy, level_of
 
 

@@ -34,7 +34,7 @@ from memserve.messages import Abort, Dispatch, Tokens, pack_tokens
 from memserve.metrics.output import environment
 from memserve.model.model_path import open_model
 from memserve.model.runner import geometry
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
 HOLDER = ("bench",)

@@ -18,7 +18,8 @@ from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.weights import tensor_shapes
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 
 DTYPE, BLOCK_SIZE = torch.bfloat16, 16
 WARM_UP_STEPS = 3

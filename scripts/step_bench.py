@@ -19,7 +19,8 @@ from memserve.kvcache.radix import RadixIndex
 from memserve.model.llama import Llama
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.sampler import Sampler, SamplingRow
-from memserve.request import FinishReason, Request, SamplingParams, TokenLogprobs
+from memserve.request import FinishReason, Request, TokenLogprobs
+from memserve.sampling_params import SamplingParams
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import Recompute
 from memserve.sched.queue_policy import FCFS

@@ -17,7 +17,8 @@ from memserve.kvcache.arena import Arena
 from memserve.kvcache.layout import DiscreteLayout
 from memserve.model.llama import Llama
 from memserve.model.runner import ModelRunner, geometry
-from memserve.request import Request, Runner, SamplingParams, ScheduledBatch
+from memserve.request import Request, Runner, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 from memserve.sched.cost_model.fit import MeasuredStep
 
 PREFIX_SHARES = (0.0, 0.25, 0.5, 0.9)

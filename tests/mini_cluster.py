@@ -9,7 +9,8 @@ from memserve.hash_runner import HashRunner, hash_geometry
 from memserve.instance import Instance
 from memserve.kvcache import LRU, AtOnce, DiscreteLayout, MemPool, NullIndex, RadixIndex
 from memserve.messages import Dispatch, Finished, Tokens, pack_tokens, unpack_tokens
-from memserve.request import Role, SamplingParams
+from memserve.request import Role
+from memserve.sampling_params import SamplingParams
 from memserve.sched.admission import Limits
 from memserve.sched.batching import Mixed
 from memserve.sched.group import Group

@@ -8,7 +8,8 @@ from mini_cluster import dispatch, group_of, hash_instance
 
 from memserve.instance import Instance
 from memserve.messages import Abort, Cancel, Finished, Message, Submit, Tokens, pack_times, pack_tokens
-from memserve.request import FinishReason, SamplingParams
+from memserve.request import FinishReason
+from memserve.sampling_params import SamplingParams
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.sched.routing import RoundRobin
 

@@ -19,6 +19,7 @@ FLOORS = [
         "clock",
         "values",
         "request",
+        "sampling_params",
         "decisions",
         "request_stats",
         "messages",
@@ -55,10 +56,11 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 
 # Units of one floor do not know each other, but for these.
 BESIDE = {
-    "request": {"values"},
+    "sampling_params": {"values"},
+    "request": {"sampling_params", "values"},
     "values": {"clock"},
     "request_stats": {"decisions"},
-    "messages": {"request", "decisions", "request_stats"},
+    "messages": {"request", "sampling_params", "decisions", "request_stats"},
     "timeline": {"decisions", "request", "request_stats"},
     "config": {"request", "clock"},
     "words": {"fetches", "bequest", "deposits", "migrations"},

@@ -227,6 +227,28 @@ def test_a_seeded_sample_does_not_depend_on_the_batch_or_the_cache(llm):
     assert llm.generate(prompts[1], other)[0].token_ids != alone
 
 
+def test_greedy_answers_with_a_repetition_penalty_are_those_of_transformers(path, tmp_path):
+    directory = tmp_path / "with_tokenizer"
+    shutil.copytree(path.removeprefix("random:"), directory)
+    byte_level_tokenizer().save_pretrained(directory)
+    llm, model = LLM(directory, block_size=4, num_blocks=200), transformers.LlamaForCausalLM.from_pretrained(directory)
+    prompts = [list(b"one and one and one and one"), list(b"another prompt"), [7] * 40]
+    params = SamplingParams(max_tokens=60, repetition_penalty=1.3, ignore_eos=True)
+    how = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.3, "eos_token_id": None, "pad_token_id": 0}
+    expected = [model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist() for prompt in prompts]
+    for _ in range(2):  # the second time from the cache
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+    without = msgspec.structs.replace(params, repetition_penalty=1.0)
+    assert [output.token_ids for output in llm.generate(prompts, without)] != expected
+
+
+def test_a_frequency_penalty_spreads_an_answer_over_more_tokens(llm):
+    params = SamplingParams(max_tokens=150, ignore_eos=True, frequency_penalty=2.0)
+    [spread] = llm.generate([3, 4, 5], params)
+    [plain] = llm.generate([3, 4, 5], msgspec.structs.replace(params, frequency_penalty=0.0))
+    assert len(set(spread.token_ids)) > 2 * len(set(plain.token_ids))
+
+
 def test_logprobs_name_every_token_and_the_likeliest(llm):
     output = llm.generate("hello", SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3))[0]
     assert [entry.token_id for entry in output.logprobs] == output.token_ids

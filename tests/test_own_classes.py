@@ -14,7 +14,8 @@ from memserve.kvcache import Match
 from memserve.kvcache.eviction import Eviction
 from memserve.kvcache.granularity import ByRequest, Stretch
 from memserve.kvcache.hash_index import HashIndex
-from memserve.request import Role, SamplingParams
+from memserve.request import Role
+from memserve.sampling_params import SamplingParams
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.heirs import Heir

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from memserve.messages import Dispatch, Message, Tokens, pack_times, pack_tokens, unpack_times, unpack_tokens
-from memserve.request import IntBuffer, Request, SamplingParams
+from memserve.request import IntBuffer, Request
+from memserve.sampling_params import SamplingParams
 from memserve.served import drawn_seed
 
 
@@ -22,6 +23,13 @@ from memserve.served import drawn_seed
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", "high"),
         ("max_tokens", 0),
         ("max_tokens", 2.0),
         ("seed", -1),
@@ -46,6 +54,11 @@ def test_a_sampling_value_out_of_range_is_named_with_what_is_allowed(name, value
 def test_the_largest_sampling_values_go_from_one_instance_to_another():
     params = SamplingParams(top_k=2**64 - 1, seed=2**64 - 1, stop_token_ids=(2**64 - 1,))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_each_penalty_alone_penalises(name):
+    assert SamplingParams(**{name: 0.5}).penalises and not SamplingParams(temperature=1.0, min_p=0.1).penalises
 
 
 def test_unknown_sampling_options_raise():

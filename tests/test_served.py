@@ -6,7 +6,8 @@ from small_sentencepiece import IDS, SPACE, sentencepiece_tokenizer
 
 from memserve.kvcache.ticket import Arrival
 from memserve.model.tokenizer import HFTokenizer
-from memserve.request import Request, SamplingParams
+from memserve.request import Request
+from memserve.sampling_params import SamplingParams
 from memserve.served import adopted, stop_strings
 from memserve.words import packed, read_word, request_of
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 from memserve.trace_runner import TraceRunner
 
 VOCAB_SIZE = 1000

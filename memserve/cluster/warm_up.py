@@ -6,7 +6,7 @@ import numpy as np
 
 from memserve.instance import Instance
 from memserve.messages import Dispatch, pack_tokens
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 
 WARM_UP_PROMPTS = (300, 64, 17)  # tokens; with the answers below, steps of every kind run once
 WARM_UP_TOKENS = 8

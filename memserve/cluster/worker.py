@@ -27,7 +27,8 @@ from memserve.kvcache.copy_engine import BlockCopier
 from memserve.messages import pack_tokens, unpack_tokens
 from memserve.model.parallel import LEADER, GroupBroken, Shard
 from memserve.model.runner import ModelRunner
-from memserve.request import LayerRun, Request, SamplingParams, ScheduledBatch, StepOutput
+from memserve.request import LayerRun, Request, ScheduledBatch, StepOutput
+from memserve.sampling_params import SamplingParams
 
 _FRAME_BYTES = 16 * 1024  # what a message's first broadcast carries; only longer ones take a second
 _LENGTH_BYTES = 8

@@ -14,7 +14,8 @@ from memserve.kvcache.layout import DiscreteLayout
 from memserve.model.llama import Llama
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.sampler import Sampler, SamplingRow
-from memserve.request import Request, SamplingParams, ScheduledBatch, TokenLogprobs
+from memserve.request import Request, ScheduledBatch, TokenLogprobs
+from memserve.sampling_params import SamplingParams
 
 NEAR_TIE = 2e-4  # of the logits' units
 

@@ -19,6 +19,7 @@ from memserve.model.captured_decode import CapturedDecode
 from memserve.model.decode_graph import DecodeGraph
 from memserve.model.llama import Llama
 from memserve.model.model_config import ModelConfig
+from memserve.model.penalties import History
 from memserve.model.sampler import Sampler, SamplingRow
 from memserve.request import LayerRun, Request, ScheduledBatch, StepOutput, TokenLogprobs
 from memserve.transfer.block_copy import to_device
@@ -78,7 +79,8 @@ class ModelRunner:
             layers = self._layers(step)
             logits_SV = (yield from layers) if i + 1 == batch.num_steps else LayerRun(layers).finish()
             if len(sampling):
-                token_ids[sampling, i], logprobs = self._sample(logits_SV, step, [batch.requests[r] for r in sampling])
+                requests = [batch.requests[r] for r in sampling]
+                token_ids[sampling, i], logprobs = self._sample(logits_SV, step, requests, token_ids[sampling, :i])
             else:
                 self._wait()
             if i + 1 < batch.num_steps:
@@ -127,12 +129,25 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _sample(
-        self, logits_SV: torch.Tensor, step: ForwardBatch, requests: list[Request]
+        self, logits_SV: torch.Tensor, step: ForwardBatch, requests: list[Request], earlier: np.ndarray
     ) -> tuple[np.ndarray, Logprobs]:
-        """int32 [S] tokens of the sampled rows, and their logprobs if any of `requests`, which own those rows, asks."""
+        """int32 [S] tokens of the sampled rows, and their logprobs if any of `requests`, which own those rows, asks.
+
+        earlier: int32 [S, n], what the batch's steps before this one sampled.
+        """
         positions = step.positions[step.sample_rows] + 1
-        rows = [SamplingRow(r.params, r.seed, int(p)) for r, p in zip(requests, positions, strict=True)]
+        rows = [
+            SamplingRow(r.params, r.seed, int(p), _history(r, tokens))
+            for r, p, tokens in zip(requests, positions, earlier, strict=True)
+        ]
         return self._sampler.sample(logits_SV, rows)
+
+
+def _history(request: Request, earlier: np.ndarray) -> History | None:
+    """What a row needs to know of the tokens before the one it samples; None where it needs nothing."""
+    if not request.params.penalises:
+        return None
+    return History(request.prompt, np.concatenate([request.output_token_ids, earlier]))
 
 
 def _one_a_request(logprobs: Logprobs, sampling: np.ndarray, num_requests: int) -> Logprobs:

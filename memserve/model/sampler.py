@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from memserve.mixing import GOLDEN64, MASK64, mix64
-from memserve.request import SamplingParams, TokenLogprobs
+from memserve.model.penalties import History, penalised
+from memserve.request import TokenLogprobs
+from memserve.sampling_params import SamplingParams
 from memserve.transfer.block_copy import to_device
 
 NUCLEUS_GUESS = 1024  # most nuclei are smaller; a larger one costs its row a second look, and a full sort
@@ -27,15 +29,19 @@ class InvalidLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """How to choose one token: seed >= 0 of the request (64 bits count), position of the new token in it."""
+    """How to choose one token: seed >= 0 of the request (64 bits count), position of the new token in it.
+
+    history: the tokens before it, where params penalise some.
+    """
 
     params: SamplingParams
     seed: int
     position: int
+    history: History | None = None
 
 
 class Sampler:
-    """Greedy, temperature, top-k and top-p, in that order, each row by its own parameters."""
+    """Penalties; then greedy, or temperature, top-k, top-p and min-p, in that order; each row by its own parameters."""
 
     def sample(
         self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]
@@ -45,6 +51,8 @@ class Sampler:
         logits_RV: any float dtype and device, finite or -inf. A greedy batch is one argmax. Raises InvalidLogits.
         """
         assert logits_RV.shape[0] == len(rows)
+        given_RV = logits_RV
+        logits_RV = penalised(given_RV, [row.params for row in rows], [row.history for row in rows])
         tokens_R = logits_RV.argmax(-1)
         largest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
         known_R = torch.ones_like(tokens_R)
@@ -60,7 +68,7 @@ class Sampler:
         for i in np.flatnonzero(known == 0).tolist():
             tokens_R[i : i + 1] = _draw(logits_RV[i : i + 1].float(), [rows[i]], logits_RV.shape[1])[0]
             tokens[i] = int(tokens_R[i])
-        return tokens.astype(np.int32), _logprobs(logits_RV, tokens_R, rows)
+        return tokens.astype(np.int32), _logprobs(given_RV, tokens_R, rows)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -71,9 +79,9 @@ def uniform(seed: int, position: int) -> float:
 def kept_floor(
     logits_RV: torch.Tensor, params: Sequence[SamplingParams], num_largest: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [R]: the smallest logit that top-k and top-p keep, -inf where they keep all. And bool [R]: where that is
-    known; it is not where a nucleus has more than the `num_largest` values that are looked at (None: as many as
-    nearly all have; V: all there are).
+    """float32 [R]: the smallest logit that top-k, top-p and min-p keep, -inf where they keep all. And bool [R]: where
+    that is known; it is not where a nucleus has more than the `num_largest` values that are looked at (None: as many
+    as nearly all have; V: all there are).
 
     logits_RV: float32, divided by the temperature. top-p counts what top-k has left: its set is the smallest whose
     probability reaches top_p. Tokens that tie with the last one kept are kept.
@@ -85,7 +93,11 @@ def kept_floor(
         num_largest = max((k for k in top_k if k < num_tokens), default=1)
         if any(p < 1.0 and k == num_tokens for p, k in zip(top_p, top_k, strict=True)):
             num_largest = min(max(num_largest, NUCLEUS_GUESS), num_tokens)
-    return _floor_among_largest(logits_RV, top_k, top_p, num_largest)
+    floor_R, is_known_R = _floor_among_largest(logits_RV, top_k, top_p, num_largest)
+    if any(p.min_p for p in params):
+        share_R = to_device(np.array([p.min_p for p in params], dtype=np.float32), logits_RV.device)
+        floor_R = torch.maximum(floor_R, logits_RV.amax(-1) + share_R.log())
+    return floor_R, is_known_R
 
 
 def _rows_at_once(logits_RV: torch.Tensor) -> int:
@@ -104,7 +116,7 @@ def _draw(
     temperature_R = to_device(np.clip([p.temperature for p in params], *_TEMPERATURES).astype(np.float32), device)
     scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R[:, None]
     weights_RV = scaled_RV.exp()
-    if any(p.top_k or p.top_p < 1.0 for p in params):
+    if any(p.top_k or p.top_p < 1.0 or p.min_p for p in params):
         floor_R, is_known_R = kept_floor(scaled_RV, params, num_largest)
         weights_RV *= torch.ge(scaled_RV, floor_R[:, None], out=torch.empty_like(scaled_RV))
         known_R = is_known_R.to(torch.int64)

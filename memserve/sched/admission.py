@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 
 
 class RequestRefused(ValueError):

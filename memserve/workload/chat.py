@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from memserve.clock import to_ns
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.values import require_bool, require_choice, require_duration, require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes
@@ -41,7 +41,7 @@ class ChatWorkload(Workload):
     tool_role: the role under which tool results reach the chat template; "user" works with every template.
     skip_invalid: leave out conversations that cannot be played, say how many in the log and in the report, and go on,
         instead of raising.
-    temperature, top_k, top_p: see SamplingParams.
+    temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: see SamplingParams.
     ignore_eos: an answer ends at its length alone; None: with output_length="from_file".
     classes: kinds of requests, with shares, priorities and objectives: see `request_classes`.
 
@@ -63,6 +63,10 @@ class ChatWorkload(Workload):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         ignore_eos: bool | None = None,
         classes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
@@ -81,6 +85,10 @@ class ChatWorkload(Workload):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             ignore_eos=self._from_file if ignore_eos is None else ignore_eos,
             max_tokens=require_int("max_output_tokens", max_output_tokens, 1),
         )

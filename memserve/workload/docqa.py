@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.values import require_int, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes

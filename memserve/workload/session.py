@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from memserve.clock import MAX_NS
-from memserve.request import SamplingParams, require_priority
+from memserve.request import require_priority
+from memserve.sampling_params import SamplingParams
 from memserve.values import require_int
 from memserve.workload.classes import RequestClass, drawn
 

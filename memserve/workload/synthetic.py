@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from memserve.clock import to_ns
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.values import require_duration, require_int, require_number, require_part
 from memserve.workload.arrivals import Arrivals, Poisson, arrival_times_ns
 from memserve.workload.classes import request_classes

@@ -20,7 +20,7 @@ import numpy as np
 
 from memserve.clock import to_ns, to_s
 from memserve.mixing import GOLDEN64, mix64
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.values import require_bool, require_duration, require_int, require_number
 from memserve.workload.classes import request_classes
 from memserve.workload.conversations import BadConversation, named_by

@@ -11,7 +11,8 @@ from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError
 from memserve.handoff import GivenBack
 from memserve.messages import Ask, Cancel, pack_tokens
-from memserve.request import FinishReason, Request, SamplingParams
+from memserve.request import FinishReason, Request
+from memserve.sampling_params import SamplingParams
 from memserve.served import Served
 from memserve.transfer import MessageFaults
 

@@ -8,7 +8,8 @@ from memserve.cluster.emulated import EmulatedCluster
 from memserve.cluster.emulated_node import Node
 from memserve.cluster.step_time import Measured, Modelled
 from memserve.kvcache import InVirtualTime
-from memserve.request import Role, SamplingParams
+from memserve.request import Role
+from memserve.sampling_params import SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.routing import LeastLoad, RoundRobin

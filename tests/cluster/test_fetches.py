@@ -21,7 +21,8 @@ from memserve.decisions import Holding
 from memserve.messages import Ask, Cancel, Dispatch, Fetch, pack_tokens, unpack_tokens
 from memserve.metrics.records import request_record
 from memserve.metrics.report import build_report
-from memserve.request import FinishReason, Phase, SamplingParams
+from memserve.request import FinishReason, Phase
+from memserve.sampling_params import SamplingParams
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.transfer import MessageFaults
 

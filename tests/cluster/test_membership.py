@@ -11,7 +11,8 @@ from rich.console import Console
 from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Submit, pack_tokens
 from memserve.metrics.table import print_report
-from memserve.request import FinishReason, Role, SamplingParams
+from memserve.request import FinishReason, Role
+from memserve.sampling_params import SamplingParams
 from memserve.sched.scaling import Add, ChangeRole, Crash, Drain, NoScaling
 
 WORKLOAD = [

@@ -1,4 +1,4 @@
-"""Answers that migrate go on as they would have: what is drawn, log-probabilities, stop strings; of real models too."""
+"""Answers that migrate go on as they would have: draws, penalties, log-probabilities, stop strings; real models too."""
 
 import dataclasses
 import functools
@@ -48,7 +48,10 @@ class Stops(Changed):
 
 
 class Tells(Changed):
-    changes: ClassVar[dict] = {"logprobs": 2, "temperature": 0.8, "top_k": 40}
+    changes: ClassVar[dict] = {
+        "logprobs": 2, "temperature": 0.8, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2,
+        "frequency_penalty": 0.4,
+    }  # fmt: skip
 
 
 def play(words, act=lambda cluster, number: None):

@@ -24,7 +24,8 @@ from memserve.cluster.node_messages import (
 )
 from memserve.cluster.roster import Roster
 from memserve.messages import Dispatch, Fetch, Finished, Refuse, Tokens, pack_tokens
-from memserve.request import Role, SamplingParams
+from memserve.request import Role
+from memserve.sampling_params import SamplingParams
 from memserve.transfer import InProcess, LinkModel
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)

@@ -13,7 +13,8 @@ from ranks import launch
 from memserve.cluster.worker import Followers, ParallelRunner, _batch, _compute
 from memserve.model.batch import build_forward_batch
 from memserve.model.parallel import WHOLE, GroupBroken
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
 

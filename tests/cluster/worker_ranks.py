@@ -23,7 +23,8 @@ from memserve.model.llama import Llama
 from memserve.model.parallel import GroupBroken, GroupShard
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.sampler import InvalidLogits, Sampler
-from memserve.request import Role, SamplingParams
+from memserve.request import Role
+from memserve.sampling_params import SamplingParams
 from memserve.sched.admission import Limits
 from memserve.sched.local_scheduler import LocalScheduler
 from memserve.sched.preemption import SwapOut

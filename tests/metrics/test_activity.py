@@ -5,7 +5,8 @@ import pytest
 from memserve import LocalCluster, load_config
 from memserve.kvcache.ticket import Sent
 from memserve.metrics.activity import Activity, activity_lines, late_steps_ns, load_activity, spans_of
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 
 SIMULATED = ["exec=simulated", "workload.num_sessions=5", "workload.max_turns=3", "workload.max_output_tokens=40"]
 

@@ -10,7 +10,8 @@ from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.sampler import Sampler
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 
 LAYOUTS = {"discrete": DiscreteLayout(), "aggregated": AggregatedLayout()}
 

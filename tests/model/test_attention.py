@@ -11,7 +11,8 @@ from memserve.kvcache.layout import CacheGeometry
 from memserve.model.attention import attention_backend
 from memserve.model.attention.reference import ReferenceAttention
 from memserve.model.batch import ForwardBatch, build_forward_batch
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 
 NUM_KV_HEADS, HEAD_DIM = 2, 24
 # (tokens in the cache, new tokens): prefill, decode, chunks of one and of many, a lone first token

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from memserve.model.batch import build_forward_batch
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 
 
 def request(num_tokens: int, num_computed: int, blocks: list[int]) -> Request:

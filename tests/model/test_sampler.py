@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from memserve.model.penalties import History
 from memserve.model.sampler import NUCLEUS_GUESS, InvalidLogits, Sampler, SamplingRow, kept_floor, uniform
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 
 GREEDY = SamplingParams()
 
@@ -95,6 +96,75 @@ def test_what_is_kept_is_what_transformers_keeps(num_tokens: int, top_k: int, to
         expected = TopPLogitsWarper(top_p)(None, expected)
     got = truncate(logits, SamplingParams(temperature=1, top_k=top_k, top_p=top_p))
     assert torch.equal(got.double(), expected)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.01, 0.3, 1.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (30, 1.0), (0, 0.8), (5, 0.9)])
+def test_what_min_p_leaves_of_what_is_kept_is_what_transformers_leaves(min_p: float, top_k: int, top_p: float) -> None:
+    logits = random_logits(4, 3000, 2.0, seed=3)
+    expected = logits.double()
+    for warp in (TopKLogitsWarper(top_k) if top_k else None, TopPLogitsWarper(top_p) if top_p < 1 else None):
+        expected = expected if warp is None else warp(None, expected)
+    expected = MinPLogitsWarper(min_p)(None, expected) if min_p else expected
+    got = truncate(logits, SamplingParams(temperature=1, top_k=top_k, top_p=top_p, min_p=min_p))
+    assert torch.equal(got.double(), expected)
+    assert min_p < 0.3 or got.isfinite().sum() < 200
+
+
+def test_min_p_counts_after_the_temperature_and_for_its_own_rows_alone() -> None:
+    logits = torch.tensor([[0.0, -1.0, -2.0, -3.0]])
+    warm, cold = SamplingParams(temperature=2.0, min_p=0.3), SamplingParams(temperature=0.5, min_p=0.3)
+    free = SamplingParams(temperature=2.0)
+    rows = [SamplingRow(params, 7, position) for position in range(600) for params in (warm, cold, free)]
+    tokens = Sampler().sample(logits.expand(len(rows), -1), rows)[0]
+    assert [set(tokens[i::3].tolist()) for i in range(3)] == [{0, 1, 2}, {0}, {0, 1, 2, 3}]
+
+
+def int32(*tokens: int) -> np.ndarray:
+    return np.array(tokens, dtype=np.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.6, 1.7])
+def test_repetition_is_penalised_as_transformers_does(factor: float, dtype: torch.dtype) -> None:
+    logits = random_logits(6, 30).to(dtype)
+    generator = np.random.default_rng(1)
+    params = SamplingParams(repetition_penalty=factor)
+    for length in (1, 7, 60):
+        tokens = generator.integers(0, 30, (6, length), dtype=np.int32)
+        rows = [
+            SamplingRow(params, 0, length, History(row[: length // 2 + 1], row[length // 2 + 1 :])) for row in tokens
+        ]
+        expected = RepetitionPenaltyLogitsProcessor(factor)(torch.from_numpy(tokens).long(), logits.float())
+        assert Sampler().sample(logits, rows)[0].tolist() == expected.argmax(-1).tolist()
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    logits = torch.tensor([[3.0, 2.9, 2.5, 1.0]])
+    history = History(int32(1, 2), int32(0, 0, 1))
+    cases = [
+        ({"presence_penalty": 0.3}, 0),  # 2.7, 2.6, 2.5
+        ({"presence_penalty": 1.0}, 2),  # 2, 1.9, 2.5
+        ({"frequency_penalty": 0.2}, 1),  # 2.6, 2.7, 2.5
+        ({"frequency_penalty": 0.2, "presence_penalty": 0.5}, 2),  # 2.1, 2.2, 2.5
+        ({"frequency_penalty": 0.1, "repetition_penalty": 2.0}, 1),  # 1.3, 1.35, 1.25, 1: prompt and answer are halved
+        ({"frequency_penalty": -1.0}, 0),
+    ]
+    for how, expected in cases:
+        rows = [SamplingRow(SamplingParams(**how), 0, 5, history), SamplingRow(GREEDY, 0, 5)]
+        assert Sampler().sample(logits.expand(2, -1), rows)[0].tolist() == [expected, 0], how
+
+
+def test_penalties_change_what_is_drawn_and_no_logprob() -> None:
+    logits = random_logits(1, 6, 0.1)
+    params = SamplingParams(temperature=1.0, frequency_penalty=2.0, logprobs=1)
+    history = History(int32(0), int32(*[1] * 40, *[2] * 40))
+    rows = [SamplingRow(params, 3, position, history) for position in range(300)]
+    kept = logits.clone()
+    tokens, logprobs = Sampler().sample(logits.expand(300, -1), rows)
+    assert set(tokens.tolist()) == {0, 3, 4, 5} and torch.equal(logits, kept)
+    assert logprobs is not None and logprobs[0] is not None
+    assert logprobs[0].logprob == pytest.approx(float(torch.log_softmax(logits[0], -1)[tokens[0]]), abs=1e-6)
 
 
 def test_a_nucleus_larger_than_the_guess_is_found_too() -> None:

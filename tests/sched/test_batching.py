@@ -5,7 +5,7 @@ import pytest
 from mini_cluster import collect, dispatch, hash_answer, hash_instance, sizes
 
 from memserve import LocalCluster, load_config
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.sched.batching import Batching, Mixed, PrefillFirst
 from memserve.sched.preemption import SwapOut
 

@@ -7,7 +7,8 @@ import pytest
 from memserve import LocalCluster, load_config
 from memserve.cluster.costs import build_cost_model, subject_of
 from memserve.config.errors import ConfigError
-from memserve.request import Request, SamplingParams, ScheduledBatch
+from memserve.request import Request, ScheduledBatch
+from memserve.sampling_params import SamplingParams
 from memserve.sched.cost_model.arch import ArchCostModel
 from memserve.sched.cost_model.base import Subject, attention_tokens
 from memserve.sched.cost_model.fit import (

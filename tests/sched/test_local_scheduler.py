@@ -4,7 +4,7 @@ from mini_cluster import collect, dispatch, hash_answer, hash_instance, serve, s
 
 from memserve.kvcache.eviction import LFU
 from memserve.messages import Abort
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.sched.queue_policy import LongestPrefixFirst
 
 ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)

@@ -8,7 +8,8 @@ from mini_cluster import group_of
 
 from memserve import LocalCluster, load_config
 from memserve.messages import Finished, HandoffEnded, Submit, Tokens, pack_times, pack_tokens
-from memserve.request import FinishReason, Role, SamplingParams
+from memserve.request import FinishReason, Role
+from memserve.sampling_params import SamplingParams
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.modes import PDBasic, PDCaching2, PDCaching3

@@ -8,7 +8,8 @@ import pytest
 from mini_cluster import collect, dispatch, hash_answer, hash_instance, sizes
 
 from memserve.kvcache import InVirtualTime
-from memserve.request import Request, SamplingParams
+from memserve.request import Request
+from memserve.sampling_params import SamplingParams
 from memserve.sched.batching import Mixed, PrefillFirst
 from memserve.sched.preemption import Recompute, SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst, Priority, QueuePolicy

@@ -16,7 +16,8 @@ from memserve.messages import (
     pack_times,
     pack_tokens,
 )
-from memserve.request import FinishReason, SamplingParams
+from memserve.request import FinishReason
+from memserve.sampling_params import SamplingParams
 from memserve.sched.departures import EndThere, Migrate
 from memserve.sched.global_scheduler import GlobalScheduler
 from memserve.sched.routing import RoundRobin

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from memserve.messages import Finished, Submit, Tokens, pack_times, pack_tokens
-from memserve.request import FinishReason, SamplingParams
+from memserve.request import FinishReason
 from memserve.request_stats import RequestStats
+from memserve.sampling_params import SamplingParams
 from memserve.sched.routed import Routed
 from memserve.timeline import RequestTimeline
 

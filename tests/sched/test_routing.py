@@ -4,7 +4,8 @@ from mini_cluster import group_of, snapshot
 
 from memserve import LocalCluster, load_config
 from memserve.messages import Cancel, Finished, Submit, Tokens, pack_times, pack_tokens
-from memserve.request import FinishReason, SamplingParams
+from memserve.request import FinishReason
+from memserve.sampling_params import SamplingParams
 from memserve.sched.global_scheduler import CLIENT, GlobalScheduler
 from memserve.sched.routing import (
     LeastLoad,

@@ -11,7 +11,8 @@ from mini_cluster import collect, dispatch, hash_answer, hash_instance
 
 from memserve.kvcache import InVirtualTime
 from memserve.messages import Abort
-from memserve.request import Phase, Request, SamplingParams
+from memserve.request import Phase, Request
+from memserve.sampling_params import SamplingParams
 from memserve.sched.preemption import SwapOut
 from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
 from memserve.sched.swap_policy import Never

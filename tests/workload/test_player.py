@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from memserve.messages import Finished, Tokens, pack_times, pack_tokens, unpack_tokens
-from memserve.request import FinishReason, SamplingParams
+from memserve.request import FinishReason
+from memserve.sampling_params import SamplingParams
 from memserve.workload.player import SessionPlayer
 from memserve.workload.session import Session, Turn
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from memserve.request import SamplingParams
+from memserve.sampling_params import SamplingParams
 from memserve.workload.session import Session, Turn
 
 
