@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fast_compose import compose_fast
 from memserve import compose
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
+os.environ["OMP_NUM_THREADS"] = "1"  # nor in processes that tests start
 compose.compose = compose_fast
 
 
