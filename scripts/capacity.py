@@ -153,8 +153,8 @@ class Search:
             raise
         theirs = [cfg.slo, *(cfg.workload.get("classes") or ())]
         if all(each.get(name) is None for each in theirs for name in OBJECTIVES):
-            raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds, or one of "
-                             "a class in workload.classes")  # fmt: skip
+            raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.itl_s=, slo.jct_s= in "
+                             "seconds, or one of a class in workload.classes")  # fmt: skip
         return cfg
 
 

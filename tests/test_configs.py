@@ -265,7 +265,8 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["transfer.retry_s=null"], "transfer.retry_s=None: expected a number$"),
         (["model.max_context=1.5"], "model.max_context=1.5: expected null or an integer$"),
         (["cluster.tensor_parallel=2"], "cluster.tensor_parallel=2: expected a value of one of its options, cluster"),
-        (["slo=5"], "slo=5: expected a value of one of its options, slo.ttft_s, slo.tpot_s, slo.jct_s$"),
+        (["slo=5"], "slo=5: expected a value of one of its options, slo.ttft_s, slo.tpot_s, slo.itl_s, slo.jct_s$"),
+        (["slo.itl_s=0"], "slo.itl_s=0.0: expected null or seconds in"),
         (["cluster.roles=prefill"], "cluster.roles='prefill': expected a list$"),
         (["per_role.decode=3"], "per_role.decode=3: expected a mapping$"),
         (["+kvcache.blocks=3"], "kvcache.blocks: no such option; expected one of block_size, num_hbm_blocks"),
@@ -353,6 +354,7 @@ def test_bad_or_contradictory_words_are_refused_by_name(words, message):
     ("words", "message"),
     [
         (["rejection=early"], "expected slo.ttft_s= or slo.tpot_s="),
+        (["rejection=early", "slo.itl_s=1", "slo.jct_s=1"], "expected slo.ttft_s= or slo.tpot_s="),
         (["rejection=early", "slo.ttft_s=1", "rejection.slo_scale=0"], "rejection.slo_scale=0: expected"),
         (["workload.rate=-1"], "rate"),
         (["workload.rate=nan"], "rate"),

@@ -169,7 +169,7 @@ def _check_numbers(group: str, node: Any, ranges: Mapping[str, tuple[float, floa
 
 
 def _check_slo(cfg: RunConfig) -> None:
-    for name in ("ttft_s", "tpot_s", "jct_s"):
+    for name in ("ttft_s", "tpot_s", "itl_s", "jct_s"):
         value = getattr(cfg.slo, name)
         require(value is None or 0 < value <= LONGEST_S, f"slo.{name}", value,
                 f"null or seconds in (0, {LONGEST_S:g}]")  # fmt: skip

@@ -80,6 +80,7 @@ class SloConfig:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    itl_s: float | None = None
     jct_s: float | None = None
 
 

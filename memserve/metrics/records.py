@@ -47,6 +47,7 @@ def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> di
         "finished_s": _seconds(timeline.finished_ns),
         "ttft_s": metrics.ttft,
         "tpot_s": metrics.tpot,
+        "max_itl_s": metrics.max_itl,
         "jct_s": metrics.jct,
         **_routes(timeline.routes),
         "num_prompt": timeline.num_prompt,

@@ -19,9 +19,11 @@ _LATENCIES = {
     "second token": "second_token_s",
     "TPOT": "tpot_s",
     "ITL": "itl_s",
+    "longest ITL": "max_itl_s",
     "JCT": "jct_s",
 }
-_STATISTICS = {"mean": "mean", "P50": "p50", "P90": "p90", "P99": "p99"}
+_STATISTICS = {"mean": "mean", "P50": "p50", "P90": "p90", "P95": "p95", "P99": "p99"}
+_OBJECTIVES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "longest ITL", "jct_s": "JCT"}
 
 
 def report_tables(report: Report, title: str = "") -> Group:
@@ -118,7 +120,7 @@ def _goodput_text(goodput: Report | None) -> dict[str, str]:
         return {}
     share, rate = format_figure(goodput["share"], "share"), format_figure(goodput["requests_per_s"], "number")
     missed = ", ".join(
-        f"{counted(goodput['missed'][key])} by {_name_of(key)} <= {format_figure(bound, 'seconds')}"
+        f"{counted(goodput['missed'][key])} by {_OBJECTIVES[key]} <= {format_figure(bound, 'seconds')}"
         for key, bound in goodput["slo"].items()
         if bound is not None
     )
@@ -136,11 +138,6 @@ def _class_texts(figures: Report) -> Iterator[str]:
         mean, p99 = (format_figure(figures[_LATENCIES[name]][statistic], "seconds") for statistic in ("mean", "p99"))
         yield f"{name} {mean} (P99 {p99})"
     yield from (f"goodput {text}" for text in _goodput_text(figures["goodput"]).values())
-
-
-def _name_of(key: str) -> str:
-    """A latency's name, of its key in a report."""
-    return next(name for name, own in _LATENCIES.items() if own == key)
 
 
 def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
