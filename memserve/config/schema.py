@@ -85,6 +85,14 @@ class SloConfig:
 
 
 @dataclass
+class MeasureConfig:
+    """Of which requests figures are: of those that arrive in [from_s, until_s), seconds after the first; None: all."""
+
+    from_s: float | None = None
+    until_s: float | None = None
+
+
+@dataclass
 class TensorParallelConfig:
     """Ranks of an instance, over which its model and its KV heads are split: of every one, or of one of a role."""
 
@@ -180,5 +188,6 @@ class RunConfig:
     migration: Any = MISSING
     rejection: Any = MISSING
     slo: SloConfig = field(default_factory=SloConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     workload: Any = MISSING
     tracking: Any = MISSING

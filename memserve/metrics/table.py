@@ -74,6 +74,7 @@ def _totals_table(report: Report) -> Table:
     rows = {
         **({"figures": said} if (said := of_what(report)) else {}),
         "requests": _requests_text(report),
+        **_measured_text(report["measured"]),
         **_workload_text(report["workload"]),
         "prompt tokens": _prompt_text(tokens),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
@@ -170,6 +171,20 @@ def _requests_text(report: Report) -> str:
     text = f"{counted(report['num_finished'])} of {counted(report['num_requests'])} finished"
     failures = ", ".join(f"{counted(n)} {reason}" for reason, n in report["failures"].items())
     return f"{text}; {failures}" if failures else text
+
+
+def _measured_text(measured: Report | None) -> dict[str, str]:
+    """Which part of the run is measured, if not all of it, and what beside it is of all."""
+    if measured is None:
+        return {}
+    from_s, until_s = (measured[key] for key in ("from_s", "until_s"))
+    until = "the end" if until_s is None else format_figure(until_s, "seconds")
+    failed = f", {counted(measured['num_left_out_failed'])} of them failed" * bool(measured["num_left_out_failed"])
+    left_out = f"{counted(measured['num_left_out'])} that arrived before or after{failed}"
+    return {
+        "measured": f"{format_figure(from_s or 0.0, 'seconds')} to {until}; left out: {left_out}",
+        "of the whole run": "KV moved, the store, tokens in vain, routing, KV peak, evictions",
+    }
 
 
 def _workload_text(figures: Mapping[str, Any]) -> dict[str, str]:
