@@ -9,8 +9,9 @@ A load holds when at least `--share` of all requests finish within every objecti
 seeds where there are several, each held to the objectives of its class where `workload.classes` has any; other figures
 are then means. Loads are doubled or halved from `--start` on until one holds and one does not, then the gap is narrowed
 to `--precision`. A queue that grows has an effect only if it has the time, and so many sessions come the sooner the
-higher their rate: with `--window S` there are as many as come in S seconds at each load. Systems and words are those of
-compare.py.
+higher their rate: with `--window S` there are as many as come in S seconds at each load. Of which requests the share
+is, `measure.from_s=` and `measure.until_s=` say, as in run.py: `--window 60 measure.from_s=10 measure.until_s=60` is
+without the ramp-up, and with as much of the drain as those requests see. Systems and words are those of compare.py.
 """
 
 import argparse
@@ -139,6 +140,9 @@ class Search:
     def _holds(self, load: float) -> bool:
         reports = [LocalCluster(self._config(load, seed)).run() for seed in self._asked.seeds]
         report = self._found.reports[load] = together(reports, self._asked.seeds)
+        if report["measured"] is not None and not report["num_requests"]:
+            raise ValueError(f"{self._name} at {load:g}: no request arrived between measure.from_s= and "
+                             "measure.until_s=: expected some at every load, as with a longer --window")  # fmt: skip
         print(f"{self._name} at {load:g}: {format_figure(share_of(report), 'share')} good", flush=True)
         return share_of(report) >= self._asked.share
 
@@ -153,8 +157,8 @@ class Search:
             raise
         theirs = [cfg.slo, *(cfg.workload.get("classes") or ())]
         if all(each.get(name) is None for each in theirs for name in OBJECTIVES):
-            raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.jct_s= in seconds, or one of "
-                             "a class in workload.classes")  # fmt: skip
+            raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.itl_s=, slo.jct_s= in "
+                             "seconds, or one of a class in workload.classes")  # fmt: skip
         return cfg
 
 

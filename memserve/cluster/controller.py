@@ -68,7 +68,7 @@ class Controller:
         scaling = build_scaling(cfg, [role for _, role in roles])
         self._members = ClusterManager(roles, scaling, self._scheduler, make(cfg.heir))
         self._client = SessionPlayer(sessions, engine.max_context, workload.concurrency)
-        self._slo, self._workload = cfg.slo, workload
+        self._slo, self._measure, self._workload = cfg.slo, cfg.measure, workload
         self._stop_s = cfg.transfer.deadline_s + STOP_S
         self._waits = cfg.cluster.patience_s > 0  # for instances, where none is left
         self._num_members = len(roles) + cfg.cluster.spares
@@ -96,7 +96,7 @@ class Controller:
             self._turnover.tell(Leave(), list(self._watch.idle))
         left = [self._summaries[i] for i in sorted(self._summaries) if self._member(i).joined_ns is not None]
         timelines = list(self._scheduler.timelines.values())
-        counted = (self._client.counts, to_s(end_ns), self._slo, self._workload)
+        counted = (self._client.counts, to_s(end_ns), self._slo, self._measure, self._workload)
         report = report_of(self._scheduler, self._members, left, *counted)
         occupancy = [sample for summary in left for sample in summary.occupancy]
         threads = {summary.stats.id: summary.num_threads for summary in left}

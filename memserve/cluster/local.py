@@ -102,7 +102,7 @@ class LocalCluster:
                 node.instance.check()
         timelines, summaries = list(cluster.scheduler.timelines.values()), cluster.summaries()
         wall_s = to_s(monotonic_ns() - started_ns)
-        counted = (player.counts, wall_s, self.cfg.slo, self._workload)
+        counted = (player.counts, wall_s, self.cfg.slo, self.cfg.measure, self._workload)
         report = report_of(cluster.scheduler, cluster.members, summaries, *counted, cluster.control_plane.figures())
         occupancy = [sample for summary in summaries for sample in summary.occupancy]
         return Result(report, timelines, occupancy, activity_of(summaries, cluster.members.labels))

@@ -10,6 +10,7 @@ from memserve.compose import to_dict, to_yaml
 from memserve.config.runs import seeds_of
 from memserve.config.schema import RunConfig
 from memserve.metrics.activity import ActivitySpan
+from memserve.metrics.measured import measured_part
 from memserve.metrics.occupancy import Sample
 from memserve.metrics.output import environment, write_output
 from memserve.metrics.repeats import combined
@@ -74,6 +75,7 @@ def _write(cfg: RunConfig, report: Report, last: Result, directory: Path) -> Non
         config_yaml=to_yaml(cfg),
         report=report,
         timelines=last.timelines,
+        part=measured_part(last.timelines, cfg.measure.from_s, cfg.measure.until_s),
         occupancy=last.occupancy,
         activity=last.activity,
         environment=recorded,

@@ -7,11 +7,12 @@ from dataclasses import replace
 import msgspec
 
 from memserve.cluster.manager import ClusterManager
-from memserve.config.schema import SloConfig
+from memserve.config.schema import MeasureConfig, SloConfig
 from memserve.instance import Instance
 from memserve.kvcache.ticket import TransferCounts
-from memserve.metrics.activity import Activity, ActivitySpan, Track, late_steps_ns, spans_of
+from memserve.metrics.activity import Activity, ActivitySpan, Track, spans_of, steps_outside_ns
 from memserve.metrics.formulas import Slo, window_ns
+from memserve.metrics.measured import measured_part
 from memserve.metrics.moved import store_figures
 from memserve.metrics.occupancy import Occupancy, Sample
 from memserve.metrics.report import InstanceStats, Report, build_report
@@ -88,20 +89,23 @@ def report_of(
     counts: PlayerCounts,
     wall_s: float,
     slo: SloConfig,
+    measure: MeasureConfig,
     workload: Workload,
     control: Report | None = None,
 ) -> Report:
     """The report of a run. summaries: of the instances that are left at its end, or have left before.
 
-    workload: that was played.  control: the control plane's figures, where its time is virtual and not 0.
+    measure: what part of it figures are of.  workload: that was played.  control: the control plane's figures, where
+    its time is virtual and not 0.
     """
     timelines = list(scheduler.timelines.values())
-    window = window_ns(timelines)
+    part = measured_part(timelines, measure.from_s, measure.until_s)
+    span = part.within(window_ns(timelines))
     roles = [member.role for member in manager.members]
     transfers = _transfers(summaries, roles)
     return build_report(
         timelines,
-        [manager.dated(_within(window, summary)) for summary in summaries],
+        [manager.dated(_within(span, summary)) for summary in summaries],
         wall_s=wall_s,
         turns_over_context=counts.turns_over_context,
         turns_not_sent=counts.turns_not_sent,
@@ -115,7 +119,8 @@ def report_of(
         classes={each.name: Slo(**{**_objectives(slo), **each.objectives}) for each in workload.classes},
         workload=workload.figures,
         control=control,
-        store=_store(timelines, summaries, transfers, roles),
+        store=_store(part.of(timelines), summaries, transfers, roles),
+        part=part,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
     )
 
@@ -124,12 +129,12 @@ def _objectives(slo: SloConfig) -> dict[str, float | None]:
     return {name: getattr(slo, name) for name in OBJECTIVES}
 
 
-def _within(window: tuple[int, int] | None, summary: Summary) -> InstanceStats:
-    """An instance's counts, without the time of steps after the last end of a request: one that was given up may still
-    be computed then.
+def _within(span: tuple[int, int] | None, summary: Summary) -> InstanceStats:
+    """An instance's counts, without the time of steps outside the time that is measured. Also without a part of the run
+    there are some: after the last end of a request one that was given up may still be computed.
     """
-    late_ns = 0 if window is None else late_steps_ns(summary.tracks, window[1])
-    return replace(summary.stats, busy_ns=summary.stats.busy_ns - late_ns)
+    outside_ns = 0 if span is None else steps_outside_ns(summary.tracks, *span)
+    return replace(summary.stats, busy_ns=summary.stats.busy_ns - outside_ns)
 
 
 def _bequests(summaries: Sequence[Summary]) -> dict[str, int]:

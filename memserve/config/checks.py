@@ -67,6 +67,7 @@ def check_config(cfg: RunConfig) -> None:
         require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
     _check_transfer(cfg)
     _check_slo(cfg)
+    _check_measure(cfg)
     _check_control(cfg)
     _check_model(cfg)
     _check_execution(cfg)
@@ -169,10 +170,18 @@ def _check_numbers(group: str, node: Any, ranges: Mapping[str, tuple[float, floa
 
 
 def _check_slo(cfg: RunConfig) -> None:
-    for name in ("ttft_s", "tpot_s", "jct_s"):
+    for name in ("ttft_s", "tpot_s", "itl_s", "jct_s"):
         value = getattr(cfg.slo, name)
         require(value is None or 0 < value <= LONGEST_S, f"slo.{name}", value,
                 f"null or seconds in (0, {LONGEST_S:g}]")  # fmt: skip
+
+
+def _check_measure(cfg: RunConfig) -> None:
+    from_s, until_s = cfg.measure.from_s, cfg.measure.until_s
+    for name, value in (("measure.from_s", from_s), ("measure.until_s", until_s)):
+        require(value is None or 0 <= value <= LONGEST_S, name, value, f"null or seconds in [0, {LONGEST_S:g}]")
+    if until_s is not None and until_s <= (from_s or 0.0):
+        raise ConfigError(f"measure.until_s={until_s} contradicts measure.from_s={from_s}: expected seconds beyond it")
 
 
 def _check_control(cfg: RunConfig) -> None:

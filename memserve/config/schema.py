@@ -80,7 +80,16 @@ class SloConfig:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    itl_s: float | None = None
     jct_s: float | None = None
+
+
+@dataclass
+class MeasureConfig:
+    """Of which requests figures are: of those that arrive in [from_s, until_s), seconds after the first; None: all."""
+
+    from_s: float | None = None
+    until_s: float | None = None
 
 
 @dataclass
@@ -179,5 +188,6 @@ class RunConfig:
     migration: Any = MISSING
     rejection: Any = MISSING
     slo: SloConfig = field(default_factory=SloConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     workload: Any = MISSING
     tracking: Any = MISSING

@@ -99,18 +99,19 @@ def _joined_in_pairs(track: Track) -> Track:
     return Track(track.peer, track.starts_ns[::2], ends_ns, sums(track.lasted_ns), sums(track.counts), figures)
 
 
-def late_steps_ns(tracks: Iterable[Track], end_ns: int) -> int:
-    """How long an instance's steps went on after `end_ns`. Of a span that several were joined to and that it cuts, as
-    much as is late for sure: they may have been anywhere in it.
+def steps_outside_ns(tracks: Iterable[Track], since_ns: int, until_ns: int) -> int:
+    """How long an instance's steps took before `since_ns` and after `until_ns`. Of a span that several were joined to
+    and that one of them cuts, as much as is outside for sure: they may have been anywhere in it.
     """
     spans = [
-        (start_ns, lasted_ns)
+        (start_ns, end_ns, lasted_ns)
         for track in tracks
         if track.peer == STEPS
-        for start_ns, span_end_ns, lasted_ns in zip(track.starts_ns, track.ends_ns, track.lasted_ns, strict=True)
-        if span_end_ns > end_ns
+        for start_ns, end_ns, lasted_ns in zip(track.starts_ns, track.ends_ns, track.lasted_ns, strict=True)
+        if start_ns < since_ns or end_ns > until_ns
     ]
-    return sum(max(lasted_ns - max(end_ns - start_ns, 0), 0) for start_ns, lasted_ns in spans)
+    inside = (max(min(end_ns, until_ns) - max(start_ns, since_ns), 0) for start_ns, end_ns, _ in spans)
+    return sum(max(lasted_ns - there_ns, 0) for (*_, lasted_ns), there_ns in zip(spans, inside, strict=True))
 
 
 def spans_of(instance: str, tracks: Iterable[Track], labels: Sequence[str]) -> Iterator[ActivitySpan]:

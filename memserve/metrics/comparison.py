@@ -26,6 +26,9 @@ class _Row:
 _COMPARED = (
     _Row("requests finished", ("num_finished",), "count"),
     _Row("requests failed", ("num_failed",), "count"),
+    _Row("measured from", ("measured", "from_s"), "seconds"),
+    _Row("measured until", ("measured", "until_s"), "seconds"),
+    _Row("requests left out", ("measured", "num_left_out"), "count"),
     *(
         _Row(f"{name} {statistic}", (key, statistic.lower()), "seconds")
         for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("JCT", "jct_s"))

@@ -69,18 +69,30 @@ class RequestMetrics:
     phases: Phases
     class_name: str = ""  # of the request, in a workload of several
 
+    @property
+    def max_itl(self) -> float | None:
+        """The longest of its gaps, whatever made it: a preemption, a migration, a hand-off, a prompt computed beside
+        it, an attempt that began anew. None for n < 2.
+        """
+        return float(self.itl.max()) if len(self.itl) else None
+
 
 @dataclass(frozen=True)
 class Slo:
-    """Service level objectives: the latencies within which an answer is a good one. In seconds; None: any will do."""
+    """Service level objectives: the latencies within which an answer is a good one. In seconds; None: any will do.
+
+    tpot_s bounds the mean of an answer's gaps (DistServe), itl_s each of them. Sarathi-Serve bounds the P99 of all
+    tokens' gaps (time between tokens, TBT); of one request, which has to be good or not, the longest is the strictest.
+    """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    itl_s: float | None = None
     jct_s: float | None = None
 
     def missed(self, metrics: RequestMetrics) -> list[str]:
         """The objectives that a request which succeeded did not meet; one that it has no latency for is met."""
-        latencies = {"ttft_s": metrics.ttft, "tpot_s": metrics.tpot, "jct_s": metrics.jct}
+        latencies = {"ttft_s": metrics.ttft, "tpot_s": metrics.tpot, "itl_s": metrics.max_itl, "jct_s": metrics.jct}
         bounds = ((name, latency, getattr(self, name)) for name, latency in latencies.items())
         return [n for n, latency, bound in bounds if latency is not None and bound is not None and latency > bound]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from memserve.metrics.formulas import Phases, RequestMetrics
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 STATISTICS = ("mean", *(f"p{q}" for q in PERCENTILES))
 
 
@@ -32,6 +32,7 @@ def latencies(succeeded: Sequence[RequestMetrics]) -> dict[str, Any]:
         "second_token_s": _present(request.second_token for request in succeeded),
         "tpot_s": _present(request.tpot for request in succeeded),
         "itl_s": distribution(np.concatenate(gaps) if gaps else []),
+        "max_itl_s": _present(request.max_itl for request in succeeded),
         "decode_itl_s": distribution(np.concatenate([gap[1:] for gap in gaps]) if gaps else []),
         "jct_s": _present(request.jct for request in succeeded),
         "phases_s": {

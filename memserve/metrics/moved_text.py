@@ -60,6 +60,8 @@ def _bytes_text(counts: Mapping[str, float]) -> str:
 def _overtaken_text(report: Mapping[str, Any]) -> dict[str, str]:
     """Where clients go on before what was generated is back at the prefill instance, which computes it again then."""
     num_overtaken, num_answers = report["transfers"]["d_to_p"]["overtaken"], report["num_finished"]
+    if (measured := report["measured"]) is not None:  # transfers are of the whole run
+        num_answers += measured["num_left_out"] - measured["num_left_out_failed"]
     if num_overtaken <= num_answers * MANY_OVERTAKEN:
         return {}
     return {

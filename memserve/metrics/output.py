@@ -18,6 +18,7 @@ import torch
 
 from memserve.clock import wall_time_s
 from memserve.metrics.activity import ActivitySpan, activity_lines, load_activity
+from memserve.metrics.measured import ALL, MeasuredPart
 from memserve.metrics.occupancy import Sample, load_occupancy, occupancy_lines
 from memserve.metrics.records import record_lines
 from memserve.metrics.report import Report
@@ -37,18 +38,19 @@ def write_output(
     activity: Iterable[ActivitySpan],
     environment: Mapping[str, Any],
     with_tokens: bool = True,
+    part: MeasuredPart = ALL,
 ) -> Path:
     """Writes the six files into `directory`, made if need be. Returns it.
 
     config_yaml: the resolved configuration as text.  environment: see `environment`.  with_tokens: answers' token ids
-    in requests.jsonl, which mean nothing where they are filler.
+    in requests.jsonl, which mean nothing where they are filler.  part: what the report is of.
     Raises OSError if it cannot write there; nothing half-written is left under the final names.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "report.json").unlink(missing_ok=True)  # of an earlier run into the same place
     _write(directory / "config.yaml", [config_yaml])
-    _write(directory / "requests.jsonl", record_lines(timelines, with_tokens=with_tokens))
+    _write(directory / "requests.jsonl", record_lines(timelines, with_tokens=with_tokens, part=part))
     _write(directory / "occupancy.jsonl", occupancy_lines(occupancy))
     _write(directory / "activity.jsonl", activity_lines(activity))
     _write(directory / "env.json", [_json(environment)])

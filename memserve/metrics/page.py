@@ -92,6 +92,7 @@ def _run(name: str, run: RunFiles) -> str:
     revision = (env.get("git") or {}).get("revision", "not in a repository")
     ran = f"{' '.join(env['command_line'])} — revision {revision}, {env['cpu']['model']}, {env['platform']}"
     shown = run.records[:MAX_REQUESTS]
+    columns = _REQUEST_COLUMNS | ({"measured": ("measured", "")} if run.report.get("measured") else {})
     parts = [
         f"<h2>{escape(name)}</h2><p>{escape(ran)}</p>",
         _keyed_table(_INSTANCE_COLUMNS, run.report["instances"]),
@@ -99,7 +100,7 @@ def _run(name: str, run: RunFiles) -> str:
         _image(draw_placement(shown), "requests by instance") if _any_computed(shown) else "<p>none was computed</p>",
         f"<p>{len(shown)} of {len(run.records)} requests; a click on a heading sorts by it. Predicted: until the first "
         "token, by the cost model, of the instance that was chosen, of the soonest one, and of the others' mean</p>",
-        f'<div class="scroll">{_keyed_table(_REQUEST_COLUMNS, shown)}</div>',
+        f'<div class="scroll">{_keyed_table(columns, shown)}</div>',
         "<h3>Who held the blocks</h3>",
         _image(draw_occupancy({name: run.occupancy}), "blocks by holder") if run.occupancy else "<p>no samples</p>",
         f"<details><summary>configuration</summary><pre>{escape(run.config_yaml)}</pre></details>",

@@ -35,14 +35,15 @@ LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "JCT": "jct_s"}
 
 
 def draw_latencies(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Cumulative distributions of the latencies of the requests that succeeded, as in the report, a line a run.
+    """Cumulative distributions of the latencies that are measured, of the requests that succeeded; a line a run.
 
-    runs: each run's records of requests.jsonl under the name that is shown for it; a null latency is left out.
+    runs: each run's records of requests.jsonl under the name that is shown for it; a null latency is left out, and one
+    that does not say whether it is measured (as records once did not) is in.
     """
     figure = Figure(figsize=(4.2 * len(LATENCIES), 3.2), layout="constrained")
     for panel, (name, key) in zip(figure.subplots(1, len(LATENCIES)), LATENCIES.items(), strict=True):
         for label, records in runs.items():
-            values = np.sort([record[key] for record in records if _succeeded(record) and record[key] is not None])
+            values = np.sort([record[key] for record in records if _counts(record) and record[key] is not None])
             panel.step(values, np.arange(1, len(values) + 1) / max(len(values), 1), where="post", label=label)
         panel.set_title(name, fontsize="small")
         panel.set_xlabel("seconds")
@@ -53,9 +54,9 @@ def draw_latencies(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _succeeded(record: Mapping[str, Any]) -> bool:
+def _counts(record: Mapping[str, Any]) -> bool:
     reason = record["finish_reason"]
-    return reason is not None and FinishReason(reason).succeeded
+    return record.get("measured", True) and reason is not None and FinishReason(reason).succeeded
 
 
 def draw_placement(records: Sequence[Mapping[str, Any]]) -> Figure:

@@ -10,16 +10,18 @@ import numpy as np
 from memserve.clock import NS_PER_S, to_s
 from memserve.decisions import FetchRecord, RouteChoice
 from memserve.metrics.formulas import measure
+from memserve.metrics.measured import ALL, MeasuredPart
 from memserve.request_stats import RequestStats
 from memserve.timeline import RequestTimeline
 
 MAX_OTHERS = 7  # instances that a recorded choice lists beside the chosen one: a cluster may have hundreds
 
 
-def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> dict[str, Any]:
+def request_record(timeline: RequestTimeline, *, with_tokens: bool = True, part: MeasuredPart = ALL) -> dict[str, Any]:
     """One request as JSON values. Event times in seconds on the cluster's clock, null where it never came so far.
 
-    with_tokens: output_token_ids; without, where they are filler that stands for tokens, their number alone.
+    with_tokens: output_token_ids; without, where they are filler that stands for tokens, their number alone.  part: of
+    the run that the report is of; `measured` says whether the request counts there.
     """
     stats, metrics = timeline.stats, measure(timeline)
     token_times_s = (timeline.token_times_ns / NS_PER_S).tolist()
@@ -31,6 +33,7 @@ def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> di
         "instance": timeline.instance,
         "decode_instance": "" if stats is None else stats.decode_instance,
         "attempt": timeline.attempt,
+        "measured": part.has(timeline.arrival_ns),
         "arrival_s": to_s(timeline.arrival_ns),
         "dispatched_s": _seconds(timeline.dispatched_ns),
         "queued_s": _seconds(_of(stats, "queued_ns")),
@@ -47,6 +50,7 @@ def request_record(timeline: RequestTimeline, *, with_tokens: bool = True) -> di
         "finished_s": _seconds(timeline.finished_ns),
         "ttft_s": metrics.ttft,
         "tpot_s": metrics.tpot,
+        "max_itl_s": metrics.max_itl,
         "jct_s": metrics.jct,
         **_routes(timeline.routes),
         "num_prompt": timeline.num_prompt,
@@ -122,10 +126,13 @@ def fetch_record(record: FetchRecord) -> dict[str, Any]:
     return {**values, **times_s, "actual_fetch_s": fetched_s, "earlier": earlier}
 
 
-def record_lines(timelines: Iterable[RequestTimeline], *, with_tokens: bool = True) -> Iterator[str]:
-    """The lines of requests.jsonl, each with its line end. with_tokens: as of `request_record`."""
+def record_lines(
+    timelines: Iterable[RequestTimeline], *, with_tokens: bool = True, part: MeasuredPart = ALL
+) -> Iterator[str]:
+    """The lines of requests.jsonl, each with its line end. with_tokens, part: as of `request_record`."""
     for timeline in timelines:
-        yield json.dumps(request_record(timeline, with_tokens=with_tokens), ensure_ascii=False, allow_nan=False) + "\n"
+        record = request_record(timeline, with_tokens=with_tokens, part=part)
+        yield json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _of(stats: RequestStats | None, name: str) -> int | None:

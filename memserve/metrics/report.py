@@ -14,6 +14,7 @@ from memserve.kvcache.ticket import TransferCounts
 from memserve.metrics import formulas
 from memserve.metrics.goodput import class_figures, goodput_figures
 from memserve.metrics.latencies import distribution, latencies
+from memserve.metrics.measured import ALL, MeasuredPart, measured_figures
 from memserve.metrics.migrations import migration_figures
 from memserve.metrics.moved import all_transfers
 from memserve.metrics.parts import instances_of, part_of
@@ -34,8 +35,8 @@ _NO_TREES = {"tree_blocks": 0, "tree_evicted_blocks": 0, "tree_expired_blocks": 
 class InstanceStats:
     """What an instance counted over a run; what requests say of it is added in the report.
 
-    id: its label.  role: a Role.  busy_ns: time spent in steps, for a report without what came after the last
-    request's end.  num_evicted_blocks: index blocks given up for space.
+    id: its label.  role: a Role.  busy_ns: time spent in steps, for a report in the time that is measured, which ends
+    with the last request.  num_evicted_blocks: index blocks given up for space.
     num_swapped_out_blocks, num_swapped_in_blocks: blocks moved to DRAM and back.  num_swaps_dropped: requests that were
     preempted to DRAM and had to be recomputed after all.
     num_blocks, num_dram_blocks: its pool's, in HBM and in DRAM.  peak_used_blocks: most of HBM that anyone but the
@@ -84,6 +85,7 @@ def build_report(
     workload: Mapping[str, Any] = _NO_FIGURES,
     control: Report | None = None,
     store: Report | None = None,
+    part: MeasuredPart = ALL,
 ) -> Report:
     """The report of one run.
 
@@ -93,36 +95,50 @@ def build_report(
     between: by those of one role.  tree_counts: of the global scheduler's prompt trees.  membership: instances that
     came and went, and what they left to others.  stays_ns: from when until when each was there, also those without a
     row; None: as the rows say.  slo: what counts under `goodput`; null where nothing is asked for.  classes: what
-    counts of the requests of each class, which has figures of its own.  workload, control, store: their figures.
+    counts of the requests of each class.  workload, control, store: their figures.  part: what of the run is measured.
     """
-    succeeded, window = [formulas.measure(t) for t in timelines if t.succeeded], formulas.window_ns(timelines)
-    makespan_s, rows = formulas.makespan_s(window), _instances(instances, timelines, window)
-    stays, tokens = stays_ns or [(i.joined_ns, i.left_ns) for i in instances], _all_tokens(timelines, rows)
+    window, counted = formulas.window_ns(timelines), part.of(timelines)
+    span = part.within(window)
+    makespan_s, span_s = formulas.makespan_s(window), formulas.makespan_s(span)
+    rows = _instances(instances, timelines, counted, span)
+    stays, tokens = stays_ns or [(i.joined_ns, i.left_ns) for i in instances], _all_tokens(counted, rows)
     return {
-        **_ends(timelines),
+        **_of_requests(counted, slo, classes, span_s),
+        "num_sessions": len({timeline.session_id for timeline in timelines}),
+        "measured": measured_figures(part, timelines, span_s),
         "workload": dict(workload),
         "turns_over_context": turns_over_context,
         "turns_not_sent": turns_not_sent,
-        **latencies(succeeded),
-        "goodput": goodput_figures(len(timelines), succeeded, slo, classes, makespan_s),
-        "classes": class_figures(timelines, succeeded, classes, makespan_s),
         "tokens": tokens,
         "hit_ratio": _hit_ratio(tokens),
-        "throughput": _throughput(tokens, len(succeeded), makespan_s),
+        "throughput": _throughput(part, timelines, tokens, span_s),
         "transfers": all_transfers(p_to_d=p_to_d, d_to_p=d_to_p, between=between),
         "store": store and store | {"hit_ratio": formulas.ratio(store["fetched_tokens"], tokens["prompt"])},
-        "fetches": _fetches(timelines),
-        "migrations": migration_figures(timelines),
         "instances": rows,
-        "membership": {**membership, "instance_s": formulas.instance_s(window, stays)},
+        "membership": {**membership, "instance_s": formulas.instance_s(span, stays)},
         "skew": _skew([row for row in rows if row["role"] in SERVING]),
-        "routing": routing_figures(timelines, rows, tree_counts),
+        "routing": routing_figures(counted, rows, tree_counts),
         "control": control and control | {"utilisation": formulas.ratio(control["busy_s"], makespan_s)},
         "preemptions": sum(row["preemptions"] for row in rows),
         "quarantined_blocks": quarantined_blocks,
         "near_ties": near_ties,
         "makespan_s": makespan_s,
         "wall_s": wall_s,
+    }
+
+
+def _of_requests(
+    timelines: Sequence[RequestTimeline], slo: formulas.Slo, classes: Mapping[str, formulas.Slo], span_s: float | None
+) -> Report:
+    """What the requests alone say, and the time in which they arrived."""
+    succeeded = [formulas.measure(timeline) for timeline in timelines if timeline.succeeded]
+    return {
+        **_ends(timelines),
+        **latencies(succeeded),
+        "goodput": goodput_figures(len(timelines), succeeded, slo, classes, span_s),
+        "classes": class_figures(timelines, succeeded, classes, span_s),
+        "fetches": _fetches(timelines),
+        "migrations": migration_figures(timelines),
     }
 
 
@@ -134,7 +150,6 @@ def _ends(timelines: Sequence[RequestTimeline]) -> Report:
         "num_requests": len(timelines),
         "num_finished": len(timelines) - len(reasons),
         "num_failed": len(reasons),
-        "num_sessions": len({timeline.session_id for timeline in timelines}),
         "failures": dict(sorted(failures.items())),
     }
 
@@ -191,39 +206,64 @@ def _hit_ratio(tokens: dict[str, int]) -> float | None:
     return formulas.ratio(tokens["cached_local"] + tokens["fetched"], tokens["prompt"])
 
 
-def _throughput(tokens: dict[str, int], num_succeeded: int, makespan_s: float | None) -> Report:
+def _throughput(
+    part: MeasuredPart, timelines: Sequence[RequestTimeline], tokens: dict[str, int], span_s: float | None
+) -> Report:
+    """Of a run: by the counts of its requests. Of a part: tokens that came to clients then, prompts whose first token
+    was there then, and requests that ended well then, whenever they had arrived.
+    """
+    num_prompt, num_generated = tokens["prompt"], tokens["generated"]
+    if not part.is_all:
+        begun = [t.stats for t in timelines if t.stats is not None]
+        num_prompt = sum(stats.num_prompt for stats in begun if part.has(stats.prefill_end_ns))
+        num_generated = sum(part.count(t.token_times_ns) for t in timelines)
+    num_ended = sum(t.succeeded and part.has(t.finished_ns) for t in timelines)
     return {
-        "output_tokens_per_s": formulas.ratio(tokens["generated"], makespan_s),
-        "total_tokens_per_s": formulas.ratio(tokens["prompt"] + tokens["generated"], makespan_s),
-        "requests_per_s": formulas.ratio(num_succeeded, makespan_s),
+        "output_tokens_per_s": formulas.ratio(num_generated, span_s),
+        "total_tokens_per_s": formulas.ratio(num_prompt + num_generated, span_s),
+        "requests_per_s": formulas.ratio(num_ended, span_s),
     }
 
 
 def _instances(
-    instances: Sequence[InstanceStats], timelines: Sequence[RequestTimeline], window: tuple[int, int] | None
+    instances: Sequence[InstanceStats],
+    timelines: Sequence[RequestTimeline],
+    counted: Sequence[RequestTimeline],
+    span: tuple[int, int] | None,
 ) -> list[Report]:
     """The rows of `instances`. The requests are walked once for all of them: both may be many."""
-    begun = defaultdict[str, list[RequestStats]](list)
+    whole = _parts(timelines)
+    begun = whole if counted is timelines else _parts(counted)
+    refused = Counter(t.instance for t in counted if t.stats is None or t.stats.first_scheduled_ns is None)
+    in_vain = {stats.id: _in_vain(stats, _tokens(whole[stats.id])) for stats in instances}
+    return [_instance(stats, begun[stats.id], in_vain[stats.id], refused[stats.id], span) for stats in instances]
+
+
+def _parts(timelines: Sequence[RequestTimeline]) -> defaultdict[str, list[RequestStats]]:
+    """What each instance did for the requests that were begun, by its label."""
+    parts = defaultdict[str, list[RequestStats]](list)
     for whole in _begun(timelines):
         for instance in instances_of(whole):
-            begun[instance].append(part_of(instance, whole))
-    refused = Counter(t.instance for t in timelines if t.stats is None or t.stats.first_scheduled_ns is None)
-    return [_instance(stats, begun[stats.id], refused[stats.id], window) for stats in instances]
+            parts[instance].append(part_of(instance, whole))
+    return parts
 
 
 def _instance(
-    stats: InstanceStats, begun: Sequence[RequestStats], num_refused: int, window: tuple[int, int] | None
+    stats: InstanceStats,
+    begun: Sequence[RequestStats],
+    in_vain: Mapping[str, int],
+    num_refused: int,
+    span: tuple[int, int] | None,
 ) -> Report:
     """One row: its own counts, and its part of the requests that it prefilled or decoded."""
-    tokens = _tokens(begun)
-    tokens |= _in_vain(stats, tokens)
+    tokens = {**_tokens(begun), **in_vain}
     counts = asdict(stats)
     busy_s, joined_ns, left_ns = to_s(counts.pop("busy_ns")), counts.pop("joined_ns"), counts.pop("left_ns")
     return {
         "id": counts.pop("id"),
         "role": str(counts.pop("role")),
         "busy_s": busy_s,
-        "utilisation": formulas.ratio(busy_s, formulas.instance_s(window, [(joined_ns, left_ns)])),
+        "utilisation": formulas.ratio(busy_s, formulas.instance_s(span, [(joined_ns, left_ns)])),
         "joined_s": to_s(joined_ns),
         "left_s": None if left_ns is None else to_s(left_ns),
         "num_requests": len(begun) + num_refused,

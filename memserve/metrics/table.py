@@ -19,9 +19,11 @@ _LATENCIES = {
     "second token": "second_token_s",
     "TPOT": "tpot_s",
     "ITL": "itl_s",
+    "longest ITL": "max_itl_s",
     "JCT": "jct_s",
 }
-_STATISTICS = {"mean": "mean", "P50": "p50", "P90": "p90", "P99": "p99"}
+_STATISTICS = {"mean": "mean", "P50": "p50", "P90": "p90", "P95": "p95", "P99": "p99"}
+_OBJECTIVES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "longest ITL", "jct_s": "JCT"}
 
 
 def report_tables(report: Report, title: str = "") -> Group:
@@ -72,6 +74,7 @@ def _totals_table(report: Report) -> Table:
     rows = {
         **({"figures": said} if (said := of_what(report)) else {}),
         "requests": _requests_text(report),
+        **_measured_text(report["measured"]),
         **_workload_text(report["workload"]),
         "prompt tokens": _prompt_text(tokens),
         "hit ratio": format_figure(report["hit_ratio"], "share"),
@@ -118,7 +121,7 @@ def _goodput_text(goodput: Report | None) -> dict[str, str]:
         return {}
     share, rate = format_figure(goodput["share"], "share"), format_figure(goodput["requests_per_s"], "number")
     missed = ", ".join(
-        f"{counted(goodput['missed'][key])} by {_name_of(key)} <= {format_figure(bound, 'seconds')}"
+        f"{counted(goodput['missed'][key])} by {_OBJECTIVES[key]} <= {format_figure(bound, 'seconds')}"
         for key, bound in goodput["slo"].items()
         if bound is not None
     )
@@ -136,11 +139,6 @@ def _class_texts(figures: Report) -> Iterator[str]:
         mean, p99 = (format_figure(figures[_LATENCIES[name]][statistic], "seconds") for statistic in ("mean", "p99"))
         yield f"{name} {mean} (P99 {p99})"
     yield from (f"goodput {text}" for text in _goodput_text(figures["goodput"]).values())
-
-
-def _name_of(key: str) -> str:
-    """A latency's name, of its key in a report."""
-    return next(name for name, own in _LATENCIES.items() if own == key)
 
 
 def _membership_text(m: Mapping[str, float]) -> dict[str, str]:
@@ -173,6 +171,20 @@ def _requests_text(report: Report) -> str:
     text = f"{counted(report['num_finished'])} of {counted(report['num_requests'])} finished"
     failures = ", ".join(f"{counted(n)} {reason}" for reason, n in report["failures"].items())
     return f"{text}; {failures}" if failures else text
+
+
+def _measured_text(measured: Report | None) -> dict[str, str]:
+    """Which part of the run is measured, if not all of it, and what beside it is of all."""
+    if measured is None:
+        return {}
+    from_s, until_s = (measured[key] for key in ("from_s", "until_s"))
+    until = "the end" if until_s is None else format_figure(until_s, "seconds")
+    failed = f", {counted(measured['num_left_out_failed'])} of them failed" * bool(measured["num_left_out_failed"])
+    left_out = f"{counted(measured['num_left_out'])} that arrived before or after{failed}"
+    return {
+        "measured": f"{format_figure(from_s or 0.0, 'seconds')} to {until}; left out: {left_out}",
+        "of the whole run": "KV moved, the store, tokens in vain, routing, KV peak, evictions",
+    }
 
 
 def _workload_text(figures: Mapping[str, Any]) -> dict[str, str]:

@@ -59,7 +59,10 @@ class NoRejection(Rejection):
 
 
 class EarlyRejection(Rejection):
-    """Refuses what is predicted to miss an objective.
+    """Refuses what is predicted to miss its objective for the first token, or for the mean of those that follow.
+
+    How far apart two tokens will be at most, and how long an answer, nobody predicts: slo.itl_s and slo.jct_s refuse
+    no request.
 
     ttft_s: the first token comes after what the request has waited, the prefills that wait on its instance and its own
     (Eq. 1); None: any will do.  tpot_s: a token takes a step of all unfinished requests of the instance that decodes

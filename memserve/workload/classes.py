@@ -16,7 +16,7 @@ from memserve.clock import LONGEST_S
 from memserve.request import require_priority
 from memserve.values import require_number
 
-OBJECTIVES = ("ttft_s", "tpot_s", "jct_s")  # as those of `slo`
+OBJECTIVES = ("ttft_s", "tpot_s", "itl_s", "jct_s")  # as those of `slo`
 _KEYS = ("name", "share", "priority", *OBJECTIVES)
 _STREAM = 0x636C6173  # of random numbers
 
@@ -36,7 +36,8 @@ class RequestClass:
 
 def request_classes(given: object) -> tuple[RequestClass, ...]:
     """The classes that a list of mappings describes, with `name` and `share` and, where they are not the defaults,
-    `priority`, `ttft_s`, `tpot_s`, `jct_s`. Raises ValueError naming what is wrong of which and what is allowed.
+    `priority`, `ttft_s`, `tpot_s`, `itl_s`, `jct_s`. Raises ValueError naming what is wrong of which and what is
+    allowed.
     """
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise ValueError(f"workload.classes={given!r}: expected a list of mappings with {', '.join(_KEYS)}")

@@ -103,7 +103,7 @@ def assert_on_one_clock(records, spans):
 def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_rank(tmp_path):
     out = tmp_path / "out"
     words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "seeds=2"]
-    words += ["slo.jct_s=1000", f"hydra.run.dir={out}"]
+    words += ["slo.jct_s=1000", "measure.until_s=0.04", f"hydra.run.dir={out}"]
     status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
     assert status == 0, printed
     assert sorted(p.name for p in out.iterdir()) == [
@@ -116,6 +116,11 @@ def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_ra
     assert set(json.loads((out / "env.json").read_text())["threads"]["instances"]) == {"prefill-0", "decode-1"}
     records = list(map(json.loads, (out / "requests.jsonl").read_text().splitlines()))
     assert_on_one_clock(records, load_activity(out))
+    measured, first_s = report["measured"], min(record["arrival_s"] for record in records)
+    assert measured["num_requests"] + measured["num_left_out"] == len(records)
+    assert all(record["measured"] == (record["arrival_s"] - first_s < 0.04) for record in records)
+    bounds = report["spread"]["num_requests"]
+    assert bounds["min"] <= sum(record["measured"] for record in records) <= bounds["max"] < len(records)
     tokens = {record["request_id"]: record["output_token_ids"] for record in records}
     assert tokens == expected("hash", 1) != expected("hash")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.summary import report_of, summarize
-from memserve.config.schema import SloConfig
+from memserve.config.schema import MeasureConfig, SloConfig
 from memserve.metrics.table import print_report
 from memserve.transfer import MessageFaults
 from memserve.workload import ChatWorkload
@@ -47,9 +47,8 @@ def test_every_token_that_was_computed_is_in_the_report(granularity, on_failure)
     while cluster.advance():
         pass
     summaries = [summarize(n.instance, n.busy_ns, n.occupancy, n.activity, cluster.now_ns) for n in cluster.nodes]
-    report = report_of(
-        cluster.scheduler, cluster.members, summaries, cluster.client.counts, 1.0, SloConfig(), ChatWorkload()
-    )
+    counted = (cluster.client.counts, 1.0, SloConfig(), MeasureConfig(), ChatWorkload())
+    report = report_of(cluster.scheduler, cluster.members, summaries, *counted)
     assert (report["num_failed"] > 0) == (on_failure == "fail")
     tokens, counted = report["tokens"], [n.instance.scheduler.counts for n in cluster.nodes]
     assert tokens["computed_in_vain"] > 0 < tokens["generated_in_vain"]

@@ -4,7 +4,7 @@ import pytest
 
 from memserve import LocalCluster, load_config
 from memserve.kvcache.ticket import Sent
-from memserve.metrics.activity import Activity, activity_lines, late_steps_ns, load_activity, spans_of
+from memserve.metrics.activity import Activity, activity_lines, load_activity, spans_of, steps_outside_ns
 from memserve.request import Request, ScheduledBatch
 from memserve.sampling_params import SamplingParams
 
@@ -51,12 +51,24 @@ def test_of_a_step_that_goes_on_after_an_end_only_the_rest_is_late(max_spans):
     for n in range(20):
         activity.step(ScheduledBatch([request(5, 5)], [1]), 10 * n, 10 * n + 7)
     activity.sent([Sent((0, 0), 1, 0, 500, 16, 64)])
-    late = [late_steps_ns(activity.tracks(), end_ns) for end_ns in range(210)]
+    late = [steps_outside_ns(activity.tracks(), 0, end_ns) for end_ns in range(210)]
     assert late[0] == 20 * 7 and set(late[197:]) == {0}
     assert late == sorted(late, reverse=True)
     assert all(20 * 7 - late_ns <= end_ns for end_ns, late_ns in enumerate(late)), "busy no longer than there was time"
     if max_spans == 100:
         assert (late[193], late[187], late[180], late[178]) == (4, 7, 14, 14)
+
+
+@pytest.mark.parametrize("max_spans", [100, 8, 2])
+def test_of_steps_that_an_edge_cuts_only_the_part_within_counts(max_spans):
+    activity = Activity(max_spans)
+    for n in range(20):
+        activity.step(ScheduledBatch([request(5, 5)], [1]), 10 * n, 10 * n + 7)
+    for since_ns, until_ns in itertools.combinations_with_replacement(range(0, 210, 3), 2):
+        within_ns = 20 * 7 - steps_outside_ns(activity.tracks(), since_ns, until_ns)
+        exact_ns = sum(max(min(10 * n + 7, until_ns) - max(10 * n, since_ns), 0) for n in range(20))
+        assert exact_ns <= within_ns <= until_ns - since_ns, "busy no longer than there was time"
+        assert max_spans < 100 or within_ns == exact_ns
 
 
 def test_a_track_of_fewer_than_two_spans_is_refused():

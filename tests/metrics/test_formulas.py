@@ -12,14 +12,14 @@ def test_latencies_follow_from_the_timestamps(make_timeline):
     assert metrics.ttft == 1.75
     assert metrics.second_token == 2.75
     assert metrics.tpot == 1.5
-    assert metrics.itl.tolist() == [1.0, 2.0]
+    assert metrics.itl.tolist() == [1.0, 2.0] and metrics.max_itl == 2.0
     assert metrics.jct == 4.75
 
 
 def test_an_answer_of_one_token_has_no_tpot_and_no_gaps(make_timeline):
     metrics = measure(make_timeline(token_times=(2.0,), finished=2.0))
     assert (metrics.ttft, metrics.second_token, metrics.tpot) == (2.0, None, None)
-    assert metrics.itl.tolist() == []
+    assert metrics.itl.tolist() == [] and metrics.max_itl is None
 
 
 def test_a_request_without_tokens_has_no_latencies(make_timeline):
@@ -77,11 +77,13 @@ def test_a_request_that_was_handed_over_has_nine_phases_that_add_up(make_timelin
     ("slo", "missed", "missed_by_one_token"),
     [
         (Slo(), [], []),
-        (Slo(2.0, 1.5, 5.0), [], []),
+        (Slo(2.0, 1.5, 2.0, 5.0), [], []),
         (Slo(ttft_s=1.9), ["ttft_s"], ["ttft_s"]),
         (Slo(tpot_s=1.4), ["tpot_s"], []),
+        (Slo(itl_s=1.9), ["itl_s"], []),
+        (Slo(tpot_s=1.5, itl_s=1.5), ["itl_s"], []),
         (Slo(jct_s=4.9), ["jct_s"], ["jct_s"]),
-        (Slo(1.0, 1.0, 1.0), ["ttft_s", "tpot_s", "jct_s"], ["ttft_s", "jct_s"]),
+        (Slo(1.0, 1.0, 1.0, 1.0), ["ttft_s", "tpot_s", "itl_s", "jct_s"], ["ttft_s", "jct_s"]),
     ],
 )
 def test_objectives_are_met_up_to_their_bound_and_by_what_has_no_such_latency(

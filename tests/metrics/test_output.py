@@ -22,9 +22,10 @@ def test_a_record_holds_every_event_count_and_token(make_timeline):
     without = request_record(make_timeline("a/1", arrival=0.25), with_tokens=False)
     del record["output_token_ids"]
     assert without == record and without["num_generated"] == 3
-    assert (record["ttft_s"], record["tpot_s"], record["jct_s"]) == (1.75, 1.5, 4.75)
+    assert (record["ttft_s"], record["tpot_s"], record["max_itl_s"], record["jct_s"]) == (1.75, 1.5, 2.0, 4.75)
     assert (record["num_prompt"], record["num_cached_local"], record["num_computed"]) == (100, 40, 60)
     assert (record["num_generated"], record["finish_reason"], record["detail"]) == (3, "length", "")
+    assert record["measured"] is True
 
 
 def test_a_request_that_an_instance_never_saw_is_recorded_with_nulls(make_timeline):

@@ -33,8 +33,8 @@ def test_the_keys_that_others_read_are_there(make_timeline):
         "num_requests", "num_finished", "num_failed", "ttft_s", "tpot_s", "itl_s", "jct_s", "tokens", "transfers",
         "instances", "quarantined_blocks", "near_ties", "wall_s",
     }  # fmt: skip
-    for latency in ("ttft_s", "tpot_s", "itl_s", "decode_itl_s", "jct_s"):
-        assert report[latency].keys() == {"mean", "p50", "p90", "p99"}
+    for latency in ("ttft_s", "tpot_s", "itl_s", "max_itl_s", "decode_itl_s", "jct_s"):
+        assert report[latency].keys() == {"mean", "p50", "p90", "p95", "p99"}
     assert list(report["tokens"]) == [
         "prompt",
         "cached_local",
@@ -69,8 +69,9 @@ def test_counts_and_latencies_of_a_small_run(make_timeline):
     assert report["failures"] == {"aborted": 1, "refused": 1, "unfinished": 1}
     assert (report["num_sessions"], report["turns_over_context"], report["turns_not_sent"]) == (4, 3, 4)
     assert report["ttft_s"]["mean"] == 3.0 and report["ttft_s"]["p50"] == 3.0  # of those that succeeded
-    assert report["tpot_s"] == {"mean": 1.5, "p50": 1.5, "p90": 1.5, "p99": 1.5}  # one token: none
+    assert report["tpot_s"] == {"mean": 1.5, "p50": 1.5, "p90": 1.5, "p95": 1.5, "p99": 1.5}  # one token: none
     assert report["itl_s"]["mean"] == 1.5 and report["itl_s"]["p90"] == pytest.approx(1.9)
+    assert report["itl_s"]["p95"] == pytest.approx(1.95) and report["max_itl_s"]["mean"] == 2.0
     assert report["decode_itl_s"]["mean"] == report["decode_itl_s"]["p50"] == 2.0  # not the gap after a first token
     # of all that were begun: the refused one never was
     assert report["tokens"] == {
@@ -103,7 +104,7 @@ def test_the_most_of_a_pool_that_was_held_is_a_share_of_it():
 
 def test_a_run_without_requests_gives_nulls_and_valid_json():
     report = build_report([], [], wall_s=0.0, slo=Slo(1.0, 1.0))
-    assert report["ttft_s"] == {"mean": None, "p50": None, "p90": None, "p99": None}
+    assert report["ttft_s"] == dict.fromkeys(("mean", "p50", "p90", "p95", "p99"))
     assert report["itl_s"]["p99"] is None
     assert (report["hit_ratio"], report["makespan_s"], report["goodput"]["share"]) == (None, None, None)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -115,13 +116,13 @@ def test_transfers_pass_through_and_goodput_is_off_by_default(make_timeline):
     )
     assert report["transfers"]["p_to_d"]["calls"] == 2 and report["transfers"]["d_to_p"]["calls"] == 0
     assert report["goodput"] is None and report["near_ties"] == 1
-    bounded = build_report([make_timeline()], INSTANCES, wall_s=1.0, slo=Slo(2.0, 2.0))
+    bounded = build_report([make_timeline()], INSTANCES, wall_s=1.0, slo=Slo(2.0, 2.0, 2.0))
     assert bounded["goodput"] == {
-        "slo": {"ttft_s": 2.0, "tpot_s": 2.0, "jct_s": None},
+        "slo": {"ttft_s": 2.0, "tpot_s": 2.0, "itl_s": 2.0, "jct_s": None},
         "num_good": 1,
         "share": 1.0,
         "requests_per_s": 0.2,
-        "missed": {"ttft_s": 0, "tpot_s": 0, "jct_s": 0},
+        "missed": {"ttft_s": 0, "tpot_s": 0, "itl_s": 0, "jct_s": 0},
     }
 
 
@@ -149,7 +150,7 @@ def test_goodput_is_of_all_requests_and_what_failed_missed_no_objective(make_tim
     report = build_report([make_timeline(), late, failed], INSTANCES, wall_s=1.0, slo=Slo(ttft_s=3.0, tpot_s=1.2))
     goodput = report["goodput"]
     assert (goodput["num_good"], goodput["share"], goodput["requests_per_s"]) == (0, 0.0, 0.0)
-    assert goodput["missed"] == {"ttft_s": 1, "tpot_s": 1, "jct_s": 0}
+    assert goodput["missed"] == {"ttft_s": 1, "tpot_s": 1, "itl_s": 0, "jct_s": 0}
 
 
 def test_a_request_counts_at_both_of_its_instances(make_timeline):
@@ -188,7 +189,7 @@ def test_requests_are_not_walked_again_for_each_instance(make_timeline):
 
 
 def test_percentiles_interpolate_between_neighbours():
-    assert distribution(np.arange(101.0)) == {"mean": 50.0, "p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert distribution(np.arange(101.0)) == {"mean": 50.0, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
 
 
 def test_the_median_of_repeats_keeps_the_keys_and_shows_the_spread(make_timeline):

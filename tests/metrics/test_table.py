@@ -60,13 +60,15 @@ def test_figures_are_shown_with_their_unit(value, unit, shown):
 
 def test_one_report_is_readable_at_100_columns(make_timeline):
     out = console()
-    report = make_report(make_timeline, slo=Slo(2.0, 1.4), turns_over_context=3, turns_not_sent=4)
+    report = make_report(make_timeline, slo=Slo(2.0, 1.4, 1.9), turns_over_context=3, turns_not_sent=4)
     print_report(report, "a run", out)
     shown = text(out)
     for expected in ("a run", "TTFT", "phase queue", "1 of 1 finished", "40.0 %", "colocated-0", "goodput", "80.0 %"):
         assert expected in shown
-    (goodput,) = (line for line in shown.splitlines() if "goodput" in line)
-    assert goodput.strip().endswith("0.0 %, 0 requests/s; missed: 0 by TTFT <= 2.00 s, 1 by TPOT <= 1.40 s")
+    missed = "missed: 0 by TTFT <= 2.00 s, 1 by TPOT <= 1.40 s, 1 by longest ITL <= 1.90 s"
+    assert f"0.0 %, 0 requests/s; {missed}" in " ".join(shown.split())
+    (latencies,) = (line.split() for line in shown.splitlines() if line.strip().startswith("latency"))
+    assert latencies == ["latency", "mean", "P50", "P90", "P95", "P99"]
     assert "turns over the context" in shown and "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 100
 

@@ -77,6 +77,23 @@ def test_with_a_window_the_sessions_are_as_many_as_come_in_it(capacity, tmp_path
     assert "try a longer --window" not in capsys.readouterr().out
 
 
+def test_of_a_load_the_share_is_of_the_requests_that_are_measured(capacity, tmp_path):
+    more = ["--window", "2", "--precision", "1", "--start", "64", "--seeds", "0,1", "--out", str(tmp_path)]
+    part = ["measure.from_s=.5", "measure.until_s=1.5", "slo.itl_s=.5", "workload.max_output_tokens=8"]
+    capacity.main(["--systems", "pd", *more, *WORDS, *part, "slo.ttft_s=.1"])
+    points = json.loads((tmp_path / "capacity.json").read_text(encoding="utf-8"))["systems"]["pd"]["points"]
+    for report in (point["report"] for point in points):
+        assert 0 < report["num_requests"] < report["num_sessions"] and report["measured"]["from_s"] == 0.5
+        assert report["goodput"]["share"] == report["goodput"]["num_good"] / report["num_requests"]
+
+
+def test_a_load_of_which_no_request_is_measured_ends_the_search(capacity):
+    with pytest.raises(
+        SystemExit, match=r"pd at 1: no request arrived between measure.from_s= and .* a longer --window"
+    ):
+        capacity.main(["--systems", "pd", *WORDS, "slo.ttft_s=1", "--window", "5", "measure.from_s=10"])
+
+
 def test_what_no_load_is_low_enough_for_is_said_to_hold_none(capacity, capsys):
     capacity.main(["--systems", "pd_cc", *WORDS, "workload.num_sessions=2", "slo.ttft_s=.000001"])
     out = capsys.readouterr().out

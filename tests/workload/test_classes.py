@@ -141,7 +141,7 @@ def test_a_conversation_with_a_bad_class_is_skipped_where_invalid_ones_are(token
     [
         (
             "chat",
-            r"classes='chat': expected a list of mappings with name, share, priority, ttft_s, tpot_s, jct_s",
+            r"classes='chat': expected a list of mappings with name, share, priority, ttft_s, tpot_s, itl_s, jct_s",
         ),
         (["chat"], r"classes\[0\]='chat': expected a mapping with name"),
         ([{"share": 1}], r"classes\[0\]\.name=None: expected a word"),
