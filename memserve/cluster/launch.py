@@ -7,6 +7,7 @@ Which rank is what is roster.py's.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from memserve.model.parallel import WHOLE, Shard, default_group
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
 _REBIRTH = timedelta(seconds=10)  # for rank 0 to answer who was started again: it was there before
+_NO_WORD = re.compile(r"null|true|false|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)  # in Hydra's grammar
 
 
 class RunOver(RuntimeError):
@@ -71,7 +73,7 @@ def is_first(words: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
 def check_words(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
     """Raises ConfigError for a flag of Hydra's (-m, --cfg) where several processes read the words, each for itself, and
-    for what Hydra refuses by a traceback: a group without a word, a directory that cannot be made.
+    for what Hydra refuses by a traceback: a group without a word or with a number, a directory that cannot be made.
     """
     flags = [word for word in words if word.startswith("-")]
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
@@ -80,8 +82,10 @@ def check_words(words: Sequence[str], environment: Mapping[str, str] = os.enviro
     makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"
     for word in words:
         name, _, value = word.lstrip("+").partition("=")
-        if value.lower() == "null" and _is_group(name.partition("@")[0]):
-            raise ConfigError(f"{word}: expected a word of its group")
+        group = name.partition("@")[0]
+        if any(map(_NO_WORD.fullmatch, value.split(","))) and _is_group(group):
+            said = ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
+            raise ConfigError(f"{word}: expected a word of its group, {said}")
         if name == makes and is_first(words, environment):
             _check_directory(word, value.strip("'\""))
 

@@ -48,7 +48,7 @@ def open_model(path: str | Path, seed: int = 0) -> OpenedModel:
     if text.startswith("random:"):
         return open_random_model(_random_config(Path(text.removeprefix("random:"))), seed)
     found = _in_package(text.removeprefix("package:")) if text.startswith("package:") else Path(text)
-    if not found.exists():
+    if not text or not found.exists():
         raise ValueError(
             f"model path {text!r}: no such file or directory; expected a Hugging Face directory, a .gguf file, "
             "package:NAME or random:CONFIG"

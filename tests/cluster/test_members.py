@@ -77,12 +77,22 @@ def test_a_flag_is_refused_where_each_of_several_processes_reads_the_words(flag)
 
 
 @pytest.mark.parametrize(
-    "word", ["fetch=null", "policy@decode_policy=null", "workload/arrivals=Null", "+experiment=null"]
+    "word",
+    [
+        "fetch=null",
+        "policy@decode_policy=null",
+        "workload/arrivals=Null",
+        "+experiment=null",
+        "index=3",
+        "model=True",
+        "cost_model=-.5",
+        "eviction=lru,1e3",
+    ],
 )
-def test_a_group_without_a_word_is_refused_by_name(word):
+def test_a_group_without_a_word_or_with_a_number_is_refused_by_name(word):
     with pytest.raises(ConfigError, match=f"{re.escape(word)}: expected a word of its group"):
         check_words(["index=none", word], {})
-    check_words(["kvcache.num_hbm_blocks=null", "sched.chunk_size=null", "=null", "x" * 300 + "=null"], {})
+    check_words(["kvcache.num_hbm_blocks=null", "sched.chunk_size=3", "=null", "x" * 300 + "=null", "cluster=1p1d"], {})
 
 
 @pytest.mark.parametrize(("option", "flags"), [("hydra.run.dir", []), ("hydra.sweep.dir", ["-m"])])

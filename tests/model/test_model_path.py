@@ -110,6 +110,8 @@ def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none", f"random:{tmp_path / 'none'}"):
         with pytest.raises(ValueError, match="none.*no such file"):
             open_model(path)
+    with pytest.raises(ValueError, match="model path '': no such file or directory; expected a Hugging Face directory"):
+        open_model("")
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
