@@ -28,11 +28,18 @@ def two_pools(link: LinkModel) -> dict[int, MemPool]:
 
 
 def deliver(pools: dict[int, MemPool], now_ns: int) -> list[Ticket]:
-    """Brings every message to its pool, and lets time pass; the tickets that have ended."""
+    """Brings every message to its pool, and lets time pass; the tickets that have ended.
+
+    What arrived is held by its ticket until it is settled: here at once, so that it is cached and nobody uses it.
+    """
     for sender, pool in pools.items():
         for receiver, message in pool.transfers.drain_outbox():
             pools[receiver].transfers.receive(sender, message, now_ns)
-    return [ticket for pool in pools.values() for ticket in pool.poll(now_ns)]
+    ended = [ticket for pool in pools.values() for ticket in pool.poll(now_ns)]
+    for pool in pools.values():
+        for arrival in pool.transfers.drain_arrivals():
+            pool.transfers.settle(arrival)
+    return ended
 
 
 if __name__ == "__main__":

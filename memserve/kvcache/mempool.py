@@ -215,10 +215,10 @@ class MemPool:
     ) -> Ticket:
         """Moves data to the pool of another instance; its index sees nothing of it.
 
-        dst_addrs: where to, of an earlier `alloc_mem` there; without them the other instance allocates on demand. The
-        blocks stay held by the ticket until it has ended; what `private` carries arrives untouched. Raises
-        StaleAddress, NotHeld for a free block, and ValueError for a transfer to itself, an unknown instance or flags
-        that insert.
+        dst_addrs: where to, of an earlier `alloc_mem` there; without them the other instance allocates on demand, and
+        holds what came until it gives the Arrival to `transfers.settle`, with an heir if somebody is to keep it. The
+        ticket holds the blocks here until it has ended; `private` arrives untouched. Raises StaleAddress, NotHeld for
+        a free block, and ValueError for a transfer to itself, an unknown instance or flags that insert.
         """
         if flags.insert:
             raise ValueError("flags.insert: expected transfer_with_insert, which names the tokens")
@@ -235,9 +235,9 @@ class MemPool:
         flags: TransferOptions = PLAIN,
         private: bytes = b"",
     ) -> Ticket:
-        """As `transfer`, of the KV of `tokens`: what the other index holds already is not sent, and it gets the rest.
+        """As `transfer`, of the KV of `tokens`: what the other index holds already is not sent, and it gets the rest,
+        in use there until the Arrival is settled. With `dst_addrs` everything is sent, since nobody is asked first.
 
-        With `dst_addrs` everything is sent, since nobody is asked first.
         Raises as `transfer`, and ValueError for a number of blocks that does not fit the tokens.
         """
         return self._start(instance, as_tokens(tokens), src_addrs, dst_addrs, replace(flags, insert=True), private)

@@ -2,8 +2,8 @@
 
     OPEN -> DONE | FAILED
 
-A ticket is returned at once; `MemPool.poll` returns it again when it has ended. Until then the blocks at both of its
-ends are held by it.
+A ticket is returned at once; `MemPool.poll` returns it again when it has ended. Until then it holds the blocks at its
+beginning; at its end what came, an Arrival, until the pool there settles that.
 """
 
 import enum

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from memserve.kvcache import CacheGeometry, DiscreteLayout, MemPool, RadixIndex
+from memserve.transfer.link import LinkModel
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mempool_alone.py"
 
@@ -36,3 +37,19 @@ def test_its_answers_survive_eviction_and_block_size():
 def test_a_prefix_goes_from_one_pool_to_another(capsys):
     runpy.run_path(str(EXAMPLE.with_name("two_pools.py")), run_name="__main__")
     assert capsys.readouterr().out == "done after 7 us: 8 tokens cached there, contents right: True\n"
+
+
+def test_more_prefixes_go_from_one_pool_to_another_than_it_has_room_for():
+    example = runpy.run_path(str(EXAMPLE.with_name("two_pools.py")))
+    pools, now_ns = example["two_pools"](LinkModel(latency_s=5e-6, gb_per_s=50)), 0
+    here, there = pools[0], pools[1]
+    for number in range(20):
+        addrs = here.alloc_mem(2, holder=("request", str(number)))
+        ticket = here.transfer_with_insert(1, list(range(100 * number, 100 * number + 8)), addrs)
+        here.free_mem(addrs, holder=("request", str(number)))
+        while not (ended := example["deliver"](pools, now_ns)):
+            now_ns += 1000
+        assert ended == [ticket] and ticket.state == "done"
+        there.check()
+    stats = there.stats()
+    assert stats.num_free + stats.num_evictable == stats.num_blocks == 16 and stats.num_evicted > 0
