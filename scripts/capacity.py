@@ -31,6 +31,7 @@ from rich.table import Table
 
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
+from memserve.config.blame import told
 from memserve.config.schema import RunConfig
 from memserve.metrics.figure_text import format_figure
 from memserve.metrics.repeats import mean_of
@@ -277,7 +278,7 @@ def main(argv: Sequence[str]) -> None:
         if args.out is not None:
             write(found, asked, args.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
 
 
 if __name__ == "__main__":

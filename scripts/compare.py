@@ -25,6 +25,7 @@ from rich.console import Console
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.cluster.result import NotWritten
 from memserve.compose import load_config
+from memserve.config.blame import told
 from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         reports, not_written = compare(names_of(args.systems), args.words, args.out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
     width = 30 if len(reports) < 5 else 22  # of a column: a figure and its range, in a line if there are few
     console = Console(width=max(100, width * len(reports) + 26))
     print_comparison(reports, " ".join(args.words) or "defaults", console)

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
+from memserve.config.blame import told
 from memserve.metrics.figure_text import format_figure
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
@@ -249,7 +250,7 @@ def main(argv: Sequence[str]) -> None:
             figure, out = narrowed(FIGURES[name], args.curves, args.points), args.out and args.out / name
             reproduce(figure, [f"seeds={args.seeds}", *words], out)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from memserve.cluster.roster import CONTROLLER
 from memserve.cluster.sweep import run_point
 from memserve.cluster.turnover import InstanceFailed
 from memserve.compose import config_dir, load_config, resolve
+from memserve.config.blame import told
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
@@ -77,7 +78,7 @@ def main(composed: DictConfig) -> int:
         print_report(error.report, title=title)
         sys.exit(f"error: {error}")
     except (ValueError, MemoryError, OSError, InstanceFailed) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
     except Interrupted as interrupted:
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
         sys.exit(interrupted.status)
@@ -143,7 +144,7 @@ def serve(words: list[str]) -> None:
         logging.error("%s", interrupted)
         sys.exit(interrupted.status)
     except (ValueError, MemoryError, DistError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(told(error))
 
 
 def log_to(path: Path) -> None:
