@@ -11,7 +11,8 @@ are then means. Loads are doubled or halved from `--start` on until one holds an
 to `--precision`. A queue that grows has an effect only if it has the time, and so many sessions come the sooner the
 higher their rate: with `--window S` there are as many as come in S seconds at each load. Of which requests the share
 is, `measure.from_s=` and `measure.until_s=` say, as in run.py: `--window 60 measure.from_s=10 measure.until_s=60` is
-without the ramp-up, and with as much of the drain as those requests see. Systems and words are those of compare.py.
+without the ramp-up, and with as much of the drain as those requests see. Systems are compared by what holds for each
+rank of their instances (`cluster.tensor_parallel`), a GPU. Systems and words are those of compare.py.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from rich.table import Table
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.compose import load_config
 from memserve.config.blame import told
+from memserve.config.per_role import num_ranks
 from memserve.config.schema import RunConfig
 from memserve.metrics.figure_text import format_figure
 from memserve.metrics.repeats import mean_of
@@ -90,10 +92,11 @@ class Question:
 class Capacity:
     """What was found of one system: `holds`, the largest load that did; `fails`, the smallest above it that did not.
 
-    None: no load did, or all that were tried. reports: of every load that was tried.
+    None: no load did, or all that were tried. reports: of every load that was tried.  num_ranks: of the instances that
+    serve requests; a rank stands for a GPU.
     """
 
-    num_instances: int
+    num_ranks: int
     holds: float | None = None
     fails: float | None = None
     reports: dict[float, Report] = field(default_factory=dict)
@@ -131,7 +134,7 @@ class Search:
         self._name, self._words, self._asked = name, words, asked
         cfg = self._config(asked.start, asked.seeds[0])
         check_playable(cfg)
-        self._found = Capacity(len([role for role in cfg.cluster.roles if role in SERVING]))
+        self._found = Capacity(sum(num_ranks(cfg, role) for role in cfg.cluster.roles if role in SERVING))
 
     def run(self) -> Capacity:
         found, asked = self._found, self._asked
@@ -180,7 +183,7 @@ def table_of(found: Mapping[str, Capacity], vary: str) -> Table:
     """A row for each system: the load that holds and what it is like there, and what goes wrong above it."""
     table = Table(title=f"most {vary}", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("system")
-    for heading in ("holds", "an instance", "of the first", "good", "good/s", "TTFT P90", "TPOT P90", "hits", "fails"):
+    for heading in ("holds", "a rank", "of the first", "good", "good/s", "TTFT P90", "TPOT P90", "hits", "fails"):
         table.add_column(heading, justify="right")
     first = next(iter(found.values())).holds
     for name, capacity in found.items():
@@ -195,7 +198,7 @@ def _cells(capacity: Capacity, first: float | None) -> list[str]:
     report = capacity.reports[load]
     return [
         f"{load:g}" if capacity.fails is not None else f">= {load:g}",
-        format_figure(load / capacity.num_instances, "number"),
+        format_figure(load / capacity.num_ranks, "number"),
         format_figure(load / first if first else None, "number"),
         format_figure(report["goodput"]["share"], "share"),
         format_figure(report["goodput"]["requests_per_s"], "number"),
@@ -244,6 +247,7 @@ def write(found: Mapping[str, Capacity], asked: Question, out: Path) -> None:
     """capacity.json, every load's report in it, and capacity.png."""
     systems = {
         name: {
+            "num_ranks": capacity.num_ranks,
             "holds": capacity.holds,
             "fails": capacity.fails,
             "points": [{"load": load, "report": capacity.reports[load]} for load in sorted(capacity.reports)],

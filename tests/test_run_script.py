@@ -34,8 +34,8 @@ def test_a_run_leaves_its_config_report_requests_and_environment(tmp_path):
     assert set(report) >= KEYS and report["num_finished"] == 8
     assert [row["id"] for row in report["instances"]] == ["colocated-0", "colocated-1"]
     assert set(report["tokens"]) == {
-        "prompt", "cached_local", "fetched", "computed", "computed_on_decode", "generated",
-        "computed_in_vain", "generated_in_vain",
+        "prompt", "cached_local", "fetched", "computed", "computed_again", "computed_on_decode",
+        "generated", "computed_in_vain", "generated_in_vain",
     }  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and all(len(line["output_token_ids"]) <= 8 for line in lines)

@@ -167,12 +167,16 @@ def _all_tokens(timelines: Sequence[RequestTimeline], rows: Sequence[Report]) ->
 
 
 def _tokens(begun: Sequence[RequestStats]) -> dict[str, int]:
-    """Token counts by origin. Prompts are `cached_local` + `fetched` + first-time `computed`."""
+    """Token counts by origin. Prompts are `cached_local` + `fetched` + `computed` - `computed_again`, which after a
+    preemption has tokens of the answer in it, too.
+    """
+    computed_again = (s.num_cached_local + s.num_fetched + s.num_computed - s.num_prompt for s in begun)
     return {
         "prompt": sum(stats.num_prompt for stats in begun),
         "cached_local": sum(stats.num_cached_local for stats in begun),
         "fetched": sum(stats.num_fetched for stats in begun),
         "computed": sum(stats.num_computed for stats in begun),
+        "computed_again": sum(num for num in computed_again if num > 0),  # of one whose prefill ended early it is less
         "computed_on_decode": sum(stats.num_computed_on_decode for stats in begun),
         "generated": sum(stats.num_generated for stats in begun),
     }

@@ -102,7 +102,7 @@ def _totals_table(report: Report) -> Table:
 def _prompt_text(tokens: Mapping[str, int]) -> str:
     """Where prompts came from. After a preemption tokens are computed again, those of the answer so far among them."""
     cached, fetched, computed = (tokens[key] for key in ("cached_local", "fetched", "computed"))
-    num_again, on_decode = computed + fetched + cached - tokens["prompt"], tokens["computed_on_decode"]
+    num_again, on_decode = tokens["computed_again"], tokens["computed_on_decode"]
     again = f" ({counted(num_again)} of them again)" if num_again > 0 else ""
     parts = f"{counted(cached)} cached, {counted(fetched)} fetched, {counted(computed)} computed{again}"
     return f"{counted(tokens['prompt'])}: {parts}{f', {counted(on_decode)} again on decode' if on_decode else ''}"

@@ -40,6 +40,7 @@ def test_the_keys_that_others_read_are_there(make_timeline):
         "cached_local",
         "fetched",
         "computed",
+        "computed_again",
         "computed_on_decode",
         "generated",
         "computed_in_vain",
@@ -75,8 +76,8 @@ def test_counts_and_latencies_of_a_small_run(make_timeline):
     assert report["decode_itl_s"]["mean"] == report["decode_itl_s"]["p50"] == 2.0  # not the gap after a first token
     # of all that were begun: the refused one never was
     assert report["tokens"] == {
-        "prompt": 400, "cached_local": 80, "fetched": 0, "computed": 220, "computed_on_decode": 0, "generated": 5,
-        "computed_in_vain": 80, "generated_in_vain": 0,
+        "prompt": 400, "cached_local": 80, "fetched": 0, "computed": 220, "computed_again": 0,
+        "computed_on_decode": 0, "generated": 5, "computed_in_vain": 80, "generated_in_vain": 0,
     }  # fmt: skip
     assert report["hit_ratio"] == 0.2
     assert report["makespan_s"] == 10.0 and report["preemptions"] == 1
