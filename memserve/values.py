@@ -17,6 +17,14 @@ def as_tuple(name: str, value: object) -> tuple[object, ...]:
     return tuple(value)
 
 
+def as_text(content: object) -> object:
+    """OpenAI's list of text parts, [{"type": "text", "text": str}, ..], as one string, a line each; else what it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+
+
 def require_number(
     name: str, value: object, allowed: str, *, minimum: float, maximum: float = math.inf, exclusive: bool = False
 ) -> float:

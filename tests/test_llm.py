@@ -55,6 +55,8 @@ def test_prompts_come_as_text_chats_or_ids_one_or_many_and_answers_in_order(llm)
     mixed = llm.generate([text, chat, ids], GREEDY)
     assert mixed[0].token_ids == one.token_ids and mixed[2].prompt_token_ids == ids
     assert mixed[1].token_ids == llm.generate(chat, GREEDY)[0].token_ids == llm.generate([chat], GREEDY)[0].token_ids
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    assert llm.generate(parts, GREEDY)[0].prompt_token_ids == mixed[1].prompt_token_ids
     assert llm.generate([], GREEDY) == [] and settled(llm)
 
 

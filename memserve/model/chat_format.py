@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from memserve.values import as_text
+
 Message = Mapping[str, Any]  # role and content; an assistant's may have tool_calls, and then needs no content
 Render = Callable[[Sequence[Message], bool], str]
 
@@ -122,14 +124,20 @@ def _assistant(content: str) -> Message:
 def check_messages(messages: Sequence[Message]) -> Sequence[Message]:
     """The messages, if they are a non-empty sequence of {"role": str, "content": str}; else ValueError.
 
-    An assistant's with `tool_calls` may have no content, or None, as in OpenAI's format.
+    As in OpenAI's format an assistant's with `tool_calls` may have no content, or None, and content may be a list of
+    parts of type text, which become one string.
     """
     if isinstance(messages, str | Mapping) or not messages:
         raise ValueError(f"messages={messages!r}: expected a non-empty list of {{'role': ..., 'content': ...}}")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not _has_content(message):
-            raise ValueError(f"message {message!r}: expected {{'role': str, 'content': str}}")
-    return messages
+    return [_checked(message) for message in messages]
+
+
+def _checked(message: Message) -> Message:
+    if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+        message = {**message, "content": as_text(message["content"])}
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not _has_content(message):
+        raise ValueError(f"message {message!r}: expected {{'role': str, 'content': str}}")
+    return message
 
 
 def _has_content(message: Message) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from memserve.request import require_priority
+from memserve.values import as_text
 from memserve.workload.classes import RequestClass
 
 _SHAREGPT_ROLES = {
@@ -232,8 +233,9 @@ def _messages(entry: dict[str, object], where: str) -> list[ChatMessage]:
 
 
 def _text(content: object, key: str, where: str) -> str:
+    content = as_text(content)
     if not isinstance(content, str):
-        raise _bad(where, f"{key!r} is {type(content).__name__}: expected a string")
+        raise _bad(where, f"{key!r} is {type(content).__name__}: expected a string, or a list of parts of type text")
     require_text(where, key, content)
     return content
 

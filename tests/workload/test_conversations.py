@@ -39,6 +39,22 @@ def test_openai_lines_become_turns_with_the_files_answers(tmp_path):
     assert first.where == f"{path}:1"
 
 
+def parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_content_may_be_text_parts_and_nothing_else(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    write_lines(path, openai(("user", parts("a", "b")), ("assistant", parts("c"))))
+    assert [shape(conversation) for conversation in read(path)] == [[(["user:a\nb"], "c")]]
+    for content in ([*parts("a"), {"type": "image_url", "image_url": {"url": "x"}}], [], ["a"], parts(7)):
+        write_lines(path, openai(("user", content)))
+        with pytest.raises(
+            BadConversation, match="'content' is list: expected a string, or a list of parts of type text"
+        ):
+            read(path)
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_sharegpt_array_is_read_whatever_its_line_breaks(tmp_path, indent):
     entries = [
