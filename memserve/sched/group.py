@@ -202,6 +202,15 @@ class Group(Holders):
             self._rows["num_decoding"][placement.row] += 1
             placement.decodes = True
 
+    @property
+    def listens(self) -> bool:
+        """Whether the policy wants to hear of answers."""
+        return type(self._policy).answered is not Policy.answered
+
+    def answered(self, placement: Assignment, request: RouteRequest, num_generated: int, now_ns: int) -> None:
+        """The request has been answered where it was placed."""
+        self._policy.answered(request, self.labels[placement.row], num_generated, to_s(now_ns))
+
     def forget(self, placement: Assignment) -> None:
         """A request has ended, or left its instance; said twice, it counts once."""
         if placement.is_counted:

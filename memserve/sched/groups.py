@@ -169,7 +169,10 @@ class Groups:
             group.tree.learn(place.row, (routed.submit.tokens + generated)[: 4 * held], now_ns)
 
     def learn_all(self, routed: Routed, now_ns: int) -> None:
-        """A request has been answered: so do the trees of all roles that had a part in it."""
+        """A request has been answered: so do the trees of all roles that had a part in it, and policies hear of it."""
+        for group, place in self.places(routed):
+            if group.listens:
+                group.answered(place, routed.request, routed.num_generated, now_ns)
         for role in self._mode.roles:
             if role is not Role.DECODE or routed.num_generated > 1:  # one alone is the prefill's
                 self.learn(routed, role, routed.num_generated, now_ns)

@@ -91,6 +91,13 @@ class Policy(ABC):
         """What a request's prefill adds to `queued_work`, an int in a unit of the policy's own: its new tokens."""
         return num_new
 
+    def answered(  # noqa: B027 # most policies learn nothing from answers: empty, not abstract
+        self, request: RouteRequest, label: str, num_generated: int, now_s: float
+    ) -> None:
+        """A request has ended with an answer of so many tokens; `label` is the instance of this group that it was at,
+        of decode instances that which had it last. For policies that learn, as how long answers are.
+        """
+
 
 class Random(Policy):
     """Any instance, uniformly."""

@@ -44,6 +44,35 @@ def test_a_policy_that_writes_into_what_it_is_shown_is_stopped(column):
     assert group.labels == ("a", "b")
 
 
+class Listens(LeastLoad):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.heard = []
+
+    def answered(self, request, label, num_generated, now_s):
+        self.heard.append((request.request_id, len(request.tokens), label, num_generated, now_s))
+
+
+@pytest.mark.parametrize("words", [["cluster=colocated_2"], ["cluster=1p2d", "mode=pd_caching_3"]])
+def test_a_policy_hears_once_of_each_answer_where_it_was_and_how_long(words):
+    own = [f"{node}._target_={__name__}.Listens" for node in ("policy", "decode_policy")]
+    few = ["exec=simulated", "workload=synthetic", "workload.num_sessions=6", "workload.num_turns=2"]
+    cluster = LocalCluster(load_config([*few, *words, *own])).cluster()
+    while cluster.advance():
+        pass
+    groups, timelines = cluster.scheduler.groups, cluster.scheduler.timelines
+    for group in groups.all:
+        decodes = group is groups.decode
+        ended = {t.request_id: t for t in timelines.values() if t.stats.decode_instance or not decodes}
+        assert sorted(heard[0] for heard in group._policy.heard) == sorted(ended)
+        for name, num_prompt, label, num_generated, now_s in group._policy.heard:
+            timeline = ended[name]
+            where = timeline.stats.decode_instance if decodes else timeline.stats.instance
+            assert (num_prompt, label, num_generated) == (timeline.num_prompt, where, timeline.num_output)
+            assert now_s == pytest.approx(timeline.finished_ns / 1e9)
+
+
 def test_round_robin_takes_turns():
     turns = [RoundRobin().choose(route(), snapshot([0, 0, 0], num_routed=i), None) for i in range(6)]
     assert turns == [0, 1, 2, 0, 1, 2]
