@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from memserve.request import Request
-from memserve.values import given_number
+from memserve.values import given_number, wrong_return
 
 
 class QueuePolicy(ABC):
@@ -70,3 +70,12 @@ def level_of(queue: QueuePolicy, request: Request) -> float:
 def key_of(queue: QueuePolicy, request: Request, num_cached: Callable[[Request], int]) -> float:
     """A request's key, as `level_of`."""
     return given_number(queue, "key", queue.key(request, num_cached), repr(request.request_id))
+
+
+def victim_of(queue: QueuePolicy, running: Sequence[Request]) -> Request:
+    """Who of those that run is preempted. Raises ValueError where that is none of them."""
+    victim = queue.victim(running)
+    if not any(victim is request for request in running):
+        names = ", ".join(repr(request.request_id) for request in running)
+        raise wrong_return(queue, "victim", victim, f"one of the requests that run: {names}")
+    return victim

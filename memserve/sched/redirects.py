@@ -28,7 +28,7 @@ from memserve.sched.groups import Groups
 from memserve.sched.rebalancing import Rebalancing
 from memserve.sched.routed import Routed
 from memserve.sched.routing import is_row
-from memserve.values import given_bool
+from memserve.values import given_bool, given_key
 
 Sent = list[tuple[str, Message]]  # (destination label, message) pairs
 
@@ -91,7 +91,7 @@ class Redirects:
         target = self._target(group, rows, label, now_ns)
         if target is None or not (here := [r for r in live if self._may_go(r, label) and target not in r.tried]):
             return []
-        routed = min(here, key=lambda r: self._rebalancing.key(_answer(r)))
+        routed = min(here, key=self._key)
         return self._go(routed, label, group, group.place_at(target, "rebalanced", routed.request, now_ns))
 
     def is_about(self, routed: Routed, message: HandoffEnded) -> bool:
@@ -147,6 +147,10 @@ class Redirects:
     def _moves(self, routed: Routed) -> bool:
         """Whether an answer is to go on elsewhere, now that its instance leaves."""
         return given_bool(self._departure, "moves", self._departure.moves(_answer(routed)))
+
+    def _key(self, routed: Routed) -> tuple[float, ...]:
+        """An answer's place among those that could go where there is more room."""
+        return given_key(self._rebalancing, "key", self._rebalancing.key(_answer(routed)))
 
     def _in_use(self) -> set[str]:
         """The labels of instances from or to which an answer is on its way."""
