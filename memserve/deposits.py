@@ -21,6 +21,7 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.sched.store_policy import StorePolicy
+from memserve.values import given_int
 
 
 class Deposited(msgspec.Struct, frozen=True, tag=True):
@@ -37,7 +38,7 @@ class Deposits:
     def __init__(self, transfers: Transfers, pool: BlockPool, policy: StorePolicy, store: int | None) -> None:
         self._transfers, self._pool, self._policy, self._store = transfers, pool, policy, store
         pool.index.counts_apart = store is not None and policy.asks_index
-        self._num_ahead = policy.num_ahead(pool.num_blocks)
+        self._num_ahead = given_int(policy, "num_ahead", policy.num_ahead(pool.num_blocks), 0, unit="blocks")
         self._num_too_late = 0  # tokens
         self._waiting: deque[np.ndarray] = deque()
         self._ticket: Ticket | None = None
@@ -58,8 +59,11 @@ class Deposits:
         """
         if self._store is None:
             return
-        num_offered = self._policy.num_offered(self._pool.index.uses(tokens)) * self._pool.block_size
-        if num_offered:
+        uses = self._pool.index.uses(tokens)
+        num_blocks = given_int(
+            self._policy, "num_offered", self._policy.num_offered(uses), 0, len(uses), unit="blocks of those cached"
+        )
+        if num_offered := num_blocks * self._pool.block_size:
             self._waiting.append(tokens[:num_offered].copy())
             if len(self._waiting) > self._policy.max_waiting:
                 self._num_too_late += len(self._waiting.popleft())

@@ -28,6 +28,7 @@ from memserve.messages import Fetch, PoolMessage, Refuse, pack_tokens, unpack_to
 from memserve.request import Phase, Request
 from memserve.sched.admission import usable_prefix
 from memserve.sched.fetch_policy import Choice, FetchPolicy, FetchPrices
+from memserve.values import given_bool
 
 NUM_REMEMBERED = 4096  # fetches that were served, so that a repeated Fetch is not served twice
 
@@ -116,7 +117,7 @@ class Fetches:
         """Fetch or compute, for all of a batch at once."""
         choices = [candidate.choice for candidate in batch]
         fetch_s, compute_s = self._prices.fetch_time_s(choices), self._prices.compute_time_s(choices)
-        fetched = self._policy.fetches(fetch_s, compute_s)
+        fetched = given_bool(self._policy, "fetches", self._policy.fetches(fetch_s, compute_s))
         for one in batch:
             record = FetchRecord(
                 one.holder, one.choice.num_cached, one.choice.num_held, len(batch), fetch_s, compute_s, fetched, now_ns,

@@ -19,6 +19,7 @@ from memserve.kvcache.ticket import Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.request import Request
 from memserve.sched.migration import MigrationPolicy
+from memserve.values import given_bool
 
 
 class SentAhead(msgspec.Struct, frozen=True, tag=True):
@@ -99,7 +100,9 @@ class Migrations:
         if ahead is None or ahead.target != target:
             ahead = _Ahead(target, request)
         num_left = num_full - ahead.num_blocks
-        if not (num_left > 0 and self._policy.copies_ahead(num_left, ahead.num_new)):
+        if num_left <= 0:
+            return False
+        if not given_bool(self._policy, "copies_ahead", self._policy.copies_ahead(num_left, ahead.num_new)):
             return False
         tokens = request.tokens.view[: num_full * self._transfers.geometry.block_size]
         blocks = request.block_table.view[:num_full]

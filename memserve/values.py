@@ -1,4 +1,9 @@
-"""Values that callers give, checked. Raises ValueError naming the value and what is allowed; knows no option."""
+"""Values that callers give, and that a user's own classes return, checked. Raises ValueError naming the value and what
+is allowed; knows no option.
+
+`require_...` is of an argument, by its name. `given_...` is of what a method returned, by its class and its own name:
+a forgotten `return` gives None, which is false, equal to any other None, and never what was meant.
+"""
 
 import math
 from collections.abc import Iterable
@@ -74,3 +79,50 @@ def require_part(group: str, name: str, value: object, kind: type[object]) -> No
     if not isinstance(value, kind):
         expected = f"an object of {kind.__name__} (config: {group}/{name}=NAME)"
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def wrong_return(owner: object, method: str, value: object, expected: str, of: str = "") -> ValueError:
+    """What is raised where a method of `owner`, an object, gave something else than is asked of it. of: whom it was
+    asked about; "" where that says nothing.
+    """
+    about = f" of {of}" if of else ""
+    return ValueError(f"{type(owner).__name__}.{method} gave {value!r}{about}: expected {expected}")
+
+
+def given_bool(owner: object, method: str, value: object) -> bool:
+    """What a method returned, true or false; NumPy's too, as Python's."""
+    if not isinstance(value, bool | np.bool_):
+        raise wrong_return(owner, method, value, "True or False")
+    return bool(value)
+
+
+def given_int(
+    owner: object, method: str, value: object, minimum: int, maximum: int | None = None, *, unit: str = ""
+) -> int:
+    """What a method returned, an integer in [minimum, maximum], NumPy's too, as Python's. unit: of what it counts."""
+    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_int or value < minimum or (maximum is not None and value > maximum):  # type: ignore[operator] # asked
+        in_range = f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+        raise wrong_return(owner, method, value, f"{in_range}, {unit}" if unit else in_range)
+    return int(value)  # type: ignore[call-overload,no-any-return] # as above
+
+
+def given_number(owner: object, method: str, value: object, of: str = "") -> float:
+    """What a method returned to be compared: a real number, as it is; infinite, or a bool, is one, NaN is none."""
+    if not is_number(value):
+        raise wrong_return(owner, method, value, "a number", of)
+    return value  # type: ignore[return-value] # asked in the line above
+
+
+def given_key(owner: object, method: str, value: object) -> tuple[float, ...]:
+    """What a method returned to be compared with others that it gives: a tuple of numbers, as it is."""
+    if not isinstance(value, tuple) or not all(map(is_number, value)):
+        raise wrong_return(owner, method, value, "a tuple of numbers")
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Whether it has a place among numbers. Plain ones first: of each node and request in an order this is asked."""
+    if type(value) is int or type(value) is float:
+        return value == value
+    return isinstance(value, int | float | np.integer | np.floating | np.bool_) and bool(value == value)

@@ -18,6 +18,7 @@ from memserve.model.runner import geometry
 from memserve.request import TAKING, Role
 from memserve.sched.cost_model.base import CostModel, Subject, attention_tokens
 from memserve.sched.prediction import Prediction
+from memserve.values import wrong_return
 
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -36,9 +37,15 @@ def computing_role(cfg: RunConfig, role: str) -> str:
 
 
 def predicted(cfg: RunConfig, exact: CostModel) -> CostModel:
-    """What those are given who decide by a cost model, in the place of the one that time goes by."""
+    """What those are given who decide by a cost model, in the place of the one that time goes by.
+
+    Raises ValueError where the prediction makes none.
+    """
     prediction: Prediction = make_asking(cfg.prediction, seed=cfg.seed)
-    return prediction.costs(exact)
+    costs = prediction.costs(exact)
+    if not isinstance(costs, CostModel):
+        raise wrong_return(prediction, "costs", costs, "a CostModel")
+    return costs
 
 
 def build_cost_model(cfg: RunConfig, model: Llama | None, role: str = Role.COLOCATED) -> CostModel:

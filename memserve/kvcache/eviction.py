@@ -9,6 +9,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+from memserve.values import given_key
+
 
 class Evictable(Protocol):
     """What a policy may look at.
@@ -17,7 +19,8 @@ class Evictable(Protocol):
     it was looked up, and once for its insertion: by each request that found it here, once, and by each other instance
     that was sent it for one of its own. A prompt that is entered chunk by chunk has not used its own beginning each
     time, nor has one that was preempted and starts again.  num_tokens_before, num_tokens_end: tokens before it, and
-    with its own.
+    with its own. num_tokens_end shrinks when a node's last blocks are evicted and its first ones stay: a key that grows
+    with it would shrink too, and is refused.
     """
 
     born: int
@@ -34,7 +37,7 @@ class Eviction(ABC):
 
     @abstractmethod
     def key(self, node: Evictable) -> tuple[float, ...]:
-        """The node's place in the order; the smallest is evicted first."""
+        """The node's place in the order: a tuple of numbers, of which the smallest is evicted first."""
 
 
 class LRU(Eviction):
@@ -83,11 +86,35 @@ class CostAware(Eviction):
 class DeepestFirst(Eviction):
     """Another order, in which the deeper of two equal nodes goes first; where any node may go, not only leaves.
 
-    Depth is where a node ends: cutting its head off leaves that as it is, and its key must never shrink.
+    Depth is where a node ends: cutting its head off leaves that as it is. A leaf that is continued, and keeps its key
+    of that order, becomes deeper, and its key here smaller than it was: see `is_deeper`.
     """
 
     def __init__(self, order: Eviction) -> None:
-        self._order = order
+        self.order = order
 
     def key(self, node: Evictable) -> tuple[float, ...]:
-        return (*self._order.key(node), -node.num_tokens_end)
+        return (*key_of(self.order, node), -node.num_tokens_end)
+
+
+def key_of(order: Eviction, node: Evictable) -> tuple[float, ...]:
+    """A node's key. Raises ValueError where that is no tuple of numbers: among others there would be no order."""
+    return given_key(order, "key", order.key(node))
+
+
+def is_deeper(order: Eviction, before: tuple[float, ...], now: tuple[float, ...]) -> bool:
+    """Whether a key of DeepestFirst is smaller than before since its node was continued. Such a node can go at once:
+    all others come after its key of before, which came after those of nodes below it, and before those of nodes above.
+    """
+    return isinstance(order, DeepestFirst) and before[:-1] == now[:-1]
+
+
+def shrunk(order: Eviction, before: tuple[float, ...], now: tuple[float, ...]) -> ValueError:
+    """What is raised where the key of a node was another before, and is not larger now. Of DeepestFirst, it is said of
+    the order that it was given.
+    """
+    if isinstance(order, DeepestFirst):
+        return shrunk(order.order, before[:-1], now[:-1])
+    return ValueError(
+        f"{type(order).__name__}.key gave {before}, then {now} for the same node: expected it only to grow"
+    )

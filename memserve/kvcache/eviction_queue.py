@@ -10,8 +10,9 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from memserve.kvcache.eviction import Evictable, Eviction
+from memserve.kvcache.eviction import Evictable, Eviction, is_deeper, key_of, shrunk
 from memserve.request import IntBuffer
+from memserve.values import given_key
 
 _NONE = np.empty(0, dtype=np.int32)
 _TO_PARKED = 2  # places from a queue's bit to the one for nodes that it has parked
@@ -42,12 +43,12 @@ class EvictionQueue(Generic[Node]):
         if not node.queued & (self._bit | self._parked_bit):
             node.queued |= self._bit
             self._num_pushed += 1
-            heapq.heappush(self._heap, (self._policy.key(node), self._num_pushed, node))
+            heapq.heappush(self._heap, (key_of(self._policy, node), self._num_pushed, node))
 
     def pop(self) -> Node | None:
         """Takes out the node that goes first; None when there is none.
 
-        Raises ValueError where the policy's key of a node has become smaller, or is no number.
+        Raises ValueError where the policy's key of a node has become smaller, or is no tuple of numbers.
         """
         while self._heap:
             key, _, node = heapq.heappop(self._heap)
@@ -58,9 +59,10 @@ class EvictionQueue(Generic[Node]):
             present = self._policy.key(node)
             if present == key:
                 return node
-            if not present > key:
-                name = type(self._policy).__name__
-                raise ValueError(f"{name}.key gave {key}, then {present} for the same node: expected it only to grow")
+            if not given_key(self._policy, "key", present) > key:
+                if is_deeper(self._policy, key, present):
+                    return node
+                raise shrunk(self._policy, key, present)
             self.offer(node)
         return None
 

@@ -14,6 +14,7 @@ import torch
 
 from memserve.kvcache.layout import CacheGeometry, DiscreteLayout
 from memserve.model.attention import Attention, attention_backend
+from memserve.model.attention.base import FirstStep, LayerAttention
 from memserve.model.batch import ForwardBatch, build_forward_batch
 from memserve.model.captured_decode import CapturedDecode
 from memserve.model.decode_graph import DecodeGraph
@@ -61,6 +62,7 @@ class ModelRunner:
         self._attention.check(model.device, model.dtype)
         self._sampler = model.shard.sampler(sampler if sampler is not None else Sampler())
         self._decode_graph = self._built_graph(attention)
+        self._has_attended = False
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Computes the whole batch, all of its `num_steps`."""
@@ -107,13 +109,15 @@ class ModelRunner:
             yield from range(self.model.config.num_layers)
             return logits_RV if step.samples_all else logits_RV[step.sample_rows_S]
         with torch.inference_mode():  # never held across a yield: it would leak into the caller
-            attention = self._attention(step, self._kv_layers, self.model.config.num_heads)
+            own = self._attention(step, self._kv_layers, self.model.config.num_heads)
+            attention: LayerAttention = own if self._has_attended else FirstStep(own)
             rotation = self.model.rotary.rotation(step.positions_T)
             stream = self.model.embed(step.token_ids)
         for i, layer in enumerate(self.model.layers):
             with torch.inference_mode():
                 stream = layer(stream, rotation, attention)
             yield i
+        self._has_attended = True
         with torch.inference_mode():
             x_TE, delta_TE = stream
             rows_S = step.sample_rows_S

@@ -6,9 +6,10 @@ prefill_first   a step takes prompts alone as long as any can be admitted, and a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from memserve.request import Request, ScheduledBatch
+from memserve.values import wrong_return
 
 
 class Batching(ABC):
@@ -33,6 +34,14 @@ class Batching(ABC):
             raise ValueError(f"{name} gives a request twice: expected each once at most")
         if running and not in_batch:
             raise ValueError(f"{name} leaves out {running[0].request_id!r}, and no other runs: expected it in a list")
+
+
+def turn(batching: Batching, method: str, given: object) -> list[Request]:
+    """What one of the two methods gave. Raises ValueError for no list of requests."""
+    requests = list(given) if isinstance(given, Iterable) else None
+    if requests is None or not set(map(type, requests)) <= {Request}:  # in every step, of all that run: in C
+        raise wrong_return(batching, method, given, "a list of requests, of those that it was asked of")
+    return requests
 
 
 class Mixed(Batching):

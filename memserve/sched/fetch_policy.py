@@ -35,7 +35,7 @@ class FetchPrices:
         """Seconds by which prefilling the batch takes longer without what could be fetched."""
         total, cached, held = np.array([(c.num_tokens, c.num_cached, c.num_held) for c in choices]).T
         once = np.zeros(1, dtype=np.int64)
-        with_it, without = (self.costs.step_time_s(x, total - x, once)[0] for x in (held, cached))
+        with_it, without = (self.costs.steps_s(x, total - x, once)[0] for x in (held, cached))
         return float(without - with_it)
 
 

@@ -12,6 +12,7 @@ from memserve.sched.cost_model.base import CostModel
 from memserve.sched.holders import Holders
 from memserve.sched.prompt_tree import PromptIndex
 from memserve.sched.routing import Chosen, ClusterSnapshot, Policy, RouteRequest, is_row
+from memserve.values import given_int
 
 LATELY = 16  # requests an instance
 NUM_SESSIONS = 65_536  # whose instance is remembered
@@ -130,7 +131,7 @@ class Group(Holders):
         self, request: RouteRequest, now_ns: int, rng: np.random.Generator, tried: Collection[int] = ()
     ) -> Assignment:
         """Where the request is to go; it is not counted there before `take`. Raises ValueError where the policy names
-        none of the instances.
+        none of the instances, or work that is none.
         """
         num_tokens, rows = len(request.tokens), self.rows(tried)
         num_cached = self._num_cached(request.tokens, rows, now_ns)
@@ -181,7 +182,9 @@ class Group(Holders):
             self._rows["queued_ns"][rows],
             None if costs is None else costs.exec_time_s,
         )
-        work = self._policy.work(held, num_tokens - held)
+        work = given_int(
+            self._policy, "work", self._policy.work(held, num_tokens - held), 0, unit="in the policy's own unit"
+        )
         queued_ns = predicted_ns = 0 if costs is None else to_ns(costs.exec_time_s(held, num_tokens - held))
         if self._prediction is not None and self._prediction is not costs:
             predicted_ns = to_ns(self._prediction.exec_time_s(held, num_tokens - held))

@@ -19,13 +19,13 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
 from memserve.sched.admission import usable_prefix
-from memserve.sched.batching import Batching, Mixed
+from memserve.sched.batching import Batching, Mixed, turn
 from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
 from memserve.sched.macro_steps import growth, most_steps
 from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.publisher import Publisher
-from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.queue_policy import QueuePolicy, victim_of
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.sched.waiting_room import WaitingRoom
 
@@ -149,10 +149,11 @@ class LocalScheduler:
     def _fill(self, batch: ScheduledBatch) -> bool:
         """Puts those into the batch whose turn it is; True if who had it found no room, and others have it now."""
         num_preemptions = self.counts.preemptions
-        self._serve(batch, self._batching.first(self.running))
+        self._serve(batch, self._first(self.running))
         self._admit_waiting(batch)
         if not batch.requests:
-            self._serve(batch, self._batching.otherwise(self.running))
+            others = self._batching.otherwise(self.running)
+            self._serve(batch, turn(self._batching, "otherwise", others))
         return not batch.requests and self.counts.preemptions > num_preemptions
 
     def _admit_waiting(self, batch: ScheduledBatch) -> None:
@@ -161,9 +162,12 @@ class LocalScheduler:
         self.room.unpark()
         while self._budget > 0 and (head := self._next()) is not None:
             if self._admit(head):
-                self._serve(batch, self._batching.first([head]))
+                self._serve(batch, self._first([head]))
             elif self.running or not (self.room.unpark() or self._drop_swapped()):
                 break
+
+    def _first(self, running: Sequence[Request]) -> list[Request]:
+        return turn(self._batching, "first", self._batching.first(running))
 
     def _serve(self, batch: ScheduledBatch, requests: Sequence[Request]) -> None:
         """Puts the next tokens of those that run into the batch, as far as the budget goes."""
@@ -181,7 +185,7 @@ class LocalScheduler:
                 self._cover(request, request.num_tokens)
                 return True
             except OutOfBlocks:
-                victim = self.room.queue.victim(self.running)
+                victim = victim_of(self.room.queue, self.running)
                 self._preempt(victim, batch)
                 if victim is request:
                     return False

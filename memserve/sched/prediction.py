@@ -74,17 +74,17 @@ class BiasedCosts(CostModel):
 
     def _one_s(self, num_cached: int, num_new: int) -> float:
         errors = self._errors(np.array([num_cached]), np.array([num_new]))
-        return self._exact._one_s(num_cached, num_new) * float(errors[0])
+        return self._exact.exec_time_s(num_cached, num_new) * float(errors[0])
 
     def _column_s(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        seconds: np.ndarray = self._exact._column_s(num_cached, num_new) * self._errors(num_cached, num_new)
+        seconds: np.ndarray = self._exact.exec_time_s(num_cached, num_new) * self._errors(num_cached, num_new)
         return seconds
 
     def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
         """The noise is of all tokens that the batch has cached, and of all new ones."""
         cached = num_cached.sum() + len(num_cached) * num_more
         errors = self._errors(cached, np.full_like(cached, num_new.sum()))
-        seconds: np.ndarray = self._exact.step_time_s(num_cached, num_new, num_more) * errors
+        seconds: np.ndarray = self._exact.steps_s(num_cached, num_new, num_more) * errors
         return seconds
 
     def swap_time_s(self, num_blocks: int) -> float:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from memserve.request import Request
+from memserve.values import given_number, wrong_return
 
 
 class QueuePolicy(ABC):
@@ -63,15 +64,18 @@ class LongestPrefixFirst(QueuePolicy):
 
 def level_of(queue: QueuePolicy, request: Request) -> float:
     """A request's level. Raises ValueError where that is no number: among others there would be no order."""
-    return _number(queue.level(request), queue, "level", request)
+    return given_number(queue, "level", queue.level(request), repr(request.request_id))
 
 
 def key_of(queue: QueuePolicy, request: Request, num_cached: Callable[[Request], int]) -> float:
     """A request's key, as `level_of`."""
-    return _number(queue.key(request, num_cached), queue, "key", request)
+    return given_number(queue, "key", queue.key(request, num_cached), repr(request.request_id))
 
 
-def _number(value: float, queue: QueuePolicy, method: str, request: Request) -> float:
-    if value != value:
-        raise ValueError(f"{type(queue).__name__}.{method} gave {value} of {request.request_id!r}: expected a number")
-    return value
+def victim_of(queue: QueuePolicy, running: Sequence[Request]) -> Request:
+    """Who of those that run is preempted. Raises ValueError where that is none of them."""
+    victim = queue.victim(running)
+    if not any(victim is request for request in running):
+        names = ", ".join(repr(request.request_id) for request in running)
+        raise wrong_return(queue, "victim", victim, f"one of the requests that run: {names}")
+    return victim

@@ -28,6 +28,7 @@ from memserve.sched.groups import Groups
 from memserve.sched.rebalancing import Rebalancing
 from memserve.sched.routed import Routed
 from memserve.sched.routing import is_row
+from memserve.values import given_bool, given_key
 
 Sent = list[tuple[str, Message]]  # (destination label, message) pairs
 
@@ -71,7 +72,7 @@ class Redirects:
         is_asked = request_id in self._moving or request_id in self._waiting or routed.ends_here
         if at is None or is_asked or routed.is_cancelled or (label := _label(at)) not in self._leaving:
             return []
-        if not self._departure.moves(_answer(routed)):
+        if not self._moves(routed):
             routed.ends_here = True
             return []
         self._waiting[request_id] = routed
@@ -90,7 +91,7 @@ class Redirects:
         target = self._target(group, rows, label, now_ns)
         if target is None or not (here := [r for r in live if self._may_go(r, label) and target not in r.tried]):
             return []
-        routed = min(here, key=lambda r: self._rebalancing.key(_answer(r)))
+        routed = min(here, key=self._key)
         return self._go(routed, label, group, group.place_at(target, "rebalanced", routed.request, now_ns))
 
     def is_about(self, routed: Routed, message: HandoffEnded) -> bool:
@@ -115,7 +116,7 @@ class Redirects:
         (routed.declined if message.refused else routed.tried).add(target.row)
         routed.has_copies = routed.has_copies or not message.refused
         dropped = [] if message.refused else aborts(routed, [group.labels[target.row]])
-        if message.instance not in self._leaving or not self._departure.moves(_answer(routed)):
+        if message.instance not in self._leaving or not self._moves(routed):
             self._full.add(group.labels[target.row])
             return [*dropped, self._redirect(routed, message.instance, group.incarnations[place.row])]
         if len(group.rows(tried := routed.tried | routed.declined)):
@@ -142,6 +143,14 @@ class Redirects:
     def is_target(self, label: str) -> bool:
         """Whether a request is on its way to an instance, from another of its role."""
         return any(self._next_label(routed) == label for routed in self._moving.values())
+
+    def _moves(self, routed: Routed) -> bool:
+        """Whether an answer is to go on elsewhere, now that its instance leaves."""
+        return given_bool(self._departure, "moves", self._departure.moves(_answer(routed)))
+
+    def _key(self, routed: Routed) -> tuple[float, ...]:
+        """An answer's place among those that could go where there is more room."""
+        return given_key(self._rebalancing, "key", self._rebalancing.key(_answer(routed)))
 
     def _in_use(self) -> set[str]:
         """The labels of instances from or to which an answer is on its way."""

@@ -98,7 +98,7 @@ class EarlyRejection(Rejection):
         """Seconds of a step that decodes the request among the others, whose prompts are taken to be alike."""
         num_cached = np.full(prospect.num_decoding + 1, len(prospect.request.tokens), dtype=np.int64)
         num_cached[1:] = prospect.num_decoding_tokens // max(prospect.num_decoding, 1)
-        return float(self._cost_model.step_time_s(num_cached, np.ones_like(num_cached), _NOW)[0])
+        return float(self._cost_model.steps_s(num_cached, np.ones_like(num_cached), _NOW)[0])
 
     def _expected(self, name: str, bound_s: float) -> str:
         scale = "" if self._slo_scale == 1 else f"{self._slo_scale:g} times "

@@ -88,7 +88,9 @@ class Policy(ABC):
         """The row of the instance that serves the request; a `Chosen` gives a reason too."""
 
     def work(self, num_cached: int, num_new: int) -> int:
-        """What a request's prefill adds to `queued_work`, an int in a unit of the policy's own: its new tokens."""
+        """What a request's prefill adds to `queued_work`: an integer from 0 on, in a unit of the policy's own. Here its
+        new tokens; of seconds, give nanoseconds (`memserve.clock.to_ns`).
+        """
         return num_new
 
     def answered(  # noqa: B027 # most policies learn nothing from answers: empty, not abstract

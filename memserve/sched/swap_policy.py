@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from memserve.sched.cost_model.base import CostModel
+from memserve.values import given_int
 
 
 class SwapPolicy(ABC):
@@ -20,9 +21,7 @@ class SwapPolicy(ABC):
     def used(self, blocks: np.ndarray, num_hbm_blocks: int, num_tokens: int) -> np.ndarray:
         """Those blocks. Raises ValueError for a number that is none of theirs."""
         num = self.num_to_use(blocks, num_hbm_blocks, num_tokens)
-        if not 0 <= num <= len(blocks):
-            raise ValueError(f"{type(self).__name__} says {num!r} blocks: expected 0 to {len(blocks)}, those cached")
-        return blocks[:num]
+        return blocks[: given_int(self, "num_to_use", num, 0, len(blocks), unit="blocks of those cached")]
 
 
 class Always(SwapPolicy):

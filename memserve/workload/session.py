@@ -6,6 +6,7 @@ KV the earlier turns left in a cache:
     # prompt k+1 = [prompt k | output k | rest of the suffix that closes an assistant turn | new tokens of turn k+1]
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ def figures_of_text(tokenizer: ChatTokenizer) -> dict[str, str | float | None]:
 
 def sessions_of(workload: Workload, tokenizer: ChatTokenizer, seed: int) -> list[Session]:
     """A workload's sessions, each of one of its classes, if it has any. Raises ValueError where it has no session, or
-    something else, or one of a class that it does not have.
+    something else, or one of a class that it does not have; and for figures that a report cannot have.
     """
     given, name = workload.sessions(tokenizer, seed), type(workload).__name__
     sessions = list(given) if isinstance(given, Iterable) else []
@@ -160,7 +161,18 @@ def sessions_of(workload: Workload, tokenizer: ChatTokenizer, seed: int) -> list
     for session in sessions:
         if not isinstance(session, Session):
             raise ValueError(f"{name}.sessions gave {session!r}: expected a Session")
+    _require_figures(name, workload.figures)
     return _classed(sessions, workload.classes, seed)
+
+
+def _require_figures(name: str, figures: object) -> None:
+    """Before the run: a report that cannot be written would be missed after it."""
+    try:
+        is_written = isinstance(figures, Mapping) and bool(json.dumps(dict(figures), allow_nan=False))
+    except (TypeError, ValueError):
+        is_written = False
+    if not is_written:
+        raise ValueError(f"{name}.figures={figures!r}: expected a mapping of what JSON can tell: text, numbers, null")
 
 
 def _classed(sessions: list[Session], classes: Sequence[RequestClass], seed: int) -> list[Session]:

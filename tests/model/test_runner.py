@@ -8,6 +8,7 @@ import torch
 from mini_engine import LAYOUTS, MiniEngine
 from small_models import SMALL, five_prompts, random_model
 
+from memserve.model.attention.reference import ReferenceAttention
 from memserve.model.runner import ModelRunner, geometry
 from memserve.request import ScheduledBatch
 
@@ -156,3 +157,31 @@ def test_an_unknown_attention_backend_is_refused_with_the_words_there_are(model)
 def test_geometry_is_the_models(model) -> None:
     g = geometry(model.config, 32, torch.float32)
     assert (g.num_layers, g.block_size, g.num_kv_heads, g.head_dim) == (3, 32, 2, 16)
+
+
+class OneHead(ReferenceAttention):
+    def attend(self, layer, q_THD):
+        return super().attend(layer, q_THD)[:, :1]
+
+
+class NoReturn(ReferenceAttention):
+    def attend(self, layer, q_THD):
+        super().attend(layer, q_THD)
+
+
+class InDouble(ReferenceAttention):
+    def attend(self, layer, q_THD):
+        return super().attend(layer, q_THD).double()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(OneHead, r"torch\.float32 \[5, 1, \d+\]"), (NoReturn, "None"), (InDouble, r"torch\.float64 \[5, \d+, \d+\]")],
+)
+def test_an_attention_that_gives_something_else_than_layers_take_is_refused_in_the_first_step(
+    model, kind, said
+) -> None:
+    engine = MiniEngine(model, 16, attention=f"{__name__}.{kind.__name__}")
+    expected = r"torch\.float32 \[5, \d+, \d+\], as the queries"
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.attend gave {said}: expected {expected}"):
+        engine.generate([np.arange(5, dtype=np.int32)], 2)

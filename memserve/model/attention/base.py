@@ -72,3 +72,26 @@ class Attention(TorchWrite):
 
     def write(self, layer: int, new_kv_T2KD: torch.Tensor) -> None:
         self.kv_layers[layer].permute(1, 2, 0, 3, 4)[self._write_index] = new_kv_T2KD
+
+
+class FirstStep(LayerAttention):
+    """Attention of a runner's first step, of which is seen whether it gives what layers take; later ones go unwatched.
+
+    of: the backend's, which is asked. Raises ValueError naming its class where it gives something else.
+    """
+
+    def __init__(self, of: LayerAttention) -> None:
+        self._of, self.ops = of, of.ops
+
+    def rotate_and_write(
+        self, layer: int, qk_THD: torch.Tensor, v_TKD: torch.Tensor, rotation: Rotation
+    ) -> torch.Tensor:
+        return self._of.rotate_and_write(layer, qk_THD, v_TKD, rotation)
+
+    def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
+        given: object = self._of.attend(layer, q_THD)
+        if not isinstance(given, torch.Tensor) or (given.shape, given.dtype) != (q_THD.shape, q_THD.dtype):
+            said = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+            expected = f"{q_THD.dtype} {list(q_THD.shape)}, as the queries"
+            raise ValueError(f"{type(self._of).__name__}.attend gave {said}: expected {expected}")
+        return given

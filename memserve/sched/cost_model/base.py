@@ -12,7 +12,7 @@ import numpy as np
 
 from memserve.clock import to_ns
 from memserve.request import ScheduledBatch
-from memserve.values import require_duration, require_int
+from memserve.values import is_number, require_duration, require_int, wrong_return
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -60,10 +60,17 @@ class CostModel(ABC):
         """Seconds of one step that prefills num_new tokens of one prompt behind num_cached ones, alone.
 
         Numbers, or int64 columns [n] of which one may be a number: float64 [n]. 0 where there is nothing to compute.
+        Raises ValueError where the model gives no such seconds.
         """
         if isinstance(num_cached, np.ndarray) or isinstance(num_new, np.ndarray):
-            return self._column_s(*np.broadcast_arrays(num_cached, num_new))
-        return self._one_s(num_cached, num_new) if num_new > 0 else 0.0
+            columns = np.broadcast_arrays(num_cached, num_new)
+            return self._seconds("_column_s", self._column_s(*columns), len(columns[0]))
+        if num_new <= 0:
+            return 0.0
+        seconds = self._one_s(num_cached, num_new)
+        if not is_number(seconds) or seconds < 0:
+            raise wrong_return(self, "_one_s", seconds, "a number of seconds >= 0")
+        return seconds
 
     @abstractmethod
     def _one_s(self, num_cached: int, num_new: int) -> float:
@@ -79,6 +86,17 @@ class CostModel(ABC):
 
         num_more: int64 [S], tokens by which each request has grown since: a batch that is repeated.
         """
+
+    def steps_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
+        """step_time_s, for who asks. Raises ValueError where that gives no such seconds."""
+        return self._seconds("step_time_s", self.step_time_s(num_cached, num_new, num_more), len(num_more))
+
+    def _seconds(self, method: str, given: object, length: int) -> np.ndarray:
+        """What one of the methods gave, if that is a column of so many seconds."""
+        seconds = np.asarray(given)
+        if seconds.shape != (length,) or seconds.dtype.kind not in "fiu" or not (seconds >= 0).all():
+            raise wrong_return(self, method, seconds.tolist(), f"{length} numbers of seconds >= 0")
+        return seconds
 
     def _price_swaps(self, swap_block_s: float, swap_block_tokens: int, swap_piece_s: float) -> None:
         """Keeps the price. Raises ValueError for one that is none."""
@@ -101,10 +119,7 @@ class CostModel(ABC):
         """
         num_cached = np.array([r.num_computed for r in batch.requests], dtype=np.int64)
         num_new = np.array(batch.num_new, dtype=np.int64)
-        seconds = np.asarray(self.step_time_s(num_cached, num_new, np.arange(batch.num_steps)))
-        if seconds.shape != (batch.num_steps,) or not (seconds >= 0).all():
-            name, given = type(self).__name__, seconds.tolist()
-            raise ValueError(f"{name}.step_time_s gave {given}: expected {batch.num_steps} numbers of seconds >= 0")
+        seconds = self.steps_s(num_cached, num_new, np.arange(batch.num_steps))
         times = [max(to_ns(s), 1) for s in seconds.tolist()]
         times[0] += to_ns(self.swap_time_s(batch.num_swapped_blocks))
         return times
