@@ -13,6 +13,11 @@ MAX_S = MAX_NS / NS_PER_S
 LONGEST_S = 1e9  # 31 years: the longest duration that an option may name, so that a few of them stay below MAX_S
 
 
+def earliest(*times_ns: int | None) -> int | None:
+    """The first of some times, of which those that are None never come."""
+    return min((time_ns for time_ns in times_ns if time_ns is not None), default=None)
+
+
 def to_ns(seconds: float) -> int:
     """Seconds to integer nanoseconds, rounded to the nearest. Raises ValueError beyond what the clock can tell."""
     if not abs(seconds) <= MAX_S:

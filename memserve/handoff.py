@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from memserve.bequest import Bequeathed, Bequest
+from memserve.clock import earliest
 from memserve.deposits import Deposited, Deposits
 from memserve.fetches import FetchedKV, Fetches
 from memserve.given_up import GivenUp
@@ -88,15 +89,17 @@ class Handoffs:
         if max(batch.num_new) > 1:
             self.deposits.look_ahead(now_ns)
 
-    def layer_written(self, batch: ScheduledBatch, layer: int, now_ns: int) -> None:
-        """A step is under way and has written this layer: it may leave while the next ones are computed."""
+    def layers_written(self, batch: ScheduledBatch, layers_ns: Mapping[int, int]) -> None:
+        """A step is under way and writes these layers, each at its time: then it may leave, while the next ones are
+        computed.
+        """
         for request, num_new in zip(batch.requests, batch.num_new, strict=True):
             if request.request_id in self._on_the_way and self.asks_at_first_chunk:
                 ticket = self._on_the_way[request.request_id].ticket
-                self._marks.written(ticket, request, request.num_computed + num_new, layer, now_ns)
+                self._marks.written(ticket, request, request.num_computed + num_new, layers_ns)
 
     def computed(self, batch: ScheduledBatch, began_ns: int, ended_ns: int) -> None:
-        """A step was computed. Layers that `layer_written` was not told of count as written evenly over it."""
+        """A step was computed. Layers that `layers_written` was not told of count as written evenly over it."""
         if self.asks_at_first_chunk:
             here = [r for r in batch.requests if r.request_id in self._on_the_way]
             self._marks.computed([(self._on_the_way[r.request_id].ticket, r) for r in here], began_ns, ended_ns)
@@ -213,8 +216,7 @@ class Handoffs:
 
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
-        times = (self.transfers.next_time_ns(), self.fetches.next_time_ns())
-        return min((t for t in times if t is not None), default=None)
+        return earliest(self.transfers.next_time_ns(), self.fetches.next_time_ns())
 
     def take(self, arrival: Arrival, here: Mapping[str, Served], label: str) -> HandedOver | Message | None:
         """A request that came, whose KV its ticket holds until `take_over`; else it is settled, and this is to be told.

@@ -144,7 +144,7 @@ class Instance:
         return self._runner.forward(batch)
 
     def forward_by_layer(self, batch: ScheduledBatch) -> Generator[int, None, StepOutput]:
-        """The same; after each layer that it yields, `handoffs.layer_written` may let that layer's KV go."""
+        """The same; after each layer that it yields, `handoffs.layers_written` may let that layer's KV go."""
         return self._runner.forward_by_layer(batch)
 
     def commit(self, batch: ScheduledBatch, output: StepOutput, times_ns: np.ndarray) -> None:

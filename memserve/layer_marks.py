@@ -5,7 +5,7 @@
 Knows requests and tickets; decides neither who is sent where nor in how many calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from memserve.kvcache.ticket import Ticket
 from memserve.kvcache.transfers import Transfers
@@ -18,19 +18,16 @@ class LayerMarks:
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
 
-    def written(self, ticket: Ticket, request: Request, num_computed: int, layer: int, now_ns: int) -> None:
-        """The request's first `num_computed` tokens have their KV in this layer since now_ns."""
-        self._transfers.mark_ready(ticket, self._num_final(request, num_computed), layer, now_ns)
+    def written(self, ticket: Ticket, request: Request, num_computed: int, layers_ns: Mapping[int, int]) -> None:
+        """The request's first `num_computed` tokens have their KV in these layers, since when in each."""
+        self._transfers.mark_ready(ticket, self._num_final(request, num_computed), layers_ns)
 
     def computed(self, here: Sequence[tuple[Ticket, Request]], began_ns: int, ended_ns: int) -> None:
-        """What these have computed has its KV in all layers, those of which `written` was not told evenly over a step:
-        layer after layer of all of them, since the link takes them in that order.
-        """
+        """What these have computed has its KV in all layers: those of which `written` was not told evenly in a step."""
         num_layers = self._transfers.geometry.num_layers
-        for layer in range(num_layers):
-            ready_ns = began_ns + (ended_ns - began_ns) * (layer + 1) // num_layers
-            for ticket, request in here:
-                self.written(ticket, request, request.num_computed, layer, ready_ns)
+        layers_ns = {i: began_ns + (ended_ns - began_ns) * (i + 1) // num_layers for i in range(num_layers)}
+        for ticket, request in here:
+            self.written(ticket, request, request.num_computed, layers_ns)
 
     def _num_final(self, request: Request, num_computed: int) -> int:
         """Leading blocks that nothing more is written into before the request is handed over."""

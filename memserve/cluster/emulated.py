@@ -10,19 +10,19 @@ Between instances a pool's messages take the link's latency, moves what its mode
 
 At the same nanosecond: who comes and goes, calls, clients, who waited in vain for an instance, then events. Messages to
 and from the global scheduler take what `control` says (control.py). A macro-step (a batch repeated `num_steps` times)
-is computed only at its end, and a message that reaches the instance meanwhile cuts it at the next boundary between two
-of its steps.
+is computed only at its end, and a message that reaches the instance meanwhile ends it with the step under way.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from memserve.clock import earliest
 from memserve.cluster.control import FREE, ControlCosts, control_plane
 from memserve.cluster.emulated_node import Node
-from memserve.cluster.event_queue import BEGIN, END, TIMER, Event, EventQueue
+from memserve.cluster.event_queue import BEGIN, END, EVICTION, TIMER, Event, EventQueue
 from memserve.cluster.manager import ClusterManager, Membership, Starting
-from memserve.cluster.peer_mail import next_time_ns, send_to_peers
+from memserve.cluster.peer_mail import PeerMail
 from memserve.cluster.pool_feed import PoolFeed
 from memserve.cluster.step_time import StepTime
 from memserve.cluster.summary import Summary
@@ -68,6 +68,7 @@ class EmulatedCluster:
             self._feed.follow(node)
         self._by_label = {node.instance.label: node for node in self.nodes}
         self._by_incarnation = dict(enumerate(self.nodes))
+        self._mail = PeerMail(self.transport, self._by_incarnation, self._queue)
         roles = [(node.instance.label, node.instance.role) for node in self.nodes]
         self.members = self.manager or ClusterManager(roles, NoScaling(), self.scheduler)
 
@@ -78,18 +79,22 @@ class EmulatedCluster:
         """
         call_ns, event_ns = self._queue.next_call_ns, self._queue.next_event_ns
         client_ns, patience_ns = self.client.next_time_ns(), self.scheduler.next_time_ns
-        times_ns = [time_ns for time_ns in (call_ns, client_ns, patience_ns, event_ns) if time_ns is not None]
-        if not times_ns:
+        move_ns = self._mail.next_move_ns
+        if (first_ns := earliest(call_ns, client_ns, patience_ns, event_ns, move_ns)) is None:
             if self.scheduler.num_unfinished:
                 raise RuntimeError(f"the cluster stalled with {self.scheduler.num_unfinished} unfinished requests")
             return False
-        first_ns, change_ns = min(times_ns), None if self._is_over else self.members.next_time_ns
+        change_ns = None if self._is_over else self.members.next_time_ns
         if change_ns is not None and change_ns <= first_ns:
             self.now_ns = max(self.now_ns, change_ns)
             self._perform(self.members.decide())
         elif first_ns in (call_ns, client_ns, patience_ns):
             self.now_ns = max(self.now_ns, first_ns)
             self._happens(first_ns, call_ns, client_ns)
+        elif first_ns == move_ns and self._queue.is_after(first_ns):
+            if (woken := self._mail.run_moves(earliest(call_ns, client_ns, patience_ns, change_ns))) is not None:
+                self.now_ns, node = woken
+                self._poll(node)
         else:
             self._next_event()
         if self.members.draining:
@@ -113,9 +118,8 @@ class EmulatedCluster:
 
     def _next_event(self) -> None:
         event = self._queue.pop_event()
-        node = event.node
-        wanted = partial(next_time_ns, node, self.transport)
-        if node.is_gone or (event.kind == TIMER and not self._queue.is_due(event, wanted)):
+        node, wanted_ns = event.node, self._mail.next_time_ns
+        if node.is_gone or (event.kind == TIMER and not self._queue.is_due(event, wanted_ns)):
             return
         self.now_ns = event.time_ns
         if node.is_stopped:
@@ -182,9 +186,8 @@ class EmulatedCluster:
     def _bequeath(self, node: Node, member: Membership, *, is_last: bool) -> None:
         """What is cached goes to whom the manager names, if it names somebody now."""
         inheritance = None if node.is_stopped else self.members.bequest(member, is_last=is_last)
-        if inheritance is not None and node.instance.handoffs is not None:
-            node.catch_up(self.now_ns)  # what leaves is held, and no more there for steps to come
-            node.instance.handoffs.bequest.begin(inheritance.heir, inheritance.share, self.now_ns)
+        if inheritance is not None:
+            node.bequeath(inheritance.heir, inheritance.share, self.now_ns)
             self._poll(node)
 
     def _crash(self, label: str) -> None:
@@ -201,8 +204,7 @@ class EmulatedCluster:
         self._from_scheduler()
         for other in self.nodes:
             if not other.is_gone:
-                other.catch_up(self.now_ns)
-                other.instance.peer_gone(node.incarnation, self.now_ns)
+                other.peer_gone(node.incarnation, self.now_ns)
                 self._poll(other)
 
     def stop(self, label: str) -> None:
@@ -226,10 +228,12 @@ class EmulatedCluster:
             node.timer_ns = None
             self._poll(node)
         elif isinstance(event.what, tuple):
-            node.catch_up(self.now_ns)
-            node.instance.receive_from_peer(*event.what, self.now_ns)
+            node.receive_from_peer(*event.what, self.now_ns)
             self._arouse(node)
             self._send(node)
+        elif event.what == node.epoch and event.kind == EVICTION:
+            self._feed.evict(node, self.now_ns)
+            self._queue.set_eviction(node)
         elif event.what == node.epoch:
             node.end(self.now_ns)
             self._send(node)
@@ -237,8 +241,7 @@ class EmulatedCluster:
 
     def _poll(self, node: Node) -> None:
         """Lets time pass for a node's swaps and transfers; it may have room, or a request to go on with, since."""
-        node.catch_up(self.now_ns)
-        node.instance.poll(self.now_ns)
+        node.poll(self.now_ns)
         self._arouse(node)
         self._send(node)
 
@@ -255,6 +258,7 @@ class EmulatedCluster:
             return
         ends_ns = node.begin(batch, self.now_ns, self.step_time, watch, self.macro_steps)
         self._queue.push(ends_ns, END, node, node.epoch)
+        self._queue.set_eviction(node)
 
     def _deliver(self, node: Node, message: Message) -> None:
         node.instance.receive(message)
@@ -282,8 +286,7 @@ class EmulatedCluster:
         for message in node.instance.drain_outbox():
             self._to_scheduler(message)
         self._feed.send(node, self.now_ns)
-        if self.transport is not None:
-            send_to_peers(node, self._by_incarnation, self.transport, self.faults, self._queue, self.now_ns)
+        self._mail.send(node, self.faults, self.now_ns)
         self._queue.set_timer(node, node.next_time_ns, self.now_ns)
 
     def _to_scheduler(self, message: Message) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from memserve.clock import MAX_S, Stopwatch, to_s
+from memserve.clock import MAX_S, Stopwatch, earliest, to_s
 from memserve.cluster.step_time import StepTime, StepWatch
 from memserve.cluster.summary import Summary, summarize
 from memserve.instance import Instance
@@ -18,7 +18,7 @@ from memserve.messages import PoolMessage
 from memserve.metrics.activity import Activity
 from memserve.metrics.occupancy import Occupancy
 from memserve.request import LayerRun, Role, ScheduledBatch, StepOutput
-from memserve.transfer.transport import Transport
+from memserve.transfer.transport import Arrived, Transport
 
 
 @dataclass
@@ -116,9 +116,8 @@ class Node:
         """Puts a step's first layers on the wire, from when each is written; the last one leaves when the step has
         ended, since what is told with a request's KV is known then.
         """
-        if self.instance.handoffs is not None:
-            for layer, written_ns in enumerate(layers_ns):
-                self.instance.handoffs.layer_written(batch, layer, written_ns)
+        if self.instance.handoffs is not None and layers_ns:
+            self.instance.handoffs.layers_written(batch, dict(enumerate(layers_ns)))
 
     def look_for_work(self, step_time: StepTime) -> StepWatch:
         """Times a step from now on, if there is one."""
@@ -146,6 +145,35 @@ class Node:
         if step is not None and step.batch.num_steps > 1:
             num_steps = min(step.num_begun(now_ns), step.batch.num_steps)
             self.instance.scheduler.extend(replace(step.batch, num_steps=num_steps))
+
+    def receive_from_peer(self, sender: int, message: PoolMessage, now_ns: int) -> None:
+        """A message of another instance's pool comes."""
+        self.catch_up(now_ns)
+        self.instance.receive_from_peer(sender, message, now_ns)
+
+    def peer_gone(self, incarnation: int, now_ns: int) -> None:
+        """There is proof that another instance is gone."""
+        self.catch_up(now_ns)
+        self.instance.peer_gone(incarnation, now_ns)
+
+    def bequeath(self, heir: int, share: float, now_ns: int) -> None:
+        """What is cached goes to another instance, if they transfer at all; at most such a share of the blocks."""
+        if self.instance.handoffs is not None:
+            self.catch_up(now_ns)  # what leaves is held, and no more there for steps to come
+            self.instance.handoffs.bequest.begin(heir, share, now_ns)
+
+    def poll(self, now_ns: int) -> None:
+        """Lets time pass for its swaps and transfers."""
+        self.catch_up(now_ns)
+        self.instance.poll(now_ns)
+
+    def next_eviction_ns(self) -> int | None:
+        """When a step of the macro-step under way begins that has to evict, if the router is to be told of that."""
+        step = self.step
+        if step is None or step.batch.num_steps == 1:
+            return None
+        num_before = self.instance.scheduler.steps_before_eviction(step.batch)
+        return int(step.ends_ns[num_before - 1]) if num_before < step.batch.num_steps else None
 
     def cut(self, now_ns: int) -> int | None:
         """Ends a macro-step at the first boundary that is not before now; returns when, or None if it did before."""
@@ -234,9 +262,12 @@ class Node:
         """Its books now."""
         return summarize(self.instance, self.busy_ns, self.occupancy, self.activity, now_ns)
 
+    def wants(self, arrived: Arrived) -> bool:
+        """Whether it is to be told at once of a move of its own that is over."""
+        return self.instance.handoffs is not None and self.instance.handoffs.transfers.wants(arrived)
+
     @property
     def next_time_ns(self) -> int | None:
         """When a swap or a transfer of this instance wants to be polled."""
         handoffs = self.instance.handoffs
-        times = (self.instance.pool.next_time_ns, None if handoffs is None else handoffs.next_time_ns())
-        return min((time_ns for time_ns in times if time_ns is not None), default=None)
+        return earliest(self.instance.pool.next_time_ns, None if handoffs is None else handoffs.next_time_ns())

@@ -1,7 +1,7 @@
 """EventQueue: what happens when, in virtual time. Knows the order; not what it means.
 
 At the same nanosecond: calls first, then what comes from other instances, in order of creation; timers, ends of steps,
-begins, each by the instances' numbers, since when they were created depends on macro-steps.
+begins, evictions within macro-steps, each by the instances' numbers, since when they were created depends on those.
 """
 
 import heapq
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from memserve.cluster.emulated_node import Node
 from memserve.messages import PoolMessage
 
-PEER, TIMER, END, BEGIN = 0, 1, 2, 3
+PEER, TIMER, END, BEGIN, EVICTION = 0, 1, 2, 3, 4
 
 
 class Event(NamedTuple):
@@ -41,6 +41,10 @@ class EventQueue:
     def next_event_ns(self) -> int | None:
         return self._events[0].time_ns if self._events else None
 
+    def is_after(self, time_ns: int) -> bool:
+        """Whether all events come after what happens on the wires at time_ns, which has the place of a timer."""
+        return not self._events or (time_ns, TIMER) <= self._events[0][:2]
+
     def push(self, time_ns: int, kind: int, node: Node, what: int | tuple[int, PoolMessage]) -> None:
         """Something is to happen at a node."""
         self._num_created += 1
@@ -56,14 +60,19 @@ class EventQueue:
             node.timer_ns = time_ns
             self.push(time_ns, TIMER, node, 0)
 
-    def is_due(self, event: Event, wanted_ns: Callable[[], int | None]) -> bool:
+    def set_eviction(self, node: Node) -> None:
+        """A node is to be looked at where its macro-step evicts next, if somebody is to be told of that."""
+        if (time_ns := node.next_eviction_ns()) is not None:
+            self.push(time_ns, EVICTION, node, node.epoch)
+
+    def is_due(self, event: Event, wanted_ns: Callable[[Node], int | None]) -> bool:
         """Whether anything still waits for a timer; what it was set for may have ended long ago, and then it is set for
-        what is wanted next. wanted_ns: says when the node wants to be looked at.
+        what is wanted next. wanted_ns: says when a node wants to be looked at.
         """
         node = event.node
         if event.time_ns != node.timer_ns:
             return False
-        next_ns = wanted_ns()
+        next_ns = wanted_ns(node)
         if next_ns is not None and next_ns <= event.time_ns:
             return True
         node.timer_ns = None

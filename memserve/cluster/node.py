@@ -179,7 +179,7 @@ class InstanceLoop:
             return self._instance.forward(batch)
         layers = LayerRun(self._instance.forward_by_layer(batch))
         for layer in layers:
-            handoffs.layer_written(batch, layer, self._now_ns())
+            handoffs.layers_written(batch, {layer: self._now_ns()})
             self._serve_peers(handoffs)
         return layers.output
 

@@ -20,6 +20,11 @@ class PoolFeed:
         if self._scheduler.groups.follow_events:
             node.instance.pool.follow()
 
+    def evict(self, node: Node, now_ns: int) -> None:
+        """A step of a node's macro-step begins now, and evicts."""
+        node.catch_up(now_ns + 1)
+        self.send(node, now_ns)
+
     def send(self, node: Node, now_ns: int) -> None:
         """Puts what has changed in a node's pool on the wire."""
         if (room := node.instance.drain_room()) is not None:

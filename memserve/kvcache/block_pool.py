@@ -29,7 +29,8 @@ class IndexFactory(Protocol):
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens in HBM, `num_dram_blocks` in DRAM, and the index over what they cache.
 
-    engine: copies contents between blocks; by default none.  Raises ValueError for sizes out of range, and no index.
+    engine: copies contents between blocks; by default none.  is_followed: somebody is told what the index has. Raises
+    ValueError for sizes out of range, and no index.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class BlockPool:
         self.allocator = Allocator(num_blocks, num_dram_blocks)
         self.index = index(block_size, self.allocator.refcounts, num_hbm_blocks=num_blocks)
         self._swaps = Swaps(self.allocator, self.index, engine or AtOnce(NothingToCopy()))
-        self._events = EventRecorder(block_size, num_blocks)
+        self._events, self.is_followed = EventRecorder(block_size, num_blocks), False
         self._now_ns = 0
         self._num_evicted = self._num_allocated = self._peak_used = 0
 
@@ -65,9 +66,8 @@ class BlockPool:
 
     @property
     def num_unmoved(self) -> int:
-        """Of these, the blocks that `alloc` could hand out while none moves to DRAM, and no follower is to be told."""
-        a, is_followed = self.allocator, self.index.log is self._events
-        return a.num_free if a.num_dram_blocks or is_followed else self.num_available
+        """Of these, the blocks that `alloc` could hand out while none moves to DRAM."""
+        return self.allocator.num_free if self.allocator.num_dram_blocks else self.num_available
 
     @property
     def followers(self) -> list[Callable[[np.ndarray, np.ndarray], None]]:
@@ -107,7 +107,7 @@ class BlockPool:
         """Exactly `num_blocks` blocks, int32. What only the index holds makes room: moved to DRAM, else evicted.
         Raises OutOfBlocks, with nothing allocated.
         """
-        self._make_room(num_blocks, holder, medium)
+        self.make_room(num_blocks, holder, medium)
         blocks = self.allocator.alloc(num_blocks, holder, medium)
         self._num_allocated += num_blocks
         self._peak_used = max(self._peak_used, self.num_blocks - self.num_available)
@@ -126,7 +126,7 @@ class BlockPool:
         The index follows. Others that hold a block keep theirs in DRAM. Raises OutOfBlocks, with nothing moved.
         """
         in_dram = blocks[blocks >= self.num_blocks]
-        self._make_room(len(in_dram), holder, Medium.HBM)
+        self.make_room(len(in_dram), holder)
         self._peak_used = max(self._peak_used, self.num_blocks - self.num_available + len(in_dram))
         return self._swaps.begin(in_dram, Medium.HBM, holder, self._now_ns)
 
@@ -137,7 +137,7 @@ class BlockPool:
         """
         alone = blocks[(self.allocator.refcounts[blocks] <= 3) & (blocks < self.num_blocks)]
         try:
-            self._make_room(len(alone), holder, Medium.DRAM)
+            self.make_room(len(alone), holder, Medium.DRAM)
         except OutOfBlocks:
             return None
         swap = self._swaps.begin(alone, Medium.DRAM, holder, self._now_ns)
@@ -172,8 +172,8 @@ class BlockPool:
         """Whether a move's end frees blocks of a medium."""
         return bool(swap.sources[0] >= self.num_blocks) == bool(medium)
 
-    def _make_room(self, num_blocks: int, holder: Holder, medium: Medium) -> None:
-        """Frees blocks of a medium until `num_blocks` are free. Raises OutOfBlocks.
+    def make_room(self, num_blocks: int, holder: Holder, medium: Medium = Medium.HBM) -> None:
+        """Frees blocks of a medium until `num_blocks` are free, as many calls for fewer would. Raises OutOfBlocks.
 
         What is leaving it anyway goes first. HBM's blocks move to DRAM while that has room, and when it has none the
         coldest leaves go, wherever they lie. For room in DRAM alone its own go; what lies in HBM only from above them.
@@ -266,7 +266,7 @@ class BlockPool:
 
     def follow(self) -> IndexSnapshot:
         """What the index holds; from now on changes are recorded for `drain_events`. Who missed some calls it again."""
-        self.index.log = self._events
+        self.index.log, self.is_followed = self._events, True
         return self._events.snapshot(self.index.iter_prefixes())
 
     def drain_events(self) -> list[IndexEvent]:

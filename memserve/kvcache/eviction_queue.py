@@ -34,7 +34,7 @@ class EvictionQueue(Generic[Node]):
         self._policy = policy
         self._bit, self._parked_bit = bit, bit << _TO_PARKED
         self._heap: list[tuple[tuple[float, ...], int, Node]] = []  # (key, tie-breaker, node)
-        self._num_pushed = 0
+        self._num_pushed = self._last_popped = 0
         self._num_forgotten = 0  # of those in the heap
         self._parked: _Parked[Node] = _Parked(refcounts)
 
@@ -51,7 +51,7 @@ class EvictionQueue(Generic[Node]):
         Raises ValueError where the policy's key of a node has become smaller, or is no tuple of numbers.
         """
         while self._heap:
-            key, _, node = heapq.heappop(self._heap)
+            key, self._last_popped, node = heapq.heappop(self._heap)
             if not node.queued & self._bit:
                 self._num_forgotten -= 1
                 continue
@@ -65,6 +65,11 @@ class EvictionQueue(Generic[Node]):
                 raise shrunk(self._policy, key, present)
             self.offer(node)
         return None
+
+    def put_back(self, node: Node) -> None:
+        """Puts back in who was popped last, before those of the same key, as if it had not been popped."""
+        node.queued |= self._bit
+        heapq.heappush(self._heap, (self._policy.key(node), self._last_popped, node))
 
     def park(self, node: Node, blocks: np.ndarray) -> None:
         """Puts a node aside that was popped, until somebody stops using one of `blocks` (int32 [n], all in use)."""

@@ -13,6 +13,7 @@ call gathers its region's rows, one a token.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,6 +91,20 @@ class Granularity(ABC):
         parts = head_parts(self._num_heads, source.num_ranks, target.num_ranks)
         return [self._move(source, target, layer, part) for part in parts]
 
+    def moves_by_layer(self, source: End, target: End, layers: Sequence[int | None]) -> list[list[Move]]:
+        """`moves` of each of some layers, whose rows lie equally far apart from one layer to the next."""
+        moves = self.moves(source, target, layers[0])
+        first, *later = (layer or 0 for layer in layers)  # where it is None, of all, it is alone
+        source_bytes, target_bytes = self._layer_bytes(source), self._layer_bytes(target)
+        return [
+            moves,
+            *([_later(m, (i - first) * source_bytes, (i - first) * target_bytes) for m in moves] for i in later),
+        ]
+
+    def _layer_bytes(self, end: End) -> int:
+        """From a layer to the next, in a rank's arena."""
+        return self._layout.strides_bytes(self._of_a_rank(end), end.num_blocks)[0]
+
     def _move(self, source: End, target: End, layer: int | None, part: HeadPart) -> Move:
         here, there = self._of_a_rank(source), self._of_a_rank(target)
         source_rows, target_rows = self._regions(source, here, layer), self._regions(target, there, layer)
@@ -132,6 +147,13 @@ class Granularity(ABC):
     @abstractmethod
     def _row_bytes(self, geometry: CacheGeometry) -> int:
         """Bytes of one region in arenas of that shape."""
+
+
+def _later(move: Move, source_bytes: int, target_bytes: int) -> Move:
+    """The same move of a layer that lies so many bytes behind."""
+    source_rows = move.source_rows + source_bytes // move.row_bytes
+    target_rows = move.target_rows + target_bytes // move.row_bytes
+    return replace(move, source_rows=source_rows, target_rows=target_rows)
 
 
 def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:

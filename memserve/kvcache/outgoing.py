@@ -17,8 +17,8 @@ class Outgoing:
 
     targets: addresses at the receiver, int64, of the last blocks; it holds the first ones already.
     target_pool: the receiver's.  counts: of all that was sent to this peer.  begun_ns, ended_ns: of its first and last
-    move that are over.  is_told: nothing more is to be said to the receiver than `private`.  early: (layer, leading
-    blocks) that were marked before the grant, and since when they are final, which in virtual time is yet to come.
+    move that are over.  is_told: nothing more is to be said to the receiver than `private`.  early: leading blocks that
+    were marked before the grant, their layers, and since when they are final, which in virtual time is yet to come.
     """
 
     ticket: Ticket
@@ -40,7 +40,7 @@ class Outgoing:
     begun_ns: int | None = None
     ended_ns: int = 0
     is_told: bool = True
-    early: dict[tuple[int, int], int] = field(default_factory=dict)
+    early: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.private = self.ask.private
@@ -66,6 +66,11 @@ class Outgoing:
     def num_tokens(self) -> int:
         """Valid tokens that the receiver lacked."""
         return len(self.ask.tokens) // 4 - self.num_held
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing more of it will be posted: it ends as soon as what is on the wire has arrived."""
+        return self.state is SenderState.DRAINING or bool((self.posted == len(self.blocks)).all())
 
     def mark(self, num_blocks: int, layer: int) -> None:
         """The first `num_blocks` blocks of a layer are final."""

@@ -110,15 +110,17 @@ class RadixIndex(Index):
             if count:
                 self.log.removed(leaf, cut)
                 freed.append(cut[::-1])
+            missing -= count
             if count == len(leaf.blocks):
                 self._remove(leaf)
-            else:
-                self._tree.trim(leaf, count)
-                if self._refcounts[leaf.blocks[-1]] > 1:
-                    self._leaves.park(leaf, leaf.blocks[-1:])
-                else:
-                    kept.append(leaf)
-            missing -= count
+                continue
+            self._tree.trim(leaf, count)
+            if self._refcounts[leaf.blocks[-1]] > 1:
+                self._leaves.park(leaf, leaf.blocks[-1:])
+            elif missing:
+                kept.append(leaf)
+            else:  # however many are asked for at once, the same go
+                self._leaves.put_back(leaf)
         for leaf in kept:
             self._leaves.offer(leaf)
         gone = _joined(freed)

@@ -7,17 +7,16 @@ The source blocks are held by ("transfer", own incarnation, n) from `start` unti
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from memserve.clock import to_s
-from memserve.kvcache import address
-from memserve.kvcache.address import Medium
 from memserve.kvcache.alarms import Alarms
 from memserve.kvcache.block_pool import BlockPool
-from memserve.kvcache.granularity import End, Granularity, Stretch
+from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.outgoing import Outgoing
+from memserve.kvcache.posting import Posting
 from memserve.kvcache.protocol import Action, SenderEvent, SenderState, sender_step
 from memserve.kvcache.ticket import Sent, Ticket, TicketState, Timeouts, TransferCounts
 from memserve.messages import (
@@ -32,7 +31,7 @@ from memserve.messages import (
     unpack_times,
     unpack_tokens,
 )
-from memserve.transfer.transport import Arrived, Move, Transport
+from memserve.transfer.transport import Arrived, Transport
 
 Send = Callable[[int, PoolMessage], None]
 DECLINED = "declined"  # how a refusal for lack of room begins
@@ -47,7 +46,7 @@ class Sending:
     ) -> None:
         self.counts_by_peer: defaultdict[int, TransferCounts] = defaultdict(TransferCounts)
         self.tickets: dict[tuple[int, int], Outgoing] = {}
-        self._pool, self._transport, self._granularity = pool, transport, granularity
+        self._pool, self._posting = pool, Posting(pool, transport, granularity)
         self._timeouts, self._send = timeouts, send
         self._alarms: Alarms[tuple[int, int]] = Alarms()
         self._unchecked: set[tuple[int, int]] = set()  # of which more is ready, and perhaps nothing of it had to move
@@ -84,18 +83,17 @@ class Sending:
         if target_pool is not None:
             out.targets, out.target_pool = unpack_times(ask.addrs), target_pool
             out.state, out.deadline_ns = SenderState.SENDING, now_ns + self._timeouts.deadline_ns
-            self._post(out, now_ns)
+            self._posting.ready(out, now_ns)
         self._alarms.put(ask.ticket, out.next_time_ns)
         return ticket
 
-    def mark_ready(self, ticket_id: tuple[int, int], num_blocks: int, layer: int, ready_ns: int) -> None:
-        """The first `num_blocks` blocks are final in `layer` since ready_ns."""
+    def mark_ready(self, ticket_id: tuple[int, int], num_blocks: int, layers_ns: Mapping[int, int]) -> None:
+        """The first `num_blocks` blocks are final in these layers, since when each."""
         out = self.tickets.get(ticket_id)
         if out is not None and out.state is SenderState.ASKED:
-            out.early.setdefault((layer, num_blocks), ready_ns)
+            out.early[num_blocks] = {**layers_ns, **out.early.get(num_blocks, {})}
         elif out is not None and out.state is SenderState.SENDING:
-            out.mark(num_blocks, layer)
-            self._post(out, ready_ns)
+            self._posting.marked(out, num_blocks, layers_ns)
             self._unchecked.add(ticket_id)
 
     def tell(self, ticket_id: tuple[int, int], private: bytes) -> None:
@@ -129,6 +127,11 @@ class Sending:
         out.arrived(arrived)
         out.counts.elapsed_ns += arrived.ended_ns - arrived.begun_ns
         self._check_drained(out, now_ns)
+
+    def wants(self, arrived: Arrived) -> bool:
+        """Whether the end of a move may end its ticket, and is to be told at once."""
+        out = self.tickets.get(arrived.move_id[:2])
+        return out is not None and out.is_closing
 
     def let_time_pass(self, now_ns: int) -> None:
         """Ends tickets whose deadline is over; asks again for answers that are missing."""
@@ -237,60 +240,17 @@ class Sending:
 
     def _post_granted(self, out: Outgoing, now_ns: int) -> None:
         """What is final by now leaves, and the layers that the step under way has still to write leave then, each."""
-        for (layer, num_blocks), ready_ns in out.early.items():
-            if ready_ns <= now_ns:
-                out.mark(num_blocks, layer)
-        self._post(out, now_ns)
-        for (layer, num_blocks), ready_ns in out.early.items():
-            if ready_ns > now_ns:
-                out.mark(num_blocks, layer)
-                self._post(out, ready_ns)
-        out.early.clear()
-
-    def _post(self, out: Outgoing, ready_ns: int) -> None:
-        """Hands to the transport what is ready and not posted yet.
-
-        Raises ValueError where the granularity names what is not computed yet, or was posted before.
-        """
-        for stretch in self._granularity.stretches(out.posted, out.ready, len(out.blocks)):
-            layer = slice(None) if stretch.layer is None else stretch.layer
-            posted, ready = out.posted[layer], out.ready[layer]
-            if not np.all((posted == stretch.start) & (posted <= stretch.stop) & (stretch.stop <= ready)):
-                name = type(self._granularity).__name__
-                raise ValueError(f"{name}.stretches gave {stretch}: expected blocks from {posted} to {ready} at most")
-            out.posted[layer] = stretch.stop
-            missing = Stretch(max(stretch.start, out.first_block), stretch.stop, stretch.layer)
-            if missing.start < missing.stop:
-                out.counts.transfers += self._granularity.transfers_per_stretch
-                self._post_stretch(out, missing, ready_ns)
-
-    def _post_stretch(self, out: Outgoing, stretch: Stretch, ready_ns: int) -> None:
-        """A move for each pair of media that the blocks lie in, and of ranks that share heads."""
-        num_hbm, num_dram = self._pool.num_blocks, self._pool.allocator.num_dram_blocks
-        sizes, first = (num_hbm, num_dram), (0, num_hbm)
-        pool, num_ranks = out.target_pool, self._granularity.num_ranks
-        target_sizes = (pool.num_hbm_blocks, pool.num_dram_blocks)
-        blocks = out.blocks[stretch.start : stretch.stop]
-        addrs = out.targets[stretch.start - out.first_block : stretch.stop - out.first_block]
-        pairs = len(Medium) * (blocks >= num_hbm) + address.medium_of(addrs)
-        for pair in np.flatnonzero(np.bincount(pairs)).tolist():
-            source, target = divmod(pair, len(Medium))
-            chosen = pairs == pair
-            here = End((out.ask.ticket[0], source), sizes[source], blocks[chosen] - first[source], num_ranks)
-            where = address.block_of(addrs[chosen])
-            there = End((out.peer, target), target_sizes[target], where, pool.num_ranks)
-            for move in self._granularity.moves(here, there, stretch.layer):
-                self._post_move(out, move, ready_ns)
-
-    def _post_move(self, out: Outgoing, move: Move, ready_ns: int) -> None:
-        self._transport.post((*out.ask.ticket, out.num_parts), move, ready_ns)
-        out.num_parts += 1
-        out.num_under_way += 1
-        out.num_bytes += move.num_bytes
-        out.counts.bytes += move.num_bytes
-        out.counts.calls += move.num_calls
+        early, out.early = out.early, {}
+        for num_blocks, layers_ns in early.items():
+            for layer, ready_ns in layers_ns.items():
+                if ready_ns <= now_ns:
+                    out.mark(num_blocks, layer)
+        self._posting.ready(out, now_ns)
+        for num_blocks, layers_ns in early.items():
+            self._posting.marked(out, num_blocks, {i: then_ns for i, then_ns in layers_ns.items() if then_ns > now_ns})
 
     def _check_drained(self, out: Outgoing, now_ns: int) -> None:
-        everything = out.state is SenderState.DRAINING or (out.is_told and bool((out.posted == len(out.blocks)).all()))
-        if out.num_under_way == 0 and everything and out.state in (SenderState.SENDING, SenderState.DRAINING):
+        is_told = out.is_told or out.state is SenderState.DRAINING
+        is_open = out.state in (SenderState.SENDING, SenderState.DRAINING)
+        if is_open and is_told and not out.num_under_way and out.is_closing:
             self.event(out, SenderEvent.DRAINED, now_ns)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from memserve.clock import earliest
 from memserve.kvcache.address import Medium, incarnation_of
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.allocator import Holder
@@ -24,7 +25,7 @@ from memserve.kvcache.reservations import ReservationMessage, Reservations
 from memserve.kvcache.sending import Sending
 from memserve.kvcache.ticket import Arrival, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
 from memserve.messages import Ask, PoolMessage, PoolSize, Refuse, pack_times, pack_tokens
-from memserve.transfer.transport import Transport
+from memserve.transfer.transport import Arrived, Transport
 
 _FROM_SENDER = ("Ask", "Done", "AbortAck")
 
@@ -173,9 +174,9 @@ class Transfers:
             raise ValueError(f"addresses on instance {peer}: a transfer that has not ended writes there")
         self._reservations.free(addrs, holder, now_ns)
 
-    def mark_ready(self, ticket: Ticket, num_blocks: int, layer: int, ready_ns: int) -> None:
-        """The ticket's first `num_blocks` blocks are final in `layer` since ready_ns."""
-        self._sending.mark_ready(ticket.ticket_id, num_blocks, layer, ready_ns)
+    def mark_ready(self, ticket: Ticket, num_blocks: int, layers_ns: Mapping[int, int]) -> None:
+        """The ticket's first `num_blocks` blocks are final in these layers, since when each."""
+        self._sending.mark_ready(ticket.ticket_id, num_blocks, layers_ns)
 
     def is_granted(self, ticket: Ticket) -> bool:
         """Whether the receiver has made room."""
@@ -237,9 +238,7 @@ class Transfers:
         """Whether an Ask that would be declined for want of room can be granted in the middle of a step: what is free,
         or cached and used by nobody, is enough, and nothing has to be moved to DRAM for it.
         """
-        allocator = self._pool.allocator
-        room = allocator.num_free if allocator.num_dram_blocks else self._pool.num_available
-        return ask.best_effort and ask.medium == Medium.HBM and ask.num_blocks <= room
+        return ask.best_effort and ask.medium == Medium.HBM and ask.num_blocks <= self._pool.num_unmoved
 
     def is_new(self, ask: Ask) -> bool:
         """Whether an Ask is no repeat, and its ticket has not ended."""
@@ -252,6 +251,10 @@ class Transfers:
         self._receiving.let_time_pass(now_ns)
         self._reservations.let_time_pass(now_ns)
         return self._sending.drain_ended() + self._reservations.drain_ended()
+
+    def wants(self, arrived: Arrived) -> bool:
+        """Whether the end of a move is to be told at once; else with the next `poll`."""
+        return self._sending.wants(arrived)
 
     def hear_moves(self, now_ns: int) -> None:
         """Only the moves that have arrived: what is sent whole is told to its receiver."""
@@ -282,8 +285,7 @@ class Transfers:
 
     def next_time_ns(self) -> int | None:
         """When `poll` has something to do because of time alone; None when never."""
-        times = (self._sending.next_time_ns(), self._receiving.next_time_ns(), self._reservations.next_time_ns())
-        return min((t for t in times if t is not None), default=None)
+        return earliest(self._sending.next_time_ns(), self._receiving.next_time_ns(), self._reservations.next_time_ns())
 
     def check(self) -> None:
         """Raises unless every ticket holds its blocks."""

@@ -22,7 +22,7 @@ from memserve.sched.admission import usable_prefix
 from memserve.sched.batching import Batching, Mixed, turn
 from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
-from memserve.sched.macro_steps import growth, most_steps
+from memserve.sched.macro_steps import growth, most_steps, steps_before_eviction
 from memserve.sched.preemption import Preemption, Recompute
 from memserve.sched.publisher import Publisher
 from memserve.sched.queue_policy import QueuePolicy, victim_of
@@ -137,10 +137,17 @@ class LocalScheduler:
         """How often `batch` can be repeated before anything could change; see `most_steps`."""
         return 1 if self._made_room else most_steps(batch, self.running, self.pool, self._swap_ahead_blocks)
 
+    def steps_before_eviction(self, batch: ScheduledBatch) -> int:
+        """How many steps of `batch` are over before one evicts, which a follower is to be told when it does."""
+        return steps_before_eviction(batch, self.pool) if self.pool.is_followed else batch.num_steps
+
     def extend(self, batch: ScheduledBatch) -> None:
         """Allocates the blocks of a batch's repeated steps (`max_macro_steps` promised them), as each in turn would."""
-        for request, num_tokens in growth(batch, self.pool.block_size):
-            self._cover(request, num_tokens)
+        growing = growth(batch, self.pool.block_size)
+        for place, request in enumerate(growing):
+            if not self.pool.allocator.num_free:  # room for all that are left, at once
+                self.pool.make_room(len(growing) - place, request.holder)
+            request.block_table.extend(self.pool.alloc(1, request.holder))
 
     def check(self, handing_off: Collection[Request] = ()) -> None:
         """Raises unless tables, holders and borders agree; handing_off: what `stop` let go. For tests, fuzzing."""

@@ -15,8 +15,18 @@ def most_steps(batch: ScheduledBatch, running: Sequence[Request], pool: BlockPoo
     if not decoding or len(batch.requests) < len(running) or pool.num_swapping:
         return 1
     most = max(min(r.max_num_tokens - r.num_tokens for r in batch.requests), 1)
-    size, computed = pool.block_size, [r.num_computed for r in batch.requests]
-    num_blocks = sum(len(r.block_table) for r in batch.requests) + pool.num_unmoved - num_kept_free
+    return _steps_within(batch, most, pool.block_size, pool.num_unmoved - num_kept_free)
+
+
+def steps_before_eviction(batch: ScheduledBatch, pool: BlockPool) -> int:
+    """How many of a batch's steps, from its first on, free blocks are enough for."""
+    return _steps_within(batch, batch.num_steps, pool.block_size, pool.allocator.num_free)
+
+
+def _steps_within(batch: ScheduledBatch, most: int, size: int, num_more: int) -> int:
+    """The largest number of steps, from 1 to `most`, for which the requests' blocks and num_more are enough."""
+    computed = [r.num_computed for r in batch.requests]
+    num_blocks = sum(len(r.block_table) for r in batch.requests) + num_more
     filled = (num_blocks * size - sum(computed)) // len(computed)  # steps, if they could fill every block to its end
     high = max(min(filled, most), 1)
     low = max(min(filled - (size - 1), most), 1)  # but each request's last block may have a single token
@@ -27,8 +37,8 @@ def most_steps(batch: ScheduledBatch, running: Sequence[Request], pool: BlockPoo
     return low
 
 
-def growth(batch: ScheduledBatch, block_size: int) -> list[tuple[Request, int]]:
-    """Each block that the repeated steps need, as who needs it and how many tokens it has with that block's first one.
+def growth(batch: ScheduledBatch, block_size: int) -> list[Request]:
+    """Who needs each block of the repeated steps.
 
     In the order in which the steps, one by one, would take them: which blocks are neighbours in memory decides how many
     network calls move them (`granularity.merge`).
@@ -38,4 +48,4 @@ def growth(batch: ScheduledBatch, block_size: int) -> list[tuple[Request, int]]:
         for place, request in enumerate(batch.requests)
         for block in range(len(request.block_table), -(-(request.num_computed + batch.num_steps) // block_size))
     ]
-    return [(batch.requests[place], block * block_size + 1) for _, place, block in sorted(needed)]
+    return [batch.requests[place] for _, place, _ in sorted(needed)]

@@ -32,7 +32,8 @@ class InProcess(Transport):
         self.link = link
         self._memories: dict[int, list[torch.Tensor | None]] = {}
         self._taken: set[int] = set()  # numbers of all that were ever attached
-        self._arrived: dict[int, list[Arrived]] = defaultdict(list)
+        self._arrived: dict[int, list[Arrived]] = defaultdict(list)  # by who is to be told
+        self._over: list[Arrived] = []
         self._ports: Ports[tuple[MoveId, Move]] = Ports()
 
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
@@ -47,8 +48,7 @@ class InProcess(Transport):
     def detach(self, endpoint: int) -> None:
         self._memories.pop(endpoint, None)
         self._arrived.pop(endpoint, None)
-        for flow in self._ports.flows():
-            flow.is_cancelled |= flow.what[1].source[0] == endpoint
+        self._ports.cancel(lambda what: what[1].source[0] == endpoint)
 
     def post(self, move_id: MoveId, move: Move, ready_ns: int) -> None:
         for endpoint, memory in (move.source, move.target):
@@ -69,24 +69,32 @@ class InProcess(Transport):
             if not flow.is_cancelled:
                 move_id, move = flow.what
                 self._copy(move)
-                self._arrived[move_id[0]].append(Arrived(move_id, flow.begun_ns, flow.ends_ns))
+                self._over.append(Arrived(move_id, flow.begun_ns, flow.ends_ns))
+                self._arrived[move_id[0]].append(self._over[-1])
 
     def next_time_ns(self) -> int | None:
-        event = self._ports.next_event()
+        event = self._ports.next_event
         return None if event is None else event[0]
+
+    @property
+    def next_event(self) -> tuple[int, int] | None:
+        """When the next move begins or arrives, and who has posted it."""
+        event = self._ports.next_event
+        return None if event is None else (event[0], event[1][0][0])
 
     def close(self) -> None:
         self._memories.clear()
         self._ports.clear()
         self._arrived.clear()
 
-    def due_ns(self) -> dict[int, int]:
-        """When to poll whom next: at once where a move has arrived that its endpoint was not told of, else when the
-        next of those on the wire begins or arrives.
-        """
-        event = self._ports.next_event()
-        due = {} if event is None else {event[1][0][0]: event[0]}
-        return due | dict.fromkeys(self._arrived, 0)
+    def has_arrived(self, endpoint: int) -> bool:
+        """Whether moves have arrived of which `endpoint`, which posted them, was not told yet."""
+        return endpoint in self._arrived
+
+    def drain_over(self) -> list[Arrived]:
+        """The moves of all endpoints that have arrived since the last call, in order."""
+        over, self._over = self._over, []
+        return over
 
     def _duration_ns(self, move: Move) -> int:
         takes_ns = self.link.duration_ns(move.num_calls, move.num_bytes)

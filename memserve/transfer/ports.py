@@ -10,7 +10,7 @@ results do not depend on when anybody looks.
 
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -53,6 +53,8 @@ class Flow(Generic[T]):
 
 def fair_shares(flows: Sequence[Flow[T]]) -> list[float]:
     """The share of its ports' bandwidth that each flow gets: max-min fair, and no more than it demands."""
+    if len(flows) == 1:
+        return [flows[0].demand]
     shares, free = [0.0] * len(flows), {port: 1.0 for flow in flows for port in flow.ports}
     waiting = list(range(len(flows)))
     while waiting:
@@ -78,34 +80,50 @@ class Ports(Generic[T]):
         self._coming: list[tuple[int, int, Flow[T]]] = []  # a heap by (when it is ready, number)
         self._lanes: defaultdict[Hashable, deque[Flow[T]]] = defaultdict(deque)  # who is first is under way
         self._under_way: list[Flow[T]] = []
+        self._next: tuple[int, int, int, Flow[T]] | None = None  # when, 0 for an end and 1 for a beginning, number
+        self._has_cancelled = False
 
     def add(self, flow: Flow[T], ready_ns: int) -> None:
         """A flow that begins at ready_ns or, where that is past for these ports, now."""
         self._num_added += 1
-        flow.number = self._num_added
-        heapq.heappush(self._coming, (max(ready_ns, self._now_ns), flow.number, flow))
+        flow.number, begins_ns = self._num_added, max(ready_ns, self._now_ns)
+        heapq.heappush(self._coming, (begins_ns, flow.number, flow))
+        event = (begins_ns, 1, flow.number, flow)
+        self._next = event if self._next is None else min(self._next, event)
+
+    def cancel(self, which: Callable[[T], bool]) -> None:
+        """Those of the flows that carry such a thing stop with the next `run`."""
+        for flow in self.flows():
+            flow.is_cancelled |= which(flow.what)
+        self._next, self._has_cancelled = self._find_next(), True
 
     def run(self, until_ns: int) -> list[Flow[T]]:
         """Lets time pass up to and with until_ns; the flows that have ended, in order, those cancelled too."""
         ended = []
-        while (event := self._next()) is not None and event[0] <= until_ns:
-            self._now_ns, flow = max(self._now_ns, event[0]), event[1]
-            if self._under_way_in(flow.lane) is flow:
-                ended.append(flow)
-                self._end([flow])
-            else:
+        while self._next is not None and self._next[0] <= until_ns:
+            time_ns, begins, _, flow = self._next
+            self._now_ns = max(self._now_ns, time_ns)
+            if begins:
                 heapq.heappop(self._coming)
                 self._arrive(flow)
-        cancelled = [flow for flow in self._under_way if flow.is_cancelled]
-        if cancelled:
-            self._now_ns = max(self._now_ns, until_ns)
-            self._end(cancelled)
-        return ended + cancelled
+            else:
+                ended.append(flow)
+                self._end([flow])
+            self._next = self._find_next()
+        return ended + self._stop_cancelled(until_ns) if self._has_cancelled else ended
 
+    def _stop_cancelled(self, now_ns: int) -> list[Flow[T]]:
+        cancelled, self._has_cancelled = [flow for flow in self._under_way if flow.is_cancelled], False
+        if cancelled:
+            self._now_ns = max(self._now_ns, now_ns)
+            self._end(cancelled)
+            self._next = self._find_next()
+        return cancelled
+
+    @property
     def next_event(self) -> tuple[int, T] | None:
         """When the next flow begins or ends, of those not cancelled, and what it carries."""
-        event = self._next()
-        return None if event is None else (event[0], event[1].what)
+        return None if self._next is None else (self._next[0], self._next[3].what)
 
     def flows(self) -> Iterable[Flow[T]]:
         """All that have not ended."""
@@ -118,17 +136,15 @@ class Ports(Generic[T]):
         self._coming.clear()
         self._lanes.clear()
         self._under_way.clear()
+        self._next = None
 
-    def _next(self) -> tuple[int, Flow[T]] | None:
+    def _find_next(self) -> tuple[int, int, int, Flow[T]] | None:
+        """The next flow that ends or begins, of those not cancelled."""
         while self._coming and self._coming[0][2].is_cancelled:
             heapq.heappop(self._coming)
-        ending = [(flow.ends_ns, 0, flow.number, flow) for flow in self._under_way if not flow.is_cancelled]
-        beginning = [(time_ns, 1, number, flow) for time_ns, number, flow in self._coming[:1]]
-        first = min(ending + beginning, default=None)
-        return None if first is None else (first[0], first[3])
-
-    def _under_way_in(self, lane: Hashable) -> Flow[T] | None:
-        return self._lanes[lane][0] if self._lanes.get(lane) else None
+        events = [(flow.ends_ns, 0, flow.number, flow) for flow in self._under_way if not flow.is_cancelled]
+        events += [(time_ns, 1, number, flow) for time_ns, number, flow in self._coming[:1]]
+        return min(events, default=None)
 
     def _arrive(self, flow: Flow[T]) -> None:
         self._lanes[flow.lane].append(flow)

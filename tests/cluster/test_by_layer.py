@@ -1,7 +1,11 @@
 """By layer, room is asked for as a prompt's first chunk is computed, and nothing waits for the grant but what moves."""
 
+import json
+
 import pytest
 from cluster.test_disaggregated import local, nothing_is_left, play
+
+from memserve import LocalCluster, load_config
 
 FULL = [  # of the decode instance's blocks a few prompts take all; the prefill instances have room
     "cluster=2p1d", "mode=pd_caching_3", "link=unlimited", "workload.num_sessions=30", "workload.num_turns=1",
@@ -71,3 +75,57 @@ def test_by_layer_the_report_is_the_same_with_macro_steps_and_without():
     for report in (with_them, without):
         del report["wall_s"]
     assert with_them == without
+
+
+LAYERS = [  # of a large model: prompts of up to 19,000 tokens share the way into one decode instance
+    "+experiment=h100_llama3_8b", "cluster=2p1d", "mode=pd_basic", "granularity=by_layer", "workload=trace",
+]  # fmt: skip
+ARRIVALS = [
+    [(400, 7500), (600, 1000), (600, 9500), (600, 16000), (800, 7500), (800, 7500), (1000, 7000), (1000, 7500)],
+    [(0, 5500), (0, 14500), (400, 16000), (400, 19000), (600, 1500), (800, 13000), (1000, 1000), (1000, 16500)],
+]  # ms, tokens
+
+
+def cluster_of(arrivals, path):
+    lines = [
+        {"timestamp": time_ms, "input_length": length, "output_length": 50,
+         "hash_ids": [99 * n + i for i in range(-(-length // 512))]}
+        for n, (time_ms, length) in enumerate(arrivals)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return LocalCluster(load_config([*LAYERS, f"workload.path={path}"])).cluster()
+
+
+class Wires:
+    """Loses nothing; says when each message was sent."""
+
+    def __init__(self, message_ns):
+        self.message_ns, self.sent_ns = message_ns, {}
+
+    def times_ns(self, kind, due_ns):
+        self.sent_ns.setdefault(kind, []).append(due_ns - self.message_ns)
+        return [due_ns]
+
+
+@pytest.mark.parametrize("arrivals", ARRIVALS)
+def test_a_transfer_ends_for_its_sender_when_its_last_move_does(arrivals, tmp_path):
+    """However often its end has moved, since others came to share the way, or had left it."""
+    cluster = cluster_of(arrivals, tmp_path / "trace.jsonl")
+    cluster.faults = Wires(cluster.transport.link.message_ns)
+    arrived_ns = [timeline.stats.arrived_ns for timeline in play(cluster)]
+    assert sorted(cluster.faults.sent_ns["Done"]) == sorted(arrived_ns) and len(set(arrived_ns)) == 8
+
+
+def test_nobody_is_looked_at_for_each_layer_of_a_prompt(tmp_path):
+    """32 moves of each chunk, of which the last one of a prompt ends its ticket."""
+    cluster = cluster_of(ARRIVALS[1], tmp_path / "trace.jsonl")
+    looks, poll = [], cluster.nodes[0].instance.poll
+
+    def look(now_ns):
+        looks.append(now_ns)
+        poll(now_ns)
+
+    cluster.nodes[0].instance.poll = look
+    play(cluster)
+    num_moves = cluster.nodes[0].instance.handoffs.transfers.counts.transfers // 2
+    assert num_moves >= 32 * 6 and len(looks) < num_moves / 2  # those at each step and message among them

@@ -82,6 +82,6 @@ def test_a_ticket_of_which_nothing_had_to_move_is_done_at_the_next_poll():
     ticket = p.transfers.start(2, tokens(B), blocks, TransferOptions(insert=True), b"", 0, ready=False)
     wires.deliver()
     for layer in range(p.transfers.geometry.num_layers):
-        p.transfers.mark_ready(ticket, 1, layer, np.int64(0))
+        p.transfers.mark_ready(ticket, 1, {layer: np.int64(0)})
     wires.deliver()
     assert ticket.state is TicketState.DONE and p.transfers.counts.calls == 0

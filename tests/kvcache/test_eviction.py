@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memserve.kvcache import HashIndex, RadixIndex
-from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware
+from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
 
 
 def tokens(*values):
@@ -120,3 +120,31 @@ def test_prefixes_come_in_the_order_in_which_they_would_stay(kind, policy, expec
     for number in (2, 2, 3, 1):
         index.match(tokens(number))
     assert [int(path[0]) for path, _ in index.iter_prefixes()] == expected
+
+
+class AllAlike(Eviction):
+    """Every leaf may go first."""
+
+    def key(self, node):
+        return (0.0,)
+
+
+@pytest.mark.parametrize("policy", [LRU, LFU, FIFO, CostAware, AllAlike])
+@pytest.mark.parametrize("kind", [RadixIndex, HashIndex])
+def test_what_goes_is_the_same_however_many_are_asked_for_at_once(kind, policy):
+    """Steps that are settled as one evict at once what they would have evicted one after the other."""
+    orders = []
+    for at_once in (1, 3, 40):
+        rng, refcounts = np.random.default_rng(5), np.ones(1000, dtype=np.int32)
+        index = kind(2, refcounts, eviction=policy())
+        for number in range(12):
+            prompt = np.concatenate([rng.integers(0, 2, 4), rng.integers(0, 2, 2 * number)]).astype(np.int32)
+            num_new = len(prompt) // 2 - len(index.match(prompt).blocks)
+            blocks = np.concatenate([index.peek(prompt).blocks, index.num_blocks + np.arange(num_new)])
+            index.insert(prompt, blocks.astype(np.int32))
+        refcounts[rng.integers(0, index.num_blocks, 6)] = 3  # in use
+        gone = []
+        while len(some := index.evict(min(at_once, 40 - len(gone)))):
+            gone += some.tolist()
+        orders.append(gone)
+    assert orders[0] == orders[1] == orders[2] and len(orders[0]) > 20

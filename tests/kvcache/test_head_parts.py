@@ -80,3 +80,19 @@ def test_ranks_that_do_not_divide_are_refused_by_name(heads, ranks) -> None:
 def test_the_leader_s_endpoint_is_its_instance() -> None:
     assert endpoint_of(9, 0) == 9
     assert (rank_of_endpoint(endpoint_of(9, 3)), instance_of_endpoint(endpoint_of(9, 3))) == (3, 9)
+
+
+@pytest.mark.parametrize("layout", [DiscreteLayout, AggregatedLayout])
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("merge", [False, True])
+def test_moves_of_several_layers_are_those_of_each(layout, ranks, merge) -> None:
+    blocks, to = np.array([5, 1, 2], np.int32), np.array([0, 3, 4], np.int32)
+    granularity = ByLayer(layout(), CacheGeometry(L, B, K // ranks[0], D, torch.float32), merge, num_ranks=ranks[0])
+    ends = End((3, 0), HERE, blocks, ranks[0]), End((8, 0), THERE, to, ranks[1])
+    for layers in ([0, 1, 2], [1, 2], [2]):
+        for layer, moves in zip(layers, granularity.moves_by_layer(*ends, layers), strict=True):
+            for move, expected in zip(moves, granularity.moves(*ends, layer), strict=True):
+                assert (move.source, move.target) == (expected.source, expected.target)
+                assert move.row_bytes == expected.row_bytes
+                for rows in ("source_rows", "target_rows", "call_starts"):
+                    assert np.array_equal(getattr(move, rows), getattr(expected, rows))

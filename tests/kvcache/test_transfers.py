@@ -102,7 +102,7 @@ def test_by_layer_sends_each_layer_when_it_is_ready_and_ends_with_the_last():
     assert p.transfers.is_granted(ticket) and p.transfers.counts.calls == 0
     for num_blocks in (1, 3):
         for layer in range(SHAPE.num_layers):
-            p.transfers.mark_ready(ticket, num_blocks, layer, wires.now_ns)
+            p.transfers.mark_ready(ticket, num_blocks, {layer: wires.now_ns})
     assert p.transfers.counts.calls == 2 * SHAPE.num_layers * 3
     assert not ticket.ended
     arrival = arrived(wires, d)
@@ -117,10 +117,10 @@ def test_by_layer_what_was_final_before_the_grant_leaves_with_it_and_later_layer
     ticket, blocks = send(wires, p, d, 3 * B, ready=False)
     wires.deliver()
     for layer in range(SHAPE.num_layers):
-        p.transfers.mark_ready(ticket, 1, layer, wires.now_ns)
+        p.transfers.mark_ready(ticket, 1, {layer: wires.now_ns})
     written_ns = [wires.now_ns + 200_000 * (layer + 1) for layer in range(SHAPE.num_layers)]
     for layer, ready_ns in enumerate(written_ns):
-        p.transfers.mark_ready(ticket, 3, layer, ready_ns)
+        p.transfers.mark_ready(ticket, 3, {layer: ready_ns})
     assert not p.transfers.is_granted(ticket)
     granted_ns = wires.now_ns = (written_ns[0] + written_ns[1]) // 2
     d.blocks.release(other, ("request", "other", 0))
@@ -357,7 +357,7 @@ def test_what_has_all_moved_is_done_only_when_its_receiver_can_be_told_all_of_it
     ticket, blocks = send(wires, p, d, 2 * B, ready=False, told=False)
     wires.deliver()
     for layer in range(SHAPE.num_layers):
-        p.transfers.mark_ready(ticket, len(blocks), layer, wires.now_ns)
+        p.transfers.mark_ready(ticket, len(blocks), {layer: wires.now_ns})
     moved_ns = wires.now_ns = wires.now_ns + 100_000
     p.transfers.hear_moves(wires.now_ns)
     p.transfers.receive(2, Wait(ticket.ticket_id), wires.now_ns)
