@@ -265,7 +265,7 @@ def test_a_link_takes_whole_nanoseconds():
     with pytest.raises(ValueError, match=r"duration_ns of Halves=.*: expected an integer >= 0"):
         run(*APART, f"link._target_={__name__}.Halves")
     with pytest.raises(ValueError, match=r"duration_ns of Halves=0\.5: expected an integer >= 0"):
-        TransferCost(Halves(), block_bytes=1, block_calls=1, other_calls=0).fetch_time_s(1)
+        TransferCost(Halves(0.0, 1.0), block_bytes=1, block_calls=1, other_calls=0).fetch_time_s(1)
 
 
 def test_what_was_prepared_on_a_cluster_happens_when_it_is_played_and_is_in_its_report():
