@@ -1,0 +1,41 @@
+"""The benchmark plays every configuration on as many instances as it says, with a load that grows with them."""
+
+import json
+
+import pytest
+
+from memserve import load_config
+
+
+def test_every_configuration_has_a_row_for_each_number_of_instances(script, tmp_path, capsys):
+    bench = script("bench_simulations")
+    out = tmp_path / "simulations.json"
+    bench.main(["--instances", "2,4", "--requests", "6", "--json", str(out)])
+    recorded = json.loads(out.read_text())
+    assert set(recorded["results"]) == {"2", "4"} and set(recorded["results"]["4"]) == set(bench.CONFIGURATIONS)
+    assert all(rate > 0 for row in recorded["results"].values() for rate in row.values())
+    assert "index_source=exact" in capsys.readouterr().out
+
+
+def test_the_load_grows_with_the_instances_and_half_of_them_prefill(script, tmp_path):
+    bench = script("bench_simulations")
+    cfg = load_config(bench.words_of("prefill, decode", 8, 100, None))
+    assert list(cfg.cluster.roles) == ["prefill"] * 4 + ["decode"] * 4
+    assert cfg.workload.rate == 8 * bench.RATE_AN_INSTANCE
+    traced = load_config(bench.words_of("colocated", 8, 100, tmp_path))
+    assert traced.workload.speedup == 2 and traced.workload.num_sessions == 100
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--instances", "4,0"], "--instances: 4,0: expected integers >= 2"),
+        (["--instances", "4,7"], "--instances 7: expected even numbers"),
+        (["--requests", "0"], "--requests: 0: expected an integer >= 1"),
+        (["--repeats", "few"], "--repeats: few: expected an integer >= 1"),
+    ],
+)
+def test_options_out_of_range_are_named(script, capsys, words, named):
+    with pytest.raises(SystemExit):
+        script("bench_simulations").main(words)
+    assert named in capsys.readouterr().err
