@@ -144,7 +144,7 @@ class Allocator:
                 raise NotHeld(f"{holder} does not hold {blocks[(counts & 1) == 0].tolist()}")
             self._tally(blocks, counts == 1, -1)
         else:
-            self._strike(blocks, places, holder)
+            self._strike(blocks, holder)
         self._drop(blocks, _weight(holder))
 
     def evicted(self, blocks: np.ndarray) -> None:
@@ -185,6 +185,15 @@ class Allocator:
         held = self._ledger.get(holder)
         return _EMPTY if held is None else held.view.copy()
 
+    def find(self, blocks: np.ndarray, holder: Holder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `holder`, not the index, has; where in that each of `blocks` stands; whether it does, bool [n]."""
+        held = self._ledger[holder].view if holder in self._ledger else _EMPTY
+        self._order[_places(held)] = np.arange(len(held), dtype=np.int32)
+        order = self._order[_places(blocks)]  # of blocks that are not held: whatever was left there
+        found = order < len(held)
+        found[found] = held[order[found]] == blocks[found]
+        return held, order, found
+
     def holders(self) -> Iterator[Holder]:
         """Everyone who holds a block."""
         if (self.refcounts & 1).any():
@@ -212,13 +221,9 @@ class Allocator:
         self._order[places] = order
         return bool(self._order[places].tobytes() != order.tobytes())
 
-    def _strike(self, blocks: np.ndarray, places: np.ndarray, holder: Holder) -> None:
+    def _strike(self, blocks: np.ndarray, holder: Holder) -> None:
         """Removes blocks from the ledger's entry, all or none."""
-        held = self._ledger[holder].view if holder in self._ledger else _EMPTY
-        self._order[_places(held)] = np.arange(len(held), dtype=np.int32)
-        order = self._order[places]  # of blocks that are not held: whatever was left there
-        found = order < len(held)
-        found[found] = held[order[found]] == blocks[found]
+        held, order, found = self.find(blocks, holder)
         if not found.all():
             raise NotHeld(f"{holder} does not hold {blocks[~found].tolist()}")
         stays = np.ones(len(held), dtype=bool)

@@ -223,7 +223,7 @@ class BlockPool:
 
     def hold(self, blocks: np.ndarray, holder: Holder) -> None:
         """Retains those of `blocks` (int32 [n], each once) that `holder` has not yet."""
-        self.retain(blocks[~np.isin(blocks, self.allocator.held_by(holder))], holder)
+        self.retain(blocks[~self.allocator.find(blocks, holder)[2]], holder)
 
     def release(self, blocks: np.ndarray, holder: Holder) -> None:
         self.allocator.release(blocks, holder)

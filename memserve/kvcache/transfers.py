@@ -129,7 +129,7 @@ class Transfers:
             raise ValueError(f"transfer to instance {peer}: expected another instance")
         if not needed or len(blocks) != needed:
             raise ValueError(f"{len(blocks)} blocks for {len(tokens)} tokens: expected {needed}, at least 1")
-        if len(np.unique(blocks)) != len(blocks):
+        if len(set(blocks.tolist())) != len(blocks):  # np.unique takes five times as long
             raise ValueError(f"src blocks {blocks.tolist()}: expected each once")
         medium_of(options.medium)
         if not isinstance(private, bytes):
