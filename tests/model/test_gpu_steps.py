@@ -27,6 +27,7 @@ WAYS_TO_SAMPLE = {
     "temperature": {"temperature": 0.7, "seed": 1},
     "top_k": {"temperature": 0.7, "top_k": 5, "seed": 1},
     "top_p": {"temperature": 0.7, "top_p": 0.6, "seed": 1},
+    "penalties": {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.3, "frequency_penalty": 0.5, "seed": 1},
 }
 
 
