@@ -7,6 +7,7 @@ a forgotten `return` gives None, which is false, equal to any other None, and ne
 
 import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import numpy as np
 
@@ -47,11 +48,8 @@ def require_number(
 
 def require_int(name: str, value: object, minimum: int, maximum: int | None = None, *, allowed: str = "") -> int:
     """An integer in [minimum, maximum], as Python's. allowed: in other words than these."""
-    in_range = f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}={value!r}: expected {allowed or in_range}")
-    if value < minimum or (maximum is not None and value > maximum):
-        raise ValueError(f"{name}={value!r}: expected {allowed or in_range}")
+    if not is_integer(value, minimum, maximum):
+        raise ValueError(f"{name}={value!r}: expected {allowed or _integers(minimum, maximum)}")
     return int(value)
 
 
@@ -100,18 +98,17 @@ def given_int(
     owner: object, method: str, value: object, minimum: int, maximum: int | None = None, *, unit: str = ""
 ) -> int:
     """What a method returned, an integer in [minimum, maximum], NumPy's too, as Python's. unit: of what it counts."""
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_int or value < minimum or (maximum is not None and value > maximum):  # type: ignore[operator] # asked
-        in_range = f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
-        raise wrong_return(owner, method, value, f"{in_range}, {unit}" if unit else in_range)
-    return int(value)  # type: ignore[call-overload,no-any-return] # as above
+    if not is_integer(value, minimum, maximum):
+        expected = _integers(minimum, maximum)
+        raise wrong_return(owner, method, value, f"{expected}, {unit}" if unit else expected)
+    return int(value)
 
 
 def given_number(owner: object, method: str, value: object, of: str = "") -> float:
     """What a method returned to be compared: a real number, as it is; infinite, or a bool, is one, NaN is none."""
     if not is_number(value):
         raise wrong_return(owner, method, value, "a number", of)
-    return value  # type: ignore[return-value] # asked in the line above
+    return value
 
 
 def given_key(owner: object, method: str, value: object) -> tuple[float, ...]:
@@ -121,7 +118,18 @@ def given_key(owner: object, method: str, value: object) -> tuple[float, ...]:
     return value
 
 
-def is_number(value: object) -> bool:
+def is_integer(value: object, minimum: int, maximum: int | None = None) -> TypeGuard[int]:
+    """Whether it is an integer in [minimum, maximum], Python's or NumPy's, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return False
+    return bool(value >= minimum and (maximum is None or value <= maximum))
+
+
+def _integers(minimum: int, maximum: int | None) -> str:
+    return f"an integer >= {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+
+
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it has a place among numbers. Plain ones first: of each node and request in an order this is asked."""
     if type(value) is int or type(value) is float:
         return value == value

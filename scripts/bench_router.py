@@ -9,18 +9,16 @@ the requests have been seen before. The goal of 200 us stands beside the medians
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-from options import integer, integers, new_file
+from options import integer, integers, new_file, write_figures
 from rich.console import Console
 from rich.table import Table
 
 from memserve.clock import Stopwatch
 from memserve.messages import pack_tokens
-from memserve.metrics.output import environment
 from memserve.sched.cost_model.fixed import FixedCostModel
 from memserve.sched.group import Group
 from memserve.sched.prefix_routing import BalancedPrefix, CostBased, LeastKV, PromptTree
@@ -113,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {num_rows: measure(num_rows, args.blocks, args.tokens, args.repeats) for num_rows in args.instances}
     print_table(results, f"{args.tokens}-token requests, {args.blocks:,} cached blocks of {BLOCK_SIZE} tokens")
     if args.json is not None:
-        recorded = {"environment": environment({}, []), "goal_us": GOAL_US, "results": results}
-        args.json.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+        write_figures(args.json, {"goal_us": GOAL_US, "results": results})
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ are played; without one they are synthetic, of 4,096 tokens on average, answers 
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-from options import integer, integers, new_file
+from options import integer, integers, new_file, write_figures
 from rich.console import Console
 from rich.table import Table
 
 from memserve import LocalCluster, load_config
-from memserve.metrics.output import environment
 
 BASELINE = "colocated"
 APART = ["mode=pd_caching_3"]
@@ -92,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {n: measure(n, args.requests, args.path, args.repeats, args.only) for n in args.instances}
     print_table(results, f"{args.requests:,} requests of {args.path.name if args.path else 'a synthetic workload'}")
     if args.json is not None:
-        recorded = {"environment": environment({}, []), "baseline": BASELINE, "results": results}
-        args.json.write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+        write_figures(args.json, {"baseline": BASELINE, "results": results})
 
 
 if __name__ == "__main__":

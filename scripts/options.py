@@ -1,7 +1,12 @@
-"""Options that several scripts have. Knows no script."""
+"""Options that several scripts have, and what one of them writes. Knows no script."""
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from memserve.metrics.output import environment
 
 
 def new_file(word: str) -> Path:
@@ -35,3 +40,8 @@ def integers(word: str, least: int = 0) -> list[int]:
     if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
         raise argparse.ArgumentTypeError(f"{word}: expected integers >= {least}, joined by commas")
     return [int(part) for part in parts]
+
+
+def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
+    """What was measured, and the environment in which, as JSON."""
+    path.write_text(json.dumps({"environment": environment({}, []), **figures}, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Cross-field checks of a composed configuration. Each failure names the option, its value and what is allowed."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from memserve.clock import LONGEST_S
@@ -15,7 +16,7 @@ from memserve.config.checks_of_roles import check_per_role, check_tensor_paralle
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
 from memserve.config.runs import check_runs
-from memserve.config.schema import RunConfig
+from memserve.config.schema import RunConfig, SloConfig
 from memserve.config.sizes import parse_bytes
 from memserve.config.targets import is_a, node_class
 from memserve.request import Role
@@ -170,7 +171,7 @@ def _check_numbers(group: str, node: Any, ranges: Mapping[str, tuple[float, floa
 
 
 def _check_slo(cfg: RunConfig) -> None:
-    for name in ("ttft_s", "tpot_s", "itl_s", "jct_s"):
+    for name in (objective.name for objective in fields(SloConfig)):
         value = getattr(cfg.slo, name)
         require(value is None or 0 < value <= LONGEST_S, f"slo.{name}", value,
                 f"null or seconds in (0, {LONGEST_S:g}]")  # fmt: skip

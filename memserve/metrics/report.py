@@ -239,8 +239,7 @@ def _instances(
     whole = _parts(timelines)
     begun = whole if counted is timelines else _parts(counted)
     refused = Counter(t.instance for t in counted if t.stats is None or t.stats.first_scheduled_ns is None)
-    in_vain = {stats.id: _in_vain(stats, _tokens(whole[stats.id])) for stats in instances}
-    return [_instance(stats, begun[stats.id], in_vain[stats.id], refused[stats.id], span) for stats in instances]
+    return [_instance(stats, whole[stats.id], begun[stats.id], refused[stats.id], span) for stats in instances]
 
 
 def _parts(timelines: Sequence[RequestTimeline]) -> defaultdict[str, list[RequestStats]]:
@@ -254,13 +253,16 @@ def _parts(timelines: Sequence[RequestTimeline]) -> defaultdict[str, list[Reques
 
 def _instance(
     stats: InstanceStats,
+    whole: Sequence[RequestStats],
     begun: Sequence[RequestStats],
-    in_vain: Mapping[str, int],
     num_refused: int,
     span: tuple[int, int] | None,
 ) -> Report:
-    """One row: its own counts, and its part of the requests that it prefilled or decoded."""
-    tokens = {**_tokens(begun), **in_vain}
+    """One row: its own counts, and its part of the requests that it prefilled or decoded. whole: of all that were
+    begun, which say what was in vain; begun: of those that are measured.
+    """
+    tokens = _tokens(begun)
+    tokens |= _in_vain(stats, tokens if begun is whole else _tokens(whole))
     counts = asdict(stats)
     busy_s, joined_ns, left_ns = to_s(counts.pop("busy_ns")), counts.pop("joined_ns"), counts.pop("left_ns")
     return {

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.values import is_integer
+
 
 @dataclass(frozen=True)
 class ClusterSnapshot:
@@ -75,7 +77,7 @@ class Chosen(int):
 
 def is_row(chosen: object, num_rows: int) -> bool:
     """Whether what somebody's rule named is one of so many rows."""
-    return isinstance(chosen, int | np.integer) and not isinstance(chosen, bool) and 0 <= int(chosen) < num_rows
+    return is_integer(chosen, 0, num_rows - 1)
 
 
 class Policy(ABC):

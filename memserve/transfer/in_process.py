@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from memserve.transfer.block_copy import copy_rows
-from memserve.transfer.link import LinkModel
+from memserve.transfer.link import LinkModel, duration_ns
 from memserve.transfer.ports import Flow, Ports
 from memserve.transfer.transport import Arrived, Move, MoveId, Transport
-from memserve.values import require_int
 
 
 class InProcess(Transport):
@@ -97,8 +96,7 @@ class InProcess(Transport):
         return over
 
     def _duration_ns(self, move: Move) -> int:
-        takes_ns = self.link.duration_ns(move.num_calls, move.num_bytes)
-        return require_int(f"duration_ns of {type(self.link).__name__}", takes_ns, 0)
+        return duration_ns(self.link, move.num_calls, move.num_bytes)
 
     def _ports_of(self, source: int, target: int) -> list[tuple[str, int, int]]:
         """Every endpoint, which is a rank of an instance, has a port out and a port in."""

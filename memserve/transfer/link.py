@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from memserve.clock import to_ns
-from memserve.values import require_bool, require_number
+from memserve.values import require_bool, require_int, require_number
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,8 @@ class LinkModel:
     def message_ns(self) -> int:
         """Nanoseconds that a control message takes."""
         return to_ns(self.message_latency_s)
+
+
+def duration_ns(link: LinkModel, num_calls: int, num_bytes: int) -> int:
+    """What a move takes by a link. Raises ValueError where that, a class of somebody's own, gives no nanoseconds."""
+    return require_int(f"duration_ns of {type(link).__name__}", link.duration_ns(num_calls, num_bytes), 0)

@@ -10,8 +10,7 @@ import numpy as np
 
 from memserve.clock import to_s
 from memserve.kvcache.granularity import End, Granularity
-from memserve.transfer.link import LinkModel
-from memserve.values import require_int
+from memserve.transfer.link import LinkModel, duration_ns
 
 NUM_MESSAGES = 4  # one after the other: Fetch, Ask and Grant before the first byte leaves, Done after the last
 
@@ -41,8 +40,7 @@ class TransferCost:
         if num_blocks <= 0:
             return 0.0
         num_calls = self.other_calls + self.block_calls * num_blocks
-        bytes_ns = self.link.duration_ns(num_calls, self.block_bytes * num_blocks)
-        require_int(f"duration_ns of {type(self.link).__name__}", bytes_ns, 0)
+        bytes_ns = duration_ns(self.link, num_calls, self.block_bytes * num_blocks)
         return to_s(bytes_ns + NUM_MESSAGES * self.link.message_ns)
 
 
