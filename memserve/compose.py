@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,7 +177,7 @@ def resolve(composed: DictConfig) -> RunConfig:
     """Checks a composed configuration against the schema and the cross-field rules; returns it read-only."""
     try:
         _check_sections(RunConfig, composed)
-        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), composed))
+        merged = cast(DictConfig, OmegaConf.merge(_schema(), composed))
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_refusal(error)) from error
@@ -198,6 +199,12 @@ def resolve(composed: DictConfig) -> RunConfig:
         raise ConfigError(str(error)) from error
     OmegaConf.set_readonly(merged, True)
     return cfg
+
+
+@cache
+def _schema() -> DictConfig:
+    """RunConfig's, which is made once: a tenth of what a small simulation takes to be composed."""
+    return cast(DictConfig, OmegaConf.structured(RunConfig))
 
 
 def _check_sections(schema: type, composed: DictConfig, within: str = "") -> None:

@@ -1,13 +1,16 @@
 """Hydra's `compose` for a process that asks for thousands of configurations, of which most differ in values alone.
 
-What the words of groups compose is Hydra's, and kept; values are then applied as Hydra applies them, by its own
-function. Files and words are read once, and what Hydra notes for each default in case another one names it (`${..}`,
-which none of ours does) is left out. Errors are Hydra's own. `test_fast_compose.py` holds one against the other.
+What the words of groups compose is Hydra's, and kept: of words that change different parts of a configuration, each
+word's by itself, since tests put few of them together in many ways. Values are then applied as Hydra applies them, by
+its own function. Files and words are read once, and what Hydra notes for each default in case another one names it
+(`${..}`, which none of ours does) is left out. Errors are Hydra's own. `test_fast_compose.py` holds one against the
+other.
 """
 
 import copy
 import functools
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,12 +21,12 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from memserve.compose import config_dir
 
-_composed: dict[tuple[str, ...], DictConfig] = {}
+_PLAIN = re.compile(r"\w+=\w+")
 
 
 @functools.cache
@@ -62,15 +65,44 @@ def _made_fast() -> Iterator[None]:
         defaults_list._create_interpolation_map, FileConfigSource.load_config = before, _load
 
 
+@functools.cache
+def _of_hydra(words: tuple[str, ...]) -> DictConfig:
+    with _made_fast():
+        return compose("run", overrides=list(words))
+
+
+@functools.cache
+def _changed(word: str) -> frozenset[str] | None:
+    """The parts of a configuration that a word of a group changes; None where it adds or removes one."""
+    before, after = (OmegaConf.to_container(_of_hydra(words)) for words in ((), (word,)))
+    if before.keys() != after.keys():
+        return None
+    return frozenset(name for name in before if before[name] != after[name])
+
+
+@functools.cache
+def _of_words(words: tuple[str, ...]) -> DictConfig:
+    """What they compose together: put together of what each does alone, where no part is changed by two."""
+    if not all(_PLAIN.fullmatch(word) for word in words):
+        return _of_hydra(words)
+    words = tuple({word.partition("=")[0]: word for word in words}.values())  # of a group's the last counts
+    changes = [_changed(word) for word in words]
+    if None in changes or len(frozenset().union(*changes)) < sum(map(len, changes)):
+        return _of_hydra(words)
+    cfg = copy.deepcopy(_of_hydra(()))
+    with open_dict(cfg):
+        for word, names in zip(words, changes, strict=True):
+            for name in names:
+                cfg[name] = copy.deepcopy(_of_hydra((word,))._get_node(name))
+    return cfg
+
+
 def compose_fast(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """As `hydra.compose`, inside an initialized Hydra."""
+    """As `hydra.compose` of configs/run.yaml, inside an initialized Hydra."""
+    assert config_name == "run"
     try:
         parsed = [_parsed(word) for word in overrides]
-        groups = tuple(p.input_line for p in parsed if _chooses(p))
-        if groups not in _composed:
-            with _made_fast():
-                _composed[groups] = compose(config_name, overrides=list(groups))
-        cfg = copy.deepcopy(_composed[groups])
+        cfg = copy.deepcopy(_of_words(tuple(p.input_line for p in parsed if _chooses(p))))
         ConfigLoaderImpl._apply_overrides_to_config([p for p in parsed if not _chooses(p)], cfg)
     except (HydraException, OmegaConfBaseException, ValueError):
         return compose(config_name, overrides=list(overrides))
