@@ -28,8 +28,10 @@ from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
 from memserve.kvcache.index import Index, NullIndex
+from memserve.model.near_ties import NearTieCounter
 from memserve.model.no_tokenizer import NoTokenizer
 from memserve.model.runner import ModelRunner
+from memserve.model.sampler import Sampler
 from memserve.request import SERVING, Role, Runner
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
@@ -147,7 +149,8 @@ def _swap_engine(cfg: RunConfig, copier: BlockCopier, costs: CostModel, in_real_
 def _runner(cfg: RunConfig, engine: Engine, kv: torch.Tensor) -> Runner:
     if engine.model is None:
         return HashRunner(kv, engine.vocab_size)
-    return ModelRunner(engine.model, kv, cfg.kvcache.block_size, attention=cfg.model.attention)
+    sampler = NearTieCounter() if cfg.model.near_ties else Sampler()
+    return ModelRunner(engine.model, kv, cfg.kvcache.block_size, attention=cfg.model.attention, sampler=sampler)
 
 
 def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
