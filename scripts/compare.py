@@ -92,10 +92,11 @@ def compare(systems: Sequence[str], words: Sequence[str], out: Path | None) -> t
     Every system is composed and checked before the first one runs.
     """
     named = words_of_each(systems)
-    configured = {name: config_of([*own, *words]) for name, own in named.items()}
-    for name, cfg in configured.items():
+    configured = dict[str, RunConfig]()
+    for name, own in named.items():
         try:
-            check_playable(cfg)
+            configured[name] = config_of([*own, *words])
+            check_playable(configured[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     reports, not_written = {}, list[OSError]()

@@ -18,6 +18,7 @@ from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling, check_migration
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
+from memserve.config.checks_of_roles import check_roles_of_mode
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
@@ -184,11 +185,8 @@ def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
         check_mode(mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    roles = [Role(role) for role in cfg.cluster.roles]
-    if frozenset(roles).intersection(SERVING) != mode.roles:
-        needed = ", ".join(sorted(mode.roles))
-        raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
-    return [(f"{role}-{i}", role) for i, role in enumerate(roles)]
+    check_roles_of_mode(cfg, mode.roles)
+    return [(f"{role}-{i}", role) for i, role in enumerate(map(Role, cfg.cluster.roles))]
 
 
 def check_wired(cfg: RunConfig) -> None:

@@ -12,7 +12,7 @@ from memserve.config.checks_of_members import (
     check_rebalancing,
     check_scaling,
 )
-from memserve.config.checks_of_roles import check_per_role, check_tensor_parallel
+from memserve.config.checks_of_roles import check_per_role, check_roles, check_tensor_parallel
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
 from memserve.config.runs import check_runs
@@ -72,7 +72,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_control(cfg)
     _check_model(cfg)
     _check_execution(cfg)
-    _check_roles(cfg)
+    check_roles(cfg)
     _check_fetch(cfg)
     check_tensor_parallel(cfg)
     check_per_role(cfg)
@@ -256,14 +256,6 @@ def _check_distributed(cfg: RunConfig) -> None:
 def keeps_kv_on_gpu(cfg: RunConfig) -> bool:
     """Whether blocks in HBM are memory of a GPU."""
     return cfg.tokens == "model" and cfg.model.device != "cpu"
-
-
-def _check_roles(cfg: RunConfig) -> None:
-    known = [role.value for role in Role]
-    serving = [role for role in cfg.cluster.roles if role != Role.STORE.value]
-    require(len(serving) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role that serves requests")
-    for role in cfg.cluster.roles:
-        require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
 
 
 def _check_fetch(cfg: RunConfig) -> None:

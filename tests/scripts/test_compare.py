@@ -67,7 +67,7 @@ def test_what_is_no_system_and_no_word_is_named(compare, words, named):
 
 
 def test_a_system_that_contradicts_itself_is_named_before_another_has_run(compare, capsys):
-    with pytest.raises(SystemExit, match="wide: cluster.roles=.* with mode Colocated: expected colocated"):
+    with pytest.raises(SystemExit, match="wide: mode=colocated contradicts .*; expected colocated"):
         compare.main(["--systems", "pd,wide:cluster=1p2d", *WORDS])
     assert "pd" not in capsys.readouterr().err
 
