@@ -3,6 +3,7 @@ ranks each is split. As checks.py, which calls them.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import OPTIONS, num_ranks
@@ -26,8 +27,8 @@ def check_roles(cfg: RunConfig) -> None:
         require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
     serving = [role for role in cfg.cluster.roles if role != Role.STORE.value]
     require(len(serving) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role that serves requests")
-    needed = getattr(node_class(cfg.mode), "roles", None)
-    if isinstance(needed, frozenset):  # another, or none, is refused where the mode is made
+    needed: Any = getattr(node_class(cfg.mode), "roles", None)
+    if needed in ({Role.COLOCATED}, {Role.PREFILL, Role.DECODE}):  # others are refused where the mode is made
         check_roles_of_mode(cfg, needed)
 
 
