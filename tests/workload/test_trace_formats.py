@@ -99,7 +99,8 @@ def test_requests_of_a_chat_are_one_session_to_who_routes_and_the_others_their_o
 
 def test_a_parent_may_come_later_or_be_none_of_the_file_s(play):
     lines = [of_chat(7, 8), of_chat(9, 7), of_chat(8, 5), of_chat(10, 8), of_chat(11, -1)]
-    assert [session.chat for session in play(in_lines(*lines))[0]] == ["chat-8", "chat-8", "chat-5", "chat-5", "chat-11"]
+    chats = [session.chat for session in play(in_lines(*lines))[0]]
+    assert chats == ["chat-8", "chat-8", "chat-5", "chat-5", "chat-11"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_a_parent_may_come_later_or_be_none_of_the_file_s(play):
         (in_lines({**BAILIAN[0], "parent_chat_id": "x"}), "parent_chat_id='x': expected an integer from -1"),
         (in_lines({**BAILIAN[0], "chat_id": -1}), "chat_id=-1: expected an integer from 0"),
         (in_lines(*BAILIAN, BAILIAN[0]), "trace:4: chat_id=159, as on an earlier line: expected one of its own"),
-        (in_lines(of_chat(7, 7)), "trace:1: parent_chat_id=7 leads back to chat_id=7: expected that of the request bef"),
+        (in_lines(of_chat(7, 7)), "trace:1: parent_chat_id=7 leads back to chat_id=7: expected that of the"),
         (in_lines(of_chat(7, 8), of_chat(8, 7)), "trace:2: parent_chat_id=7 leads back to chat_id=8"),
         (in_lines(of_chat(7, 8), of_chat(9, 7), of_chat(8, 5), of_chat(5, 9)), "trace:4: parent_chat_id=9 leads back"),
     ],
