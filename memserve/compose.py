@@ -88,7 +88,7 @@ GIVEN = {  # arguments of such an object that cluster/ gives, and which are ther
     "transport": ("store", "host", "gpu", "link"),
     "policy": ("cost_model",),
     "decode_policy": ("cost_model",),
-    "rejection": ("cost_model",),
+    "rejection": ("cost_model", "objectives"),
     "cost_model": ("tensor_parallel",),
     "prediction": ("seed",),
 }

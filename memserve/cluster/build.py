@@ -22,7 +22,6 @@ from memserve.config.checks_of_roles import check_roles_of_mode
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
-from memserve.config.targets import is_a
 from memserve.hash_runner import HashRunner
 from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers
@@ -40,7 +39,6 @@ from memserve.sched.modes import Mode, check_mode
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.trace_runner import TraceRunner
 from memserve.transfer.transport import Transport
-from memserve.workload.session import Workload
 
 
 @dataclass(frozen=True)
@@ -197,12 +195,4 @@ def check_wired(cfg: RunConfig) -> None:
     build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
     build_scaling(cfg, [role for _, role in roles])
     check_migration(cfg)
-    _check_classes(cfg, make(cfg.workload))
-
-
-def _check_classes(cfg: RunConfig, workload: Workload) -> None:
-    """Raises ConfigError for objectives of classes where requests are refused by those that are for all."""
-    own = next((f"{c.name!r} has {', '.join(c.objectives)}" for c in workload.classes if c.objectives), None)
-    if own is not None and is_a(cfg.rejection, "EarlyRejection"):
-        raise ConfigError(f"rejection=early contradicts workload.classes: it goes by slo. for all, and class {own} of "
-                          "its own: expected rejection=none, or slo. alone")  # fmt: skip
+    make(cfg.workload)
