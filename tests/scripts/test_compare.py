@@ -99,6 +99,13 @@ def test_a_file_that_cannot_be_written_costs_no_systems_figures(compare, tmp_pat
     assert "1p1d" in capsys.readouterr().out and (tmp_path / "1p1d" / "report.json").is_file()
 
 
+def test_what_is_about_to_run_is_said_before_it_does(compare, capsys):
+    compare.main([*WORDS, "--systems", "pd", "seeds=1"])
+    assert capsys.readouterr().err.startswith("systems: 1, runs in all: 1\n")
+    cfg = compare.config_of(["cluster=colocated_2"])
+    assert compare.plan_of({"a": cfg, "b": cfg}).startswith("systems: 2, runs in all: 6; the model computes every step")
+
+
 def test_words_may_stand_on_both_sides_of_an_option(compare, capsys):
     compare.main([*WORDS, "--systems", "pd", "seeds=1"])
     assert "pd" in capsys.readouterr().out
