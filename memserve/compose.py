@@ -14,7 +14,7 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobRuntime
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -22,6 +22,7 @@ from memserve.config.checks import check_config
 from memserve.config.checks_of_prediction import check_prediction
 from memserve.config.checks_of_store import check_store
 from memserve.config.errors import ConfigError
+from memserve.config.overrides import check_kinds, options_of
 from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
 from memserve.config.targets import check_target
@@ -88,7 +89,7 @@ GIVEN = {  # arguments of such an object that cluster/ gives, and which are ther
     "transport": ("store", "host", "gpu", "link"),
     "policy": ("cost_model",),
     "decode_policy": ("cost_model",),
-    "rejection": ("cost_model",),
+    "rejection": ("cost_model", "objectives"),
     "cost_model": ("tensor_parallel",),
     "prediction": ("seed",),
 }
@@ -119,11 +120,12 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides={overrides!r}: expected a list of strings")
+    check_kinds(overrides, config_dir())
     try:
         with _hydra_apart():
             composed = compose("run", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_of_hydra(error)) from error
     except ValueError as error:  # of a group's word that is none, and Hydra does not say which
         raise ConfigError(f"{' '.join(overrides)}: {error}") from error
     return resolve(composed)
@@ -214,8 +216,7 @@ def _check_sections(schema: type, composed: DictConfig, within: str = "") -> Non
             continue
         kind, name, value = cast(type, section.type), within + section.name, composed[section.name]
         if not isinstance(value, DictConfig):
-            options = ", ".join(f"{name}.{option.name}" for option in fields(kind))
-            raise ConfigError(f"{name}={value!r}: expected a value of one of its options, {options}")
+            raise ConfigError(f"{name}={value!r}: expected {options_of(name, kind)}")
         _check_sections(kind, value, f"{name}.")
 
 
@@ -252,6 +253,14 @@ def _refusal(error: OmegaConfBaseException) -> str:
         return f"{name}: no such option; expected one of {', '.join(f.name for f in fields(error.object_type))}"
     said = str(error).partition("\n")[0]
     return said if not name or name in said else f"{name}: {said}"
+
+
+def _of_hydra(error: Exception) -> str:
+    """What Hydra says, of which word, and what it has that from."""
+    said = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {said.partition(chr(10))[0]}"
+    return f"{said}: {str(error.__cause__).partition(chr(10))[0]}" if said.startswith("Error merging") else said
 
 
 def _best_attention(device: str, dtype: str) -> str:

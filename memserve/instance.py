@@ -74,6 +74,10 @@ class Instance:
         return len(self.served)
 
     @property
+    def num_near_ties(self) -> int | None:
+        return self._runner.num_near_ties
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is left to do here: no request, no message, no transfer, no swap under way."""
         is_transferring = self.handoffs is not None and self.handoffs.transfers.num_open > 0

@@ -227,7 +227,12 @@ class LayerRun(Generic[Output]):
 
 
 class Runner(Protocol):
-    """Computes batches, and moves no request's borders. forward_by_layer: yields each layer that all KV is in."""
+    """Computes batches, and moves no request's borders. forward_by_layer: yields each layer that all KV is in.
+    num_near_ties: of its tokens so far, those that rounding alone might have chosen; None: nobody counts them.
+    """
+
+    @property
+    def num_near_ties(self) -> int | None: ...
 
     def forward(self, batch: ScheduledBatch) -> StepOutput: ...
 

@@ -1,6 +1,7 @@
 """Systems side by side on one workload: a column each, over several runs, with their range.
 
-python scripts/compare.py                                    # PD, PD-CC, 1P1D, 1P1D-CC, C1, C2 on the chat workload
+python scripts/compare.py exec=simulated                     # PD, PD-CC, 1P1D, 1P1D-CC, C1, C2 on the chat workload
+python scripts/compare.py                                    # the same with the model: 18 runs of 200 answers, slow
 python scripts/compare.py --systems pd,1p1d,1p1d_cc exec=simulated workload=synthetic workload.num_turns=3
 python scripts/compare.py --systems pd_cc,big:cluster=1p2d+mode=pd_caching_3 seeds=1 workload.rate=2
 
@@ -16,7 +17,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from options import new_directory
@@ -26,6 +27,7 @@ from memserve.cluster.local import LocalCluster, check_playable
 from memserve.cluster.result import NotWritten
 from memserve.compose import load_config
 from memserve.config.blame import told
+from memserve.config.runs import num_runs
 from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_comparison
 from memserve.metrics.progress import Progress
@@ -85,6 +87,15 @@ def config_of(words: Sequence[str]) -> RunConfig:
     return load_config([*words, f"seeds={NUM_RUNS}" if cfg.step_time == "model" else f"repeats={NUM_RUNS}"])
 
 
+def plan_of(configured: Mapping[str, RunConfig]) -> str:
+    """What is about to run, in a line."""
+    runs = sum(map(num_runs, configured.values()))
+    plan = f"systems: {len(configured)}, runs in all: {runs}"
+    if any(cfg.exec == "emulated" for cfg in configured.values()):
+        plan += "; the model computes every step of each: exec=simulated needs none, and takes a small part of the time"
+    return plan
+
+
 def compare(systems: Sequence[str], words: Sequence[str], out: Path | None) -> tuple[dict[str, Report], list[OSError]]:
     """The report of each system, and which files could not be written; out: a directory that gets an output directory
     for each, and reports.json.
@@ -92,12 +103,14 @@ def compare(systems: Sequence[str], words: Sequence[str], out: Path | None) -> t
     Every system is composed and checked before the first one runs.
     """
     named = words_of_each(systems)
-    configured = {name: config_of([*own, *words]) for name, own in named.items()}
-    for name, cfg in configured.items():
+    configured = dict[str, RunConfig]()
+    for name, own in named.items():
         try:
-            check_playable(cfg)
+            configured[name] = config_of([*own, *words])
+            check_playable(configured[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+    print(plan_of(configured), file=sys.stderr, flush=True)
     reports, not_written = {}, list[OSError]()
     for name, cfg in configured.items():
         try:

@@ -2,13 +2,18 @@
 for nanoseconds. Nothing is taken for something else; the message names the class, the method and the value.
 """
 
+import itertools
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from memserve import LocalCluster, load_config
 from memserve.kvcache.eviction import Eviction
+from memserve.kvcache.index import Match
+from memserve.kvcache.radix import RadixIndex
+from memserve.request import Phase
 from memserve.sampling_params import SamplingParams
 from memserve.sched.batching import Batching
 from memserve.sched.cost_model.base import CostModel
@@ -16,6 +21,7 @@ from memserve.sched.departures import Departure
 from memserve.sched.fetch_policy import FetchPolicy
 from memserve.sched.migration import MigrationPolicy
 from memserve.sched.prediction import Prediction
+from memserve.sched.preemption import Preemption
 from memserve.sched.queue_policy import FCFS, QueuePolicy
 from memserve.sched.rebalancing import Rebalancing
 from memserve.sched.routing import Policy
@@ -30,7 +36,7 @@ DRAINS = [*TWO, "scaling=schedule", "scaling.changes=[{at_s: 0.03, drain: coloca
 
 VALUES = {
     "none": None, "text": "no", "number": 1, "half": 0.5, "negative": -1, "no_number": float("nan"), "key": (1.0, None),
-    "yes": np.True_, "int": np.int64(3), "float": np.float32(0.5),
+    "infinite": float("inf"), "yes": np.True_, "int": np.int64(3), "float": np.float32(0.5),
 }  # fmt: skip
 
 
@@ -179,6 +185,48 @@ class StepCosts(ColumnCosts):
         return np.full(len(num_more), self.value)
 
 
+class NamesAnother(OwnBatching):
+    """Serves a request of another instance, too, if one runs there."""
+
+    seen: ClassVar[list] = []
+
+    def first(self, running):
+        self.seen.extend(running)
+        return list(running)
+
+    def otherwise(self, running):
+        others = (r for r in self.seen if r.phase is Phase.RUNNING and all(r is not mine for mine in running))
+        return list(itertools.islice(others, 1))
+
+
+class KeepsBlocks(Returns, Preemption):
+    def preempt(self, request, pool):
+        pass
+
+
+class LosesBlocks(Returns, Preemption):
+    def preempt(self, request, pool):
+        request.block_table.truncate(0)
+
+
+class NoMatch(RadixIndex):
+    def __init__(self, block_size, refcounts, num_hbm_blocks=None, eviction=None, *, what):
+        super().__init__(block_size, refcounts, eviction, num_hbm_blocks)
+        self.what = what
+
+    def peek(self, tokens, limit=None):
+        found = super().peek(tokens, limit)
+        return {
+            "none": None,
+            "blocks alone": found.blocks,
+            "a list": Match(found.blocks.tolist(), found.num_tokens),
+            "tokens": Match(found.blocks, found.num_tokens + 5),
+            "beyond": Match(np.arange(len(tokens) // 16 + 1, dtype=np.int32), (len(tokens) // 16 + 1) * 16),
+            "free": Match(np.arange(16, dtype=np.int32) + 1000, 256),
+            "nowhere": Match(np.arange(16, dtype=np.int32) + 10**6, 256),
+        }[self.what]
+
+
 FULL = ["workload.max_output_tokens=256", "workload.num_sessions=16", "kvcache.num_hbm_blocks=40"]
 TWO_TIERS = ["workload.num_turns=3", "kvcache.num_hbm_blocks=40", "kvcache.num_dram_blocks=40"]
 STORE = ["cluster.roles=[colocated,store]", "+per_role.store.kvcache.num_dram_blocks=512", "fetch=cost"]
@@ -194,6 +242,10 @@ PLACES = {
     OwnBatching: ("batching", []),
     Otherwise: ("batching", []),
     OwnVictim: ("queue", FULL),
+    NamesAnother: ("batching", TWO),
+    KeepsBlocks: ("preemption", FULL),
+    LosesBlocks: ("preemption", FULL),
+    NoMatch: ("index", []),
     OneCosts: ("cost_model", TWO),
     ColumnCosts: ("cost_model", [*TWO, "policy=prompt_tree"]),
     StepCosts: ("cost_model", TWO),
@@ -247,6 +299,25 @@ NO_BOOL = "expected True or False"
         (Otherwise, "none", "Otherwise.otherwise gave None: expected a list of requests"),
         (OwnVictim, "none", "OwnVictim.victim gave None: expected one of the requests that run: 'synthetic-"),
         (OwnVictim, "number", "OwnVictim.victim gave 1: expected one of the requests that run: 'synthetic-"),
+        (NamesAnother, "none", "which does not run here: expected those that it was asked of"),
+        (KeepsBlocks, "none", "in HBM that nobody else uses: expected them to be freed, or moved to DRAM"),
+        (LosesBlocks, "none", "and a block table of []: expected that to be what it holds"),
+        (
+            NoMatch,
+            "none",
+            "NoMatch.peek gave None: expected a Match of int32 blocks that are cached, of 16 tokens each",
+        ),
+        (NoMatch, "blocks alone", "NoMatch.peek gave array([], dtype=int32): expected a Match"),
+        (NoMatch, "a list", "NoMatch.peek gave Match(blocks=[], num_tokens=0): expected a Match of int32 blocks"),
+        (NoMatch, "tokens", "num_tokens=5): expected a Match of int32 blocks"),
+        (NoMatch, "beyond", "expected a Match of int32 blocks that are cached, of 16 tokens each, at most 255 in all"),
+        (NoMatch, "free", "num_tokens=256): expected a Match of int32 blocks that are cached"),
+        (NoMatch, "nowhere", "num_tokens=256): expected a Match of int32 blocks that are cached"),
+        (OneCosts, "infinite", "OneCosts._one_s gave inf: expected a number of seconds >= 0, and at most 146 years"),
+        (OneCosts, "no_number", "OneCosts._one_s gave nan: expected a number of seconds >= 0"),
+        (ColumnCosts, "infinite", "ColumnCosts._column_s gave [inf, inf]: expected 2 numbers of seconds >= 0, and at"),
+        (ColumnCosts, "no_number", "ColumnCosts._column_s gave [nan, nan]: expected 2 numbers of seconds >= 0"),
+        (StepCosts, "infinite", "StepCosts.step_time_s gave [inf"),
         (OneCosts, "none", "OneCosts._one_s gave None: expected a number of seconds >= 0"),
         (OneCosts, "negative", "OneCosts._one_s gave -1: expected a number of seconds >= 0"),
         (ColumnCosts, "negative", "ColumnCosts._column_s gave [-1, -1]: expected 2 numbers of seconds >= 0"),

@@ -18,18 +18,20 @@ from memserve.cluster.make import make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling, check_migration
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
+from memserve.config.checks_of_roles import check_roles_of_mode
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks, of_role
 from memserve.config.schema import RunConfig
-from memserve.config.targets import is_a
 from memserve.hash_runner import HashRunner
 from memserve.instance import Instance
 from memserve.kvcache.arena import Arena, TwoTiers
 from memserve.kvcache.block_pool import BlockPool, IndexFactory
 from memserve.kvcache.copy_engine import AtOnce, BlockCopier, CopyEngine, InVirtualTime, NothingToCopy, OnAThread
 from memserve.kvcache.index import Index, NullIndex
+from memserve.model.near_ties import NearTieCounter
 from memserve.model.no_tokenizer import NoTokenizer
 from memserve.model.runner import ModelRunner
+from memserve.model.sampler import Sampler
 from memserve.request import SERVING, Role, Runner
 from memserve.sched.cost_model.base import CostModel
 from memserve.sched.local_scheduler import LocalScheduler
@@ -37,7 +39,6 @@ from memserve.sched.modes import Mode, check_mode
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.trace_runner import TraceRunner
 from memserve.transfer.transport import Transport
-from memserve.workload.session import Workload
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def _swap_engine(cfg: RunConfig, copier: BlockCopier, costs: CostModel, in_real_
 def _runner(cfg: RunConfig, engine: Engine, kv: torch.Tensor) -> Runner:
     if engine.model is None:
         return HashRunner(kv, engine.vocab_size)
-    return ModelRunner(engine.model, kv, cfg.kvcache.block_size, attention=cfg.model.attention)
+    sampler = NearTieCounter() if cfg.model.near_ties else Sampler()
+    return ModelRunner(engine.model, kv, cfg.kvcache.block_size, attention=cfg.model.attention, sampler=sampler)
 
 
 def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
@@ -181,11 +183,8 @@ def build_roles(cfg: RunConfig) -> list[tuple[str, Role]]:
         check_mode(mode)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    roles = [Role(role) for role in cfg.cluster.roles]
-    if frozenset(roles).intersection(SERVING) != mode.roles:
-        needed = ", ".join(sorted(mode.roles))
-        raise ConfigError(f"cluster.roles={[str(r) for r in roles]} with mode {type(mode).__name__}: expected {needed}")
-    return [(f"{role}-{i}", role) for i, role in enumerate(roles)]
+    check_roles_of_mode(cfg, mode.roles)
+    return [(f"{role}-{i}", role) for i, role in enumerate(map(Role, cfg.cluster.roles))]
 
 
 def check_wired(cfg: RunConfig) -> None:
@@ -196,12 +195,4 @@ def check_wired(cfg: RunConfig) -> None:
     build_global_scheduler(cfg, roles, np.random.default_rng(cfg.seed))
     build_scaling(cfg, [role for _, role in roles])
     check_migration(cfg)
-    _check_classes(cfg, make(cfg.workload))
-
-
-def _check_classes(cfg: RunConfig, workload: Workload) -> None:
-    """Raises ConfigError for objectives of classes where requests are refused by those that are for all."""
-    own = next((f"{c.name!r} has {', '.join(c.objectives)}" for c in workload.classes if c.objectives), None)
-    if own is not None and is_a(cfg.rejection, "EarlyRejection"):
-        raise ConfigError(f"rejection=early contradicts workload.classes: it goes by slo. for all, and class {own} of "
-                          "its own: expected rejection=none, or slo. alone")  # fmt: skip
+    make(cfg.workload)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from memserve.cluster.costs import geometry_of_model
 from memserve.config.errors import ConfigError
-from memserve.config.per_role import num_ranks, of_role
+from memserve.config.per_role import num_ranks, option_of_role
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.hash_runner import hash_geometry
@@ -52,7 +52,7 @@ def capacity(cfg: RunConfig, role: str, geometry: CacheGeometry) -> tuple[int, i
 
     Raises ConfigError for bytes that hold not even one block.
     """
-    kv = of_role(cfg, role).kvcache
+    kv = option_of_role(cfg, role, "kvcache")
     counts = [kv.num_hbm_blocks or 0, kv.num_dram_blocks]
     for i, (name, value) in enumerate((("hbm_bytes", kv.hbm_bytes), ("dram_bytes", kv.dram_bytes))):
         if value is not None:

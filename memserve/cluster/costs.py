@@ -7,7 +7,7 @@ import torch
 
 from memserve.cluster.make import make, make_asking
 from memserve.config.errors import ConfigError
-from memserve.config.per_role import num_ranks, of_role
+from memserve.config.per_role import num_ranks, option_of_role
 from memserve.config.schema import RunConfig
 from memserve.hash_runner import hash_geometry
 from memserve.kvcache.layout import CacheGeometry
@@ -27,7 +27,7 @@ SHAPE = (
 
 def costs_of(cfg: RunConfig, role: str) -> CostModel:
     """What steps of a role's instances cost, for who compares them and runs none."""
-    costs: CostModel = make_asking(of_role(cfg, role).cost_model, tensor_parallel=num_ranks(cfg, role))
+    costs: CostModel = make_asking(option_of_role(cfg, role, "cost_model"), tensor_parallel=num_ranks(cfg, role))
     return costs
 
 

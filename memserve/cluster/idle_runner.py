@@ -8,6 +8,8 @@ from memserve.request import Runner, ScheduledBatch, StepOutput
 class IdleRunner(Runner):
     """Nobody gives it a batch."""
 
+    num_near_ties = None
+
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         raise AssertionError("a store computes nothing")
 

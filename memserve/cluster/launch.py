@@ -7,7 +7,6 @@ Which rank is what is roster.py's.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +29,12 @@ from memserve.cluster.watch import watched
 from memserve.compose import config_dir
 from memserve.config.checks_of_members import SCHEDULER
 from memserve.config.errors import ConfigError
+from memserve.config.overrides import check_kinds
 from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, Shard, default_group
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
 _REBIRTH = timedelta(seconds=10)  # for rank 0 to answer who was started again: it was there before
-_NO_WORD = re.compile(r"null|true|false|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)  # in Hydra's grammar
 
 
 class RunOver(RuntimeError):
@@ -73,26 +72,19 @@ def is_first(words: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
 def check_words(words: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
     """Raises ConfigError for a flag of Hydra's (-m, --cfg) where several processes read the words, each for itself, and
-    for what Hydra refuses by a traceback: a group without a word or with a number, a directory that cannot be made.
+    for what Hydra refuses by a traceback or without saying what is expected: a value of another kind, a directory that
+    cannot be made.
     """
     flags = [word for word in words if word.startswith("-")]
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
                           "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
     makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"
+    check_kinds(words, config_dir())
     for word in words:
         name, _, value = word.lstrip("+").partition("=")
-        group = name.partition("@")[0]
-        if any(map(_NO_WORD.fullmatch, value.split(","))) and _is_group(group):
-            said = ", ".join(sorted(path.stem for path in (config_dir() / group).glob("*.yaml")))
-            raise ConfigError(f"{word}: expected a word of its group, {said}")
         if name == makes and is_first(words, environment):
             _check_directory(word, value.strip("'\""))
-
-
-def _is_group(name: str) -> bool:
-    """Whether words of configs/ are chosen by it, workload/arrivals for one."""
-    return any(name == str(path.relative_to(config_dir())) for path in config_dir().glob("**/"))
 
 
 def _check_directory(word: str, value: str) -> None:

@@ -22,8 +22,12 @@ def make(node: Any, **arguments: Any) -> Any:
 
 def make_asking(node: Any, **offers: Any) -> Any:
     """As `make`, given those of `offers` (costs=, store=, ..) that its class asks for."""
-    asked = inspect.signature(maker(node).func).parameters
-    return make(node, **{name: offer for name, offer in offers.items() if name in asked})
+    return make(node, **{name: offer for name, offer in offers.items() if asks(node, name)})
+
+
+def asks(node: Any, name: str) -> bool:
+    """Whether its class takes an argument of that name."""
+    return name in inspect.signature(maker(node).func).parameters
 
 
 def maker(node: Any) -> functools.partial[Any]:

@@ -25,7 +25,9 @@ from memserve.workload.session import Workload
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """One instance's books at the end. sent: to each other one, by its number.  num_threads: of its process."""
+    """One instance's books at the end. sent: to each other one, by its number.  num_threads: of its process.
+    num_near_ties: None: nobody counted them.
+    """
 
     stats: InstanceStats
     sent: dict[int, TransferCounts]
@@ -37,6 +39,7 @@ class Summary(msgspec.Struct, frozen=True):
     occupancy: list[Sample]
     tracks: list[Track]
     num_threads: int = 0
+    num_near_ties: int | None = None
 
 
 def summarize(
@@ -79,6 +82,7 @@ def summarize(
         occupancy.samples(end_ns),
         activity.tracks(),
         num_threads,
+        instance.num_near_ties,
     )
 
 
@@ -103,6 +107,7 @@ def report_of(
     span = part.within(window_ns(timelines))
     roles = [member.role for member in manager.members]
     transfers = _transfers(summaries, roles)
+    near_ties = [summary.num_near_ties for summary in summaries if summary.num_near_ties is not None]
     return build_report(
         timelines,
         [manager.dated(_within(span, summary)) for summary in summaries],
@@ -122,6 +127,7 @@ def report_of(
         store=_store(part.of(timelines), summaries, transfers, roles),
         part=part,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
+        near_ties=sum(near_ties) if near_ties else None,
     )
 
 

@@ -11,7 +11,7 @@ from memserve.bequest import Bequest
 from memserve.clock import to_ns
 from memserve.cluster.capacity import bytes_per_stored, capacity, rank_geometry
 from memserve.cluster.costs import costs_of, predicted
-from memserve.cluster.make import make, make_asking, maker
+from memserve.cluster.make import asks, make, make_asking, maker
 from memserve.compose import group_of
 from memserve.config.checks import keeps_kv_on_gpu
 from memserve.config.errors import ConfigError
@@ -44,12 +44,14 @@ from memserve.sched.modes import Mode
 from memserve.sched.prompt_tree import MANY_BLOCKS, Exact, NoPromptTree, PromptIndex
 from memserve.sched.queue_policy import QueuePolicy
 from memserve.sched.rebalancing import NoRebalancing
+from memserve.sched.rejection import Rejection
 from memserve.sched.routing import Policy
 from memserve.sched.scaling import Scaling, Schedule
 from memserve.sched.store_policy import NoStore, StorePolicy
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.transport import Transport
 from memserve.words import level_of_word
+from memserve.workload.session import Workload
 
 _MOVES_NOTHING = {"fetch": NeverFetch, "heir": NoHeir, "departure": EndThere, "rebalancing": NoRebalancing}
 
@@ -182,11 +184,21 @@ def build_global_scheduler(
         recompute_failed=cfg.transfer.on_failure == "recompute",
         max_unfinished=cfg.cluster.max_unfinished,
         patience_ns=to_ns(cfg.cluster.patience_s),
-        rejection=make_asking(cfg.rejection, cost_model=predicted(cfg, costs_of(cfg, decoding))),
+        rejection=_rejection(cfg, decoding),
         departure=make(cfg.departure),
         rebalancing=make(cfg.rebalancing),
         stores=_stores(cfg, stores, config) if stores else None,
     )
+
+
+def _rejection(cfg: RunConfig, decoding: Role) -> Rejection:
+    """With the costs of who decodes, and the objectives that classes of the workload have of their own."""
+    offers: dict[str, object] = {"cost_model": predicted(cfg, costs_of(cfg, decoding))}
+    if asks(cfg.rejection, "objectives"):
+        workload: Workload = make(cfg.workload)
+        offers["objectives"] = {each.name: each.objectives for each in workload.classes}
+    rejection: Rejection = make_asking(cfg.rejection, **offers)
+    return rejection
 
 
 def _stores(cfg: RunConfig, members: Sequence[tuple[str, int]], config: ModelConfig | None) -> Holders:

@@ -120,6 +120,11 @@ class ParallelRunner:
     def block_size(self) -> int:
         return self._runner.block_size
 
+    @property
+    def num_near_ties(self) -> int | None:
+        """The leader's, who samples for all."""
+        return self._runner.num_near_ties
+
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """As ModelRunner's. Raises GroupBroken when a follower has gone."""
         return LayerRun(self.forward_by_layer(batch)).finish()

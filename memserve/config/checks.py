@@ -12,7 +12,7 @@ from memserve.config.checks_of_members import (
     check_rebalancing,
     check_scaling,
 )
-from memserve.config.checks_of_roles import check_per_role, check_tensor_parallel
+from memserve.config.checks_of_roles import check_per_role, check_roles, check_tensor_parallel
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import num_ranks
 from memserve.config.runs import check_runs
@@ -72,7 +72,7 @@ def check_config(cfg: RunConfig) -> None:
     _check_control(cfg)
     _check_model(cfg)
     _check_execution(cfg)
-    _check_roles(cfg)
+    check_roles(cfg)
     _check_fetch(cfg)
     check_tensor_parallel(cfg)
     check_per_role(cfg)
@@ -204,6 +204,9 @@ def _check_model(cfg: RunConfig) -> None:
     require(model.fused_rows >= 0, "model.fused_rows", model.fused_rows, "an integer >= 0")
     if model.fused_rows and not model.compile:
         raise ConfigError(f"model.fused_rows={model.fused_rows} contradicts model.compile=false: expected 0")
+    if model.near_ties and (cfg.tokens, model.dtype) != ("model", "float32"):
+        said = f"model.dtype={model.dtype}" if cfg.tokens == "model" else f"tokens={cfg.tokens}, which has no logits"
+        raise ConfigError(f"model.near_ties=true contradicts {said}: expected false, or a model in float32")
     if model.compile and "." in model.attention:
         raise ConfigError(f"model.attention={model.attention} contradicts model.compile=true: compiled decode steps "
                           "have an attention of their own")  # fmt: skip
@@ -253,14 +256,6 @@ def _check_distributed(cfg: RunConfig) -> None:
 def keeps_kv_on_gpu(cfg: RunConfig) -> bool:
     """Whether blocks in HBM are memory of a GPU."""
     return cfg.tokens == "model" and cfg.model.device != "cpu"
-
-
-def _check_roles(cfg: RunConfig) -> None:
-    known = [role.value for role in Role]
-    serving = [role for role in cfg.cluster.roles if role != Role.STORE.value]
-    require(len(serving) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role that serves requests")
-    for role in cfg.cluster.roles:
-        require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
 
 
 def _check_fetch(cfg: RunConfig) -> None:

@@ -1,13 +1,47 @@
-"""Checks of what instances of one role have otherwise than others, and over how many ranks each is split. As checks.py,
-which calls them.
+"""Checks of the instances' roles: what the mode needs, what those of one have otherwise than others, and over how many
+ranks each is split. As checks.py, which calls them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from memserve.config.errors import ConfigError, require
+from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import OPTIONS, num_ranks
 from memserve.config.schema import RunConfig
+from memserve.config.targets import node_class
 from memserve.request import SERVING, Role
+
+MODES = {  # classes, and their words
+    "Colocated": "colocated",
+    "PDBasic": "pd_basic",
+    "PDCaching1": "pd_caching_1",
+    "PDCaching2": "pd_caching_2",
+    "PDCaching3": "pd_caching_3",
+}
+
+
+def check_roles(cfg: RunConfig) -> None:
+    """They are roles, and those that the mode needs."""
+    known = [role.value for role in Role]
+    for role in cfg.cluster.roles:
+        require(role in known, "cluster.roles", role, f"one of {', '.join(known)}")
+    serving = [role for role in cfg.cluster.roles if role != Role.STORE.value]
+    require(len(serving) >= 1, "cluster.roles", list(cfg.cluster.roles), "at least one role that serves requests")
+    needed: Any = getattr(node_class(cfg.mode), "roles", None)
+    if needed in ({Role.COLOCATED}, {Role.PREFILL, Role.DECODE}):  # others are refused where the mode is made
+        check_roles_of_mode(cfg, needed)
+
+
+def check_roles_of_mode(cfg: RunConfig, needed: Collection[Role]) -> None:
+    """Instances that serve requests have all the roles that the mode needs, and no other."""
+    roles, mode = [str(role) for role in cfg.cluster.roles], class_name(cfg.mode)
+    missing = [role.value for role in SERVING if role in needed and role.value not in roles]
+    beside = [role.value for role in SERVING if role not in needed and role.value in roles]
+    if not missing and not beside:
+        return
+    why = f"none is {' or '.join(missing)}" if missing else f"nothing is for {' or '.join(beside)} to do"
+    raise ConfigError(f"mode={MODES.get(mode, mode)} contradicts cluster.roles={roles}: {why}; expected "
+                      f"{' and '.join(role.value for role in SERVING if role in needed)}")  # fmt: skip
 
 
 def check_per_role(cfg: RunConfig) -> None:

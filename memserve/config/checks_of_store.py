@@ -1,7 +1,7 @@
 """Checks of a store, the instance that keeps KV and serves nobody. As checks.py, but of all roles at once."""
 
 from memserve.config.errors import ConfigError, class_name, require
-from memserve.config.per_role import of_role
+from memserve.config.per_role import option_of_role
 from memserve.config.schema import RunConfig
 from memserve.config.sizes import parse_bytes
 from memserve.config.targets import is_a
@@ -34,7 +34,7 @@ def check_store(cfg: RunConfig) -> None:
 
 def _check_size(cfg: RunConfig) -> None:
     """It has DRAM alone, and no scheduler."""
-    said, kv = cfg.per_role.store, of_role(cfg, Role.STORE).kvcache
+    said, kv = cfg.per_role.store, option_of_role(cfg, Role.STORE, "kvcache")
     for name in said:
         require(name in OPTIONS, f"per_role.store.{name}", said[name], f"one of {', '.join(OPTIONS)}")
     for name, value in said.get("kvcache", {}).items():

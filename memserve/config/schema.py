@@ -15,6 +15,7 @@ class ModelConfigNode:
     """Which model runs and how. `path` and `random` exclude each other.
 
     fused_rows: captured decode steps of up to so many requests have kernels that fuse products with what is around.
+    near_ties: greedy tokens that rounding alone might have chosen are counted.
     """
 
     path: str | None = None
@@ -24,6 +25,7 @@ class ModelConfigNode:
     attention: str = "auto"
     compile: bool = False
     fused_rows: int = 0
+    near_ties: bool = False
     max_context: int | None = None
     num_threads: int | None = None
 

@@ -12,3 +12,11 @@ def parse_bytes(value: int | str) -> int:
     if isinstance(value, bool) or match is None or match[2] not in UNITS:
         raise ValueError(f"{value!r}: expected bytes, such as 536870912 or 512MiB (units {', '.join(UNITS)[2:]})")
     return int(float(match[1]) * UNITS[match[2]]) if "." in match[1] else int(match[1]) * UNITS[match[2]]
+
+
+def bytes_text(num_bytes: int) -> str:
+    """A number of bytes in the largest of KiB, MiB and GiB of which there is one."""
+    for name in ("GiB", "MiB", "KiB"):
+        if num_bytes >= UNITS[name]:
+            return f"{num_bytes / UNITS[name]:.2f} {name}"
+    return f"{num_bytes} bytes"

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from memserve.config.sizes import bytes_text
 from memserve.kvcache.copy_engine import BlockCopier
 from memserve.kvcache.layout import CacheGeometry, Layout
 from memserve.kvcache.regions import regions_of, row_bytes_of
@@ -57,7 +58,7 @@ class Arena:
         if device.type == "cpu":
             available = available_bytes()
             if available is not None and self.num_bytes > available:
-                raise MemoryError(f"{self._wish(device)}: {available / 2**30:.2f} GiB are available")
+                raise MemoryError(f"{self._wish(device)}: {bytes_text(available)} are available")
         if device.type != "cpu" or not self.num_bytes:
             return torch.zeros(shape, dtype=dtype, device=device)
         self._memory = SharedMemory(self.num_bytes)
@@ -66,7 +67,7 @@ class Arena:
         return self._memory.bytes.view(dtype).view(shape)
 
     def _wish(self, device: torch.device) -> str:
-        return f"{self.num_blocks} KV blocks need {self.num_bytes} bytes ({self.num_bytes / 2**30:.2f} GiB) on {device}"
+        return f"{self.num_blocks} KV blocks need {self.num_bytes} bytes ({bytes_text(self.num_bytes)}) on {device}"
 
 
 class TwoTiers(BlockCopier):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from memserve.config.sizes import bytes_text
+
 
 @dataclass(frozen=True)
 class CacheGeometry:
@@ -48,9 +50,7 @@ def what_fits(geometry: CacheGeometry, num_hbm_blocks: int, num_dram_blocks: int
     parts = []
     for medium, count in (("HBM", num_hbm_blocks), ("DRAM", num_dram_blocks)):
         size = f"{count} blocks of {geometry.block_size} tokens = {count * geometry.block_size:,} tokens"
-        parts.append(
-            f"{size}, {count * geometry.block_bytes / 2**30:.2f} GiB in {medium}" if count else f"0 in {medium}"
-        )
+        parts.append(f"{size}, {bytes_text(count * geometry.block_bytes)} in {medium}" if count else f"0 in {medium}")
     return "; ".join(parts)
 
 

@@ -60,6 +60,7 @@ _COMPARED = (
     _Row("to its last byte P50", ("fetches", "arrived_s", "p50"), "seconds"),
     _Row("predicted to fetch P50", ("fetches", "predicted_s", "p50"), "seconds"),
     _Row("tokens generated", ("tokens", "generated"), "count"),
+    _Row("near ties", ("near_ties",), "count"),
     _Row("output tokens/s", ("throughput", "output_tokens_per_s"), "number"),
     _Row("good answers", ("goodput", "share"), "share"),
     _Row("good answers/s", ("goodput", "requests_per_s"), "number"),

@@ -77,7 +77,7 @@ def build_report(
     turns_not_sent: int = 0,
     quarantined_blocks: int = 0,
     tree_counts: Mapping[str, int] = _NO_TREES,
-    near_ties: int = 0,
+    near_ties: int | None = None,
     membership: Mapping[str, int] = _NOBODY_CAME,
     stays_ns: Sequence[tuple[int, int | None]] | None = None,
     slo: formulas.Slo = _NO_SLO,
@@ -92,10 +92,10 @@ def build_report(
     timelines: every request that was submitted. Latencies are of those that succeeded; token counts of the attempts by
     which requests ended, where an instance began them; what instances computed beside that was in vain.  wall_s:
     seconds on this machine's clock.  p_to_d, d_to_p: sent by prefill instances to decode instances, and back.
-    between: by those of one role.  tree_counts: of the global scheduler's prompt trees.  membership: instances that
-    came and went, and what they left to others.  stays_ns: from when until when each was there, also those without a
-    row; None: as the rows say.  slo: what counts under `goodput`; null where nothing is asked for.  classes: what
-    counts of the requests of each class.  workload, control, store: their figures.  part: what of the run is measured.
+    between: by those of one role.  tree_counts: of the global scheduler's prompt trees.  near_ties: None: not counted.
+    membership: instances that came and went, and what they left to others.  stays_ns: from when until when each was
+    there, also those without a row; None: as the rows say.  slo: what counts under `goodput`; null where nothing is
+    asked for.  classes: of the requests of each class.  workload, control, store: their figures.  part: what counts.
     """
     window, counted = formulas.window_ns(timelines), part.of(timelines)
     span = part.within(window)

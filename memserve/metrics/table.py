@@ -81,6 +81,7 @@ def _totals_table(report: Report) -> Table:
         **moved_texts(report),
         "tokens generated": counted(tokens["generated"]),
         **_in_vain_text(tokens),
+        **_near_ties_text(report["near_ties"]),
         "output tokens/s": format_figure(report["throughput"]["output_tokens_per_s"], "number"),
         **_goodput_text(report["goodput"]),
         **_classes_text(report["classes"]),
@@ -113,6 +114,11 @@ def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
     computed, generated = tokens["computed_in_vain"], tokens["generated_in_vain"]
     text = f"{counted(computed)} computed, {counted(generated)} generated"
     return {"tokens in vain": text} if computed or generated else {}
+
+
+def _near_ties_text(near_ties: float | None) -> dict[str, str]:
+    """Tokens that rounding alone might have chosen, if somebody counted them."""
+    return {} if near_ties is None else {"near ties": counted(near_ties)}
 
 
 def _goodput_text(goodput: Report | None) -> dict[str, str]:

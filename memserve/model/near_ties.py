@@ -1,7 +1,11 @@
-"""Near ties: whether two greedy answers part where float32 cannot tell the two tokens apart. Knows a float64 model.
+"""Near ties: where float32 cannot tell two tokens apart. Knows a float64 model, and what a sampler sees.
 
 Summing in another order changes a logit in its last digits, so two correct runs may part at a token whose best two
-logits almost coincide. That is the only excuse for different tokens, and a float64 forward decides whether it holds.
+logits almost coincide. That is the only excuse for different tokens, and a float64 forward decides whether it holds
+(`find_divergence`). How many such tokens a run has in which its answers could part from another's, `NearTieCounter`
+counts as they are sampled (`model.near_ties`; the report's `near_ties`).
+
+Shape legend: R sampled rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,10 +16,12 @@ import torch
 
 from memserve.kvcache.layout import DiscreteLayout
 from memserve.model.llama import Llama
+from memserve.model.penalties import penalised
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.sampler import Sampler, SamplingRow
 from memserve.request import Request, ScheduledBatch, TokenLogprobs
 from memserve.sampling_params import SamplingParams
+from memserve.transfer.block_copy import to_device
 
 NEAR_TIE = 2e-4  # of the logits' units
 
@@ -61,6 +67,31 @@ def next_token_logits(model: Llama, tokens: Sequence[int]) -> torch.Tensor:
     request.block_table.append(0)
     runner.forward(ScheduledBatch([request], [len(tokens)]))
     return keeper.logits
+
+
+class NearTieCounter(Sampler):
+    """Samples as any other, and counts the greedy rows whose largest logit, after penalties, leads the next one by less
+    than NEAR_TIE. It looks for both in each of them, which takes about as long as it takes to choose a token.
+    """
+
+    def __init__(self) -> None:
+        self._counted: torch.Tensor | int = 0  # where the logits are, so that a GPU's steps do not wait for it
+
+    @property
+    def num_near_ties(self) -> int:
+        return int(self._counted)
+
+    def sample(
+        self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]
+    ) -> tuple[np.ndarray, list[TokenLogprobs | None] | None]:
+        greedy = [i for i, row in enumerate(rows) if row.params.greedy]
+        if greedy:
+            chosen = [rows[i] for i in greedy]
+            given = logits_RV if len(greedy) == len(rows) else logits_RV[to_device(np.array(greedy), logits_RV.device)]
+            given = penalised(given, [row.params for row in chosen], [row.history for row in chosen])
+            first_R, second_R = given.topk(2, dim=-1).values.unbind(-1)
+            self._counted = self._counted + (first_R - second_R < NEAR_TIE).sum()
+        return super().sample(logits_RV, rows)
 
 
 class _LogitKeeper(Sampler):

@@ -60,9 +60,15 @@ class ModelRunner:
         self._kv, self._kv_layers = kv, kv.unbind(0)
         self._attention: type[Attention] = attention_backend(attention)
         self._attention.check(model.device, model.dtype)
-        self._sampler = model.shard.sampler(sampler if sampler is not None else Sampler())
+        self._own_sampler = sampler if sampler is not None else Sampler()
+        self._sampler = model.shard.sampler(self._own_sampler)
         self._decode_graph = self._built_graph(attention)
         self._has_attended = False
+
+    @property
+    def num_near_ties(self) -> int | None:
+        """Of its tokens so far, by its sampler."""
+        return self._own_sampler.num_near_ties
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         """Computes the whole batch, all of its `num_steps`."""

@@ -43,6 +43,11 @@ class SamplingRow:
 class Sampler:
     """Penalties; then greedy, or temperature, top-k, top-p and min-p, in that order; each row by its own parameters."""
 
+    @property
+    def num_near_ties(self) -> int | None:
+        """Greedy rows so far that rounding alone might have decided; None: nobody counts them."""
+        return None
+
     def sample(
         self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]
     ) -> tuple[np.ndarray, list[TokenLogprobs | None] | None]:

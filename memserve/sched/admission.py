@@ -1,10 +1,15 @@
-"""Admission: which requests an instance can serve at all. A request that can never fit is refused by name, at once."""
+"""Admission: which requests an instance can serve at all, and what of one is cached there. A request that can never
+fit is refused by name, at once.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.index import Match
 from memserve.sampling_params import SamplingParams
+from memserve.values import wrong_return
 
 
 class RequestRefused(ValueError):
@@ -63,3 +68,28 @@ class Limits:
 def usable_prefix(num_tokens: int) -> int:
     """Tokens of a prompt that may come from the cache: all but one, since the last one's logits must be computed."""
     return max(num_tokens - 1, 0)
+
+
+def cached_prefix(pool: BlockPool, tokens: np.ndarray) -> Match:
+    """What may come from a pool's cache of a request's tokens, int32 [n], as its index says; marks nothing used.
+
+    Raises ValueError where the index gives no Match of so many tokens, or blocks that nobody holds.
+    """
+    limit = usable_prefix(len(tokens))
+    found = pool.index.peek(tokens, limit)
+    if not isinstance(found, Match) or not _are_cached(found, pool, limit):
+        expected = f"a Match of int32 blocks that are cached, of {pool.block_size} tokens each, at most {limit} in all"
+        raise wrong_return(pool.index, "peek", found, expected)
+    return found
+
+
+def _are_cached(found: Match, pool: BlockPool, limit: int) -> bool:
+    blocks, num_tokens = found
+    if not isinstance(blocks, np.ndarray) or blocks.dtype != np.int32:
+        return False
+    if len(blocks) * pool.block_size != num_tokens or num_tokens > limit:
+        return False
+    try:
+        return bool(pool.allocator.refcounts[blocks].all())
+    except IndexError:
+        return False

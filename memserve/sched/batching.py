@@ -28,8 +28,13 @@ class Batching(ABC):
         """Those whose tokens are computed in a step that would have none."""
 
     def check(self, running: Sequence[Request], batch: ScheduledBatch) -> None:
-        """Raises ValueError for a batch that has a request twice, or nobody although somebody runs."""
-        in_batch, name = {id(request) for request in batch.requests}, type(self).__name__
+        """Raises ValueError for a batch that has a request twice, one that does not run here, or nobody although
+        somebody runs.
+        """
+        in_batch, name = set(map(id, batch.requests)), type(self).__name__  # in every step, of all that run: in C
+        if not in_batch.issubset(map(id, running)):
+            strange = next(r.request_id for r in batch.requests if all(r is not other for other in running))
+            raise ValueError(f"{name} gives {strange!r}, which does not run here: expected those that it was asked of")
         if len(in_batch) < len(batch.requests):
             raise ValueError(f"{name} gives a request twice: expected each once at most")
         if running and not in_batch:

@@ -17,15 +17,18 @@ NUM_HOLDINGS = 3  # others that a request's instance is told of: it asks one, an
 
 
 class Holders:
-    """labels: of the instances, a row each.  incarnations: their numbers.  tree: what each is believed to hold."""
+    """labels: of the instances, a row each, none twice.  incarnations: their numbers.  tree: what each is believed to
+    hold.
+    """
 
     def __init__(self, labels: Sequence[str], incarnations: Sequence[int], tree: PromptIndex) -> None:
         self.labels, self.incarnations, self.tree = tuple(labels), list(incarnations), tree
         self._here = np.ones(len(self.labels), dtype=bool)
+        self._row_of = {label: row for row, label in enumerate(self.labels)}
 
     def row_of(self, label: str) -> int | None:
         """The row of an instance; None for one of another group."""
-        return self.labels.index(label) if label in self.labels else None
+        return self._row_of.get(label)
 
     def is_here(self, label: str) -> bool:
         """Whether an instance is of this group, and neither gone nor draining."""
@@ -34,6 +37,7 @@ class Holders:
 
     def add(self, label: str, incarnation: int) -> None:
         """An instance joins, the last row, with nothing cached."""
+        self._row_of[label] = len(self.labels)
         self.labels = (*self.labels, label)
         self.incarnations.append(incarnation)
         self.tree.add_row()

@@ -18,12 +18,12 @@ from dataclasses import replace
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
-from memserve.sched.admission import usable_prefix
+from memserve.sched.admission import cached_prefix, usable_prefix
 from memserve.sched.batching import Batching, Mixed, turn
 from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
 from memserve.sched.macro_steps import growth, most_steps, steps_before_eviction
-from memserve.sched.preemption import Preemption, Recompute
+from memserve.sched.preemption import Preemption, Recompute, preempt
 from memserve.sched.publisher import Publisher
 from memserve.sched.queue_policy import QueuePolicy, victim_of
 from memserve.sched.swap_policy import SwapPolicy
@@ -212,7 +212,7 @@ class LocalScheduler:
             del batch.requests[row]
             self._budget += batch.num_new.pop(row)
         self._publisher.publish(victim)
-        self._preemption.preempt(victim, self.pool)
+        preempt(self._preemption, victim, self.pool)
         victim.phase = Phase.WAITING
         self._made_room = True
         self.counts.preempted(victim)
@@ -232,7 +232,7 @@ class LocalScheduler:
 
     def _start_with_prefix(self, request: Request) -> bool:
         """Retains the cached prefix and swaps it in, as far as the policy says; the rest is computed."""
-        found = self.pool.index.peek(request.tokens.view, usable_prefix(request.num_tokens))
+        found = cached_prefix(self.pool, request.tokens.view)
         cached = self._swap.used(found.blocks, self.pool.num_blocks, request.num_tokens)
         if (swap := self.pool.swap_in_of(cached)) is not None:
             self.room.park(request, swap, is_own=False)

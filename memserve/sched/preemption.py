@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 
+import numpy as np
+
 from memserve.kvcache.block_pool import BlockPool
 from memserve.request import Request
 
@@ -15,6 +17,20 @@ class Preemption(ABC):
 
         What it had computed is in the index by now, where the mode keeps it there at all.
         """
+
+
+def preempt(preemption: Preemption, request: Request, pool: BlockPool) -> None:
+    """Has a request preempted. Raises ValueError where its blocks are not free then for others, or are lost."""
+    preemption.preempt(request, pool)
+    table, name = request.block_table.view, f"{type(preemption).__name__}.preempt"
+    kept = table[(table < pool.num_blocks) & (pool.allocator.refcounts[table] <= 3)]  # of its own and the index at most
+    if len(kept):
+        raise ValueError(f"{name} left {request.request_id!r} blocks {kept.tolist()} in HBM that nobody else uses: "
+                         "expected them to be freed, or moved to DRAM")  # fmt: skip
+    held = pool.allocator.held_by(request.holder)
+    if len(held) and not len(table) or len(np.setdiff1d(table, held)):
+        raise ValueError(f"{name} left {request.request_id!r} blocks {held.tolist()} and a block table of "
+                         f"{table.tolist()}: expected that to be what it holds")  # fmt: skip
 
 
 class Recompute(Preemption):

@@ -60,7 +60,8 @@ class Routed:
         """What a policy may know of it."""
         m = self.submit
         tokens, arrival_s = unpack_tokens(m.tokens), to_s(m.arrival_ns)
-        return RouteRequest(m.request_id, m.session_id, tokens, arrival_s, m.params.max_tokens, m.priority)
+        most = m.params.max_tokens
+        return RouteRequest(m.request_id, m.session_id, tokens, arrival_s, most, m.priority, m.class_name)
 
     def is_of_copy(self, message: Finished) -> bool:
         """Whether what ended was a copy that was told to: nobody has asked for the end of the request."""

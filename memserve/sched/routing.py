@@ -54,6 +54,7 @@ class ClusterSnapshot:
 class RouteRequest:
     """What a policy may know of a request. tokens: int32 [num_prompt].  arrival_s: at the client, on the cluster's
     clock.  max_tokens: most that its answer can have.  priority: smaller is more urgent, for queues that look at it.
+    class_name: of the workload's class that it is of; "" of none.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class RouteRequest:
     arrival_s: float
     max_tokens: int
     priority: int = 0
+    class_name: str = ""
 
 
 class Chosen(int):

@@ -111,7 +111,8 @@ class Bailian(TraceFormat):
     """JSON lines; seconds from the trace's start; an id for each 16 tokens begun, of that text alone or of all before.
 
     Every request has a chat_id of its own, and that of the request before it in its chat as parent_chat_id, or -1. The
-    first one's names the chat here; a parent that has not come names it where there is one.
+    first one's names the chat here; a parent that has not come names it where there is one: a published trace begins
+    within chats. Two lines with one chat_id, and chats that are their own parents, are no requests of chats.
     """
 
     name = "Qwen-Bailian"
@@ -121,6 +122,8 @@ class Bailian(TraceFormat):
 
     def __init__(self) -> None:
         self._firsts: dict[int, int] = {}  # chat_id -> that of the first request of its chat
+        self._parents: dict[int, int] = {}  # chat_id -> parent_chat_id
+        self._awaited = set[int]()  # parents that have not come
 
     def time_ns(self, where: str, value: Any) -> int:
         return self._seconds_ns(where, value, self.longest_s)
@@ -129,8 +132,26 @@ class Bailian(TraceFormat):
         chat_id, parent = (_chat_id(where, name, record[name]) for name in self.fields[4:])
         if chat_id < 0:
             raise BadConversation(f"{where}: chat_id={chat_id}: expected an integer from 0 on")
+        if chat_id in self._parents:
+            raise BadConversation(f"{where}: chat_id={chat_id}, as on an earlier line: expected one of its own")
+        if self._leads_to(chat_id, parent):
+            raise BadConversation(f"{where}: parent_chat_id={parent} leads back to chat_id={chat_id}: expected that of "
+                                  "the request before it in its chat, or -1")  # fmt: skip
+        self._parents[chat_id] = parent
+        self._awaited.discard(chat_id)
+        if parent not in self._parents:
+            self._awaited.add(parent)
         first = chat_id if parent == -1 else self._firsts.get(parent, parent)
-        return f"chat-{self._firsts.setdefault(chat_id, first)}"
+        self._firsts[chat_id] = first
+        return f"chat-{first}"
+
+    def _leads_to(self, chat_id: int, parent: int) -> bool:
+        """Whether a request that comes with this parent is, by way of others, its own. Who names it has come before."""
+        if chat_id not in self._awaited:
+            return parent == chat_id
+        while parent != chat_id and parent in self._parents:
+            parent = self._parents[parent]
+        return parent == chat_id
 
 
 class Azure(TraceFormat):

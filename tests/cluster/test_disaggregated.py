@@ -202,9 +202,7 @@ def test_what_waits_with_a_prefix_in_dram_holds_what_took_its_place_when_another
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["mode=pd_basic"], "cluster.roles=['colocated'] with mode PDBasic: expected decode, prefill"),
-        (["cluster=1p1d"], "with mode Colocated: expected colocated"),
-        (["mode=pd_basic", "cluster.roles=[prefill,prefill]"], "expected decode, prefill"),
+        (["mode=pd_basic", "cluster.roles=[prefill,prefill]"], "none is decode; expected prefill and decode"),
         ([*PD, "granularity=by_request_agg"], "granularity=by_request_agg contradicts layout=discrete"),
         ([*PD, "link.gb_per_s=0"], "gb_per_s=0"),
         ([*PD, "link.latency_s=-1"], "latency_s=-1"),

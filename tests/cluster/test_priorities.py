@@ -140,6 +140,36 @@ def test_real_processes_give_the_same_answers_and_each_class_its_figures(transpo
         assert classes["chat"]["goodput"]["slo"]["ttft_s"] == 0.2 and classes["batch"]["goodput"] is None
 
 
-def test_objectives_of_a_class_contradict_a_rejection_that_goes_by_those_of_all():
-    with pytest.raises(ConfigError, match=r"rejection=early contradicts workload\.classes: .* 'chat' has ttft_s"):
-        local("rejection=early", "slo.ttft_s=1")
+RUSH = ["cluster=colocated_1", "workload.num_sessions=60", "workload.num_turns=1", "workload.rate=2000",
+        "workload.prompt_tokens=300", "rejection=early"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objectives", "words", "refused"),
+    [
+        (("ttft_s: .2", "jct_s: 9"), [], ["chat"]),  # of batch nothing is predicted: it is never refused
+        (("ttft_s: .2", "jct_s: 9"), ["slo.ttft_s=.2"], ["batch", "chat"]),  # what a class does not name is as slo says
+        (("ttft_s: null", "ttft_s: .2"), ["slo.ttft_s=.2"], ["batch"]),
+        (("tpot_s: null, ttft_s: 1000", "itl_s: 9"), ["slo.tpot_s=1e-4"], ["batch"]),
+    ],
+)
+def test_early_rejection_holds_each_class_to_its_own_objectives(objectives, words, refused):
+    classes = "workload.classes=[{{name: chat, share: .5, {}}}, {{name: batch, share: .5, {}}}]".format(*objectives)
+    report = local(*RUSH, *words, classes).run()
+    failed = {name: figures["num_requests"] - figures["num_finished"] for name, figures in report["classes"].items()}
+    assert sorted(name for name, number in failed.items() if number) == refused
+    assert report["failures"] == {"refused": sum(failed.values())}
+
+
+def test_who_is_refused_by_a_class_s_objective_is_told_of_which():
+    classes = "workload.classes=[{name: chat, share: 1, ttft_s: .2}]"
+    refused = [t.detail for t in local(*RUSH, "slo.ttft_s=5", classes).run_once().timelines if not t.succeeded]
+    assert refused and all(detail.endswith("expected within ttft_s=0.2 of class chat") for detail in refused)
+
+
+def test_early_rejection_is_refused_where_no_class_has_an_objective_that_it_predicts():
+    classes = (
+        "workload.classes=[{name: chat, share: .5, jct_s: 1, ttft_s: null}, {name: batch, share: .5, ttft_s: null}]"
+    )
+    with pytest.raises(ConfigError, match=r"expected slo\.ttft_s= or slo\.tpot_s=, or a class with one of them"):
+        local(*RUSH, "slo.ttft_s=1", "slo.itl_s=1", classes)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from memserve import load_config
 from memserve.compose import to_dict
 from memserve.config.errors import ConfigError
-from memserve.config.per_role import num_ranks, of_role
+from memserve.config.per_role import OPTIONS, num_ranks, of_role, option_of_role
 from memserve.request import Role
 
 BOTH = ["exec=simulated", "cluster=1p1d", "mode=pd_caching_3"]
@@ -28,6 +28,17 @@ def test_options_change_and_classes_are_replaced_for_that_role_alone():
     rest = {name: value for name, value in to_dict(decode).items() if name not in ("eviction", "sched", "cost_model")}
     assert rest == {name: to_dict(cfg)[name] for name in rest} | {"per_role": {role: {} for role in Role}}
     assert of_role(decode, Role.DECODE) is decode and OmegaConf.is_readonly(decode)
+
+
+def test_one_option_of_a_role_is_that_of_its_whole_configuration():
+    words = ["eviction=cost_aware", "+eviction@per_role.decode.eviction=lfu", "+per_role.decode.cost_model.step_s=0.5",
+             "+per_role.decode.kvcache.num_hbm_blocks=9", "+per_role.decode.sched.token_budget=512"]  # fmt: skip
+    cfg = load_config([*BOTH, *words])
+    for role in (Role.PREFILL, Role.DECODE):
+        whole = to_dict(of_role(cfg, role))
+        for name in OPTIONS:
+            assert OmegaConf.to_container(option_of_role(cfg, role, name)) == whole[name], (role, name)
+    assert OmegaConf.is_readonly(option_of_role(cfg, "decode", "kvcache")) and cfg.kvcache.num_hbm_blocks == 2048
 
 
 def test_an_object_within_a_node_can_be_another_for_a_role():

@@ -4,7 +4,7 @@ from memserve.cluster.build import build_instance
 from memserve.cluster.engine import build_engine
 from memserve.compose import load_config
 from memserve.config.errors import ConfigError
-from memserve.config.sizes import parse_bytes
+from memserve.config.sizes import bytes_text, parse_bytes
 from memserve.request import Role
 
 SIMULATED = ["exec=simulated", "kvcache.num_hbm_blocks=null"]
@@ -22,6 +22,15 @@ def test_sizes_are_read_as_people_write_them(written, num_bytes):
 def test_what_is_no_size_is_refused(written):
     with pytest.raises(ValueError, match="expected bytes"):
         parse_bytes(written)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.00 KiB"), (2**20 - 1, "1024.00 KiB"), (3 * 2**19, "1.50 MiB"),
+     (2**30, "1.00 GiB"), (9000 * 2**30, "9000.00 GiB")],
+)  # fmt: skip
+def test_sizes_are_written_in_the_largest_unit_of_which_there_is_one(num_bytes, text):
+    assert bytes_text(num_bytes) == text
 
 
 def built(*words):

@@ -135,5 +135,5 @@ def test_mixed_falls_back_on_hbm_where_what_dram_caches_lies_above_blocks_in_use
 
 
 def test_a_pool_says_what_fits():
-    assert make_pool().describe() == "8 blocks of 4 tokens = 32 tokens, 0.00 GiB in HBM; 0 in DRAM"
-    assert filled_pool()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 0.00 GiB in DRAM")
+    assert make_pool().describe() == "8 blocks of 4 tokens = 32 tokens, 1.00 KiB in HBM; 0 in DRAM"
+    assert filled_pool()[0].describe().endswith("; 4 blocks of 4 tokens = 16 tokens, 512 bytes in DRAM")

@@ -67,7 +67,7 @@ def test_what_is_no_system_and_no_word_is_named(compare, words, named):
 
 
 def test_a_system_that_contradicts_itself_is_named_before_another_has_run(compare, capsys):
-    with pytest.raises(SystemExit, match="wide: cluster.roles=.* with mode Colocated: expected colocated"):
+    with pytest.raises(SystemExit, match="wide: mode=colocated contradicts .*; expected colocated"):
         compare.main(["--systems", "pd,wide:cluster=1p2d", *WORDS])
     assert "pd" not in capsys.readouterr().err
 
@@ -97,6 +97,13 @@ def test_a_file_that_cannot_be_written_costs_no_systems_figures(compare, tmp_pat
     lines = str(ended.value).splitlines()
     assert [line.split(str(tmp_path))[1] for line in lines] == ["/pd/requests.jsonl'", "/reports.json'"]
     assert "1p1d" in capsys.readouterr().out and (tmp_path / "1p1d" / "report.json").is_file()
+
+
+def test_what_is_about_to_run_is_said_before_it_does(compare, capsys):
+    compare.main([*WORDS, "--systems", "pd", "seeds=1"])
+    assert capsys.readouterr().err.startswith("systems: 1, runs in all: 1\n")
+    cfg = compare.config_of(["cluster=colocated_2"])
+    assert compare.plan_of({"a": cfg, "b": cfg}).startswith("systems: 2, runs in all: 6; the model computes every step")
 
 
 def test_words_may_stand_on_both_sides_of_an_option(compare, capsys):

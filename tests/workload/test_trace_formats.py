@@ -84,6 +84,10 @@ def test_an_id_of_bailian_s_is_16_tokens_the_last_one_perhaps_fewer(play):
     assert (first[32:] == second[32:40]).mean() < 0.5 and (other == first[:16]).mean() < 0.5
 
 
+def of_chat(chat_id, parent):
+    return {**BAILIAN[0], "chat_id": chat_id, "parent_chat_id": parent}
+
+
 def test_requests_of_a_chat_are_one_session_to_who_routes_and_the_others_their_own(play):
     after = {**BAILIAN[2], "chat_id": 170, "parent_chat_id": 163, "timestamp": 99.0}
     orphans = [{**after, "chat_id": chat_id, "parent_chat_id": 5} for chat_id in (180, 181)]
@@ -91,6 +95,12 @@ def test_requests_of_a_chat_are_one_session_to_who_routes_and_the_others_their_o
     assert chats == ["chat-159", "chat-161", "chat-159", "chat-159", "chat-5", "chat-5"]
     assert [session.chat for session in play(BURST_2)[0]] == ["chat-1722ac82-0a46", None, "chat-1722ac82-0a46"]
     assert [session.chat for session in play(BURST_1)[0]] == [None, None]
+
+
+def test_a_parent_may_come_later_or_be_none_of_the_file_s(play):
+    lines = [of_chat(7, 8), of_chat(9, 7), of_chat(8, 5), of_chat(10, 8), of_chat(11, -1)]
+    chats = [session.chat for session in play(in_lines(*lines))[0]]
+    assert chats == ["chat-8", "chat-8", "chat-5", "chat-5", "chat-11"]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +124,10 @@ def test_requests_of_a_chat_are_one_session_to_who_routes_and_the_others_their_o
         ("Timestamp,Session ID,Request tokens,Response tokens,Session ID\n", "trace:1: 2 columns Session ID"),
         (in_lines({**BAILIAN[0], "parent_chat_id": "x"}), "parent_chat_id='x': expected an integer from -1"),
         (in_lines({**BAILIAN[0], "chat_id": -1}), "chat_id=-1: expected an integer from 0"),
+        (in_lines(*BAILIAN, BAILIAN[0]), "trace:4: chat_id=159, as on an earlier line: expected one of its own"),
+        (in_lines(of_chat(7, 7)), "trace:1: parent_chat_id=7 leads back to chat_id=7: expected that of the"),
+        (in_lines(of_chat(7, 8), of_chat(8, 7)), "trace:2: parent_chat_id=7 leads back to chat_id=8"),
+        (in_lines(of_chat(7, 8), of_chat(9, 7), of_chat(8, 5), of_chat(5, 9)), "trace:4: parent_chat_id=9 leads back"),
     ],
 )  # fmt: skip
 def test_what_is_of_two_formats_or_of_none_or_in_another_unit_is_refused_by_its_place(play, text, named):

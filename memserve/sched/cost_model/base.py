@@ -10,7 +10,7 @@ from typing import overload
 import msgspec
 import numpy as np
 
-from memserve.clock import to_ns
+from memserve.clock import MAX_S, to_ns
 from memserve.request import ScheduledBatch
 from memserve.values import is_number, require_duration, require_int, wrong_return
 
@@ -32,6 +32,7 @@ class Subject(msgspec.Struct, frozen=True):
     kv: dict[str, int] = {}
 
 
+_AT_MOST = "and at most 146 years"  # as to_ns has it
 SWAP_BLOCK_TOKENS = 16  # of the block that swap_block_s is of, unless it is said
 
 
@@ -68,8 +69,8 @@ class CostModel(ABC):
         if num_new <= 0:
             return 0.0
         seconds = self._one_s(num_cached, num_new)
-        if not is_number(seconds) or seconds < 0:
-            raise wrong_return(self, "_one_s", seconds, "a number of seconds >= 0")
+        if not is_number(seconds) or not 0 <= seconds <= MAX_S:
+            raise wrong_return(self, "_one_s", seconds, f"a number of seconds >= 0, {_AT_MOST}")
         return seconds
 
     @abstractmethod
@@ -94,8 +95,8 @@ class CostModel(ABC):
     def _seconds(self, method: str, given: object, length: int) -> np.ndarray:
         """What one of the methods gave, if that is a column of so many seconds."""
         seconds = np.asarray(given)
-        if seconds.shape != (length,) or seconds.dtype.kind not in "fiu" or not (seconds >= 0).all():
-            raise wrong_return(self, method, seconds.tolist(), f"{length} numbers of seconds >= 0")
+        if seconds.shape != (length,) or seconds.dtype.kind not in "fiu" or (length and not _are_seconds(seconds)):
+            raise wrong_return(self, method, seconds.tolist(), f"{length} numbers of seconds >= 0, {_AT_MOST}")
         return seconds
 
     def _price_swaps(self, swap_block_s: float, swap_block_tokens: int, swap_piece_s: float) -> None:
@@ -141,6 +142,11 @@ def attention_tokens(costs: CostModel, num_tokens: int = 4096) -> float:
     if growth <= 1e-6 * per_token / num_tokens:  # rounding of a straight line
         return float("inf")
     return max(per_token / growth - num_tokens * 5 / 8, 1.0)
+
+
+def _are_seconds(numbers: np.ndarray) -> bool:
+    """Of NaN the smallest and the largest are NaN, which is in no order."""
+    return bool(numbers.min() >= 0 and numbers.max() <= MAX_S)
 
 
 def require_seconds(**values: float) -> None:

@@ -1,0 +1,49 @@
+"""Overrides: the words of a command line before Hydra reads them, as text. Knows the schema; composes nothing."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from memserve.config.errors import ConfigError
+from memserve.config.schema import RunConfig
+
+_NO_WORD = re.compile(r"null|true|false|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)  # in Hydra's grammar
+
+
+def check_kinds(words: Sequence[str], directory: Path) -> None:
+    """Raises ConfigError for what Hydra refuses, but not by what is expected: no word for a group, or a number; a list
+    for a section or a mapping; a mapping for a list. directory: of the YAML files.
+    """
+    for word in words:
+        name, _, value = word.lstrip("+").partition("=")
+        group = name.partition("@")[0]
+        if any(map(_NO_WORD.fullmatch, value.strip("[]").split(","))) and _is_group(group, directory):
+            said = ", ".join(sorted(path.stem for path in (directory / group).glob("*.yaml")))
+            raise ConfigError(f"{word}: expected a word of its group, {said}")
+        kind = _type_of(name)
+        if value.startswith("[") and isinstance(kind, type) and is_dataclass(kind):
+            raise ConfigError(f"{word}: expected {options_of(name, kind)}")
+        plain = {get_origin(one) for one in (kind, *get_args(kind))}
+        for opening, other, expected in (("[", dict, "a mapping"), ("{", list, "a list")):
+            if value.startswith(opening) and other in plain:
+                raise ConfigError(f"{word}: expected {expected}")
+
+
+def _is_group(name: str, directory: Path) -> bool:
+    """Whether words are chosen by it, workload/arrivals for one."""
+    return any(name == str(path.relative_to(directory)) for path in directory.glob("**/"))
+
+
+def _type_of(name: str) -> Any:
+    """What the schema has for an option, or None."""
+    kind: Any = RunConfig
+    for part in name.split("."):
+        kind = {option.name: option.type for option in fields(kind)}.get(part) if is_dataclass(kind) else None
+    return kind
+
+
+def options_of(name: str, section: type) -> str:
+    """What is expected of a section."""
+    return f"a value of one of its options, {', '.join(f'{name}.{option.name}' for option in fields(section))}"
