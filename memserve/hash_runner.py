@@ -27,7 +27,7 @@ def hash_geometry(block_size: int) -> CacheGeometry:
 class HashRunner:
     """Runs batches over kv (int64 [L, 2, N, B, 1, 1], any strides). Token ids are in [0, vocab_size)."""
 
-    num_near_ties = None  # it has no logits
+    num_near_ties = 0  # it has no logits
 
     def __init__(self, kv: torch.Tensor, vocab_size: int) -> None:
         self._kv = kv.numpy().view(np.uint64)[..., 0, 0]  # [L, 2, N, B]

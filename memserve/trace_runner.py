@@ -19,7 +19,7 @@ _MIXER = np.uint64(0xBF58476D1CE4E5B9)
 class TraceRunner:
     """Returns filler tokens in [0, vocab_size), but for eos_token_ids. Raises ValueError where those are all."""
 
-    num_near_ties = None  # it has no logits
+    num_near_ties = 0  # it has no logits
 
     def __init__(self, vocab_size: int, eos_token_ids: Collection[int] = ()) -> None:
         self._fillers = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), np.array([*eos_token_ids], dtype=np.int32))

@@ -148,7 +148,8 @@ def _swap_engine(cfg: RunConfig, copier: BlockCopier, costs: CostModel, in_real_
 def _runner(cfg: RunConfig, engine: Engine, kv: torch.Tensor) -> Runner:
     if engine.model is None:
         return HashRunner(kv, engine.vocab_size)
-    sampler = NearTieCounter() if cfg.model.near_ties else Sampler()
+    counts = cfg.model.dtype == "float32" if cfg.model.near_ties is None else cfg.model.near_ties
+    sampler = NearTieCounter() if counts else Sampler()
     return ModelRunner(engine.model, kv, cfg.kvcache.block_size, attention=cfg.model.attention, sampler=sampler)
 
 

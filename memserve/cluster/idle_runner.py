@@ -8,7 +8,7 @@ from memserve.request import Runner, ScheduledBatch, StepOutput
 class IdleRunner(Runner):
     """Nobody gives it a batch."""
 
-    num_near_ties = None
+    num_near_ties = 0
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         raise AssertionError("a store computes nothing")

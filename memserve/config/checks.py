@@ -206,7 +206,7 @@ def _check_model(cfg: RunConfig) -> None:
         raise ConfigError(f"model.fused_rows={model.fused_rows} contradicts model.compile=false: expected 0")
     if model.near_ties and (cfg.tokens, model.dtype) != ("model", "float32"):
         said = f"model.dtype={model.dtype}" if cfg.tokens == "model" else f"tokens={cfg.tokens}, which has no logits"
-        raise ConfigError(f"model.near_ties=true contradicts {said}: expected false, or a model in float32")
+        raise ConfigError(f"model.near_ties=true contradicts {said}: expected null or false, or a model in float32")
     if model.compile and "." in model.attention:
         raise ConfigError(f"model.attention={model.attention} contradicts model.compile=true: compiled decode steps "
                           "have an attention of their own")  # fmt: skip

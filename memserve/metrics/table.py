@@ -117,8 +117,8 @@ def _in_vain_text(tokens: Mapping[str, int]) -> dict[str, str]:
 
 
 def _near_ties_text(near_ties: float | None) -> dict[str, str]:
-    """Tokens that rounding alone might have chosen, if somebody counted them."""
-    return {} if near_ties is None else {"near ties": counted(near_ties)}
+    """Tokens that rounding alone might have chosen, if there were any that somebody counted."""
+    return {"near ties": counted(near_ties)} if near_ties else {}
 
 
 def _goodput_text(goodput: Report | None) -> dict[str, str]:

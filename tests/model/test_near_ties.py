@@ -57,13 +57,17 @@ RUN = ["model=tiny", "step_time=model", "workload.num_sessions=2", "workload.max
 @pytest.mark.parametrize("system", [["cluster=colocated_2"], ["cluster=1p1d", "mode=pd_caching_3"]])
 def test_a_report_has_the_near_ties_of_all_tokens_that_instances_generated(system, monkeypatch):
     monkeypatch.setattr(near_ties, "NEAR_TIE", float("inf"))
-    report = LocalCluster(load_config([*RUN, *system, "model.near_ties=true"])).run()
+    report = LocalCluster(load_config([*RUN, *system])).run()
     tokens = report["tokens"]
     assert report["near_ties"] == tokens["generated"] + tokens["generated_in_vain"] > 0
 
 
-def test_a_report_of_a_run_in_which_nobody_counts_has_no_number_of_near_ties():
-    assert LocalCluster(load_config([*RUN, "cluster=colocated_1"])).run()["near_ties"] is None
+@pytest.mark.parametrize(
+    ("word", "near_ties"),
+    [("seed=0", 0), ("model.near_ties=false", None), ("model.dtype=bfloat16", None), ("exec=simulated", 0)],
+)
+def test_a_report_has_no_number_of_near_ties_where_nobody_counts(word, near_ties):
+    assert LocalCluster(load_config([*RUN, "cluster=colocated_1", word])).run()["near_ties"] == near_ties
 
 
 @pytest.mark.parametrize("word", ["exec=simulated", "model.dtype=bfloat16"])
