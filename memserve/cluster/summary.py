@@ -107,7 +107,7 @@ def report_of(
     span = part.within(window_ns(timelines))
     roles = [member.role for member in manager.members]
     transfers = _transfers(summaries, roles)
-    near_ties = [summary.num_near_ties for summary in summaries]
+    near_ties = [summary.num_near_ties for summary in summaries if summary.num_near_ties is not None]
     return build_report(
         timelines,
         [manager.dated(_within(span, summary)) for summary in summaries],
@@ -127,7 +127,7 @@ def report_of(
         store=_store(part.of(timelines), summaries, transfers, roles),
         part=part,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
-        near_ties=None if None in near_ties else sum(near_ties),
+        near_ties=sum(near_ties) if len(near_ties) == len(summaries) else None,
     )
 
 
