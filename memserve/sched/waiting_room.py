@@ -5,7 +5,8 @@
     parked      those that wait for a copy between the media: their own, or one that brings what they share
 
 Whoever waits for a copy is not in anybody's way. When it has ended, a request that moved its own KV returns with it;
-one that waited for another's looks for it in the index again.
+one that waited for another's looks for it in the index again. Nor is a preempted one, for which there is no room, in
+the way of those whose KV is here.
 """
 
 import heapq
@@ -149,6 +150,14 @@ class WaitingRoom:
         if self.returning and self._level(self.returning[0]) <= self.waiting.first_level():
             return self.returning[0]
         return self.waiting.first(num_cached)
+
+    def from_head(self, head: Request) -> Iterator[Request]:
+        """Who may be admitted instead of the head where there is no room for that: of its level, who has KV here, which
+        nobody else can use meanwhile. What they grow by, the head may wait for longer.
+        """
+        yield head
+        level = self._level(head)
+        yield from [r for r in self.returning if r is not head and len(r.block_table) and self._level(r) == level]
 
     def put_first(self, request: Request) -> None:
         """Lets a request return before all others of its level."""

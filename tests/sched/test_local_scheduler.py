@@ -87,6 +87,23 @@ def test_what_waits_for_room_is_not_in_the_pools_peak():
     assert [name for name, _ in sizes(instance)] == ["runs"] and instance.pool.stats().peak_used == 8
 
 
+def test_who_has_its_kv_here_runs_while_one_that_was_preempted_before_it_finds_no_room():
+    """Its blocks are of no use to anybody else: it stood still for a minute, where most of the pool was such blocks."""
+    instance = hash_instance(block_size=4, num_blocks=12, index="none")
+    for name in "bac":
+        dispatch(instance, name, np.arange(8 if name == "b" else 16), SamplingParams(max_tokens=12, ignore_eos=True))
+    sizes(instance)
+    b = next(request for request in instance.scheduler.running if request.request_id == "b")
+    instance.scheduler.stop(b)
+    while not instance.scheduler.counts.preemptions:
+        sizes(instance)
+    instance.scheduler.adopt(b)
+    assert [request.request_id for request in instance.scheduler.room.returning] == ["c", "b"]
+    assert [name for name, _ in sizes(instance)] == ["a", "b"]
+    answers, finished = collect(instance)
+    assert set(finished) == {"a", "b", "c"} and answers["b"] == hash_answer(np.arange(8), 12)
+
+
 def test_the_youngest_is_preempted_and_comes_back_before_the_queue():
     instance = hash_instance(block_size=2, num_blocks=8, max_running=2)
     for i, name in enumerate("abc"):
