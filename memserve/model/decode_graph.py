@@ -2,7 +2,8 @@
 
 torch.compile turns the step into C++: weights packed for its GEMM templates, element-wise work fused, and attention as
 loops over the block table that read KV in place. Prefill and mixed batches do not come here, and no answer needs it.
-Compiling takes minutes for a model of 30 layers; torch's own cache on disk brings that to seconds in the next process.
+Compiling takes minutes for a model of 30 layers. With torch's own cache on disk the next process takes about one: it
+traces all layers again, for single requests and for batches.
 
 Shape legend: R requests, one token each; M blocks of the widest table; B tokens in a block; E hidden size; V
 vocabulary; H query heads, K kv heads, G = H / K, D head dim; kv[L, 2, N, B, K, D] as in kvcache/layout.py.
