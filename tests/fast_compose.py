@@ -73,11 +73,14 @@ def _of_hydra(words: tuple[str, ...]) -> DictConfig:
 
 @functools.cache
 def _changed(word: str) -> frozenset[str] | None:
-    """The parts of a configuration that a word of a group changes; None where it adds or removes one."""
+    """The parts of a configuration that a word of a group decides: its group's, be it the default, and what else it
+    changes. None where it adds or removes one.
+    """
     before, after = (OmegaConf.to_container(_of_hydra(words)) for words in ((), (word,)))
     if before.keys() != after.keys():
         return None
-    return frozenset(name for name in before if before[name] != after[name])
+    own = word.partition("=")[0]
+    return frozenset(name for name in before if before[name] != after[name] or name == own)
 
 
 @functools.cache

@@ -131,7 +131,7 @@ def test_a_configuration_with_an_absurd_number_is_refused_by_name(words, message
             ["cost_model.step_s=9e8", "workload.max_output_tokens=20"],
             "a step ends .* after the run began, by its",
         ),
-        (["cost_model.prefill_token_s=9e8"], "by the cost_model, the link or the workload: expected at most 146 years"),
+        (["cost_model.prefill_token_s=9e8"], "FixedCostModel._one_s gave .*, and at most 146 years"),
         (["workload.think_time_s=9e8", "workload.num_turns=9"], "9 turns: its arrival and think_time_s together are"),
     ],
 )

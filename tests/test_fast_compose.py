@@ -19,6 +19,7 @@ WORDS = [
     ["cluster=1p1d", "mode=pd_basic", "granularity=packed", "layout=aggregated", "link=ib_400g", "fetch=always"],
     ["exec=simulated", "cost_model=roofline", "geometry=llama3_8b", "exec=emulated", "link=ib_400g"],
     ["exec=simulated", "geometry=llama3_8b", "workload=agent", "policy=prompt_tree_bounded", "eviction=cost_aware"],
+    ["exec=distributed", "transport=in_process"],
     ["workload=trace", "index_source=exact", "rejection=early", "migration=live", "rebalancing=by_room", "seed=9"],
     ["scaling=schedule", "scaling.changes=[{at_s: 3, add: decode}]", "++slo.ttft_s=1", "eviction._target_=mine.Own"],
     ["policy=random", "eviction=lfu", "queue=priority", "swap=cost", "preemption=swap", "index=hash"],
