@@ -168,8 +168,8 @@ class LocalScheduler:
         self._made_room = False
         self.room.unpark()
         while self._budget > 0 and (head := self._next()) is not None:
-            admitted = next((request for request in self.room.from_head(head) if self._admit(request)), None)
-            if admitted is not None:
+            candidates = self.room.from_head(head, self.pool.num_blocks)
+            if (admitted := next(filter(self._admit, candidates), None)) is not None:
                 self._serve(batch, self._first([admitted]))
             elif self.running or not (self.room.unpark() or self._drop_swapped()):
                 break

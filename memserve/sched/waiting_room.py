@@ -6,7 +6,7 @@
 
 Whoever waits for a copy is not in anybody's way. When it has ended, a request that moved its own KV returns with it;
 one that waited for another's looks for it in the index again. Nor is a preempted one, for which there is no room, in
-the way of those whose KV is here.
+the way of those whose KV is in HBM.
 """
 
 import heapq
@@ -151,13 +151,15 @@ class WaitingRoom:
             return self.returning[0]
         return self.waiting.first(num_cached)
 
-    def from_head(self, head: Request) -> Iterator[Request]:
-        """Who may be admitted instead of the head where there is no room for that: of its level, who has KV here, which
-        nobody else can use meanwhile. What they grow by, the head may wait for longer.
+    def from_head(self, head: Request, num_hbm_blocks: int) -> Iterator[Request]:
+        """The head, and who may be admitted instead where there is no room for that: of its level, whose KV is all in
+        HBM, where nobody else can use those blocks meanwhile. What they grow by, the head may wait for longer.
         """
         yield head
         level = self._level(head)
-        yield from [r for r in self.returning if r is not head and len(r.block_table) and self._level(r) == level]
+        for request in [r for r in self.returning if r is not head and len(r.block_table)]:
+            if self._level(request) == level and (request.block_table.view < num_hbm_blocks).all():
+                yield request
 
     def put_first(self, request: Request) -> None:
         """Lets a request return before all others of its level."""
