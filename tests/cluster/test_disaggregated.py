@@ -186,7 +186,7 @@ def test_what_waits_with_a_prefix_in_dram_holds_what_took_its_place_when_another
     """Between any two steps: nothing that is used lies below a cached block that is not, which could not be evicted."""
     shared = ["workload.num_sessions=18", "workload.num_turns=3", "workload.rate=40", "workload.max_output_tokens=40",
               "workload.prefix_tokens=24", "workload.share_ratio=6"]  # fmt: skip
-    pools = ["kvcache.block_size=4", "kvcache.num_hbm_blocks=60", "kvcache.num_dram_blocks=300"]
+    pools = ["kvcache.block_size=4", "kvcache.num_hbm_blocks=68", "kvcache.num_dram_blocks=300"]
     displaced = []
     cluster = local("cluster=1p1d", "mode=pd_caching_3", *shared, *pools).cluster()
     cluster.nodes[1].instance.pool.followers.append(lambda old, new: displaced.extend(old))
