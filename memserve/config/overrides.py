@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -19,7 +20,7 @@ def check_kinds(words: Sequence[str], directory: Path) -> None:
     for word in words:
         name, _, value = word.lstrip("+").partition("=")
         group = name.partition("@")[0]
-        if any(map(_NO_WORD.fullmatch, value.strip("[]").split(","))) and _is_group(group, directory):
+        if any(map(_NO_WORD.fullmatch, value.strip("[]").split(","))) and group in _groups(directory):
             said = ", ".join(sorted(path.stem for path in (directory / group).glob("*.yaml")))
             raise ConfigError(f"{word}: expected a word of its group, {said}")
         kind = _type_of(name)
@@ -31,9 +32,10 @@ def check_kinds(words: Sequence[str], directory: Path) -> None:
                 raise ConfigError(f"{word}: expected {expected}")
 
 
-def _is_group(name: str, directory: Path) -> bool:
-    """Whether words are chosen by it, workload/arrivals for one."""
-    return any(name == str(path.relative_to(directory)) for path in directory.glob("**/"))
+@cache
+def _groups(directory: Path) -> frozenset[str]:
+    """What words are chosen by, workload/arrivals for one. Looked for once: every number that is given asks."""
+    return frozenset(str(path.relative_to(directory)) for path in directory.glob("**/"))
 
 
 def _type_of(name: str) -> Any:

@@ -16,7 +16,6 @@ import torch
 
 from memserve.kvcache.layout import DiscreteLayout
 from memserve.model.llama import Llama
-from memserve.model.penalties import penalised
 from memserve.model.runner import ModelRunner, geometry
 from memserve.model.sampler import Sampler, SamplingRow
 from memserve.request import Request, ScheduledBatch, TokenLogprobs
@@ -81,17 +80,13 @@ class NearTieCounter(Sampler):
     def num_near_ties(self) -> int:
         return int(self._counted)
 
-    def sample(
-        self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]
-    ) -> tuple[np.ndarray, list[TokenLogprobs | None] | None]:
-        greedy = [i for i, row in enumerate(rows) if row.params.greedy]
-        if greedy:
-            chosen = [rows[i] for i in greedy]
-            given = logits_RV if len(greedy) == len(rows) else logits_RV[to_device(np.array(greedy), logits_RV.device)]
-            given = penalised(given, [row.params for row in chosen], [row.history for row in chosen])
-            first_R, second_R = given.topk(2, dim=-1).values.unbind(-1)
+    def _look(self, logits_RV: torch.Tensor, drawn: Sequence[int]) -> None:
+        if drawn:
+            greedy = np.setdiff1d(np.arange(len(logits_RV)), drawn)
+            logits_RV = logits_RV[to_device(greedy, logits_RV.device)]
+        if len(logits_RV):
+            first_R, second_R = logits_RV.topk(2, dim=-1).values.unbind(-1)
             self._counted = self._counted + (first_R - second_R < NEAR_TIE).sum()
-        return super().sample(logits_RV, rows)
 
 
 class _LogitKeeper(Sampler):

@@ -62,6 +62,7 @@ class Sampler:
         largest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
         known_R = torch.ones_like(tokens_R)
         drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        self._look(logits_RV, drawn)
         at_once = _rows_at_once(logits_RV)
         for start in range(0, len(drawn), at_once):
             some = drawn[start : start + at_once]
@@ -74,6 +75,9 @@ class Sampler:
             tokens_R[i : i + 1] = _draw(logits_RV[i : i + 1].float(), [rows[i]], logits_RV.shape[1])[0]
             tokens[i] = int(tokens_R[i])
         return tokens.astype(np.int32), _logprobs(given_RV, tokens_R, rows)
+
+    def _look(self, logits_RV: torch.Tensor, drawn: Sequence[int]) -> None:
+        """Is shown what tokens are chosen from, penalties taken off. drawn: the rows that are not greedy."""
 
 
 def uniform(seed: int, position: int) -> float:
