@@ -184,6 +184,9 @@ class PostMove(msgspec.Struct, frozen=True, tag=True):
     target_rows: bytes
     call_starts: bytes
     packed: bool
+    num_alike: int
+    source_step: int
+    target_step: int
     num_layers: int
 
 

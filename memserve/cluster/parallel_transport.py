@@ -142,10 +142,14 @@ class TransferHand(Hand):
 def _told(move_id: MoveId, move: Move, num_layers: int) -> PostMove:
     source_rows, target_rows, starts = map(pack_times, (move.source_rows, move.target_rows, move.call_starts))
     return PostMove(
-        move_id, move.source, move.target, move.row_bytes, source_rows, target_rows, starts, move.packed, num_layers
-    )
+        move_id, move.source, move.target, move.row_bytes, source_rows, target_rows, starts, move.packed,
+        move.num_alike, move.source_step, move.target_step, num_layers,
+    )  # fmt: skip
 
 
 def _move(told: PostMove) -> Move:
     source_rows, target_rows, starts = map(unpack_times, (told.source_rows, told.target_rows, told.call_starts))
-    return Move(told.source, told.target, told.row_bytes, source_rows, target_rows, starts, told.packed)
+    return Move(
+        told.source, told.target, told.row_bytes, source_rows, target_rows, starts, told.packed,
+        told.num_alike, told.source_step, told.target_step,
+    )  # fmt: skip

@@ -108,19 +108,29 @@ class Granularity(ABC):
     def _move(self, source: End, target: End, layer: int | None, part: HeadPart) -> Move:
         here, there = self._of_a_rank(source), self._of_a_rank(target)
         source_rows, target_rows = self._regions(source, here, layer), self._regions(target, there, layer)
-        order = np.argsort(source_rows) if self._merge else None  # neighbours side by side
-        source_rows, target_rows = _ordered(source_rows, order), _ordered(target_rows, order)
+        if self._merge:
+            order = np.argsort(source_rows)  # neighbours side by side
+            source_rows, target_rows = source_rows[order], target_rows[order]
         starts, packed = self._calls(source_rows, target_rows)
-        row_bytes = self._row_bytes(here)
-        if here != there:
-            num_regions, count = len(source_rows), part.num_heads
-            row_bytes = count * here.head_dim * here.dtype.itemsize
-            source_rows = _ordered(self._heads(source, here, layer, (part.source_first, count), row_bytes), order)
-            target_rows = _ordered(self._heads(target, there, layer, (part.target_first, count), row_bytes), order)
-            starts = starts * (len(source_rows) // num_regions)
         from_rank = (endpoint_of(source.endpoint[0], part.source_rank), source.endpoint[1])
         to_rank = (endpoint_of(target.endpoint[0], part.target_rank), target.endpoint[1])
-        return Move(from_rank, to_rank, row_bytes, source_rows, target_rows, starts, packed)
+        move = Move(from_rank, to_rank, self._row_bytes(here), source_rows, target_rows, starts, packed)
+        return move if here == there else self._of_heads(move, part, here, there)
+
+    def _of_heads(self, move: Move, part: HeadPart, here: CacheGeometry, there: CacheGeometry) -> Move:
+        """Of a move of whole regions, some heads of each token. A region is [tokens, kv heads, head_dim]."""
+        token_bytes = here.layer_block_bytes // here.block_size
+        num_tokens = self._row_bytes(here) // token_bytes
+        source_step, target_step = here.num_kv_heads // part.num_heads, there.num_kv_heads // part.num_heads
+        return replace(
+            move,
+            row_bytes=token_bytes // source_step,
+            source_rows=move.source_rows * (num_tokens * source_step) + part.source_first // part.num_heads,
+            target_rows=move.target_rows * (num_tokens * target_step) + part.target_first // part.num_heads,
+            num_alike=num_tokens,
+            source_step=source_step,
+            target_step=target_step,
+        )
 
     def _of_a_rank(self, end: End) -> CacheGeometry:
         if end.num_ranks == self.num_ranks:
@@ -131,14 +141,6 @@ class Granularity(ABC):
         """The rows of an end's regions, whole, in a rank's arena."""
         size = self._row_bytes(geometry)
         return regions_of(self._layout, geometry, end.num_blocks, end.blocks, layer=layer, row_bytes=size).rows
-
-    def _heads(
-        self, end: End, geometry: CacheGeometry, layer: int | None, heads: tuple[int, int], row_bytes: int
-    ) -> np.ndarray:
-        """The rows of some heads, one a token, region after region."""
-        return regions_of(
-            self._layout, geometry, end.num_blocks, end.blocks, layer=layer, heads=heads, row_bytes=row_bytes
-        ).rows
 
     def _calls(self, source_rows: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, bool]:
         """Where the network calls begin, and whether they are packed."""
@@ -154,14 +156,6 @@ def _later(move: Move, source_bytes: int, target_bytes: int) -> Move:
     source_rows = move.source_rows + source_bytes // move.row_bytes
     target_rows = move.target_rows + target_bytes // move.row_bytes
     return replace(move, source_rows=source_rows, target_rows=target_rows)
-
-
-def _ordered(rows: np.ndarray, order: np.ndarray | None) -> np.ndarray:
-    """Rows of regions, as many of each, in that order of the regions (int64 [num_regions]); None: as they are."""
-    if order is None or not len(rows):
-        return rows
-    ordered: np.ndarray = rows.reshape(len(order), -1)[order].ravel()
-    return ordered
 
 
 class ByLayer(Granularity):

@@ -29,13 +29,10 @@ class Regions:
         return self.row_bytes * len(self.rows)
 
 
-def row_bytes_of(
-    layout: Layout, geometry: CacheGeometry, *, layer: int | None = None, heads: tuple[int, int] | None = None
-) -> int:
+def row_bytes_of(layout: Layout, geometry: CacheGeometry, *, layer: int | None = None) -> int:
     """Bytes of the longest contiguous region: the natural row of `regions_of` with the same arguments."""
-    _check(geometry, layer, heads)
-    if heads is not None and heads[1] < geometry.num_kv_heads:
-        return heads[1] * geometry.head_dim * geometry.dtype.itemsize
+    if layer is not None and not 0 <= layer < geometry.num_layers:
+        raise ValueError(f"layer={layer}: expected 0 to {geometry.num_layers - 1}")
     if layer is None:
         return geometry.block_bytes // layout.regions_per_block(geometry)
     return 2 * geometry.layer_block_bytes // layout.regions_per_layer()
@@ -48,29 +45,23 @@ def regions_of(
     blocks: np.ndarray,
     *,
     layer: int | None = None,
-    heads: tuple[int, int] | None = None,
     row_bytes: int | None = None,
 ) -> Regions:
     """The regions of `blocks` (int32 [m], each in [0, num_blocks)) in an arena of `num_blocks` blocks.
 
-    layer: that layer's keys and values only.  heads: (first, count) of the kv heads only, for tensor parallelism; a
-    region is then the heads of one token, so both must be multiples of `count`: first, and the number of heads.
-    row_bytes: by default the longest region's; else a divisor of it, such as the other side's.
-    With neither layer nor heads, discrete gives 2L rows a block and aggregated gives one.
-    Raises ValueError for a block, layer, head range or row size that does not fit.
+    layer: that layer's keys and values only.  row_bytes: by default the longest region's; else a divisor of it, such as
+    the other side's.
+    Of all layers, discrete gives 2L rows a block and aggregated gives one.
+    Raises ValueError for a block, layer or row size that does not fit.
     """
-    natural = row_bytes_of(layout, geometry, layer=layer, heads=heads)
+    natural = row_bytes_of(layout, geometry, layer=layer)
     size = natural if row_bytes is None else row_bytes
     if size < 1 or natural % size:
         raise ValueError(f"row_bytes={size}: expected a divisor of {natural}, the bytes of a region")
     if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < num_blocks:
         raise ValueError(f"blocks from {blocks.min()} to {blocks.max()}: expected 0 to {num_blocks - 1}")
     starts = _array_starts(layout, geometry, num_blocks, blocks, layer)
-    if heads is not None and heads[1] < geometry.num_kv_heads:
-        starts = _head_starts(starts, geometry, heads[0])
-    else:
-        starts = starts[:: natural // geometry.layer_block_bytes]
-    rows = starts // size
+    rows = starts[:: natural // geometry.layer_block_bytes] // size
     if size != natural:
         rows = (rows[:, None] + np.arange(natural // size)).ravel()
     return Regions(size, rows)
@@ -89,20 +80,6 @@ def call_starts(source_rows: np.ndarray, target_rows: np.ndarray, *, merge: bool
     return np.concatenate([[0], np.flatnonzero(apart) + 1]).astype(np.int64)
 
 
-def _check(geometry: CacheGeometry, layer: int | None, heads: tuple[int, int] | None) -> None:
-    if layer is not None and not 0 <= layer < geometry.num_layers:
-        raise ValueError(f"layer={layer}: expected 0 to {geometry.num_layers - 1}")
-    if heads is None:
-        return
-    first, count = heads
-    if count < 1 or first < 0 or first + count > geometry.num_kv_heads:
-        raise ValueError(f"heads={heads}: expected (first, count) within {geometry.num_kv_heads} kv heads")
-    if first % count or geometry.num_kv_heads % count:
-        raise ValueError(
-            f"heads={heads} of {geometry.num_kv_heads}: expected first and the number of heads as multiples of count"
-        )
-
-
 def _array_starts(
     layout: Layout, geometry: CacheGeometry, num_blocks: int, blocks: np.ndarray, layer: int | None
 ) -> np.ndarray:
@@ -112,11 +89,3 @@ def _array_starts(
     in_block = (layers[:, None] * layer_stride + np.array([0, kv_stride])).ravel()
     starts: np.ndarray = (blocks.astype(np.int64)[:, None] * block_stride + in_block).ravel()
     return starts
-
-
-def _head_starts(starts: np.ndarray, geometry: CacheGeometry, first: int) -> np.ndarray:
-    """Byte offsets, int64, of head `first` of every token in the arrays [block_size, K, D] that begin at `starts`."""
-    head_bytes = geometry.head_dim * geometry.dtype.itemsize
-    tokens = (np.arange(geometry.block_size) * geometry.num_kv_heads + first) * head_bytes
-    head_starts: np.ndarray = (starts[:, None] + tokens).ravel()
-    return head_starts

@@ -125,17 +125,20 @@ class Directory:
         if source != own or target == own:
             raise ValueError(f"a move from endpoint {source} to {target}: expected one from {own} to another")
         _check_calls(move)
-        for (number, memory), rows in ((move.source, move.source_rows), (move.target, move.target_rows)):
+        ends = (move.source, move.source_rows, move.source_step), (move.target, move.target_rows, move.target_step)
+        for (number, memory), rows, step in ends:
             memories = self.find(number).memories
             if not 0 <= memory < len(memories):
                 raise ValueError(f"memory {memory} of endpoint {number}: it has {len(memories)}")
-            _check_rows(rows, move.row_bytes, memories[memory].num_bytes, f"memory {memory} of endpoint {number}")
+            last = rows + (move.num_alike - 1) * step
+            where = f"memory {memory} of endpoint {number}"
+            _check_rows(rows, last, move.row_bytes, memories[memory].num_bytes, where)
 
 
-def _check_rows(rows: np.ndarray, row_bytes: int, num_bytes: int, where: str) -> None:
+def _check_rows(first: np.ndarray, last: np.ndarray, row_bytes: int, num_bytes: int, where: str) -> None:
     limit = math.inf if num_bytes < 0 else num_bytes // row_bytes
-    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
-        raise ValueError(f"rows {rows.min()} to {rows.max()} of {row_bytes} bytes in {where}: it has {limit}")
+    if len(first) and not 0 <= int(first.min()) <= int(last.max()) < limit:
+        raise ValueError(f"rows {first.min()} to {last.max()} of {row_bytes} bytes in {where}: it has {limit}")
 
 
 def _check_calls(move: Move) -> None:

@@ -105,7 +105,7 @@ class Gloo(Transport):
             move = replace(move, source_rows=_NO_ROWS, target_rows=_NO_ROWS, call_starts=_NO_ROWS)
         if peer not in self._outlets:
             self._outlets[peer] = self._new_outlet(self._own, peer)
-        self._outlets[peer].post(move_id, move)
+        self._outlets[peer].post(move_id, move.expanded())
 
     def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:
         """Raises what ended a thread, if anything has; a peer's death does not."""

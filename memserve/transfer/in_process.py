@@ -115,4 +115,5 @@ class InProcess(Transport):
             if rest:
                 raise ValueError(f"rows of {move.row_bytes} bytes: expected a multiple of {self.bytes_per_stored}, of "
                                  "which one is stored")  # fmt: skip
+            move = move.expanded()
             copy_rows(source, move.source_rows, target, move.target_rows, row_bytes)

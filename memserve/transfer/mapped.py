@@ -105,7 +105,7 @@ class Mapped(Transport):
         self._directory.check(move, self._own)
         if move.target[0] not in self._reached:
             self._check_reach(move.target[0], self._own)
-        self._posted.put(_Posted(move_id, move, self._device.side.mark()))
+        self._posted.put(_Posted(move_id, move.expanded(), self._device.side.mark()))
 
     def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:
         """Raises what ended the copying thread, if anything has; the death of a peer whose memory is the host's does

@@ -7,7 +7,7 @@ ends is gone.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ class Move:
     source, target: (endpoint, number of its memory).  source_rows, target_rows: int64 [n].
     call_starts: int64 [num_calls], the row with which each network call begins.  packed: gathered into one buffer
     before the call and scattered after it.
+    num_alike: every row of these stands for so many, `source_step` and `target_step` rows apart: one each token of a
+    region, of which a part of the heads moves.
     """
 
     source: tuple[int, int]
@@ -31,14 +33,29 @@ class Move:
     target_rows: np.ndarray
     call_starts: np.ndarray
     packed: bool = False
+    num_alike: int = 1
+    source_step: int = 1
+    target_step: int = 1
 
     @property
     def num_bytes(self) -> int:
-        return self.row_bytes * len(self.source_rows)
+        return self.row_bytes * len(self.source_rows) * self.num_alike
 
     @property
     def num_calls(self) -> int:
         return len(self.call_starts)
+
+    def expanded(self) -> "Move":
+        """The same with every row named, as who copies it needs."""
+        if self.num_alike == 1:
+            return self
+        each = np.arange(self.num_alike)
+        source_rows, target_rows = (
+            (rows[:, None] + each * step).ravel()
+            for rows, step in ((self.source_rows, self.source_step), (self.target_rows, self.target_step))
+        )
+        starts = self.call_starts * self.num_alike
+        return replace(self, source_rows=source_rows, target_rows=target_rows, call_starts=starts, num_alike=1)
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,10 @@ class Transport(ABC):
 
     @abstractmethod
     def post(self, move_id: MoveId, move: Move, ready_ns: int) -> None:
-        """Begins a move as soon as the source is ready. The caller keeps both ends' rows until it has arrived."""
+        """Begins a move as soon as the source is ready. The caller keeps both ends' rows until it has arrived.
+
+        `move.expanded()` names all of them.
+        """
 
     @abstractmethod
     def poll(self, endpoint: int, now_ns: int) -> list[Arrived]:

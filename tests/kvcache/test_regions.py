@@ -46,24 +46,16 @@ geometries = st.builds(
 block_lists = st.lists(st.integers(0, 12), min_size=1, max_size=6, unique=True)
 
 
-def head_ranges(num_heads):
-    return [None] + [(f, c) for c in range(1, num_heads + 1) if num_heads % c == 0 for f in range(0, num_heads, c)]
-
-
 @given(st.data(), st.sampled_from(sorted(LAYOUTS)), geometries, block_lists)
 def test_regions_are_the_blocks_bytes_in_the_order_that_all_layouts_share(data, name, geometry, blocks):
     layout = LAYOUTS[name]
     flat, labels, num_blocks = labelled(layout, geometry, blocks)
     layer = data.draw(st.sampled_from([None, *range(geometry.num_layers)]))
-    heads = data.draw(st.sampled_from(head_ranges(geometry.num_kv_heads)))
-    natural = row_bytes_of(layout, geometry, layer=layer, heads=heads)
+    natural = row_bytes_of(layout, geometry, layer=layer)
     row_bytes = data.draw(st.sampled_from([None, *divisors(natural)]))
-    found = regions_of(
-        layout, geometry, num_blocks, np.array(blocks, dtype=np.int32), layer=layer, heads=heads, row_bytes=row_bytes
-    )
+    numbers = np.array(blocks, dtype=np.int32)
+    found = regions_of(layout, geometry, num_blocks, numbers, layer=layer, row_bytes=row_bytes)
     wanted = labels if layer is None else labels[:, layer : layer + 1]
-    if heads is not None:
-        wanted = wanted[:, :, :, :, heads[0] : heads[0] + heads[1]]
     assert found.rows.dtype == np.int64 and found.row_bytes == (row_bytes or natural)
     assert found.num_bytes == wanted.nbytes
     np.testing.assert_array_equal(read(flat, found), wanted.ravel())
@@ -85,16 +77,6 @@ def test_two_arenas_of_other_blocks_and_layouts_are_paired_row_by_row(names, lay
     for i, block in enumerate(there):
         np.testing.assert_array_equal(view[layers, :, block].numpy(), labels[i, layers])
     assert (copied == -7).sum() == copied.size - labels[:, layers].size
-
-
-def test_a_tensor_parallel_split_pairs_with_a_rank_that_holds_only_those_heads():
-    rank = CacheGeometry(3, 2, 2, 5, torch.int64)
-    row_bytes = row_bytes_of(DiscreteLayout(), GEOMETRY, heads=(2, 2))
-    flat, labels, num_source = labelled(DiscreteLayout(), GEOMETRY, [3])
-    a = regions_of(DiscreteLayout(), GEOMETRY, num_source, np.array([3]), heads=(2, 2))
-    b = regions_of(AggregatedLayout(), rank, 4, np.array([1]), row_bytes=row_bytes)
-    assert len(a.rows) == len(b.rows) == 3 * 2 * 2
-    np.testing.assert_array_equal(read(flat, a), labels[:, :, :, :, 2:].ravel())
 
 
 def test_a_block_is_2l_regions_when_discrete_and_one_when_aggregated():
@@ -127,10 +109,6 @@ def test_merging_joins_exactly_the_rows_that_are_neighbours_at_both_ends(source,
     [
         ({"layer": 3}, "layer=3: expected 0 to 2"),
         ({"layer": -1}, "layer=-1"),
-        ({"heads": (0, 3)}, "multiples of count"),
-        ({"heads": (1, 2)}, "multiples of count"),
-        ({"heads": (3, 2)}, "within 4 kv heads"),
-        ({"heads": (0, 0)}, "within 4 kv heads"),
         ({"row_bytes": 7}, "row_bytes=7: expected a divisor of"),
         ({"row_bytes": 0}, "row_bytes=0"),
         ({"num_blocks": 4}, "blocks from 4 to 4: expected 0 to 3"),

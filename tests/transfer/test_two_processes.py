@@ -101,6 +101,30 @@ def test_rows_of_any_size_arrive_where_they_should(fresh, row_bytes, packed):
     assert fresh.there.call("read", 0) == expected
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_that_stand_for_several_arrive_as_if_each_were_named(fresh, packed):
+    """Here the second half of three tokens' heads; there all that a token has."""
+    alike = {"num_alike": 3, "source_step": 2, "target_step": 1, "call_starts": np.zeros(1, np.int64)}
+    move = rows_move((0, 1), (1, 0), 64, [1, 7], [6, 0], packed=packed, **alike)
+    each = rows_move((0, 1), (1, 0), 64, [1, 3, 5, 7, 9, 11], [6, 7, 8, 0, 1, 2])
+    assert move.num_bytes == each.num_bytes
+    expected = copied(each, fresh.here.read(1), fresh.there.call("read", 0))
+    assert fresh.here.carry([move]) == [(0, 0, 0)]
+    assert fresh.there.call("read", 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (([139], [0]), "rows 139 to 145 of 64 bytes in memory 0 of endpoint 0: it has 144"),
+        (([0], [105]), "rows 105 to 108 of 64 bytes in memory 0 of endpoint 1: it has 108"),
+    ],
+)
+def test_the_last_of_several_rows_must_exist_too(fresh, rows, named):
+    with pytest.raises(ValueError, match=named):
+        fresh.here.post([rows_move((0, 0), (1, 0), 64, *rows, num_alike=4, source_step=2)])
+
+
 def test_a_move_of_no_rows_arrives_and_writes_nothing(fresh):
     before = fresh.there.call("read", 0)
     moves = [rows_move((0, 0), (1, 0), 64, [], []), rows_move((0, 0), (1, 0), 64, [], [], packed=True,
