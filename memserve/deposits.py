@@ -1,22 +1,24 @@
-"""Deposits: KV that is cached on an instance goes to the cluster's store (`store=`). Sans-IO.
+"""Deposits: KV that is cached on an instance goes to one of the cluster's stores (`store=`). Sans-IO.
 
     offer -> a prefix waits -> its turn: what is cached of it then, by a best-effort transfer_with_insert to DRAM there
           -> DONE, declined for want of room, or FAILED: the next one's turn
     nothing waits -> what would be evicted next and was not offered, where the policy looks ahead: its turn
-    the store's process is gone -> nothing is offered any more
+    a store's process is gone -> what it had been offered counts as offered to nobody; without any nothing is offered
 
 One prefix is on its way at a time and holds its blocks; those that wait hold nothing, so that a slow link keeps no
-more of the pool from who runs here. What the store has already is not sent: its Grant says how much that is. What was
-offered is noted at its blocks (Allocator.offered), with all before it, for as long as it is cached here. No request
-waits for any of it.
+more of the pool from who runs here. What the store has already is not sent: its Grant says how much that is. To whom
+it was offered is noted at its blocks (Allocator.offered_to), with all before it, for as long as it is cached here. No
+request waits for any of it.
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from memserve.kvcache.address import Medium
+from memserve.kvcache.allocator import NOBODY
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
@@ -33,16 +35,16 @@ _OPTIONS = TransferOptions(insert=True, medium=Medium.DRAM, best_effort=True)
 
 
 class Deposits:
-    """One instance's. store: the incarnation of who keeps it; None where nobody does."""
+    """One instance's. stores: the incarnations of who keeps it, ascending."""
 
-    def __init__(self, transfers: Transfers, pool: BlockPool, policy: StorePolicy, store: int | None) -> None:
-        self._transfers, self._pool, self._policy, self._store = transfers, pool, policy, store
-        pool.index.counts_apart = store is not None and policy.asks_index
+    def __init__(self, transfers: Transfers, pool: BlockPool, policy: StorePolicy, stores: Sequence[int]) -> None:
+        self._transfers, self._pool, self._policy, self._stores = transfers, pool, policy, tuple(stores)
+        pool.index.counts_apart = bool(stores) and policy.asks_index
         self._num_ahead = given_int(policy, "num_ahead", policy.num_ahead(pool.num_blocks), 0, unit="blocks")
         self._num_too_late = 0  # tokens
         self._waiting: deque[np.ndarray] = deque()
         self._ticket: Ticket | None = None
-        self._sent = np.empty(0, dtype=np.int32)  # whose ticket that is
+        self._sent, self._sent_to = np.empty(0, dtype=np.int32), NOBODY  # whose ticket that is
         self._is_leaving = False  # it was about to be evicted
 
     @property
@@ -57,7 +59,7 @@ class Deposits:
         """The KV of these tokens (int32 [n]) is cached here, as far as it is in whole blocks, by a request that has
         ended here, or goes on elsewhere.
         """
-        if self._store is None:
+        if not self._stores:
             return
         uses = self._pool.index.uses(tokens)
         num_blocks = given_int(
@@ -71,13 +73,13 @@ class Deposits:
 
     def look_ahead(self, now_ns: int) -> None:
         """Requests that were admitted have taken blocks: others are nearer to being evicted."""
-        if self._num_ahead and self._store is not None:
+        if self._num_ahead and self._stores:
             self._next(now_ns)
 
     def came(self, arrival: Arrival) -> None:
-        """KV that was fetched: what comes from the store need not go there."""
-        if arrival.ticket_id[0] == self._store:
-            self._note(arrival.tokens)
+        """KV that was fetched: what comes from a store need not go there."""
+        if arrival.ticket_id[0] in self._stores:
+            self._note(arrival.tokens, arrival.ticket_id[0])
 
     def ended(self, ticket: Ticket, now_ns: int) -> None:
         """A transfer of this instance has ended. What is leaving is offered once, or one that the store does not take
@@ -86,21 +88,39 @@ class Deposits:
         if ticket is self._ticket:
             self._ticket = None
             if self._is_leaving or ticket.state is TicketState.DONE:
-                self._note(self._sent)
+                self._note(self._sent, self._sent_to)
             self._next(now_ns)
 
-    def _note(self, tokens: np.ndarray) -> None:
+    def _note(self, tokens: np.ndarray, store: int) -> None:
         """What is cached of these tokens was offered."""
-        self._pool.allocator.offered[self._pool.index.peek(tokens).blocks] = True
+        self._pool.allocator.offered_to[self._pool.index.peek(tokens).blocks] = store
 
     def _next(self, now_ns: int) -> None:
         """The next prefix leaves. That is no use of it: its order of eviction stays."""
-        assert self._store is not None, "a policy offers something where there is a store"
-        if not self._transfers.knows(self._store):
+        here = self._those_here()
+        if not here:
             self._waiting.clear()
         elif self._ticket is None and (prefix := self._next_waiting() or self._next_out()) is not None:
             self._sent, blocks = prefix
-            self._ticket = self._transfers.start(self._store, self._sent, blocks, _OPTIONS, _WORD, now_ns)
+            self._sent_to = self._place(self._sent, blocks, here)
+            self._ticket = self._transfers.start(self._sent_to, self._sent, blocks, _OPTIONS, _WORD, now_ns)
+
+    def _those_here(self) -> list[int]:
+        """The stores that are there. What others had been offered was offered to nobody."""
+        here = [store for store in self._stores if self._transfers.knows(store)]
+        if len(here) < len(self._stores):
+            offered_to = self._pool.allocator.offered_to
+            offered_to[~np.isin(offered_to, here)] = NOBODY
+        return here
+
+    def _place(self, tokens: np.ndarray, blocks: np.ndarray, here: Sequence[int]) -> int:
+        """The store that a prefix goes to. here: those that are there, ascending."""
+        if len(here) == 1:
+            return here[0]
+        offered_to = self._pool.allocator.offered_to[blocks].astype(np.int64)
+        rows = np.where(offered_to == NOBODY, -1, np.searchsorted(here, offered_to))
+        row = self._policy.place(tokens, rows, np.array(here, dtype=np.int64))
+        return here[given_int(self._policy, "place", row, 0, len(here) - 1, unit="a row of the stores")]
 
     def _next_waiting(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The first that waits, as far as it is still here and is to be offered: tokens, int32, and blocks, int32."""
@@ -109,7 +129,7 @@ class Deposits:
             tokens = self._waiting.popleft()
             found = self._pool.index.peek(tokens)
             self._num_too_late += len(tokens) - found.num_tokens
-            if found.num_tokens and (self._policy.renews or not self._pool.allocator.offered[found.blocks[-1]]):
+            if found.num_tokens and (self._policy.renews or self._is_new(found.blocks)):
                 return tokens[: found.num_tokens], found.blocks
         return None
 
@@ -121,4 +141,8 @@ class Deposits:
         self._is_leaving = True
         allocator = self._pool.allocator
         num_short = self._num_ahead - allocator.num_free - allocator.num_free_dram
-        return self._pool.index.next_out(num_short, allocator.offered) if num_short > 0 else None
+        return self._pool.index.next_out(num_short, allocator.offered_to != NOBODY) if num_short > 0 else None
+
+    def _is_new(self, blocks: np.ndarray) -> bool:
+        """Whether the last of them, and so something, was not offered yet."""
+        return bool(self._pool.allocator.offered_to[blocks[-1]] == NOBODY)

@@ -23,7 +23,7 @@ class Giver:
         self.wires = Wires()
         self.giver = self.wires.pool(GIVER, **giver)
         self.store = self.wires.pool(STORE, num_blocks=0, num_dram_blocks=num_store_blocks)
-        self.deposits = Deposits(self.giver.transfers, self.giver.blocks, policy or WriteThrough(), STORE)
+        self.deposits = Deposits(self.giver.transfers, self.giver.blocks, policy or WriteThrough(), [STORE])
         for number in range(num_cached):
             blocks = self.giver.fill(2 * B, seed=number)
             self.giver.blocks.publish(tokens_of(number), blocks)
@@ -277,7 +277,7 @@ def test_write_back_under_a_dram_tier_is_of_what_leaves_the_instance_altogether(
     found = giver.giver.blocks.match(tokens_of(0)).blocks
     giver.giver.blocks.retain(found, ("request", "r", 0))
     swap = giver.giver.blocks.swap_in(found, ("request", "r", 0))
-    assert len(swap.arrived) == 2 and giver.giver.blocks.allocator.offered[swap.arrived].all()
+    assert len(swap.arrived) == 2 and (giver.giver.blocks.allocator.offered_to[swap.arrived] == STORE).all()
 
 
 def test_write_back_ends_where_the_store_is_gone():

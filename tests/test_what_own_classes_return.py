@@ -108,6 +108,14 @@ class OwnStore(Returns, StorePolicy):
         return len(uses) + 1 if self.value == 1 else self.value
 
 
+class OwnPlace(OwnStore):
+    def num_offered(self, uses):
+        return len(uses)
+
+    def place(self, tokens, offered_to, stores):
+        return self.value
+
+
 class OwnShare(OwnStore):
     def num_offered(self, uses):
         return 0
@@ -236,6 +244,7 @@ PLACES = {
     Alike: ("eviction", TWO_TIERS),
     OwnSwap: ("swap", TWO_TIERS),
     OwnStore: ("store", STORE),
+    OwnPlace: ("store", [*STORE, "cluster.roles=[colocated,store,store]"]),
     OwnShare: ("store", STORE),
     OwnRebalancing: ("rebalancing", TWO),
     OwnPrediction: ("prediction", [*TWO, "policy=cost_based"]),
@@ -291,6 +300,8 @@ NO_BOOL = "expected True or False"
         (OwnSwap, "half", "OwnSwap.num_to_use gave 0.5: expected an integer in [0, "),
         (OwnStore, "none", "OwnStore.num_offered gave None: expected an integer in [0, "),
         (OwnStore, "number", "OwnStore.num_offered gave 18: expected an integer in [0, 17], blocks of those cached"),
+        (OwnPlace, "none", "OwnPlace.place gave None: expected an integer in [0, 1], a row of the stores"),
+        (OwnPlace, "half", "OwnPlace.place gave 0.5: expected an integer in [0, 1], a row of the stores"),
         (OwnShare, "half", "OwnShare.num_ahead gave 0.5: expected an integer >= 0, blocks"),
         (OwnRebalancing, "none", "OwnRebalancing.key gave None: expected a tuple of numbers"),
         (OwnPrediction, "none", "OwnPrediction.costs gave None: expected a CostModel"),

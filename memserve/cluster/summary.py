@@ -1,7 +1,7 @@
 """Summary: what an instance has to say at a run's end, and the report of all of them. The same in every execution."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -124,7 +124,7 @@ def report_of(
         classes={each.name: Slo(**{**_objectives(slo), **each.objectives}) for each in workload.classes},
         workload=workload.figures,
         control=control,
-        store=_store(part.of(timelines), summaries, transfers, roles),
+        store=_stores(part.of(timelines), summaries, roles),
         part=part,
         quarantined_blocks=sum(summary.num_quarantined for summary in summaries),
         near_ties=sum(near_ties) if len(near_ties) == len(summaries) else None,
@@ -151,23 +151,20 @@ def _bequests(summaries: Sequence[Summary]) -> dict[str, int]:
     }
 
 
-def _store(
-    timelines: Sequence[RequestTimeline],
-    summaries: Iterable[Summary],
-    transfers: Mapping[tuple[Role, Role], TransferCounts],
-    roles: Sequence[Role],
-) -> Report | None:
-    """What the store did; None where there is none. transfers, roles: see below."""
-    if Role.STORE not in roles:
+def _stores(timelines: Sequence[RequestTimeline], summaries: Sequence[Summary], roles: Sequence[Role]) -> Report | None:
+    """What the stores did; None where there are none. roles: see below."""
+    numbers = [number for number, role in enumerate(roles) if role is Role.STORE]
+    if not numbers:
         return None
-    books = next((s.stats for s in summaries if s.stats.role == Role.STORE), None)
-    received = sum((counts for (_, to), counts in transfers.items() if to is Role.STORE), TransferCounts())
-    sent = sum((counts for (of, _), counts in transfers.items() if of is Role.STORE), TransferCounts())
-    blocks = None
-    if books is not None:
-        blocks = (books.num_dram_blocks, books.num_indexed_blocks, books.num_evicted_blocks)
-    num_dropped = sum(summary.num_dropped_deposits for summary in summaries)
-    return store_figures(timelines, roles.index(Role.STORE), blocks, received, sent, num_dropped)
+    left = [summary for summary in summaries if summary.stats.role == Role.STORE]
+    return store_figures(
+        timelines,
+        numbers,
+        [(s.stats.num_dram_blocks, s.stats.num_indexed_blocks, s.stats.num_evicted_blocks) for s in left],
+        [sum((s.sent[n] for s in summaries if n in s.sent), TransferCounts()) for n in numbers],
+        [sum(s.sent.values(), TransferCounts()) for s in left],
+        sum(summary.num_dropped_deposits for summary in summaries),
+    )
 
 
 def activity_of(summaries: Iterable[Summary], labels: Sequence[str]) -> list[ActivitySpan]:

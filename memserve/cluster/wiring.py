@@ -144,16 +144,15 @@ def check_migration(cfg: RunConfig) -> None:
 
 
 def _deposits(cfg: RunConfig, role: Role, transfers: Transfers, pool: BlockPool) -> Deposits:
-    """Who takes requests gives to the store; a decode instance's KV is given by who prefilled it, once it has that."""
-    gives = role in TAKING and Role.STORE in cfg.cluster.roles
-    store = list(cfg.cluster.roles).index(Role.STORE) if gives else None
-    policy: StorePolicy = make(cfg.store) if gives else NoStore()
+    """Who takes requests gives to the stores; a decode instance's KV is given by who prefilled it, once it has that."""
+    stores = [number for number, of in enumerate(cfg.cluster.roles) if of == Role.STORE] if role in TAKING else []
+    policy: StorePolicy = make(cfg.store) if stores else NoStore()
     if policy.asks_index and not pool.index.ranks_blocks:
         raise ConfigError(
             f"store={type(policy).__name__} contradicts index={type(pool.index).__name__}, which tells neither uses "
             "nor what goes next: expected store=write_through, or index=radix"
         )
-    return Deposits(transfers, pool, policy, store)
+    return Deposits(transfers, pool, policy, stores)
 
 
 def _granularity(cfg: RunConfig, geometry: CacheGeometry, num_ranks: int) -> Granularity:

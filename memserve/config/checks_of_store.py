@@ -1,4 +1,4 @@
-"""Checks of a store, the instance that keeps KV and serves nobody. As checks.py, but of all roles at once."""
+"""Checks of stores, instances that keep KV and serve nobody. As checks.py, but of all roles at once."""
 
 from memserve.config.errors import ConfigError, class_name, require
 from memserve.config.per_role import option_of_role
@@ -13,14 +13,12 @@ SIZES = ("num_dram_blocks", "dram_bytes")
 
 def check_store(cfg: RunConfig) -> None:
     """Raises ConfigError for a store that nothing would go to or come from, and for what it cannot be. cfg: checked."""
-    num_stores, keeps = list(cfg.cluster.roles).count(Role.STORE), not is_a(cfg.store, "NoStore")
+    is_there, keeps = Role.STORE in cfg.cluster.roles, not is_a(cfg.store, "NoStore")
     roles = f"cluster.roles={[str(role) for role in cfg.cluster.roles]}"
-    if num_stores > 1:
-        raise ConfigError(f"{roles}: expected one store at most")
-    if keeps and not num_stores:
+    if keeps and not is_there:
         raise ConfigError(f"store={class_name(cfg.store)} contradicts {roles}: none is store; expected store=none, or "
                           "a store among the roles")  # fmt: skip
-    if not num_stores:
+    if not is_there:
         return
     if not keeps:
         raise ConfigError(f"{roles} contradicts store=none: nothing would go to the store; expected "

@@ -18,6 +18,7 @@ from memserve.request import IntBuffer
 
 Holder = tuple[str | int, ...]
 INDEX: Holder = ("index",)
+NOBODY = -1  # in offered_to
 
 _EMPTY = np.empty(0, dtype=np.int32)
 
@@ -48,7 +49,8 @@ class Allocator:
 
     refcounts: int32 [all blocks], read by indexes and written here alone: 2 for each holder, but 1 for the index. So 0
     is free, 1 is held by the index alone (evictable), and above 1 somebody uses the block.
-    offered: bool [all blocks], written by who gives cached KV away: what was offered, since it is cached here.
+    offered_to: int16 [all blocks], written by who gives cached KV away: to which instance it was offered, since it is
+    cached here; NOBODY where to none.
     num_evicted_unoffered: blocks that were evicted without having been.
     """
 
@@ -62,7 +64,7 @@ class Allocator:
         self.num_dram_blocks = num_dram_blocks
         self.refcounts = np.zeros(num_blocks + num_dram_blocks, dtype=np.int32)
         self.generations = np.zeros(num_blocks + num_dram_blocks, dtype=np.int64)
-        self.offered = np.zeros(num_blocks + num_dram_blocks, dtype=bool)
+        self.offered_to = np.full(num_blocks + num_dram_blocks, NOBODY, dtype=np.int16)
         self.num_evicted_unoffered = 0
         self._free = {
             Medium.HBM: _FreeStack(0, num_blocks),
@@ -103,7 +105,7 @@ class Allocator:
             raise OutOfBlocks(f"{num_blocks} blocks asked for, {free.size} of {capacity} free in {medium.name}")
         blocks = free.pop(num_blocks)
         places = _places(blocks)
-        self.refcounts[places], self.offered[places] = _weight(holder), False
+        self.refcounts[places], self.offered_to[places] = _weight(holder), NOBODY
         if holder == INDEX:
             self._num_index_only[medium] += num_blocks
         else:
@@ -154,7 +156,7 @@ class Allocator:
         places = _places(blocks)
         assert np.count_nonzero(self.refcounts[places] == 1) == len(blocks), "the index evicts what others hold"
         self.refcounts[places] = 0
-        self.num_evicted_unoffered += len(blocks) - int(np.count_nonzero(self.offered[places]))
+        self.num_evicted_unoffered += len(blocks) - int(np.count_nonzero(self.offered_to[places] != NOBODY))
         in_dram = self._free_places(blocks, places)
         self._num_index_only[Medium.DRAM] -= in_dram
         self._num_index_only[Medium.HBM] -= len(blocks) - in_dram

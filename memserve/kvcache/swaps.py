@@ -161,7 +161,7 @@ class Swaps:
     def displace(self, old: np.ndarray, new: np.ndarray, num_ours: np.ndarray | int = 0) -> None:
         """The index has blocks `new` in the place of `old`. num_ours: what counts of these are the mover's."""
         used = self._allocator.refcounts[old] > 1 + num_ours
-        self._allocator.offered[new] = self._allocator.offered[old]
+        self._allocator.offered_to[new] = self._allocator.offered_to[old]
         self._index.repoint(old, new)
         self._allocator.retain(new, INDEX)
         for follower in self.followers if used.any() else ():

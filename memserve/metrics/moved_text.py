@@ -10,26 +10,33 @@ _WAYS = {"P -> D": "p_to_d", "D -> P": "d_to_p", "between": "between"}
 
 
 def moved_texts(report: Mapping[str, Any]) -> dict[str, str]:
-    """What moved, where anything did or should have; what the store did; what came of fetches."""
+    """What moved, where anything did or should have; what stores did; what came of fetches."""
     return {**_transfer_texts(report), **_store_text(report["store"]), **_fetches_text(report["fetches"])}
 
 
 def _store_text(store: Mapping[str, Any] | None) -> dict[str, str]:
-    """What requests found in the store, and what it has."""
+    """What requests found in stores, what these have, and how evenly they share what moves."""
     if store is None:
         return {}
     share, dropped = format_figure(store["hit_ratio"], "share"), store["dropped_tokens"]
     num_tokens, num_requests = (counted(store[key]) for key in ("fetched_tokens", "fetches"))
     found = f"{num_tokens} tokens fetched by {num_requests} requests ({share} of prompts)"
-    kept = (
-        "gone"
-        if store["num_blocks"] is None
-        else (
-            f"{counted(store['num_indexed_blocks'])} of {counted(store['num_blocks'])} blocks cached at the end, "
-            f"{counted(store['num_evicted_blocks'])} evicted"
-        )
+    lost = f"; {counted(dropped)} tokens gone before their turn" * bool(dropped)
+    if (num_stores := store["num_stores"]) == 1:
+        return {"store": f"{found}; {_kept_text(store)}{lost}"}
+    received, sent = (format_figure(store[f"skew_{way}"], "number") for way in ("received", "sent"))
+    shared = f"one received up to {received} times the mean, and sent {sent} times"
+    return {f"{num_stores} stores": f"{found}; {_kept_text(store)}{lost}; {shared}"}
+
+
+def _kept_text(store: Mapping[str, Any]) -> str:
+    num_lost = store["num_stores"] - store["num_stores_left"]
+    if not store["num_stores_left"]:
+        return "gone"
+    return (
+        f"{counted(store['num_indexed_blocks'])} of {counted(store['num_blocks'])} blocks cached at the end, "
+        f"{counted(store['num_evicted_blocks'])} evicted{f', {num_lost} gone' * bool(num_lost)}"
     )
-    return {"store": f"{found}; {kept}{f'; {counted(dropped)} tokens gone before their turn' * bool(dropped)}"}
 
 
 def _transfer_texts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -1,15 +1,17 @@
-"""Store policies: what of an instance's KV goes to the cluster's store, an instance that keeps KV and serves nobody.
+"""Store policies: what of an instance's KV goes to the cluster's stores, instances that keep KV and serve nobody.
 
 Asked where a request has left KV in its instance's index, and how far ahead of eviction to look; knows numbers alone,
 and moves nothing (deposits.py does). A policy of one's own is one class, named in the config by
 `store._target_=my_package.MyPolicy`.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 
 import numpy as np
 
+from memserve.mixing import mix64
 from memserve.values import require_int, require_number
 
 
@@ -34,6 +36,22 @@ class StorePolicy(ABC):
     def num_ahead(self, num_blocks: int) -> int:
         """How many blocks that are evicted next are to have been offered, the free ones counted. num_blocks: in HBM."""
         return 0
+
+    def place(self, tokens: np.ndarray, offered_to: np.ndarray, stores: np.ndarray) -> int:
+        """To which of several stores a prefix goes: a row of `stores`.
+
+        tokens: int32 [n * block_size].  offered_to: int64 [n], the row to which each of its blocks was offered before,
+        -1 where to none.  stores: int64 [m], the numbers of those that are there.
+        A store has all of a prefix or what it begins with. So what continues a prefix follows it, if that is half of it
+        at least: a conversation stays together, and what all prompts begin with draws nobody. Anything else goes by a
+        hash of all of its tokens, on which instances agree, and of which a store that is lost takes none from others
+        (rendezvous hashing; Thaler and Ravishankar, 1998).
+        """
+        known = np.flatnonzero(offered_to >= 0)
+        if len(known) and 2 * (known[-1] + 1) >= len(offered_to):
+            return int(offered_to[known[-1]])
+        digest = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
+        return int(np.argmax(mix64(mix64(stores.astype(np.uint64)) ^ np.uint64(digest))))
 
 
 class NoStore(StorePolicy):

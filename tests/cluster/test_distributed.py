@@ -54,8 +54,11 @@ def cases(transport):
     yield "model", ["cluster=1p2d", "mode=pd_caching_2", "granularity=by_request", "model=tiny"], 4
     yield "hash", ["cluster.roles=[colocated,store,colocated]", "policy=round_robin", "index_source=exact", *STORE], 4
     yield "model", ["cluster.roles=[store,prefill,decode]", "mode=pd_caching_3", "model=tiny", *STORE], 4
-    for policy in ("write_through_selective", "write_back"):
-        words = ["cluster.roles=[colocated,store,colocated]", "policy=round_robin", "kvcache.num_hbm_blocks=12"]
+    for policy, roles in (
+        ("write_through_selective", "colocated,store,colocated"),
+        ("write_back", "store,colocated,store"),
+    ):
+        words = [f"cluster.roles=[{roles}]", "policy=round_robin", "kvcache.num_hbm_blocks=12"]
         yield "hash", [*words, f"store={policy}", *STORE[1:]], 4
     if transport == "gloo":
         yield "hash", ["cluster=1p1d", "mode=pd_caching_2", "granularity=by_request", "channels=3"], 3

@@ -357,7 +357,6 @@ REFUSED = {
     "store=write_through": r"store=WriteThrough contradicts cluster.roles=\['colocated'\]",
     "cluster.roles=[colocated,store] store=write_through": "contradicts fetch=never",
     "cluster.roles=[store] store=write_through fetch=cost": "at least one role that serves requests",
-    "cluster.roles=[colocated,store,store] store=write_through fetch=cost": "expected one store at most",
     "cluster.roles=[colocated,store] store=write_through fetch=cost": "num_dram_blocks=0: expected an integer >= 1",
 }
 OF_A_STORE = {
