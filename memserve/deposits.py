@@ -2,6 +2,7 @@
 
     offer -> a prefix waits -> its turn: what is cached of it then, by a best-effort transfer_with_insert to DRAM there
           -> DONE, declined for want of room, or FAILED: the next one's turn
+          -> declined, since the store is busy with others: it waits again, until there is a new offer or prompt
     nothing waits -> what would be evicted next and was not offered, where the policy looks ahead: its turn
     a store's process is gone -> what it had been offered counts as offered to nobody; without any nothing is offered
 
@@ -20,6 +21,7 @@ import numpy as np
 from memserve.kvcache.address import Medium
 from memserve.kvcache.allocator import NOBODY
 from memserve.kvcache.block_pool import BlockPool
+from memserve.kvcache.sending import BUSY
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.sched.store_policy import StorePolicy
@@ -73,7 +75,7 @@ class Deposits:
 
     def look_ahead(self, now_ns: int) -> None:
         """Requests that were admitted have taken blocks: others are nearer to being evicted."""
-        if self._num_ahead and self._stores:
+        if self._stores and (self._num_ahead or self._waiting):
             self._next(now_ns)
 
     def came(self, arrival: Arrival) -> None:
@@ -85,11 +87,15 @@ class Deposits:
         """A transfer of this instance has ended. What is leaving is offered once, or one that the store does not take
         would keep the next ones from their turn; the rest again when it is used.
         """
-        if ticket is self._ticket:
-            self._ticket = None
+        if ticket is not self._ticket:
+            return
+        self._ticket = None
+        if not ticket.reason.startswith(BUSY):
             if self._is_leaving or ticket.state is TicketState.DONE:
                 self._note(self._sent, self._sent_to)
             self._next(now_ns)
+        elif not self._is_leaving:  # what is leaving is found again
+            self._waiting.append(self._sent)
 
     def _note(self, tokens: np.ndarray, store: int) -> None:
         """What is cached of these tokens was offered."""

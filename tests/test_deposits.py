@@ -6,7 +6,7 @@ from kvcache.transfer_pair import B, Wires
 
 from memserve.deposits import Deposits
 from memserve.kvcache import Medium
-from memserve.kvcache.ticket import Arrival
+from memserve.kvcache.ticket import Arrival, TransferOptions
 from memserve.sched.store_policy import NoStore, StorePolicy, WriteBack, WriteThrough, WriteThroughSelective
 
 GIVER, STORE = 1, 2
@@ -19,10 +19,12 @@ def tokens_of(number, num_blocks=2):
 class Giver:
     """A pool that gives, and a store of a few blocks in DRAM alone."""
 
-    def __init__(self, policy=None, num_store_blocks=16, num_cached=4, **giver):
+    def __init__(self, policy=None, num_store_blocks=16, num_cached=4, max_incoming=4, **giver):
         self.wires = Wires()
         self.giver = self.wires.pool(GIVER, **giver)
-        self.store = self.wires.pool(STORE, num_blocks=0, num_dram_blocks=num_store_blocks)
+        self.store = self.wires.pool(
+            STORE, num_blocks=0, num_dram_blocks=num_store_blocks, max_best_effort=max_incoming
+        )
         self.deposits = Deposits(self.giver.transfers, self.giver.blocks, policy or WriteThrough(), [STORE])
         for number in range(num_cached):
             blocks = self.giver.fill(2 * B, seed=number)
@@ -118,6 +120,32 @@ def test_a_full_store_evicts_and_declines_what_it_can_never_hold():
     giver.offer(3)
     giver.go_on()
     assert 3 in giver.kept()
+
+
+def offer_of_another(giver):
+    """It is on the wire as long as no time passes."""
+    other = giver.wires.pool(3)
+    options = TransferOptions(insert=True, medium=Medium.DRAM, best_effort=True)
+    ticket = other.transfers.start(STORE, tokens_of(9), other.fill(2 * B, seed=9), options, b"", giver.wires.now_ns)
+    giver.deliver()
+    return ticket
+
+
+@pytest.mark.parametrize("again", ["offer", "look_ahead"])
+def test_what_a_busy_store_declines_waits_again_and_holds_nothing(again):
+    giver = Giver(max_incoming=1)
+    ticket = offer_of_another(giver)
+    giver.offer(0)
+    giver.deliver()
+    assert not ticket.ended and giver.giver.transfers.counts.declined == giver.num_asks == 1
+    assert [h for h in giver.giver.blocks.allocator.holders() if h != ("index",)] == []
+    while not ticket.ended:
+        giver.wires.let_time_pass()
+        giver.deliver()
+    assert giver.num_asks == 1  # it asks when there is something new, not again and again
+    giver.offer(1) if again == "offer" else giver.look_ahead()
+    giver.go_on()
+    assert giver.kept() == ({0, 1} if again == "offer" else {0}) and giver.deposits.num_dropped == 0
 
 
 def test_a_store_that_is_gone_is_offered_nothing_more():

@@ -26,7 +26,7 @@ from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.granularity import Granularity
 from memserve.kvcache.index import NullIndex
 from memserve.kvcache.layout import CacheGeometry
-from memserve.kvcache.ticket import Timeouts
+from memserve.kvcache.ticket import GrantLimits, Timeouts
 from memserve.kvcache.transfers import Transfers
 from memserve.migrations import Migrations
 from memserve.model.model_config import ModelConfig
@@ -119,7 +119,7 @@ def build_handoffs(
         memories,
         granularity,
         timeouts,
-        0 if role is Role.PREFILL else cfg.sched.decode_headroom_blocks,
+        _grant_limits(cfg, role),
     )
     transfers.order_by(partial(level_of_word, queue))
     transfer = TransferCost.of(make(cfg.link), granularity, geometry.num_layers)
@@ -127,6 +127,14 @@ def build_handoffs(
     fetches = Fetches(transfers, pool, make(cfg.fetch), prices, timeouts)
     deposits, migrations = _deposits(cfg, role, transfers, pool), Migrations(transfers, make(cfg.migration))
     return Handoffs(transfers, make(cfg.mode), fetches, Bequest(transfers, pool), deposits, migrations)
+
+
+def _grant_limits(cfg: RunConfig, role: Role) -> GrantLimits:
+    """Who decodes keeps room for its running requests; a store takes so much at a time."""
+    if role is Role.STORE:
+        policy: StorePolicy = make(cfg.store)
+        return GrantLimits(max_best_effort=policy.max_incoming)
+    return GrantLimits(0 if role is Role.PREFILL else cfg.sched.decode_headroom_blocks)
 
 
 def check_migration(cfg: RunConfig) -> None:

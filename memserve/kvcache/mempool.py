@@ -27,7 +27,7 @@ from memserve.kvcache.layout import CacheGeometry, Layout, what_fits
 from memserve.kvcache.mixed import alloc_mixed
 from memserve.kvcache.pool_stats import PoolStats
 from memserve.kvcache.swap_tickets import SwapTickets
-from memserve.kvcache.ticket import PLAIN, Ticket, Timeouts, TransferOptions
+from memserve.kvcache.ticket import PLAIN, GrantLimits, Ticket, Timeouts, TransferOptions
 from memserve.kvcache.transfers import Transfers
 from memserve.transfer.transport import Transport
 
@@ -193,9 +193,9 @@ class MemPool:
         if self._transfers is not None:
             raise ValueError("this pool is connected already: expected one connect(..)")
         granularity.check(self.layout, self.geometry)
-        headroom = count_of(headroom_blocks, "headroom_blocks", self.arena.num_blocks)
+        limits = GrantLimits(count_of(headroom_blocks, "headroom_blocks", self.arena.num_blocks))
         memories = [self.arena.tensor, self.dram.tensor]
-        self._transfers = Transfers(self.blocks, self._book, transport, memories, granularity, timeouts, headroom)
+        self._transfers = Transfers(self.blocks, self._book, transport, memories, granularity, timeouts, limits)
 
     @property
     def transfers(self) -> Transfers:

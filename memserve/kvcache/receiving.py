@@ -19,8 +19,8 @@ from memserve.kvcache.errors import OutOfBlocks
 from memserve.kvcache.incoming import NEVER_NS, Incoming, TicketId
 from memserve.kvcache.protocol import Action, ReceiverEvent, ReceiverState, receiver_step
 from memserve.kvcache.reservations import Reservations, difference_of
-from memserve.kvcache.sending import DECLINED, Send
-from memserve.kvcache.ticket import Arrival, Timeouts
+from memserve.kvcache.sending import BUSY, DECLINED, Send
+from memserve.kvcache.ticket import Arrival, GrantLimits, Timeouts
 from memserve.latest import Latest
 from memserve.messages import (
     Abandon,
@@ -41,10 +41,7 @@ NUM_REMEMBERED = 4096  # ended tickets, so that a repeated message gets its answ
 
 
 class Receiving:
-    """Incoming tickets of one pool. size: what senders are told of it.
-
-    headroom_blocks: HBM blocks that a grant leaves free for what runs here.
-    """
+    """Incoming tickets of one pool. size: what senders are told of it.  limits: to what is granted."""
 
     def __init__(
         self,
@@ -53,13 +50,13 @@ class Receiving:
         book: AddressBook,
         geometry: Geometry,
         timeouts: Timeouts,
-        headroom_blocks: int,
+        limits: GrantLimits,
         reservations: Reservations,
         send: Send,
     ) -> None:
         self.tickets: dict[TicketId, Incoming] = {}
         self._pool, self._size, self._book, self._geometry = pool, size, book, geometry
-        self._timeouts, self._headroom_blocks, self._send = timeouts, headroom_blocks, send
+        self._timeouts, self._limits, self._send = timeouts, limits, send
         self._reservations = reservations
         self.level_of: Callable[[bytes], float] = lambda private: 0  # of what an Ask that may wait carries
         self._num_asks = 0
@@ -173,7 +170,7 @@ class Receiving:
         self._num_asks += 1
         never_waits = ask.best_effort or bool(ask.addrs)  # what is reserved needs no room
         level = 0 if never_waits else self.level_of(ask.private)
-        incoming = Incoming(ask, self._num_asks, level, now_ns, reason=self._why_never(ask))
+        incoming = Incoming(ask, self._num_asks, level, now_ns, reason=self._why_not(ask))
         first = next(iter(self._waiting.values()), None)
         in_turn = never_waits or first is None or level < first.level
         fits = not incoming.reason and in_turn and self._allocate(incoming)
@@ -186,8 +183,8 @@ class Receiving:
         else:
             self.event(incoming, ReceiverEvent.ASK_WAITS, now_ns)
 
-    def _why_never(self, ask: Ask) -> str:
-        """Why an Ask can never be granted here, or ""."""
+    def _why_not(self, ask: Ask) -> str:
+        """Why an Ask is not granted here, whatever room there is, or ""."""
         if difference := difference_of(ask.geometry, self._geometry):
             return difference
         if ask.addrs and self._reservations.blocks_of(ask.ticket[0], unpack_times(ask.addrs)) is None:
@@ -195,7 +192,14 @@ class Receiving:
         capacity = self._pool.allocator.num_dram_blocks if ask.medium == Medium.DRAM else self._pool.num_blocks
         if ask.num_blocks > capacity and not ask.addrs:
             return f"{ask.num_blocks} blocks: the receiver has {capacity} in {Medium(ask.medium).name}"
-        return ""
+        return f"{BUSY}: {self._limits.max_best_effort} tickets are under way" if self._is_busy_for(ask) else ""
+
+    def _is_busy_for(self, ask: Ask) -> bool:
+        """Whether as many tickets are under way as may be for one at best effort."""
+        most = self._limits.max_best_effort
+        if most is None or not ask.best_effort:
+            return False
+        return sum(ticket.state is ReceiverState.GRANTED for ticket in self.tickets.values()) >= most
 
     def _allocate(self, incoming: Incoming) -> bool:
         """Retains the prefix that is held and allocates the rest; False, with nothing held, without room.
@@ -234,8 +238,8 @@ class Receiving:
         """Raises OutOfBlocks if the running requests would be left with less than the headroom."""
         available = self._pool.num_available
         idle = available + num_held >= self._pool.num_blocks
-        if not idle and available - num_new < self._headroom_blocks:
-            raise OutOfBlocks(f"{num_new} blocks would leave less than {self._headroom_blocks} of {available}")
+        if not idle and available - num_new < self._limits.headroom_blocks:
+            raise OutOfBlocks(f"{num_new} blocks would leave less than {self._limits.headroom_blocks} of {available}")
 
     def _perform(self, incoming: Incoming, action: Action, now_ns: int) -> None:
         ticket_id = incoming.ask.ticket

@@ -35,6 +35,7 @@ from memserve.transfer.transport import Arrived, Transport
 
 Send = Callable[[int, PoolMessage], None]
 DECLINED = "declined"  # how a refusal for lack of room begins
+BUSY = f"{DECLINED}: busy"  # and one for what else is under way
 NUM_REMEMBERED = 4096  # of what was sent, for who may want to know
 
 

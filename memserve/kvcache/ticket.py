@@ -59,6 +59,18 @@ class Timeouts:
 
 
 @dataclass(frozen=True)
+class GrantLimits:
+    """How far a receiver goes. headroom_blocks: HBM blocks that a grant leaves free for what runs there.
+
+    max_best_effort: tickets that may be under way to it when one at best effort is asked for; None: any number. Of many
+    that share its port each holds its sender's blocks for as long as all of them take.
+    """
+
+    headroom_blocks: int = 0
+    max_best_effort: int | None = None
+
+
+@dataclass(frozen=True)
 class TransferOptions:
     """What the receiver does with the blocks.
 

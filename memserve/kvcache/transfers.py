@@ -23,7 +23,7 @@ from memserve.kvcache.protocol import ReceiverEvent, ReceiverState, SenderEvent,
 from memserve.kvcache.receiving import Receiving
 from memserve.kvcache.reservations import ReservationMessage, Reservations
 from memserve.kvcache.sending import Sending
-from memserve.kvcache.ticket import Arrival, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
+from memserve.kvcache.ticket import Arrival, GrantLimits, Sent, Ticket, Timeouts, TransferCounts, TransferOptions
 from memserve.messages import Ask, PoolMessage, PoolSize, Refuse, pack_times, pack_tokens
 from memserve.transfer.transport import Arrived, Transport
 
@@ -34,7 +34,7 @@ class Transfers:
     """One instance's tickets. Joins the pools that `transport` connects, under the book's incarnation.
 
     memories: of HBM and of DRAM; None where nothing is stored.  granularity: made for the shape of the pool, which
-    peers must share.  headroom_blocks: HBM blocks that a grant leaves free for what runs here.
+    peers must share.  limits: to what is granted here.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Transfers:
         memories: Sequence[torch.Tensor | None],
         granularity: Granularity,
         timeouts: Timeouts,
-        headroom_blocks: int = 0,
+        limits: GrantLimits = GrantLimits(),  # noqa: B008  # frozen
     ) -> None:
         for value, kind in ((transport, Transport), (timeouts, Timeouts)):
             if not isinstance(value, kind):
@@ -56,9 +56,7 @@ class Transfers:
         self._sending = Sending(pool, transport, granularity, timeouts, self._send)
         size = PoolSize(pool.allocator.num_blocks, pool.allocator.num_dram_blocks, granularity.num_ranks)
         self._reservations = Reservations(pool, size, book, self.geometry, timeouts, self._send)
-        self._receiving = Receiving(
-            pool, size, book, self.geometry, timeouts, headroom_blocks, self._reservations, self._send
-        )
+        self._receiving = Receiving(pool, size, book, self.geometry, timeouts, limits, self._reservations, self._send)
         self._gone: set[int] = set()
         pool.followers.append(self._follow)
         transport.attach(book.incarnation, memories)

@@ -17,12 +17,15 @@ from memserve.values import require_int, require_number
 
 class StorePolicy(ABC):
     """max_waiting: prefixes that may wait at an instance for their turn; of more, the one that waits longest is
-    dropped, and counted.  asks_index: it goes by how often blocks were used, or by what is evicted next, which not
-    every index tells (Index.ranks_blocks).  renews: what was offered, and is cached here since, is offered again
-    whenever a request leaves it: that renews its place in the store.
+    dropped, and counted.  max_incoming: so many offers a store takes at a time, and tells others to come again: KV that
+    is on its way is held where it comes from, and of many at once each takes as long as all.  asks_index: it goes by
+    how often blocks were used, or by what is evicted next, which not every index tells (Index.ranks_blocks).  renews:
+    what was offered, and is cached here since, is offered again whenever a request leaves it: that renews its place in
+    the store.
     """
 
     max_waiting = 64
+    max_incoming = 4
     asks_index = True
     renews = False
 
@@ -66,14 +69,15 @@ class NoStore(StorePolicy):
 class WriteThrough(StorePolicy):
     """All that a request leaves. The store takes what it lacks of that.
 
-    Raises ValueError for a max_waiting out of range.
+    Raises ValueError for values out of range.
     """
 
     asks_index = False
     renews = True
 
-    def __init__(self, max_waiting: int = 64) -> None:
+    def __init__(self, max_waiting: int = 64, max_incoming: int = 4) -> None:
         self.max_waiting = require_int("store.max_waiting", max_waiting, 1)
+        self.max_incoming = require_int("store.max_incoming", max_incoming, 1)
 
     def num_offered(self, uses: np.ndarray) -> int:
         return len(uses)
@@ -87,9 +91,10 @@ class WriteThroughSelective(StorePolicy):
     ValueError for values out of range.
     """
 
-    def __init__(self, min_hits: int = 2, max_waiting: int = 64) -> None:
+    def __init__(self, min_hits: int = 2, max_waiting: int = 64, max_incoming: int = 4) -> None:
         self._min_hits = require_int("store.min_hits", min_hits, 1)
         self.max_waiting = require_int("store.max_waiting", max_waiting, 1)
+        self.max_incoming = require_int("store.max_incoming", max_incoming, 1)
 
     def num_offered(self, uses: np.ndarray) -> int:
         return int(np.count_nonzero(uses >= self._min_hits))
@@ -103,7 +108,8 @@ class WriteBack(StorePolicy):
     ValueError for one out of range.
     """
 
-    def __init__(self, ahead_share: float = 0.1) -> None:
+    def __init__(self, ahead_share: float = 0.1, max_incoming: int = 4) -> None:
+        self.max_incoming = require_int("store.max_incoming", max_incoming, 1)
         allowed = "a number above 0, up to 1"
         self._share = require_number("store.ahead_share", ahead_share, allowed, minimum=0, maximum=1, exclusive=True)
 

@@ -365,6 +365,7 @@ OF_A_STORE = {
     "+per_role.store.kvcache.async_swap=true": "expected num_dram_blocks or dram_bytes",
     "+per_role.store.kvcache.dram_bytes=1": "expected one of them",
     "store.max_waiting=0": "store.max_waiting=0: expected an integer >= 1",
+    "store.max_incoming=0": "store.max_incoming=0: expected an integer >= 1",
     "index=none": "contradicts index=none",
     "index_source=none": "contradicts index_source=none",
     "index=hash": "index=HashIndex contradicts a DRAM tier|index=hash contradicts a DRAM tier",

@@ -9,7 +9,7 @@ from memserve.kvcache import AggregatedLayout, BlockPool, CacheGeometry, Discret
 from memserve.kvcache.address_book import AddressBook
 from memserve.kvcache.arena import Arena
 from memserve.kvcache.granularity import ByLayer, ByRequest, ByRequestAgg, Packed
-from memserve.kvcache.ticket import Timeouts
+from memserve.kvcache.ticket import GrantLimits, Timeouts
 from memserve.kvcache.transfers import Transfers
 from memserve.transfer import LinkModel, StallingTransport
 
@@ -26,7 +26,7 @@ class Pool:
     """A pool with real memory and its end of the protocol."""
 
     def __init__(self, transport, incarnation, *, num_blocks=32, num_dram_blocks=0, index=RadixIndex,
-                 granularity="by_request", layout="discrete", headroom_blocks=0):  # fmt: skip
+                 granularity="by_request", layout="discrete", headroom_blocks=0, max_best_effort=None):  # fmt: skip
         shape, timeouts = SHAPE, TIMEOUTS
         self.blocks = BlockPool(num_blocks, shape.block_size, index, num_dram_blocks=num_dram_blocks)
         plan = LAYOUTS[layout]()
@@ -36,7 +36,8 @@ class Pool:
         self.book = AddressBook(self.blocks.allocator, incarnation)
         memories = [arena.tensor for arena in self.arenas]
         by = GRANULARITIES[granularity](plan, shape)
-        self.transfers = Transfers(self.blocks, self.book, transport, memories, by, timeouts, headroom_blocks)
+        limits = GrantLimits(headroom_blocks, max_best_effort)
+        self.transfers = Transfers(self.blocks, self.book, transport, memories, by, timeouts, limits)
 
     def kv(self, blocks):
         """[L, 2, n, B, K, D] of block numbers in either medium."""
