@@ -4,7 +4,8 @@
 # make test    lint, format, types, tests: what has to pass before a commit; WORKERS=3 test processes
 # make lint    the first three of those; each alone: `make style` (lint, format), `make types`, `make tests`
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
-# make fuzz    random operations on the block pool against a brute-force model, for MINUTES=5, with fresh seeds
+# make fuzz    random operations on the block pool against a brute-force model, and clusters of words drawn at random; for
+#              MINUTES=5 each, with fresh seeds
 # make compile-all  every Triton kernel compiled for sm_80 and sm_90, without a GPU: registers, spills, shared memory
 # make survive real processes killed, stopped, started again at random moments of SEEDS=50 runs; answers right or failures named
 # make clean   removes caches and build products; keeps .venv and outputs/
@@ -59,6 +60,7 @@ bench: setup
 
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m kvcache.fuzz --minutes $(or $(MINUTES),5)
+	PYTHONPATH=tests $(BIN)/python -m cluster.fuzz --minutes $(or $(MINUTES),5)
 
 compile-all: setup
 	$(BIN)/python scripts/compile_kernels.py
