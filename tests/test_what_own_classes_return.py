@@ -116,6 +116,12 @@ class OwnPlace(OwnStore):
         return self.value
 
 
+class OwnLimit(OwnPlace):
+    @property
+    def max_incoming(self):
+        return self.value
+
+
 class OwnShare(OwnStore):
     def num_offered(self, uses):
         return 0
@@ -245,6 +251,7 @@ PLACES = {
     OwnSwap: ("swap", TWO_TIERS),
     OwnStore: ("store", STORE),
     OwnPlace: ("store", [*STORE, "cluster.roles=[colocated,store,store]"]),
+    OwnLimit: ("store", STORE),
     OwnShare: ("store", STORE),
     OwnRebalancing: ("rebalancing", TWO),
     OwnPrediction: ("prediction", [*TWO, "policy=cost_based"]),
@@ -302,6 +309,7 @@ NO_BOOL = "expected True or False"
         (OwnStore, "number", "OwnStore.num_offered gave 18: expected an integer in [0, 17], blocks of those cached"),
         (OwnPlace, "none", "OwnPlace.place gave None: expected an integer in [0, 1], a row of the stores"),
         (OwnPlace, "half", "OwnPlace.place gave 0.5: expected an integer in [0, 1], a row of the stores"),
+        (OwnLimit, "half", "OwnLimit.max_incoming=0.5: expected an integer >= 1"),
         (OwnShare, "half", "OwnShare.num_ahead gave 0.5: expected an integer >= 0, blocks"),
         (OwnRebalancing, "none", "OwnRebalancing.key gave None: expected a tuple of numbers"),
         (OwnPrediction, "none", "OwnPrediction.costs gave None: expected a CostModel"),

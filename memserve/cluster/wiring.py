@@ -50,6 +50,7 @@ from memserve.sched.scaling import Scaling, Schedule
 from memserve.sched.store_policy import NoStore, StorePolicy
 from memserve.transfer.in_process import InProcess
 from memserve.transfer.transport import Transport
+from memserve.values import require_int
 from memserve.words import level_of_word
 from memserve.workload.session import Workload
 
@@ -133,7 +134,7 @@ def _grant_limits(cfg: RunConfig, role: Role) -> GrantLimits:
     """Who decodes keeps room for its running requests; a store takes so much at a time."""
     if role is Role.STORE:
         policy: StorePolicy = make(cfg.store)
-        return GrantLimits(max_best_effort=policy.max_incoming)
+        return GrantLimits(max_best_effort=require_int(f"{type(policy).__name__}.max_incoming", policy.max_incoming, 1))
     return GrantLimits(0 if role is Role.PREFILL else cfg.sched.decode_headroom_blocks)
 
 

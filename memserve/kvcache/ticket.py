@@ -63,11 +63,16 @@ class GrantLimits:
     """How far a receiver goes. headroom_blocks: HBM blocks that a grant leaves free for what runs there.
 
     max_best_effort: tickets that may be under way to it when one at best effort is asked for; None: any number. Of many
-    that share its port each holds its sender's blocks for as long as all of them take.
+    that share its port each holds its sender's blocks for as long as all of them take. Raises ValueError for what is
+    no integer >= 1.
     """
 
     headroom_blocks: int = 0
     max_best_effort: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_best_effort is not None:
+            require_int("max_best_effort", self.max_best_effort, 1)
 
 
 @dataclass(frozen=True)
