@@ -58,12 +58,20 @@ def runs_on(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory.  cubin: it."""
+    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory.  cubin: it.
+    layouts: it in Triton's last words of its own, which say how tiles lie.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     cubin: bytes = field(default=b"", repr=False)
+    layouts: str = field(default="", repr=False)
+
+    def tiles(self) -> dict[str, str]:
+        """Of those of a kernel in shared memory: how each lies there, by its shape and type."""
+        names = dict(re.findall(r"^(#shared\d*) = (.*)$", self.layouts, re.MULTILINE))
+        return {shape: names[name] for shape, name in re.findall(r"memdesc<([\dx]+x\w+), (#shared\d*)", self.layouts)}
 
     def instructions(self) -> set[str]:
         """The names of those in its machine code, such as LDG.E.128."""
@@ -119,7 +127,7 @@ class KernelLaunch:
         cubin: bytes = compiled.asm["cubin"]
         found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage"))
         assert found, "cuobjdump says what a kernel takes"
-        return KernelResources(int(found[1]), int(found[2]), compiled.metadata.shared, cubin)
+        return KernelResources(int(found[1]), int(found[2]), compiled.metadata.shared, cubin, compiled.asm["ttgir"])
 
     def _type_of(self, name: str) -> str:
         """Triton's name for the type of an argument; an integer of one is a constant to it, unless it varies."""

@@ -25,7 +25,7 @@ from memserve.model.kernels.configs import (
     paged_decode_config,
     paged_prefill_config,
 )
-from memserve.model.kernels.few_rows import few_rows_launch
+from memserve.model.kernels.few_rows import NormOf, few_rows_launch, squares_of
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
@@ -204,7 +204,9 @@ def _product(
     weight = scale.random(2 * num_out if gated else num_out, num_in) / num_in**0.5
     added, ops, linear = scale.random(num_rows, num_out), TritonOps(), Linear(weight)
     norm, delta = RMSNorm(torch.ones(num_in, device=scale.device), 1e-5), scale.random(num_rows, num_in)
-    around: dict[str, Any] = {"norm": (norm.scale, norm.sum_eps)} if normed else {"add_TO": added}
+    around: dict[str, Any] = {"add_TO": added}
+    if normed:
+        around = {"norm": NormOf(norm.scale, norm.sum_eps, squares_of(x))}
 
     @torch.inference_mode()
     def apart() -> object:

@@ -1,5 +1,7 @@
 """scripts/compile_kernels.py: default configurations compile without a GPU, spill nothing and fit; the rest by make."""
 
+import re
+
 import pytest
 import torch
 from child_process import needs_triton
@@ -58,6 +60,7 @@ def test_gpus_without_rows_of_their_own_have_the_shared_memory_for_those_that_th
 
 
 WARPGROUP_PRODUCT, PRODUCT, COPY = "HGMMA.", "HMMA.16816", "LDGSTS.E.BYPASS.128"  # tensor cores; cache to shared memory
+SWIZZLED = r"maxPhase = 8|swizzlingByteWidth = 128"
 WIDE_LOAD, WIDE_STORE = "LDG.E.128", "STG.E.128"
 
 
@@ -80,6 +83,17 @@ def test_machine_code_has_the_instructions_that_make_it_fast(script, kernel, siz
     case = next(c for c in script("compile_kernels").cases(kernel, capability, [size]) if c.dtype == dtype)
     found = script("compile_kernels").compile_case(case).resources.instructions()
     assert [name for name in wanted if not any(i.startswith(name) for i in found)] == []
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "size"), [("few_rows", 4096), ("paged_decode", 128), ("paged_prefill", 128)])
+def test_factors_lie_in_shared_memory_so_that_tensor_cores_read_them_at_full_rate(script, kernel, size) -> None:
+    """Rows of 128 bytes and more, one below the other, are read eight times as slowly."""
+    for case in script("compile_kernels").cases(kernel, 90, [size]):
+        if case.dtype == torch.bfloat16:
+            tiles = script("compile_kernels").compile_case(case).resources.tiles()
+            slow = [t for t, lies in tiles.items() if t.endswith("bf16") and not re.search(SWIZZLED, lies)]
+            assert slow == [] and (tiles or "combine" in case.kernel), case.what
 
 
 @needs_triton
