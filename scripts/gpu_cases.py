@@ -15,6 +15,7 @@ from memserve.clock import monotonic_ns, to_s
 from memserve.jit import KernelLaunch
 from memserve.model.kernels.configs import (
     ELEMENTWISE,
+    KV_WRITE,
     DecodeConfig,
     ProductConfig,
     RowConfig,
@@ -163,7 +164,7 @@ def kv_write_case(scale: Scale) -> Case[RowConfig]:
     slots = torch.randperm(n, device=scale.device)
     num_bytes = 2 * qkv.nbytes + cos.nbytes + sin.nbytes
     return Case(
-        "rope and cache write", num_bytes, ELEMENTWISE, lambda c: [kv_write_launch(qk, v, cos, sin, q, kv, slots, c)], q
+        "rope and cache write", num_bytes, KV_WRITE, lambda c: [kv_write_launch(qk, v, cos, sin, q, kv, slots, c)], q
     )
 
 

@@ -87,7 +87,8 @@ _DECODE: dict[_Kind, DecodeConfig] = {
     (90, 128, 4): DecodeConfig(16, 16, 8, 3, 128),
     (90, 256, 4): DecodeConfig(16, 16, 8, 3, 128),
 }
-ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
+ELEMENTWISE = RowConfig(1024, 4)  # swiglu, whatever it runs on
+KV_WRITE = RowConfig(1024, 2)
 # Of few_rows, whatever it runs on: 48 KiB of weight under way beside the tile in use.
 _PRODUCT, _TWO_PRODUCTS = ProductConfig(32, 256, 4, 4), ProductConfig(32, 256, 4, 4)
 
