@@ -115,8 +115,9 @@ def test_no_garbage_is_collected_while_graphs_are_recorded(monkeypatch) -> None:
     assert collects == {False} and gc.isenabled()
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "launched early"])
 @pytest.mark.parametrize("fused_rows", [0, 8], ids=["products apart", "products fused"])
-def test_captured_logits_in_bfloat16_are_within_a_bound_of_float64(fused_rows) -> None:
+def test_captured_logits_in_bfloat16_are_within_a_bound_of_float64(fused_rows, early) -> None:
     """Of prompts whose last token is a step of its own."""
     config, prompts = replace(SMALL, num_layers=2), PROMPTS[1:]
 
@@ -130,7 +131,7 @@ def test_captured_logits_in_bfloat16_are_within_a_bound_of_float64(fused_rows) -
         return sampler.logits[-1].cpu().double()
 
     model = load_model(config, RandomWeights(config, SEED), torch.bfloat16, torch.device("cuda", 0))
-    model.compile(fused_rows)
+    model.compile(fused_rows, early)
     expected_RV = logits(random_model(config, SEED, torch.float64), "reference")
     torch.testing.assert_close(logits(model, "triton"), expected_RV, atol=0.1, rtol=0.1)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memserve.jit import KernelLaunch, jit, tl
+from memserve.jit import INTERPRETED, KernelLaunch, await_kernel_before, jit, tl
 from memserve.model.kernels.configs import ProductConfig, few_rows_config, power_of_two
 from memserve.model.kernels.norm import norm_reference
 from memserve.model.kernels.paged_tile import factor, load_rows
@@ -27,6 +27,14 @@ from memserve.model.kernels.swiglu import swiglu_reference
 
 MAX_ROWS = 16  # of two tiles of a tensor core
 _TILE_ROWS, _TILE_FEATURES = 8, 16  # of one
+_SECTOR = 16  # elements: 32 bytes, what a cache takes in at once
+
+
+@jit()
+def _bring_into_l2(pointers: tl.tensor, mask: tl.tensor) -> None:
+    """Asks for what lies there, and waits for nothing."""
+    text: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }"
+    tl.inline_asm_elementwise(text, "=r,l,r", [pointers, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @jit("num_rows")
@@ -35,7 +43,8 @@ def _few_rows_kernel(
     add_ptr: tl.tensor, y_ptr: tl.tensor, y_squares_ptr: tl.tensor, num_rows: tl.tensor, sum_eps: tl.tensor,
     IN: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, NUM_SQUARES: tl.constexpr, GLU: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, SQUARES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, SECTOR: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     PARTS: tl.constexpr = 2 if GLU else 1  # rows of the weight for an output: of gate and up, one after the other
     BLOCK_O: tl.constexpr = BLOCK_W // PARTS
@@ -46,6 +55,11 @@ def _few_rows_kernel(
     in_rows, in_columns = row < num_rows, column < OUT
     ends: tl.constexpr = IN % BLOCK_I != 0
     cut: tl.constexpr = ends or OUT % BLOCK_O != 0
+    if EARLY and not INTERPRETED:  # the first weights, which no kernel writes
+        ahead = tl.arange(0, AHEAD)[None, :] * SECTOR
+        sectors = weight_ptr + weight_row.to(tl.int64)[:, None] * IN + ahead
+        _bring_into_l2(sectors, in_columns[:, None] & (ahead < IN))
+    await_kernel_before(EARLY)
     if NORM:  # asked for now, waited for at the end
         part = tl.arange(0, BLOCK_P)[None, :]
         mask = in_rows[:, None] & (part < NUM_SQUARES)
@@ -127,6 +141,7 @@ def few_rows_launch(
         "BLOCK_T": _TILE_ROWS if num_rows <= _TILE_ROWS else MAX_ROWS, "BLOCK_W": config.block_w,
         "BLOCK_I": max(_TILE_FEATURES * config.num_warps, min(config.block_i, power_of_two(num_in))),
         "BLOCK_P": power_of_two(max(1, num_squares)), "WARPS": config.num_warps,
+        "AHEAD": power_of_two(config.block_i * (config.num_stages - 1)) // _SECTOR, "SECTOR": _SECTOR,
     }  # fmt: skip
     grid = (num_parts(num_out, gated, config),)
     options = (config.num_warps, config.num_stages, True, config.max_registers)

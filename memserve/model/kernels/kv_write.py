@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, RowConfig, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, await_kernel_before, jit, tl
 from memserve.model.kernels.configs import KV_WRITE, power_of_two
 
 
@@ -31,11 +31,13 @@ def _kv_write_kernel(
     kv_ptr: tl.tensor, slots_ptr: tl.tensor, qk_stride_T: tl.tensor, v_stride_T: tl.tensor, kv_stride_2: tl.tensor,
     kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor, H: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     NUM_QK_PARTS: tl.constexpr = (H + K + BLOCK_H - 1) // BLOCK_H
     NUM_PARTS: tl.constexpr = NUM_QK_PARTS + (K + BLOCK_H - 1) // BLOCK_H  # of a token in turn, as they lie in memory
     token, part = (tl.program_id(0) // NUM_PARTS).to(tl.int64), tl.program_id(0) % NUM_PARTS
     F: tl.constexpr = D // 2
+    await_kernel_before(EARLY)
     h, f = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_F)[None, :]
     if part < NUM_QK_PARTS:
         head = part * BLOCK_H + h
