@@ -7,6 +7,8 @@ tensors on the device "meta".
 Kernels are written under `from __future__ import annotations`, so that `tl.constexpr` is read by Triton alone.
 """
 
+from __future__ import annotations
+
 import re
 import subprocess
 import tempfile
