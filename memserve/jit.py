@@ -7,6 +7,8 @@ tensors on the device "meta".
 Kernels are written under `from __future__ import annotations`, so that `tl.constexpr` is read by Triton alone.
 """
 
+from __future__ import annotations
+
 import re
 import subprocess
 import tempfile
@@ -29,7 +31,9 @@ except ModuleNotFoundError:
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret) if triton is not None else False  # what Triton decides, too
 
-__all__ = ["INTERPRETED", "KernelLaunch", "KernelResources", "RowConfig", "jit", "runs_on", "tl"]
+__all__ = ["INTERPRETED", "KernelLaunch", "KernelResources", "RowConfig", "await_kernel_before", "jit", "runs_on", "tl"]
+
+EARLY_CAPABILITY = 90  # from here on a kernel can be launched before the one ahead of it has ended
 
 _LAUNCHING = threading.Lock()  # of two threads that are first with a kernel, Triton lets one launch what is not loaded
 _ALIGNMENT = 16  # Triton tells apart whether a pointer or an integer is a multiple of this
@@ -51,6 +55,18 @@ def jit(*varying: str) -> Callable[[Callable[..., Any]], Any]:
     return decorator
 
 
+@jit()
+def await_kernel_before(EARLY: tl.constexpr) -> None:
+    """The first of a kernel that is launched early: what the kernel before it writes may be read from here on, and what
+    it reads written. It lets the next one be launched, whose own wait is for all of this one.
+
+    Every program of such a kernel has to wait: the next one's wait ends with this kernel, and is to mean all before.
+    """
+    if EARLY and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether kernels run there: on a GPU, and under Triton's interpreter (TRITON_INTERPRET=1 at start) anywhere."""
     return triton is not None and (device.type == "cuda" or triton.knobs.runtime.interpret)
@@ -58,16 +74,26 @@ def runs_on(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory.  cubin: it."""
+    """What one compiled kernel takes. registers: of a thread.  spill_bytes: of a thread, in slow memory.  cubin: it.
+    layouts: it in Triton's last words of its own, which say how tiles lie.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     cubin: bytes = field(default=b"", repr=False)
+    layouts: str = field(default="", repr=False)
 
-    def instructions(self) -> set[str]:
-        """The names of those in its machine code, such as LDG.E.128."""
-        return set(re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)", _cuobjdump(self.cubin, "-sass")))
+    def tiles(self) -> dict[str, str]:
+        """Of those of a kernel in shared memory: how each lies there, by its shape and type."""
+        names = dict(re.findall(r"^(#shared\d*) = (.*)$", self.layouts, re.MULTILINE))
+        return {shape: names[name] for shape, name in re.findall(r"memdesc<([\dx]+x\w+), (#shared\d*)", self.layouts)}
+
+    def instructions(self) -> list[str]:
+        """The names of those in its machine code, in its order, such as LDG.E.128."""
+        code = _cuobjdump(self.cubin, "-sass")
+        names: list[str] = re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
+        return names
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,8 @@ class KernelLaunch:
     args: tensors and numbers by their names.  constants: the kernel's constexpr parameters.
     fp_fusion: whether a product and a sum may become one operation that rounds once.
     max_registers: of a thread; None: the compiler's choice.
+    early: it is launched while the kernel before it still runs, and waits for that itself (programmatic dependent
+    launch, compute capability 90 and up); of kernels that have the parameter EARLY.
     """
 
     kernel: Any
@@ -95,6 +123,7 @@ class KernelLaunch:
     num_stages: int
     fp_fusion: bool
     max_registers: int | None = None
+    early: bool = False
 
     def run(self) -> None:
         """Starts it on the current stream of its tensors' device; an empty grid starts nothing."""
@@ -102,11 +131,11 @@ class KernelLaunch:
             return
         device = next(x.device for x in self.args.values() if isinstance(x, torch.Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _LAUNCHING:
-            self.kernel[self.grid](**self.args, **self.constants, **self._options)
+            self.kernel[self.grid](**self.args, **self._constants, **self._options)
 
     def compile(self, capability: int) -> KernelResources:
         """Compiles it for a compute capability (80 or 90, say), without a GPU; launches nothing."""
-        arguments = {name: self.args.get(name, self.constants.get(name)) for name in self.kernel.arg_names}
+        arguments = {name: self.args.get(name, self._constants.get(name)) for name in self.kernel.arg_names}
         types = {name: self._type_of(name) for name in arguments}
         aligned = [name for name, type_ in types.items() if type_ != "constexpr" and self._is_aligned(name)]
         source = ASTSource(
@@ -119,11 +148,11 @@ class KernelLaunch:
         cubin: bytes = compiled.asm["cubin"]
         found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(cubin, "-res-usage"))
         assert found, "cuobjdump says what a kernel takes"
-        return KernelResources(int(found[1]), int(found[2]), compiled.metadata.shared, cubin)
+        return KernelResources(int(found[1]), int(found[2]), compiled.metadata.shared, cubin, compiled.asm["ttgir"])
 
     def _type_of(self, name: str) -> str:
         """Triton's name for the type of an argument; an integer of one is a constant to it, unless it varies."""
-        if name in self.constants:
+        if name in self._constants:
             return "constexpr"
         value = self.args[name]
         if isinstance(value, torch.Tensor):
@@ -142,13 +171,18 @@ class KernelLaunch:
 
     @property
     def _options(self) -> dict[str, int | bool | None]:
-        """In Triton's words."""
-        return {
+        """In Triton's words; of one of them its interpreter knows nothing."""
+        options: dict[str, int | bool | None] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
             "maxnreg": self.max_registers,
         }
+        return {**options, "launch_pdl": True} if self.early and not triton.knobs.runtime.interpret else options
+
+    @property
+    def _constants(self) -> Mapping[str, int | bool]:
+        return {**self.constants, "EARLY": self.early} if "EARLY" in self.kernel.arg_names else self.constants
 
     @property
     def _varying(self) -> Sequence[str]:

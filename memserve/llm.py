@@ -28,11 +28,11 @@ from memserve.request import Role, TokenLogprobs, require_priority
 from memserve.sampling_params import SamplingParams
 from memserve.sched.queue_policy import QueuePolicy
 
-_OF_THE_MODEL = ("dtype", "device", "attention", "compile", "fused_rows", "max_context", "num_threads")
+_OF_MODEL = ("dtype", "device", "attention", "compile", "fused_rows", "early_launches", "max_context", "num_threads")
 _OF_KVCACHE = ("num_dram_blocks", "hbm_bytes", "dram_bytes", "async_swap", "swap_ahead_blocks")
 OPTIONS = {
     **{name: name for name in ("index", "eviction", "queue", "batching", "preemption", "swap", "layout", "seed")},
-    **{name: f"model.{name}" for name in _OF_THE_MODEL},
+    **{name: f"model.{name}" for name in _OF_MODEL},
     **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",

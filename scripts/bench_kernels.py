@@ -105,10 +105,10 @@ def steps(scale: Scale, decoding: DecodeSteps, read: float, with_hf: bool) -> It
     for batch, context in scale.steps:
         limit_s = machine.seconds(decode_work(decoding.config, np.full(batch, context), scale.dtype.itemsize))
         what = f"decode step, batch {batch}, {context} tokens each"
-        yield Measured(what, decoding.ours_s(batch, context) * 1e3, limit_s * 1e3, "ms", "<= 1.25")
-        if batch <= MAX_ROWS:
-            seconds = decoding.ours_s(batch, context, fused=True)
-            yield Measured(f"{what}, fused products", seconds * 1e3, limit_s * 1e3, "ms", "<= 1.25")
+        for fused, early in itertools.product((False, True) if batch <= MAX_ROWS else (False,), (False, True)):
+            how = ", fused products" * fused + ", launched early" * early
+            seconds = decoding.ours_s(batch, context, fused, early)
+            yield Measured(what + how, seconds * 1e3, limit_s * 1e3, "ms", "<= 1.25")
         if with_hf:
             seconds = decoding.hugging_face_s(batch, context)
             yield Measured(f"{what}, transformers", seconds * 1e3, limit_s * 1e3, "ms", "")

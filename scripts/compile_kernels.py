@@ -21,7 +21,7 @@ from options import new_file
 
 from memserve.jit import KernelLaunch, KernelResources
 from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
-from memserve.model.kernels.few_rows import MAX_ROWS, few_rows_launch
+from memserve.model.kernels.few_rows import MAX_ROWS, NormOf, few_rows_launch, num_parts
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
@@ -92,7 +92,8 @@ def cases(
 def _around(launch: KernelLaunch) -> str:
     """What else it does."""
     named = {"NORM": "after a norm", "GLU": "SwiGLU", "ADD": "with residual"}
-    return "".join(f", {words}" for name, words in named.items() if launch.constants.get(name))
+    rows = f", {launch.constants['BLOCK_T']} rows" if "BLOCK_T" in launch.constants else ""
+    return "".join(f", {words}" for name, words in named.items() if launch.constants.get(name)) + rows
 
 
 def compile_case(case: Case) -> Compiled:
@@ -118,14 +119,20 @@ def _norms(size: int, dtype: torch.dtype) -> list[KernelLaunch]:
 
 
 def _products(size: int) -> list[KernelLaunch]:
-    """From as many features to as many."""
-    x_TI, weight_WI, bias_W = (_empty(torch.bfloat16, *shape) for shape in ((MAX_ROWS, size), (size, size), (size,)))
-    two_WI, norm = _empty(torch.bfloat16, 2 * size, size), (_empty(torch.float32, size), 0.1)
-    return [
-        few_rows_launch(x_TI, weight_WI, x_TI, norm, bias_W),
-        few_rows_launch(x_TI, two_WI, x_TI, norm),
-        few_rows_launch(x_TI, weight_WI, x_TI, add_TO=x_TI),
-    ]
+    """From as many features to as many, of one tile's rows and of two."""
+    weight_WI, bias_W = _empty(torch.bfloat16, size, size), _empty(torch.bfloat16, size)
+    two_WI, scale_I = _empty(torch.bfloat16, 2 * size, size), _empty(torch.float32, size)
+    launches = []
+    for num_rows in (MAX_ROWS // 2, MAX_ROWS):
+        x_TI = _empty(torch.bfloat16, num_rows, size)
+        squares_TP = _empty(torch.float32, num_rows, num_parts(size))
+        norm = NormOf(scale_I, 0.1, squares_TP)
+        launches += [
+            few_rows_launch(x_TI, weight_WI, x_TI, norm, bias_W),
+            few_rows_launch(x_TI, two_WI, x_TI, norm),
+            few_rows_launch(x_TI, weight_WI, x_TI, add_TO=x_TI, squares_TP=squares_TP),
+        ]
+    return launches
 
 
 def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int, shape: CacheShape) -> list[KernelLaunch]:

@@ -15,6 +15,7 @@ from memserve.clock import monotonic_ns, to_s
 from memserve.jit import KernelLaunch
 from memserve.model.kernels.configs import (
     ELEMENTWISE,
+    KV_WRITE,
     DecodeConfig,
     ProductConfig,
     RowConfig,
@@ -25,7 +26,7 @@ from memserve.model.kernels.configs import (
     paged_decode_config,
     paged_prefill_config,
 )
-from memserve.model.kernels.few_rows import few_rows_launch
+from memserve.model.kernels.few_rows import NormOf, few_rows_launch, squares_of
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
@@ -163,7 +164,7 @@ def kv_write_case(scale: Scale) -> Case[RowConfig]:
     slots = torch.randperm(n, device=scale.device)
     num_bytes = 2 * qkv.nbytes + cos.nbytes + sin.nbytes
     return Case(
-        "rope and cache write", num_bytes, ELEMENTWISE, lambda c: [kv_write_launch(qk, v, cos, sin, q, kv, slots, c)], q
+        "rope and cache write", num_bytes, KV_WRITE, lambda c: [kv_write_launch(qk, v, cos, sin, q, kv, slots, c)], q
     )
 
 
@@ -204,7 +205,9 @@ def _product(
     weight = scale.random(2 * num_out if gated else num_out, num_in) / num_in**0.5
     added, ops, linear = scale.random(num_rows, num_out), TritonOps(), Linear(weight)
     norm, delta = RMSNorm(torch.ones(num_in, device=scale.device), 1e-5), scale.random(num_rows, num_in)
-    around: dict[str, Any] = {"norm": (norm.scale, norm.sum_eps)} if normed else {"add_TO": added}
+    around: dict[str, Any] = {"add_TO": added}
+    if normed:
+        around = {"norm": NormOf(norm.scale, norm.sum_eps, squares_of(x))}
 
     @torch.inference_mode()
     def apart() -> object:

@@ -112,7 +112,7 @@ for part in "${parts[@]}"; do
         run kernels 150 "the column wanted" "$python" scripts/bench_kernels.py --parts kernels "${dry[@]}"
         ;;
     decode)
-        run decode 200 "the column wanted, transformers beside it" "$python" scripts/bench_kernels.py --parts steps \
+        run decode 260 "the column wanted, transformers beside it" "$python" scripts/bench_kernels.py --parts steps \
             "${dry[@]}"
         run "decode, kernel by kernel" 120 "none: where a step's time goes" "$python" scripts/bench_kernels.py \
             --parts profile "${dry[@]}"

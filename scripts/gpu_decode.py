@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, StaticCache
 
 from memserve.clock import monotonic_ns, to_s
+from memserve.jit import EARLY_CAPABILITY
 from memserve.kvcache.layout import DiscreteLayout
+from memserve.model.kernels.configs import capability_of
 from memserve.model.kernels.few_rows import MAX_ROWS
 from memserve.model.llama import Llama, load_model
 from memserve.model.model_config import ModelConfig
@@ -68,12 +70,12 @@ class DecodeSteps:
     def __init__(self, model: ModelConfig, device: torch.device, num_steps: int) -> None:
         self.config, self._device, self._num_steps = model, device, num_steps
 
-    def ours_s(self, batch: int, context: int, fused: bool = False) -> float:
+    def ours_s(self, batch: int, context: int, fused: bool = False, early: bool = False) -> float:
         """Median seconds of `ModelRunner.forward`: inputs copied, the graph replayed, greedy tokens read.
 
-        fused: products by `FewRowsOps`, where steps are captured.
+        fused: products by `FewRowsOps`, where steps are captured.  early: `Llama.early_launches`, where they can be.
         """
-        return self._median_s(self._our_step(batch, context, fused))
+        return self._median_s(self._our_step(batch, context, fused, early))
 
     def profile(self, batch: int, context: int, fused: bool = False) -> list[KernelTime]:
         """Of the mean of as many of our steps, the kernels that take longest first; on a CPU, torch's operations."""
@@ -89,9 +91,12 @@ class DecodeSteps:
             times.append(KernelTime(event.key, event.count / self._num_steps, total_us / self._num_steps))
         return sorted(times, key=lambda t: -t.us)
 
-    def _our_step(self, batch: int, context: int, fused: bool) -> Callable[[], object]:
+    def _our_step(self, batch: int, context: int, fused: bool, early: bool = False) -> Callable[[], object]:
         if self._device.type == "cuda":
-            self._ours.compile(MAX_ROWS if fused else 0)  # CUDA graphs; a CPU's would take a compiler and minutes
+            early = early and capability_of(self._device) >= EARLY_CAPABILITY
+            self._ours.compile(
+                MAX_ROWS if fused else 0, early
+            )  # CUDA graphs; a CPU's would take a compiler and minutes
         blocks_each = -(-context // BLOCK_SIZE)
         shape = DiscreteLayout().shape(geometry(self.config, BLOCK_SIZE, DTYPE), batch * blocks_each)
         kv = torch.randn(shape, dtype=DTYPE, device=self._device)

@@ -90,8 +90,8 @@ def norm_rows(scale: Scale) -> Iterator[RowConfig]:
 
 
 def product_tiles(scale: Scale) -> Iterator[ProductConfig]:
-    for block_o, block_i, warps, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 4, 8), (3, 4, 6)):
-        yield ProductConfig(block_o, block_i, warps, stages)
+    for block_w, block_i, warps, stages in itertools.product((16, 32, 64), (128, 256, 512), (2, 4, 8), (3, 4, 6)):
+        yield ProductConfig(block_w, block_i, warps, stages)
 
 
 def product_cases(scale: Scale, gated: bool) -> Iterator[Case[Any]]:

@@ -351,6 +351,7 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["repeats=3", "seeds=2"], "repeats=3 contradicts seeds=2: expected 1 for one of them"),
         (["model.compile=true", "model.fused_rows=-1"], "model.fused_rows=-1: expected an integer >= 0"),
         (["model.fused_rows=4"], "model.fused_rows=4 contradicts model.compile=false: expected 0"),
+        (["model.early_launches=true"], "model.early_launches=true contradicts model.compile=false: expected false"),
         (["seed=-1"], "seed=-1"),
         (["policy=null"], "policy=null: expected a word of its group, balanced_prefix, "),
         (["geometry=[1]"], "geometry=[1]: expected a word of its group, llama2_13b"),
@@ -397,6 +398,10 @@ def test_bad_or_contradictory_words_are_refused_by_name(words, message):
         (["exec=emulated", "model=tiny", "model.device=abacus"], "model.device=abacus"),
         (["exec=emulated", "model=tiny", "model.attention=magic"], "magic"),
         (["exec=emulated", "model=tiny", "model.compile=true", "model.fused_rows=4"], "model.fused_rows=4 on cpu"),
+        (
+            ["exec=emulated", "model=tiny", "model.compile=true", "model.early_launches=true"],
+            "early_launches=true on cpu",
+        ),
     ],
 )
 def test_values_that_their_classes_refuse_raise_before_anything_runs(words, message):

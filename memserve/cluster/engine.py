@@ -58,7 +58,7 @@ def build_engine(cfg: RunConfig, *, with_model: bool = True, with_weights: bool 
     device = _device(cfg.model.device) if with_weights else torch.device("meta")
     model = load_model(config, opened.weights, getattr(torch, cfg.model.dtype), device, shard)
     if cfg.model.compile and with_weights:
-        model.compile(cfg.model.fused_rows)
+        model.compile(cfg.model.fused_rows, cfg.model.early_launches)
     return Engine(text, config, model, config.vocab_size, max_context)
 
 

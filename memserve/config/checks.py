@@ -204,6 +204,8 @@ def _check_model(cfg: RunConfig) -> None:
     require(model.fused_rows >= 0, "model.fused_rows", model.fused_rows, "an integer >= 0")
     if model.fused_rows and not model.compile:
         raise ConfigError(f"model.fused_rows={model.fused_rows} contradicts model.compile=false: expected 0")
+    if model.early_launches and not model.compile:
+        raise ConfigError("model.early_launches=true contradicts model.compile=false: expected false")
     if model.near_ties and (cfg.tokens, model.dtype) != ("model", "float32"):
         said = f"model.dtype={model.dtype}" if cfg.tokens == "model" else f"tokens={cfg.tokens}, which has no logits"
         raise ConfigError(f"model.near_ties=true contradicts {said}: expected null or false, or a model in float32")

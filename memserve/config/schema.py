@@ -15,6 +15,7 @@ class ModelConfigNode:
     """Which model runs and how. `path` and `random` exclude each other.
 
     fused_rows: captured decode steps of up to so many requests have kernels that fuse products with what is around.
+    early_launches: kernels of captured decode steps are launched while those before them still run.
     near_ties: greedy tokens that rounding alone might have chosen are counted; None: in float32.
     """
 
@@ -25,6 +26,7 @@ class ModelConfigNode:
     attention: str = "auto"
     compile: bool = False
     fused_rows: int = 0
+    early_launches: bool = False
     near_ties: bool | None = None
     max_context: int | None = None
     num_threads: int | None = None

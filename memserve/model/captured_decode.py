@@ -20,7 +20,7 @@ from memserve.model.kernels.configs import capability_of, paged_decode_config
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
 from memserve.model.llama import Llama
-from memserve.model.ops import FewRowsOps, Ops, TritonOps, in_rows
+from memserve.model.ops import FewRowsOps, TritonOps, in_rows
 from memserve.model.rope import Rotation
 from memserve.transfer.side_stream import new_stream
 
@@ -62,10 +62,10 @@ class StaticInputs:
 
 
 class StaticAttention(LayerAttention):
-    """The kernels of TritonAttention over StaticInputs."""
+    """The kernels of TritonAttention over StaticInputs, run as those of `ops`."""
 
-    def __init__(self, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor], ops: Ops) -> None:
-        self.ops, self._inputs, self._kv_layers = ops, inputs, kv_layers
+    def __init__(self, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor], ops: TritonOps) -> None:
+        self.ops, self._run, self._inputs, self._kv_layers = ops, ops.run, inputs, kv_layers
         head_dim, dtype = kv_layers[0].shape[4], kv_layers[0].dtype
         self._config = paged_decode_config(head_dim, dtype, capability_of(inputs.rows.device))
 
@@ -74,7 +74,8 @@ class StaticAttention(LayerAttention):
     ) -> torch.Tensor:
         q_THD = qk_THD.new_empty(len(qk_THD), qk_THD.shape[1] - v_TKD.shape[1], qk_THD.shape[2])
         slots_T = self._inputs.facts[_SLOT]
-        kv_write_launch(in_rows(qk_THD), in_rows(v_TKD), *rotation, q_THD, self._kv_layers[layer], slots_T).run()
+        qk_THD, v_TKD = in_rows(qk_THD), in_rows(v_TKD)
+        self._run(kv_write_launch(qk_THD, v_TKD, *rotation, q_THD, self._kv_layers[layer], slots_T))
         return q_THD
 
     def attend(self, layer: int, q_THD: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ class StaticAttention(LayerAttention):
         for launch in paged_decode_launches(
             q_THD, kv_2NBKD, out_THD, tables, lens_R, rows, rows, MAX_SPLITS, self._config
         ):
-            launch.run()
+            self._run(launch)
         return out_THD
 
 
@@ -154,7 +155,7 @@ def _nothing_collected() -> Iterator[None]:
 @torch.inference_mode()
 def decode_step(model: Llama, inputs: StaticInputs, kv_layers: Sequence[torch.Tensor]) -> torch.Tensor:
     """One step of every row: logits [R, V], of padding rows without meaning. Starts kernels and waits for nothing."""
-    ops = FewRowsOps() if len(inputs.rows) <= model.fused_rows else TritonOps()
+    ops = (FewRowsOps if len(inputs.rows) <= model.fused_rows else TritonOps)(model.early_launches)
     attention = StaticAttention(inputs, kv_layers, ops)
     rotation = model.rotary.rotation(inputs.facts[_POSITION])
     stream = model.embed(inputs.token_ids)

@@ -11,8 +11,10 @@ S sampled rows, O output features of a product.
 import torch
 from torch.nn import functional
 
+from memserve.jit import EARLY_CAPABILITY
 from memserve.model.attention.base import LayerAttention
 from memserve.model.decode_graph import DecodeGraph
+from memserve.model.kernels.configs import capability_of
 from memserve.model.kernels.few_rows import MAX_ROWS
 from memserve.model.layers import Linear, RMSNorm
 from memserve.model.loader import Loader
@@ -105,7 +107,7 @@ class Llama(torch.nn.Module):
         self.config = config = load.shard.config(config)
         self.dtype, self.device, self.shard = load.dtype, load.device, load.shard
         self.decode_graph: DecodeGraph | None = None
-        self.captures_decode, self.fused_rows = False, 0
+        self.captures_decode, self.fused_rows, self.early_launches = False, 0, False
         shape = (config.vocab_size, config.hidden_size)
         self.register_buffer("embedding_VE", load.tensor(self._embedding_name(load), shape))
         self.rotary = RotaryEmbedding(config, load.dtype, load.device)
@@ -126,12 +128,13 @@ class Llama(torch.nn.Module):
         own_PE = load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
         return own_PE if tied_PE is None or not torch.equal(own_PE, tied_PE) else tied_PE
 
-    def compile(self, fused_rows: int = 0) -> None:
+    def compile(self, fused_rows: int = 0, early_launches: bool = False) -> None:
         """Lets decode steps run as one graph, built when a runner starts: on a GPU each runner captures its own
         (`CapturedDecode`), elsewhere all share a compiled one (`DecodeGraph`).
 
         fused_rows: graphs of up to so many requests have products that are kernels of ours with the norms, SwiGLU and
-        sums around them (`FewRowsOps`); on a GPU in bfloat16, at most few_rows.MAX_ROWS.
+        sums around them (`FewRowsOps`); on a GPU in bfloat16, at most few_rows.MAX_ROWS.  early_launches: kernels of
+        ours in graphs are launched while the one before still runs, on a GPU of compute capability 90 or more.
 
         Raises ValueError where that cannot be: on a model split over ranks, and see `DecodeGraph`.
         """
@@ -146,7 +149,11 @@ class Llama(torch.nn.Module):
             )
         if not 0 <= fused_rows <= MAX_ROWS:
             raise ValueError(f"model.fused_rows={fused_rows}: expected 0 to {MAX_ROWS}")
-        self.captures_decode, self.fused_rows = captures, fused_rows
+        if early_launches and capability_of(self.device) < EARLY_CAPABILITY:
+            raise ValueError(
+                f"model.early_launches=true on {self.device}: expected false; or a GPU of capability 9.0 or more"
+            )
+        self.captures_decode, self.fused_rows, self.early_launches = captures, fused_rows, early_launches
         if not captures:
             self.decode_graph = DecodeGraph(self)
 

@@ -7,11 +7,12 @@ Shape legend: T tokens, E hidden size, F intermediate features, I and O input an
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 
-from memserve.jit import runs_on
-from memserve.model.kernels.few_rows import few_rows_launch
+from memserve.jit import KernelLaunch, runs_on
+from memserve.model.kernels.few_rows import NormOf, few_rows_launch, num_parts, squares_of
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.swiglu import swiglu_launch
 from memserve.model.layers import Linear, RMSNorm, swiglu
@@ -67,11 +68,17 @@ class TorchOps(Ops):
 
 
 class TritonOps(Ops):
-    """One kernel each, in float32 inside."""
+    """One kernel each, in float32 inside. early: launched while what is before it still runs, see `KernelLaunch`."""
+
+    def __init__(self, early: bool = False) -> None:
+        self.early = early
+
+    def run(self, launch: KernelLaunch) -> None:
+        replace(launch, early=self.early).run()
 
     def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        norm_launch(in_rows(x), None, None, y, norm.scale, norm.sum_eps).run()
+        self.run(norm_launch(in_rows(x), None, None, y, norm.scale, norm.sum_eps))
         return y
 
     def add_norm(self, norm: RMSNorm, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,20 +87,24 @@ class TritonOps(Ops):
             return x_TE, self.norm(norm, x_TE)
         x_TE = x_TE.contiguous()
         sum_TE, y_TE = torch.empty_like(x_TE), torch.empty_like(x_TE)
-        norm_launch(x_TE, delta_TE.contiguous(), sum_TE, y_TE, norm.scale, norm.sum_eps).run()
+        self.run(norm_launch(x_TE, delta_TE.contiguous(), sum_TE, y_TE, norm.scale, norm.sum_eps))
         return sum_TE, y_TE
 
     def swiglu(self, gate_up_TO: torch.Tensor) -> torch.Tensor:
         num_tokens, num_features = gate_up_TO.shape
         out_TF = torch.empty(num_tokens, num_features // 2, dtype=gate_up_TO.dtype, device=gate_up_TO.device)
-        swiglu_launch(in_rows(gate_up_TO), out_TF).run()
+        self.run(swiglu_launch(in_rows(gate_up_TO), out_TF))
         return out_TF
 
 
 class FewRowsOps(TritonOps):
     """A product is one kernel with what comes before and after it: three launches a layer less. For up to
-    few_rows.MAX_ROWS rows in bfloat16, of a model on one rank: nobody sums between.
+    few_rows.MAX_ROWS rows in bfloat16, of a model on one rank: nobody sums between. Of one step: it knows the last sum.
     """
+
+    def __init__(self, early: bool = False) -> None:
+        super().__init__(early)
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # a sum [T, E], and its squares [T, P]
 
     def norm_linear(self, norm: RMSNorm, stream: Stream, linear: Linear) -> tuple[torch.Tensor, torch.Tensor]:
         return self._of_norm(norm, stream, linear, len(linear.weight))
@@ -102,8 +113,11 @@ class FewRowsOps(TritonOps):
         return self._of_norm(norm, stream, gate_up, len(gate_up.weight) // 2)
 
     def add_linear(self, x_TE: torch.Tensor, y_TI: torch.Tensor, linear: Linear) -> Stream:
+        num_rows, num_out = x_TE.shape
         sum_TE = torch.empty_like(x_TE)
-        few_rows_launch(y_TI, linear.weight, sum_TE, bias_W=linear.bias, add_TO=x_TE).run()
+        squares_TP = torch.empty(num_rows, num_parts(num_out), dtype=torch.float32, device=x_TE.device)
+        self.run(few_rows_launch(y_TI, linear.weight, sum_TE, bias_W=linear.bias, add_TO=x_TE, squares_TP=squares_TP))
+        self._last = sum_TE, squares_TP
         return sum_TE, None
 
     def _of_norm(
@@ -113,8 +127,13 @@ class FewRowsOps(TritonOps):
         x_TE, delta_TE = stream
         assert delta_TE is None, "every sum before is part of its product"
         y_TO = x_TE.new_empty(len(x_TE), num_out)
-        few_rows_launch(x_TE, linear.weight, y_TO, (norm.scale, norm.sum_eps), bias_W=linear.bias).run()
+        normed = NormOf(norm.scale, norm.sum_eps, self._squares(x_TE))
+        self.run(few_rows_launch(x_TE, linear.weight, y_TO, normed, bias_W=linear.bias))
         return x_TE, y_TO
+
+    def _squares(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """Those that the product before has left; of embeddings they are taken here."""
+        return self._last[1] if self._last is not None and self._last[0] is x_TE else squares_of(x_TE)
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:

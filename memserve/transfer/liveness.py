@@ -32,7 +32,7 @@ def started_at(pid: int) -> str:
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name; none where there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
             return []
@@ -41,3 +41,12 @@ def _stat(pid: int) -> list[str]:
         except ProcessLookupError:
             return []
         return ["R"] + ["0"] * _STARTED
+
+
+def _read(path: str) -> bytes:
+    """A short file at once: before each copy it is read, and by Path that takes three times as long."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(file, 4096)
+    finally:
+        os.close(file)

@@ -135,6 +135,24 @@ def test_captured_logits_in_bfloat16_are_within_a_bound_of_float64(fused_rows) -
     torch.testing.assert_close(logits(model, "triton"), expected_RV, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("fused_rows", [0, 8], ids=["products apart", "products fused"])
+def test_steps_launched_early_give_the_logits_of_those_in_turn_bit_for_bit(fused_rows) -> None:
+    """A kernel that did not wait for the one before would read what is not there yet."""
+
+    def logits(early: bool) -> list[torch.Tensor]:
+        model = load_model(ONE_LAYER, RandomWeights(ONE_LAYER, SEED), torch.bfloat16, torch.device("cuda", 0))
+        model.compile(fused_rows, early)
+        engine = MiniEngine(
+            model, BLOCK_SIZE, attention="triton", num_blocks=64, sampler=(sampler := RecordingSampler())
+        )
+        engine.finish([engine.request(prompt, max_tokens=4) for prompt in PROMPTS[:3]])
+        return [logits_RV.cpu() for logits_RV in sampler.logits]
+
+    in_turn, early = logits(early=False), logits(early=True)
+    assert len(in_turn) == len(early) > 1
+    assert all(torch.equal(*pair) for pair in zip(in_turn, early, strict=True))
+
+
 def test_fused_products_are_refused_in_another_dtype_and_for_more_rows_than_there_are() -> None:
     with pytest.raises(ValueError, match=r"model.fused_rows=1 on cuda:0 in torch.float32: expected 0"):
         load_model(SMALL, RandomWeights(SMALL, SEED), torch.float32, torch.device("cuda", 0)).compile(1)

@@ -1,5 +1,8 @@
 """scripts/compile_kernels.py: default configurations compile without a GPU, spill nothing and fit; the rest by make."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from child_process import needs_triton
@@ -58,6 +61,7 @@ def test_gpus_without_rows_of_their_own_have_the_shared_memory_for_those_that_th
 
 
 WARPGROUP_PRODUCT, PRODUCT, COPY = "HGMMA.", "HMMA.16816", "LDGSTS.E.BYPASS.128"  # tensor cores; cache to shared memory
+SWIZZLED = r"maxPhase = 8|swizzlingByteWidth = 128"
 WIDE_LOAD, WIDE_STORE = "LDG.E.128", "STG.E.128"
 
 
@@ -80,6 +84,34 @@ def test_machine_code_has_the_instructions_that_make_it_fast(script, kernel, siz
     case = next(c for c in script("compile_kernels").cases(kernel, capability, [size]) if c.dtype == dtype)
     found = script("compile_kernels").compile_case(case).resources.instructions()
     assert [name for name in wanted if not any(i.startswith(name) for i in found)] == []
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "size"), [("few_rows", 4096), ("paged_decode", 128), ("paged_prefill", 128)])
+def test_factors_lie_in_shared_memory_so_that_tensor_cores_read_them_at_full_rate(script, kernel, size) -> None:
+    """Rows of 128 bytes and more, one below the other, are read eight times as slowly."""
+    for case in script("compile_kernels").cases(kernel, 90, [size]):
+        if case.dtype == torch.bfloat16:
+            tiles = script("compile_kernels").compile_case(case).resources.tiles()
+            slow = [t for t, lies in tiles.items() if t.endswith("bf16") and not re.search(SWIZZLED, lies)]
+            assert slow == [] and (tiles or "combine" in case.kernel), case.what
+
+
+OF_A_STEP = [("few_rows", 4096), ("kv_write", 128), ("paged_decode", 128), ("norm", 4096), ("swiglu", 4096)]
+
+
+@needs_triton
+@pytest.mark.parametrize(("kernel", "size"), OF_A_STEP)
+def test_a_kernel_that_is_launched_early_touches_nothing_before_its_wait(script, kernel, size) -> None:
+    """But weights, which it asks into the L2 cache; and the next one is let in after the wait, whose own is for all."""
+    chosen = [c for c in script("compile_kernels").cases(kernel, 90, [size]) if c.dtype == torch.bfloat16]
+    for case in chosen:
+        done = script("compile_kernels").compile_case(replace(case, launch=replace(case.launch, early=True)))
+        names = done.resources.instructions()
+        wait, lets_in = names.index("ACQBULK"), names.index("PREEXIT")
+        assert done.fits and wait < lets_in and names.count("ACQBULK") == names.count("PREEXIT") == 1
+        assert not [n for n in names[:wait] if n.startswith(("LD", "ST", "ATOM", "EXIT")) and not n.startswith("LDC")]
+        assert any(n.startswith("CCTL") for n in names[:wait]) == (kernel == "few_rows")
 
 
 @needs_triton

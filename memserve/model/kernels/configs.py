@@ -46,9 +46,11 @@ class DecodeConfig(TileConfig):
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """block_o: rows of the weight, block_i: features of them that a program holds at once, at most."""
+    """block_w: rows of the weight, block_i: features of them that a program holds at once, at most; its warps share the
+    features.
+    """
 
-    block_o: int
+    block_w: int
     block_i: int
     num_warps: int
     num_stages: int
@@ -85,9 +87,10 @@ _DECODE: dict[_Kind, DecodeConfig] = {
     (90, 128, 4): DecodeConfig(16, 16, 8, 3, 128),
     (90, 256, 4): DecodeConfig(16, 16, 8, 3, 128),
 }
-ELEMENTWISE = RowConfig(1024, 4)  # kv_write and swiglu, whatever they run on
+ELEMENTWISE = RowConfig(1024, 4)  # swiglu, whatever it runs on
+KV_WRITE = RowConfig(1024, 2)
 # Of few_rows, whatever it runs on: 48 KiB of weight under way beside the tile in use.
-_PRODUCT, _TWO_PRODUCTS = ProductConfig(32, 256, 4, 4, 128), ProductConfig(32, 128, 4, 4, 128)
+_PRODUCT, _TWO_PRODUCTS = ProductConfig(32, 256, 4, 4), ProductConfig(32, 256, 4, 4)
 
 
 def capability_of(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, RowConfig, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, await_kernel_before, jit, tl
 from memserve.model.kernels.configs import norm_config, power_of_two
 
 
@@ -15,13 +15,14 @@ from memserve.model.kernels.configs import norm_config, power_of_two
 def _norm_kernel(
     x_ptr: tl.tensor, delta_ptr: tl.tensor, sum_ptr: tl.tensor, y_ptr: tl.tensor, scale_ptr: tl.tensor,
     x_stride_T: tl.tensor, num_rows: tl.tensor, sum_eps: tl.tensor, W: tl.constexpr, E: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_E)[None, :]
     mask = (rows < num_rows)[:, None] & (columns < E)
     offsets = rows.to(tl.int64)[:, None] * E + columns
     x_offsets = (rows // W).to(tl.int64)[:, None] * x_stride_T + (rows % W)[:, None] * E + columns
+    await_kernel_before(EARLY)
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
     # asked for before the sum is waited for: in a decode step it comes from memory, as x does, and all of it at once
     scale = tl.load(scale_ptr + (rows % W)[:, None] * E + columns, mask=mask, other=0.0)

@@ -17,7 +17,7 @@ import math
 import numpy as np
 import torch
 
-from memserve.jit import KernelLaunch, jit, tl
+from memserve.jit import KernelLaunch, await_kernel_before, jit, tl
 from memserve.model.kernels.configs import DecodeConfig, multiprocessors_of, power_of_two
 from memserve.model.kernels.paged_tile import attend_tile
 
@@ -38,7 +38,9 @@ def _paged_decode_kernel(
     scale: tl.tensor, kv_stride_2: tl.tensor, kv_stride_N: tl.tensor, kv_stride_B: tl.tensor, kv_stride_K: tl.tensor,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
+    await_kernel_before(EARLY)
     kv_head, i = tl.program_id(0), tl.program_id(2)
     request, row = tl.load(requests_ptr + i), tl.load(rows_ptr + i)
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
@@ -77,8 +79,9 @@ def _paged_decode_kernel(
 def _combine_kernel(
     sums_ptr: tl.tensor, log_ptr: tl.tensor, out_ptr: tl.tensor, lens_ptr: tl.tensor, requests_ptr: tl.tensor,
     rows_ptr: tl.tensor, num_splits: tl.tensor, H: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
+    await_kernel_before(EARLY)
     head, i = tl.program_id(0), tl.program_id(1)
     request, row = tl.load(requests_ptr + i), tl.load(rows_ptr + i)
     num_kv = tl.load(lens_ptr + request).to(tl.int32)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import torch
 
-from memserve.jit import KernelLaunch, RowConfig, jit, tl
+from memserve.jit import KernelLaunch, RowConfig, await_kernel_before, jit, tl
 from memserve.model.kernels.configs import ELEMENTWISE, power_of_two
 
 
 @jit()
 def _swiglu_kernel(
-    gate_up_ptr: tl.tensor, out_ptr: tl.tensor, gate_up_stride_T: tl.tensor, F: tl.constexpr, BLOCK_F: tl.constexpr
-) -> None:
+    gate_up_ptr: tl.tensor, out_ptr: tl.tensor, gate_up_stride_T: tl.tensor, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:  # fmt: skip
     NUM_PARTS: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F  # those of a row in turn: memory is read fastest in order
     token, part = (tl.program_id(0) // NUM_PARTS).to(tl.int64), tl.program_id(0) % NUM_PARTS
     columns = part * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = columns < F
+    await_kernel_before(EARLY)
     gate = tl.load(gate_up_ptr + token * gate_up_stride_T + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + token * gate_up_stride_T + F + columns, mask=mask, other=0.0).to(tl.float32)
     product = gate / (1.0 + tl.exp(-gate)) * up

@@ -50,6 +50,22 @@ def test_padding_rows_write_nowhere_and_change_no_answer() -> None:
     torch.testing.assert_close(kv, decoding.engine.kv, equal_nan=True)
 
 
+@pytest.mark.parametrize("fused_rows", [0, 4])
+def test_kernels_that_are_launched_early_are_all_of_ours_and_compute_the_same(fused_rows, monkeypatch) -> None:
+    decoding = Decoding(random_model(ONE_LAYER, 1, torch.bfloat16))
+    decoding.model.fused_rows = fused_rows
+    expected_RV, early, run = decoding.captured()[0], [], KernelLaunch.run
+
+    def watched(launch: KernelLaunch) -> None:
+        early.append(launch.early)
+        run(launch)
+
+    monkeypatch.setattr(KernelLaunch, "run", watched)
+    decoding.model.early_launches = True
+    torch.testing.assert_close(decoding.captured()[0], expected_RV, atol=0, rtol=0, equal_nan=True)
+    assert early and all(early)
+
+
 @pytest.mark.parametrize("config", [ONE_LAYER, BIASED], ids=["norms of heads", "biases"])
 def test_fused_products_are_as_near_to_float64_as_those_they_replace(config, monkeypatch) -> None:
     exact, decoding = (Decoding(random_model(config, 1, dtype)) for dtype in (torch.float64, torch.bfloat16))

@@ -58,7 +58,8 @@ def test_kv_write_rotates_and_touches_the_slots_of_its_tokens_alone(dtype, head_
     kv_2NBKD.fill_(7.0)
     qkv_THD = torch.randn(4, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
     qk_THD, v_TKD = qkv_THD.split((num_heads + num_kv_heads, num_kv_heads), 1)
-    cos, sin = torch.randn(2, 4, 1, 2, head_dim // 2).to(dtype)
+    cos, sin = torch.randn(2, 4, 1, 1, head_dim // 2).to(dtype)
+    cos, sin = cos.repeat(1, 1, 2, 1), torch.cat((-sin, sin), 2)
     slots_T = torch.tensor([13, -1, 4, 20])  # the second is a padding row
     q_THD = torch.full((4, num_heads, head_dim), torch.nan, dtype=dtype)
     expected = kv_2NBKD.double()
