@@ -128,6 +128,13 @@ def test_a_member_of_several_ranks_needs_a_torchrun_that_starts_as_many(monkeypa
         find_place(member(0, "127.0.0.1:29999", *words))
 
 
+def test_a_scheduler_that_does_not_reach_its_own_store_says_so_soon(monkeypatch):
+    monkeypatch.setattr("memserve.cluster.launch._SOON", timedelta(seconds=1))
+    elsewhere = f"192.0.2.1:{free_port()}"  # of documentation alone (RFC 5737)
+    with pytest.raises(ConfigError, match=f"cluster.store={elsewhere}: no store there"):
+        find_place(member("scheduler", elsewhere))
+
+
 def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(monkeypatch):
     monkeypatch.setattr("memserve.cluster.launch.this_process", lambda: Process(host_id(), 2**22 + 1, ""))
     store = f"127.0.0.1:{free_port()}"
@@ -146,7 +153,7 @@ def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(
 
 def test_who_is_started_again_and_finds_nobody_need_not_be_started_again(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr("memserve.cluster.launch._REBIRTH", timedelta(seconds=1))
+    monkeypatch.setattr("memserve.cluster.launch._SOON", timedelta(seconds=1))
     with pytest.raises(RunOver, match="nobody is at cluster.store=127.0.0.1"):
         find_place(member(0, f"127.0.0.1:{free_port()}"))
 
