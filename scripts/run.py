@@ -144,7 +144,9 @@ def serve(words: list[str]) -> None:
     except Interrupted as interrupted:
         logging.error("%s", interrupted)
         sys.exit(interrupted.status)
-    except (ValueError, MemoryError, DistError, InvalidLogits) as error:
+    except DistError as error:  # which of its own only says that a connection was closed
+        sys.exit(f"error: the cluster's store does not answer any more: {error}")
+    except (ValueError, MemoryError, InvalidLogits) as error:
         sys.exit(told(error))
 
 

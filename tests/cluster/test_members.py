@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from child_process import free_port
-from torch.distributed import HashStore
+from torch.distributed import DistError, HashStore
 
 from memserve import load_config
 from memserve.cluster.agreement import check_agreed
-from memserve.cluster.launch import RunOver, check_words, find_place, is_first
+from memserve.cluster.farewell import Guest
+from memserve.cluster.launch import Place, RunOver, check_words, find_place, is_first
 from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.node_messages import Alive, Leave, Process, Retire
@@ -133,6 +134,17 @@ def test_a_scheduler_that_does_not_reach_its_own_store_says_so_soon(monkeypatch)
     elsewhere = f"192.0.2.1:{free_port()}"  # of documentation alone (RFC 5737)
     with pytest.raises(ConfigError, match=f"cluster.store={elsewhere}: no store there"):
         find_place(member("scheduler", elsewhere))
+
+
+def test_who_leaves_after_rank_0_has_gone_leaves_all_the_same(monkeypatch, caplog):
+    class Gone(HashStore):
+        def set(self, key, value):
+            raise DistError("Broken pipe")
+
+    monkeypatch.setattr("memserve.cluster.lifeline.own_connection", lambda store: store)
+    guest = Guest(Place(1, 2, Gone(), "127.0.0.1"))
+    guest.say()
+    assert "rank 0 is gone: Broken pipe" in caplog.text
 
 
 def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(monkeypatch):
