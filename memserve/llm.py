@@ -270,7 +270,7 @@ def _as_list(prompts: Any) -> list[Any]:
     many = list(prompts)
     if many and isinstance(many[0], Mapping | int | np.integer):
         return [many]
-    if isinstance(prompts, np.ndarray) and prompts.ndim == 1:
+    if getattr(prompts, "ndim", 0) == 1:  # an array, or torch's
         return [prompts]
     return many
 

@@ -60,6 +60,9 @@ class DrawnWeights:
     def names(self) -> set[str]:
         return set(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         return 0.02 * torch.randn(self._shapes[name], dtype=DTYPE, device=self._device)
 

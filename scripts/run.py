@@ -55,6 +55,7 @@ from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
 from memserve.metrics.table import print_report
 from memserve.model.parallel import GroupBroken
+from memserve.model.sampler import InvalidLogits
 
 gc.freeze()
 gc.enable()
@@ -77,7 +78,7 @@ def main(composed: DictConfig) -> int:
     except NotWritten as error:
         print_report(error.report, title=title)
         sys.exit(f"error: {error}")
-    except (ValueError, MemoryError, OSError, InstanceFailed) as error:
+    except (ValueError, MemoryError, OSError, InstanceFailed, InvalidLogits) as error:
         sys.exit(told(error))
     except Interrupted as interrupted:
         print(f"error: {interrupted}", file=sys.stderr, flush=True)
@@ -143,7 +144,9 @@ def serve(words: list[str]) -> None:
     except Interrupted as interrupted:
         logging.error("%s", interrupted)
         sys.exit(interrupted.status)
-    except (ValueError, MemoryError, DistError) as error:
+    except DistError as error:  # which of its own only says that a connection was closed
+        sys.exit(f"error: the cluster's store does not answer any more: {error}")
+    except (ValueError, MemoryError, InvalidLogits) as error:
         sys.exit(told(error))
 
 

@@ -51,7 +51,8 @@ def test_prompts_come_as_text_chats_or_ids_one_or_many_and_answers_in_order(llm)
     [one] = llm.generate(text, GREEDY)
     assert one.prompt_token_ids == list(b"hello") and len(one.token_ids) == 12 and one.finish_reason == "length"
     assert [o.prompt_token_ids for o in llm.generate([ids, ids[:2]], GREEDY)] == [ids, ids[:2]]
-    assert llm.generate(ids, GREEDY)[0].token_ids == llm.generate(np.array(ids), GREEDY)[0].token_ids
+    for array in (np.array(ids), torch.tensor(ids), torch.tensor([ids])):
+        assert llm.generate(ids, GREEDY)[0].token_ids == llm.generate(array, GREEDY)[0].token_ids
     mixed = llm.generate([text, chat, ids], GREEDY)
     assert mixed[0].token_ids == one.token_ids and mixed[2].prompt_token_ids == ids
     assert mixed[1].token_ids == llm.generate(chat, GREEDY)[0].token_ids == llm.generate([chat], GREEDY)[0].token_ids

@@ -1,6 +1,7 @@
 """scripts/run.py as a user calls it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from memserve import LocalCluster, load_config
 from memserve.metrics.repeats import of_what
+from memserve.model.model_path import open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["exec=simulated", "workload.num_sessions=4", "workload.max_turns=2", "workload.max_output_tokens=8"]
@@ -58,6 +61,22 @@ def test_results_that_cannot_be_written_end_with_one_line_that_says_where(tmp_pa
     done = run(*SMALL, f"hydra.run.dir={tmp_path}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "requests.jsonl" in done.stderr.splitlines()[-1]
+
+
+def test_a_model_whose_logits_are_no_numbers_ends_a_run_with_one_line_that_names_the_request(tmp_path):
+    shape = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 16,
+             "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    weights = open_model(f"random:{tmp_path}").weights
+    tensors = {name: weights.tensor(name) for name in weights.names()}
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    words = ["step_time=model", "workload=synthetic", "workload.num_sessions=1", "workload.prompt_tokens=9"]
+    done = run(*words, f"model.path={tmp_path}", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: row 0 of 1 (request synthetic-00000/0, position 9): the largest logit is nan"), last
+    assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]])

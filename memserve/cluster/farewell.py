@@ -4,7 +4,10 @@ member   leaves, and says so in the store, after its last message; it ends if th
 rank 0   waits for those, a moment; whoever is started again meanwhile learns that all is over
 """
 
+import logging
 from abc import ABC, abstractmethod
+
+from torch.distributed import DistError
 
 from memserve.clock import monotonic_ns, to_ns
 from memserve.cluster.launch import Place, process_of
@@ -17,6 +20,7 @@ from memserve.config.schema import RunConfig
 
 _MOMENT_S = 10.0
 _WAIT_MS = 100
+_log = logging.getLogger("memserve")
 
 
 class Farewell(ABC):
@@ -47,8 +51,12 @@ class Guest(Farewell):
         self._place, self._line = place, StoreLine(place.store)
 
     def say(self) -> None:
+        """Also where rank 0 has gone first: then nobody waits, and what ended this process is what it says."""
         self._line.cut()
-        self._place.store.set(f"left/{self._place.rank}/{self._place.birth}", "")
+        try:
+            self._place.store.set(f"left/{self._place.rank}/{self._place.birth}", "")
+        except DistError as error:
+            _log.error("rank 0 is gone: %s", error)
 
 
 class LastToLeave(Farewell):

@@ -34,7 +34,7 @@ from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, Shard, default_group
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
-_REBIRTH = timedelta(seconds=10)  # for rank 0 to answer who was started again: it was there before
+_SOON = timedelta(seconds=10)  # for rank 0's store to answer who knows that it is there: itself, who is started again
 
 
 class RunOver(RuntimeError):
@@ -151,9 +151,8 @@ def _place_of_member(cfg: RunConfig) -> Place:
     was_there = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     is_master = ranks[part] == CONTROLLER
     try:
-        store = TCPStore(
-            host, int(port), is_master=is_master, wait_for_workers=False, timeout=_REBIRTH if was_there else PATIENCE
-        )
+        limit = _SOON if is_master or was_there else PATIENCE
+        store = TCPStore(host, int(port), is_master=is_master, wait_for_workers=False, timeout=limit)
         own = own_host(host, int(port))
     except (RuntimeError, OSError) as error:
         if was_there and not is_master:

@@ -147,7 +147,8 @@ class SweepTable(Callback):
             else:
                 failed.append(f"{point_name(words)}: no report, see {point / _LOG}")
         shared = set.intersection(*map(set, reports)) if len(reports) > 1 else set()
-        print_points({_without(words, shared): report for words, report in reports.items()}, str(directory))
+        if reports:
+            print_points({_without(words, shared): report for words, report in reports.items()}, str(directory))
         for line in failed:
             print(line)
         if self._any_failed:

@@ -65,6 +65,9 @@ class GGUFWeights:
     def names(self) -> set[str]:
         return set(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
     def tensor(self, name: str) -> torch.Tensor:
         stored = self._tensors[name]
         tensor = _to_torch(stored)

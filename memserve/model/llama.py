@@ -22,7 +22,7 @@ from memserve.model.model_config import ModelConfig
 from memserve.model.ops import Ops, Stream
 from memserve.model.parallel import WHOLE, Shard
 from memserve.model.rope import RotaryEmbedding, Rotation
-from memserve.model.weights import WeightSource
+from memserve.model.weights import EMBEDDING, HEAD, WeightSource, check_tensors
 
 
 class SelfAttention(torch.nn.Module):
@@ -117,15 +117,14 @@ class Llama(torch.nn.Module):
 
     def _embedding_name(self, load: Loader) -> str:
         """A tied pair may be stored under the head's name alone; transformers takes that too."""
-        own, head = "model.embed_tokens.weight", "lm_head.weight"
-        return head if self.config.tie_embeddings and load.has(head) and not load.has(own) else own
+        return EMBEDDING if load.has(EMBEDDING) else HEAD
 
     def _head_PE(self, load: Loader) -> torch.Tensor:
         """This rank's P rows of the head, [P, E]. Tied ones are the embedding's, unless the weights have others."""
         tied_PE = load.shard.part(self.embedding_VE, 0) if self.config.tie_embeddings else None
-        if tied_PE is not None and not load.has("lm_head.weight"):
+        if tied_PE is not None and not load.has(HEAD):
             return tied_PE
-        own_PE = load.rows("lm_head.weight", (self.config.vocab_size // load.shard.size, self.config.hidden_size))
+        own_PE = load.rows(HEAD, (self.config.vocab_size // load.shard.size, self.config.hidden_size))
         return own_PE if tied_PE is None or not torch.equal(own_PE, tied_PE) else tied_PE
 
     def compile(self, fused_rows: int = 0, early_launches: bool = False) -> None:
@@ -174,10 +173,8 @@ def load_model(
     config: of the whole model.  shard: the part of it that this rank loads and computes. Nothing else is copied out of
     safetensors files; other sources make a whole tensor, of which the part is kept.
 
-    Raises ValueError naming a size that does not divide by the number of ranks, before any tensor is read; or a tensor
-    that is missing, has another shape than the config says, or has no place in the decoder.
+    Raises ValueError, before any tensor is read or memory taken, naming a size that does not divide by the number of
+    ranks, or a tensor that is missing, has another shape than the config says, or has no place in the decoder.
     """
-    load = Loader(source, dtype, device, shard)
-    model = Llama(config, load)
-    load.check_all_used()
-    return model
+    check_tensors(config, source)
+    return Llama(config, Loader(source, dtype, device, shard))

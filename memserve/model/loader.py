@@ -1,5 +1,6 @@
-"""Loader: takes tensors out of a WeightSource, checks and converts them. Knows names and shapes as the decoder asks for
-them, and no file format. Of a tensor that is split over ranks it copies this rank's part alone.
+"""Loader: takes tensors out of a WeightSource and converts them. Knows names and shapes as the decoder asks for them,
+which `check_tensors` has compared, and no file format. Of a tensor that is split over ranks it copies this rank's part
+alone.
 
 Shapes are those of the rank's part; the tensor in the source is `shard.size` times as long where it is split.
 """
@@ -48,12 +49,6 @@ class Loader:
     def norm(self, name: str, num_features: int, eps: float) -> RMSNorm:
         return RMSNorm(self.tensor(f"{name}.weight", (num_features,)), eps)
 
-    def check_all_used(self) -> None:
-        """What the decoder has no place for would change its answers: only known leftovers may stay."""
-        left = sorted(name for name in self._unused if not name.endswith(".rotary_emb.inv_freq"))
-        if left:
-            raise ValueError(f"weights have {len(left)} tensors the model has no place for: {', '.join(left[:4])} ...")
-
     def _stacked(self, parts: Sequence[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         num_rows = sum(shape[0] for _, shape in parts)
         target = self._empty((num_rows, *parts[0][1][1:]))
@@ -65,11 +60,8 @@ class Loader:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _read(self, name: str, target: torch.Tensor, split_dim: int | None = None) -> torch.Tensor:
-        if name not in self._unused:
-            raise ValueError(f"weights have no tensor {name!r}, which the model's config asks for")
         tensor = self._source.tensor(name)
         shape = tuple(n * self.shard.size if dim == split_dim else n for dim, n in enumerate(target.shape))
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} in the weights, {shape} by the config")
+        assert tensor.shape == shape, f"{name}: {tuple(tensor.shape)}, which check_tensors took for {shape}"
         self._unused.remove(name)
         return target.copy_(tensor if split_dim is None else self.shard.part(tensor, split_dim))

@@ -122,12 +122,15 @@ _FAMILIES = {
     "qwen3": _Family({**_COMMON, "num_key_value_heads": 32, "head_dim": 128}, qk_norm=True, chooses_windows=True),
 }
 
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _KINDS: dict[str, tuple[type, str]] = {
     "model_type": (str, "text"),
     "architectures": (list, "a list of names"),
     "layer_types": (list, "a list of names"),
     "quantization_config": (Mapping, "a mapping"),
     "max_window_layers": (int, "an integer"),
+    "bos_token_id": (int, "an integer"),
+    **dict.fromkeys(_SWITCHES, (bool, "true or false")),
 }
 
 
@@ -144,7 +147,7 @@ def _require_types(config: Mapping[str, Any]) -> None:
     """Raises ValueError for a key of another kind than a config.json has there, where nobody else would name it."""
     for key, (kind, said) in _KINDS.items():
         value = config.get(key)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
             raise ValueError(f"{key}={value!r}: expected {said}")
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise ValueError(f"{key}={value!r}: expected {said}")

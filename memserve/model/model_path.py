@@ -94,8 +94,9 @@ def _random_config(path: Path) -> ModelConfig:
 def _config(path: Path, generation: dict[str, Any] | None) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected the model's config.json")
+    config = _read_json(path)
     try:
-        return ModelConfig.from_hf(_read_json(path), generation)
+        return ModelConfig.from_hf(config, generation)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

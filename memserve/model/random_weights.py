@@ -31,6 +31,9 @@ class RandomWeights:
     def names(self) -> set[str]:
         return set(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         normal = torch.randn(shape, generator=self._generator(name))

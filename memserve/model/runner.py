@@ -147,7 +147,7 @@ class ModelRunner:
         """
         positions = step.positions[step.sample_rows] + 1
         rows = [
-            SamplingRow(r.params, r.seed, int(p), _history(r, tokens))
+            SamplingRow(r.params, r.seed, int(p), _history(r, tokens), r.request_id)
             for r, p, tokens in zip(requests, positions, earlier, strict=True)
         ]
         return self._sampler.sample(logits_SV, rows)

@@ -42,6 +42,9 @@ class SafetensorsWeights:
     def names(self) -> set[str]:
         return set(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
     def tensor(self, name: str) -> torch.Tensor:
         try:
             tensor: torch.Tensor = self._files[name].get_tensor(name)

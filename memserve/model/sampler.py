@@ -24,20 +24,21 @@ _TEMPERATURES = (1e-30, 1e30)  # that float32 divides by safely; beyond them a c
 
 
 class InvalidLogits(RuntimeError):
-    """A row of logits has NaN in it, or no finite largest value; the message names the row."""
+    """A row of logits has NaN in it, or no finite largest value; the message names the row and whose it is."""
 
 
 @dataclass(frozen=True)
 class SamplingRow:
     """How to choose one token: seed >= 0 of the request (64 bits count), position of the new token in it.
 
-    history: the tokens before it, where params penalise some.
+    history: the tokens before it, where params penalise some.  request_id: whose it is, for messages.
     """
 
     params: SamplingParams
     seed: int
     position: int
     history: History | None = None
+    request_id: str = ""
 
 
 class Sampler:
@@ -70,7 +71,7 @@ class Sampler:
             tokens_R[index], known_R[index] = _draw(logits_RV[index].float(), [rows[i] for i in some])
         # one copy: on a GPU it is all that this waits for, but for rare rows and those that ask for logprobs
         tokens, finite, known = torch.stack((tokens_R, largest_R.isfinite().to(torch.int64), known_R)).cpu().numpy()
-        _check_finite(finite, largest_R)
+        _check_finite(finite, largest_R, rows)
         for i in np.flatnonzero(known == 0).tolist():
             tokens_R[i : i + 1] = _draw(logits_RV[i : i + 1].float(), [rows[i]], logits_RV.shape[1])[0]
             tokens[i] = int(tokens_R[i])
@@ -170,12 +171,13 @@ def _largest(logits_RV: torch.Tensor, n: int) -> torch.Tensor:
     return torch.from_numpy(np.sort(values, axis=-1)).flip(-1)
 
 
-def _check_finite(finite: np.ndarray, largest_R: torch.Tensor) -> None:
+def _check_finite(finite: np.ndarray, largest_R: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """NaN counts as the largest value, so one look at each row's largest finds it. finite: of each row, 0 or 1."""
     if not finite.all():
         row = int(np.argmin(finite))
-        value = float(largest_R[row])
-        raise InvalidLogits(f"row {row} of {len(finite)}: the largest logit is {value}, expected a finite number")
+        whose = f" (request {rows[row].request_id}, position {rows[row].position})" if rows[row].request_id else ""
+        raise InvalidLogits(f"row {row} of {len(finite)}{whose}: the largest logit is {float(largest_R[row])} in "
+                            f"{largest_R.dtype}, expected a finite number")  # fmt: skip
 
 
 def _logprobs(

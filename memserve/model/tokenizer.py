@@ -107,9 +107,11 @@ class HFTokenizer(Tokenizer):
         import transformers  # noqa: PLC0415  # takes a second, and every process imports this module for its names
 
         try:
-            backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (ValueError, OSError, KeyError, ImportError, AttributeError, TypeError) as error:
-            raise ValueError(f"{directory}: the tokenizer cannot be read: {error}") from error
+            backend = transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises nothing more special, and transformers whatever it stumbles over
+            raise ValueError(f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())}") from error
         return cls(backend, eos_token_ids, str(directory))
 
     @property

@@ -6,6 +6,8 @@ import torch
 
 from memserve.model.model_config import ModelConfig
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 class WeightFileError(ValueError):
     """A weight file is missing, truncated, corrupt, or of a kind that cannot be read; the message names the file."""
@@ -16,6 +18,9 @@ class WeightSource(Protocol):
 
     def names(self) -> set[str]:
         """Every tensor there is."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """What `tensor` would give, told without reading it. Raises KeyError for a name that is not in `names()`."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor in the file's shape and dtype, read-only: it may be a view of a mapped file.
@@ -28,14 +33,32 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor the decoder needs, by Hugging Face name; a linear layer is [features out, features in]."""
     c = config
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        EMBEDDING: (c.vocab_size, c.hidden_size),
         "model.norm.weight": (c.hidden_size,),
     }
     if not c.tie_embeddings:
-        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+        shapes[HEAD] = (c.vocab_size, c.hidden_size)
     for i in range(c.num_layers):
         shapes.update({f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(c).items()})
     return shapes
+
+
+def check_tensors(config: ModelConfig, source: WeightSource) -> None:
+    """Raises ValueError naming a tensor that the decoder needs and `source` lacks or has in another shape, or one that
+    the decoder has no place for: left out it would change the answers. Reads none of them.
+    """
+    expected, held = tensor_shapes(config), source.names()
+    if config.tie_embeddings and HEAD in held:  # a tied pair may be stored twice, or under the head's name alone
+        expected[HEAD] = expected[EMBEDDING] if EMBEDDING in held else expected.pop(EMBEDDING)
+    if missing := sorted(expected.keys() - held):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"weights have no tensor {missing[0]!r}{more}, which the model's config asks for")
+    for name, shape in expected.items():
+        if source.shape(name) != shape:
+            raise ValueError(f"{name}: shape {source.shape(name)} in the weights, {shape} by the config")
+    left = sorted(name for name in held - expected.keys() if not name.endswith(".rotary_emb.inv_freq"))
+    if left:
+        raise ValueError(f"weights have {len(left)} tensors the model has no place for: {', '.join(left[:4])} ...")
 
 
 def _layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:

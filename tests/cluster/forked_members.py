@@ -78,7 +78,7 @@ class Member:
                      "TORCHELASTIC_RESTART_COUNT": self._num_restarts}  # fmt: skip
             os.environ.update({name: str(value) for name, value in place.items()})
         code = 1
-        launch._REBIRTH = timedelta(seconds=2)  # all is on this host
+        launch._SOON = timedelta(seconds=2)  # all is on this host
         try:
             if self._abroad and self._name == "scheduler":
                 watch.host_id = lambda: "elsewhere"

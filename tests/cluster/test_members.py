@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from child_process import free_port
-from torch.distributed import HashStore
+from torch.distributed import DistError, HashStore
 
 from memserve import load_config
 from memserve.cluster.agreement import check_agreed
-from memserve.cluster.launch import RunOver, check_words, find_place, is_first
+from memserve.cluster.farewell import Guest
+from memserve.cluster.launch import Place, RunOver, check_words, find_place, is_first
 from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.manager import ClusterManager
 from memserve.cluster.node_messages import Alive, Leave, Process, Retire
@@ -128,6 +129,24 @@ def test_a_member_of_several_ranks_needs_a_torchrun_that_starts_as_many(monkeypa
         find_place(member(0, "127.0.0.1:29999", *words))
 
 
+def test_a_scheduler_that_does_not_reach_its_own_store_says_so_soon(monkeypatch):
+    monkeypatch.setattr("memserve.cluster.launch._SOON", timedelta(seconds=1))
+    elsewhere = f"192.0.2.1:{free_port()}"  # of documentation alone (RFC 5737)
+    with pytest.raises(ConfigError, match=f"cluster.store={elsewhere}: no store there"):
+        find_place(member("scheduler", elsewhere))
+
+
+def test_who_leaves_after_rank_0_has_gone_leaves_all_the_same(monkeypatch, caplog):
+    class Gone(HashStore):
+        def set(self, key, value):
+            raise DistError("Broken pipe")
+
+    monkeypatch.setattr("memserve.cluster.lifeline.own_connection", lambda store: store)
+    guest = Guest(Place(1, 2, Gone(), "127.0.0.1"))
+    guest.say()
+    assert "rank 0 is gone: Broken pipe" in caplog.text
+
+
 def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(monkeypatch):
     monkeypatch.setattr("memserve.cluster.launch.this_process", lambda: Process(host_id(), 2**22 + 1, ""))
     store = f"127.0.0.1:{free_port()}"
@@ -146,7 +165,7 @@ def test_the_scheduler_has_the_store_and_each_process_that_is_a_rank_is_counted(
 
 def test_who_is_started_again_and_finds_nobody_need_not_be_started_again(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr("memserve.cluster.launch._REBIRTH", timedelta(seconds=1))
+    monkeypatch.setattr("memserve.cluster.launch._SOON", timedelta(seconds=1))
     with pytest.raises(RunOver, match="nobody is at cluster.store=127.0.0.1"):
         find_place(member(0, f"127.0.0.1:{free_port()}"))
 

@@ -98,6 +98,15 @@ def test_a_refused_point_leaves_its_reason_and_the_sweep_ends_with_status_1(swee
     assert f"{','.join(sorted(refused))}: no report, see {directory / 'printed.log'}" in out.splitlines()
 
 
+def test_a_sweep_of_failures_alone_prints_no_empty_table(sweep, tmp_path, capsys):
+    sweep(SIMULATED, status=1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        end(tmp_path / "sweep", 1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert ": no report, see " in line
+
+
 def test_a_failed_point_keeps_no_report_of_an_earlier_run(sweep, tmp_path, capsys):
     assert sweep(SIMULATED) == 0
     directory = tmp_path / "sweep" / directory_name(SIMULATED)

@@ -25,6 +25,9 @@ class DictWeights:
     def names(self) -> set[str]:
         return set(self.tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
     def tensor(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 

@@ -133,6 +133,7 @@ def test_a_quantised_file_is_close_to_the_checkpoint(
         expected, got = written.tensor(name), read.tensor(name)
         assert got.dtype == (dtype if expected.ndim == 2 else torch.float32)
         assert torch.allclose(got.float(), expected, atol=tolerance * float(expected.abs().max()))
+        assert read.shape(name) == tuple(expected.shape), "told without being dequantised"
 
 
 def test_k_quants_are_read(tmp_path: Path) -> None:

@@ -135,8 +135,26 @@ def test_a_tied_pair_may_be_stored_under_the_heads_name_alone() -> None:
 def test_a_missing_tensor_is_named() -> None:
     config, source = small()
     del source.tensors["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ValueError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight', which"):
         load(config, source)
+    del source.tensors["model.norm.weight"], source.tensors["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head\.weight' and 2 more, which"):
+        load(config, source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": 4}, r"no tensor 'model\.layers\.3\.input_layernorm\.weight' and 8 more"),
+        ({"num_layers": 2}, r"9 tensors the model has no place for: model\.layers\.2\."),
+        ({"vocab_size": 2**50}, r"shape \(199, 96\) in the weights, \(1125899906842624, 96\) by the config"),
+    ],
+)
+def test_weights_that_are_not_the_config_s_are_refused_before_one_is_read_or_memory_is_taken(changes, said) -> None:
+    config, source = small()
+    source.tensor = lambda name: pytest.fail(f"{name} was read")
+    with pytest.raises(ValueError, match=said):
+        load(replace(config, **changes), source)
 
 
 def test_a_wrong_shape_is_named_with_both_shapes() -> None:

@@ -139,6 +139,11 @@ def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
         ({"layer_types": 3}, "layer_types=3: expected a list of names"),
         ({"quantization_config": "awq"}, "quantization_config='awq': expected a mapping"),
         ({"max_window_layers": "x"}, "max_window_layers='x': expected an integer"),
+        ({"bos_token_id": "<s>"}, "bos_token_id='<s>': expected an integer"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false': expected true or false"),
+        ({"attention_bias": 0}, "attention_bias=0: expected true or false"),
+        ({"mlp_bias": "no"}, "mlp_bias='no': expected true or false"),
+        ({"use_sliding_window": "true"}, "use_sliding_window='true': expected true or false"),
         ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "factor=inf: expected a finite number"),
     ],
 )

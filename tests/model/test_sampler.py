@@ -277,3 +277,6 @@ def test_logits_that_are_not_finite_are_named(bad: float, params: SamplingParams
         Sampler().sample(logits, [SamplingRow(params, 0, 0)] * 3)
     with pytest.raises(InvalidLogits, match="row 0 of 1"):
         Sampler().sample(torch.full((1, 4), -torch.inf), [SamplingRow(params, 0, 0)])
+    rows = [SamplingRow(params, 0, 7, request_id=f"r{i}") for i in range(3)]
+    with pytest.raises(InvalidLogits, match=r"row 1 of 3 \(request r1, position 7\): the largest .* in torch.float16"):
+        Sampler().sample(logits.half(), rows)

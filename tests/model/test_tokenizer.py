@@ -1,5 +1,6 @@
 """Conversations grow as token ids, templates that rewrite history are refused, and both tokenizers round-trip text."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -182,8 +183,27 @@ def test_a_directory_reads_back_and_a_broken_one_is_named(tmp_path: Path) -> Non
     saved.save_pretrained(tmp_path)
     tokenizer = HFTokenizer.from_directory(tmp_path)
     assert all(tokenizer.encode(text).tolist() == saved.encode(text) for text in SAMPLES)
-    (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: the tokenizer cannot be read"):
+    whole = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    for broken in ("{", whole.replace('"type": "BPE"', '"type": "Later"')):
+        (tmp_path / "tokenizer.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{tmp_path.name}: the tokenizer cannot be read: .+"):
+            HFTokenizer.from_directory(tmp_path)
+
+
+def test_a_config_that_transformers_cannot_read_is_said_to_be_the_tokenizer_s_trouble(tmp_path: Path) -> None:
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    config = {"model_type": "llama", "hidden_size": 33, "num_attention_heads": 4, "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: the tokenizer cannot be read: .*hidden size"):
+        HFTokenizer.from_directory(tmp_path)
+
+
+def test_a_directory_s_code_is_refused_and_nobody_is_asked_to_run_it(tmp_path: Path, monkeypatch) -> None:
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    asks = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(asks), encoding="utf-8")
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(prompt))
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: the tokenizer cannot be read: .*custom code"):
         HFTokenizer.from_directory(tmp_path)
 
 

@@ -69,7 +69,7 @@ def test_a_single_file_and_its_shards_hold_the_same_tensors(tmp_path: Path) -> N
         assert weights.names() == set(TENSORS)
         for name, tensor in TENSORS.items():
             assert weights.tensor(name).dtype == tensor.dtype
-            assert torch.equal(weights.tensor(name), tensor)
+            assert torch.equal(weights.tensor(name), tensor) and weights.shape(name) == tuple(tensor.shape)
 
 
 def test_a_tensor_is_a_view_of_the_mapped_file(tmp_path: Path) -> None:
