@@ -22,6 +22,7 @@ WHOLE_RUN = (  # what a report has of the whole run though a part is measured: n
     "tokens.computed_in_vain",
     "tokens.generated_in_vain",
     "transfers",
+    "store.num_stores",
     "store.num_stores_left",
     "store.num_blocks",
     "store.num_indexed_blocks",
