@@ -1,5 +1,6 @@
-"""mix64: 64 bits of which each depends on every bit of the input. Knows nothing of what they are for."""
+"""mix64, digest64: 64 bits of which each depends on every bit of the input. Knows nothing of what they are for."""
 
+import hashlib
 from typing import TypeVar
 
 import numpy as np
@@ -16,3 +17,8 @@ def mix64(word: Word) -> Word:
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB & MASK64
     mixed: Word = word ^ (word >> 31)
     return mixed
+
+
+def digest64(data: bytes) -> int:
+    """In [0, 2**64), the same in every process: Python's `hash` is not."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

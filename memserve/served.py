@@ -1,6 +1,5 @@
 """Served: what an instance keeps of a request beside the scheduler's books: event times, counts, stop strings."""
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import numpy as np
 from memserve.decisions import FetchRecord
 from memserve.kvcache.ticket import Arrival, Ticket, TicketState
 from memserve.messages import Dispatch, HandoffEnded, Tokens, pack_times, pack_tokens, unpack_tokens
+from memserve.mixing import digest64
 from memserve.model.detokenizer import Detokenizer, StopChecker
 from memserve.model.tokenizer import Tokenizer
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, TokenLogprobs
@@ -258,5 +258,4 @@ def stop_strings(tokenizer: Tokenizer | None, request: Request) -> StopStrings |
 
 def drawn_seed(engine_seed: int, request_id: str) -> int:
     """The seed of a request that brings none: of the engine's seed and the request's id; 63 bits, equal everywhere."""
-    digest = hashlib.blake2b(f"{engine_seed}/{request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return digest64(f"{engine_seed}/{request_id}".encode()) >> 1

@@ -97,9 +97,7 @@ class DecodeSteps:
     def _our_step(self, batch: int, context: int, fused: bool, early: bool = False) -> Callable[[], object]:
         if self._device.type == "cuda":
             early = early and capability_of(self._device) >= EARLY_CAPABILITY
-            self._ours.compile(
-                MAX_ROWS if fused else 0, early
-            )  # CUDA graphs; a CPU's would take a compiler and minutes
+            self._ours.compile(MAX_ROWS if fused else 0, early)  # CUDA graphs; a CPU's takes a compiler and minutes
         blocks_each = -(-context // BLOCK_SIZE)
         shape = DiscreteLayout().shape(geometry(self.config, BLOCK_SIZE, DTYPE), batch * blocks_each)
         kv = torch.randn(shape, dtype=DTYPE, device=self._device)

@@ -45,7 +45,7 @@ class Transfers:
         memories: Sequence[torch.Tensor | None],
         granularity: Granularity,
         timeouts: Timeouts,
-        limits: GrantLimits = GrantLimits(),  # noqa: B008  # frozen
+        limits: GrantLimits = GrantLimits(),  # noqa: B008  # frozen: no call can change it
     ) -> None:
         for value, kind in ((transport, Transport), (timeouts, Timeouts)):
             if not isinstance(value, kind):

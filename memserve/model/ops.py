@@ -74,7 +74,7 @@ class TritonOps(Ops):
         self.early = early
 
     def run(self, launch: KernelLaunch) -> None:
-        replace(launch, early=self.early).run()
+        (replace(launch, early=True) if self.early else launch).run()
 
     def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,9 +1,8 @@
 """RandomWeights: a model of any shape without a file. Knows no framework's initialisation and no trained values."""
 
-import hashlib
-
 import torch
 
+from memserve.mixing import digest64
 from memserve.model.model_config import ModelConfig
 from memserve.model.weights import tensor_shapes
 
@@ -46,5 +45,4 @@ class RandomWeights:
         return normal.to(self._dtype)
 
     def _generator(self, name: str) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator().manual_seed(digest64(f"{self._seed}/{name}".encode()) >> 1)

@@ -4,12 +4,12 @@ A new policy is one class with one method, named in the config by `policy._targe
 at cached prefixes are in prefix_routing.py.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 
+from memserve.mixing import digest64
 from memserve.values import is_integer
 
 
@@ -169,4 +169,4 @@ def any_of(rows: np.ndarray, rng: np.random.Generator) -> int:
 
 def _score(session_id: str, label: str) -> int:
     """A number of 64 bits that two processes agree on."""
-    return int.from_bytes(hashlib.blake2b(f"{session_id}\0{label}".encode(), digest_size=8).digest(), "little")
+    return digest64(f"{session_id}\0{label}".encode())

@@ -5,13 +5,12 @@ and moves nothing (deposits.py does). A policy of one's own is one class, named 
 `store._target_=my_package.MyPolicy`.
 """
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 
 import numpy as np
 
-from memserve.mixing import mix64
+from memserve.mixing import digest64, mix64
 from memserve.values import require_int, require_number
 
 
@@ -53,8 +52,8 @@ class StorePolicy(ABC):
         known = np.flatnonzero(offered_to >= 0)
         if len(known) and 2 * (known[-1] + 1) >= len(offered_to):
             return int(offered_to[known[-1]])
-        digest = int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
-        return int(np.argmax(mix64(mix64(stores.astype(np.uint64)) ^ np.uint64(digest))))
+        digest = np.uint64(digest64(tokens.tobytes()))
+        return int(np.argmax(mix64(mix64(stores.astype(np.uint64)) ^ digest)))
 
 
 class NoStore(StorePolicy):
