@@ -395,6 +395,7 @@ def test_bad_or_contradictory_words_are_refused_by_name(words, message):
         (["cost_model.step_s=0", "cost_model.prefill_token_s=0", "cost_model.decode_token_s=0"], "stand still"),
         (["exec=emulated", "model.path=/nowhere"], "/nowhere"),
         (["exec=emulated", "model=tiny", "model.max_context=100000"], "the model's context has 8192"),
+        (["exec=emulated", "model=tiny", "model.random.model_type=mistral"], "a max_context of at most 4096"),
         (["exec=emulated", "model=tiny", "model.device=abacus"], "model.device=abacus"),
         (["exec=emulated", "model=tiny", "model.attention=magic"], "magic"),
         (["exec=emulated", "model=tiny", "model.compile=true", "model.fused_rows=4"], "model.fused_rows=4 on cpu"),

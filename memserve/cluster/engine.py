@@ -67,7 +67,7 @@ def _tokenizer(cfg: RunConfig) -> Tokenizer:
     if cfg.tokenizer is None:
         return ByteTokenizer()
     try:
-        tokenizer = open_model(cfg.tokenizer).tokenizer
+        tokenizer = open_model(cfg.tokenizer, max_context=1).tokenizer  # it runs nowhere
     except ValueError as error:
         raise ConfigError(f"tokenizer: {error}") from error
     if tokenizer is None:
@@ -85,9 +85,9 @@ def _check_ranks(cfg: RunConfig, config: ModelConfig) -> None:
 
 def _open(cfg: RunConfig) -> OpenedModel:
     if cfg.model.path is not None:
-        return open_model(cfg.model.path, cfg.seed)
+        return open_model(cfg.model.path, cfg.seed, cfg.model.max_context)
     shape = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg.model.random)))
-    return open_random_model(ModelConfig.from_hf(shape), cfg.seed)
+    return open_random_model(ModelConfig.from_hf(shape, max_context=cfg.model.max_context), cfg.seed)
 
 
 def _device(word: str) -> torch.device:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
 
-from memserve.model.model_config import ModelConfig
+from memserve.model.model_config import ModelConfig, check_window
 from memserve.model.rope_scaling import RopeScaling
 from memserve.model.weights import WeightFileError
 
@@ -38,11 +38,12 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 class GGUFWeights:
     """The tensors of one GGUF file under Hugging Face names, and the ModelConfig in its metadata; a WeightSource.
 
-    F32, F16 and BF16 tensors keep their dtype, quantised ones become float32. Raises WeightFileError naming the file
-    if it is truncated or corrupt, ValueError naming an architecture or a tensor type that cannot be run.
+    F32, F16 and BF16 tensors keep their dtype, quantised ones become float32. max_context: as in `ModelConfig.from_hf`.
+    Raises WeightFileError naming the file if it is truncated or corrupt, ValueError naming an architecture or a tensor
+    type that cannot be run.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, max_context: int | None = None) -> None:
         self.path = Path(path)
         self._reader = _open(self.path)
         self._architecture = self.metadata("general.architecture")
@@ -52,7 +53,7 @@ class GGUFWeights:
         self._rope_divisors = stored.pop(_ROPE_DIVISORS, None)
         self._tensors = {_hf_name(name): tensor for name, tensor in stored.items()}
         self._refuse_tensor_types()
-        self.config = self._read_config()
+        self.config = self._read_config(max_context)
 
     def metadata(self, key: str, default: Any = None) -> Any:
         """A metadata value; a number that was stored as float32 comes as the decimal it was written as."""
@@ -84,11 +85,11 @@ class GGUFWeights:
                 allowed = ", ".join(sorted(t.name for t in readable))
                 raise ValueError(f"{self.path}: {tensor.name} is {tensor.tensor_type.name}, expected one of {allowed}")
 
-    def _read_config(self) -> ModelConfig:
+    def _read_config(self, max_context: int | None) -> ModelConfig:
         size = self._size
         num_heads, hidden_size = size("attention.head_count"), size("embedding_length")
         head_dim = size("attention.key_length", hidden_size // num_heads)
-        max_position = size("context_length")
+        max_position = min(size("context_length"), max_context or size("context_length"))
         self._refuse_what_cannot_run(head_dim, max_position)
         if "model.embed_tokens.weight" not in self._tensors:
             raise WeightFileError(f"{self.path}: has no tensor 'token_embd.weight', expected a language model")
@@ -131,9 +132,10 @@ class GGUFWeights:
             raise ValueError(f"{self.path}: one of {self.metadata('split.count')} parts, expected a single file")
         if self._own("expert_count", 0):
             raise ValueError(f"{self.path}: expert_count={self._own('expert_count')}, expected a dense model")
-        window = self._own("attention.sliding_window", 0)
-        if window and window < max_position:
-            raise ValueError(f"{self.path}: sliding_window={window}, expected none shorter than the context")
+        try:
+            check_window(self._own("attention.sliding_window") or None, max_position)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
         rotated = self._own("rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise ValueError(f"{self.path}: rope.dimension_count={rotated}, expected head_dim={head_dim}")

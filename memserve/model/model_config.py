@@ -1,8 +1,8 @@
 """ModelConfig: the shape of a decoder this package can run, read from its config. Knows no tensor and no file.
 
-Llama, Mistral (no sliding window), Qwen2 and Qwen3 are one decoder with four switches (`qkv_bias`, `o_bias`,
-`mlp_bias`, `qk_norm`). Whatever else a config asks for is refused by name, here and nowhere later: a model that loads,
-runs.
+Llama, Mistral, Qwen2 and Qwen3 are one decoder with four switches (`qkv_bias`, `o_bias`, `mlp_bias`, `qk_norm`).
+Whatever else a config asks for is refused by name, here and nowhere later: a model that loads, runs. Attention in a
+sliding window is that of the whole context up to the window's length, and no longer context can be run.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from memserve.model.rope_scaling import RopeScaling, rope_of
 class ModelConfig:
     """Everything the decoder is built from. Sizes in elements, positions in tokens; raises ValueError on a bad one.
 
-    max_position: the longest context, with YaRN what it is stretched to.  rope_scaling: None for plain RoPE.
+    max_position: the longest context that can be run, with YaRN what it is stretched to.  rope_scaling: None for plain
+    RoPE.
     eos_token_ids: any of them ends an answer; may be empty.
     """
 
@@ -58,8 +59,15 @@ class ModelConfig:
             raise ValueError(f"rope_theta={self.rope_theta!r}: expected a number > 1 with rope_type='yarn'")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any] | None = None,
+        max_context: int | None = None,
+    ) -> "ModelConfig":
         """From the dict of a config.json (old rope keys or `rope_parameters`) and, if any, a generation_config.json.
+
+        max_context: tokens; no longer context is to be run, so that a sliding window of as many changes nothing.
 
         The end-of-sequence tokens are generation_config's where it names some. Raises ValueError naming the key that
         is missing, or the value that cannot be run and what can.
@@ -75,6 +83,7 @@ class ModelConfig:
         max_position = _required(merged, "max_position_embeddings")
         if scaling is not None:
             max_position = max(max_position, scaling.max_position)
+        max_position = min(max_position, max_context or max_position)
         _refuse_sliding_window(merged, family.chooses_windows, max_position)
         num_heads = _required(merged, "num_attention_heads")
         if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
@@ -172,17 +181,32 @@ def _refuse_what_cannot_run(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool, max_position: int) -> None:
-    """A window that no layer has, or no shorter than the model's context, changes nothing and is accepted."""
+    """A window that no layer has, or no shorter than the longest context, changes nothing and is accepted."""
     layer_types = set(config.get("layer_types", ())) - {"full_attention"}
     window = config.get("sliding_window")
     if is_chosen:
         first_windowed, num_layers = config.get("max_window_layers", 28), _required(config, "num_hidden_layers")
         has_any = bool(layer_types) if config.get("layer_types") else first_windowed < num_layers
         window = window if config.get("use_sliding_window", False) and has_any else None
-    if window is not None and window < max_position:
-        raise ValueError(f"sliding_window={window!r}: expected null, or at least the context, {max_position}")
-    if layer_types and window is None:
+    if layer_types - {"sliding_attention"} or (layer_types and window is None):
         raise ValueError(f"layer_types with {sorted(layer_types)!r}: expected 'full_attention' only")
+    check_window(window, max_position)
+
+
+def check_window(window: object, max_position: int) -> None:
+    """Raises ValueError for a sliding window, in tokens, that is shorter than the longest context; None: there is none.
+
+    A token sees itself and the `window` - 1 before it, as in transformers.
+    """
+    if window is None:
+        return
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"sliding_window={window!r}: expected null or an integer >= 1")
+    if window < max_position:
+        raise ValueError(
+            f"sliding_window={window!r}: expected null, or at least the context, {max_position}; "
+            f"or a max_context of at most {window}"
+        )
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:

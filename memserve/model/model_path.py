@@ -38,15 +38,15 @@ class OpenedModel:
     tokenizer: Tokenizer | None
 
 
-def open_model(path: str | Path, seed: int = 0) -> OpenedModel:
+def open_model(path: str | Path, seed: int = 0, max_context: int | None = None) -> OpenedModel:
     """Opens the model called `path`, in one of the forms above.
 
-    seed: of `random:` weights; other models do not use it. Raises ValueError (WeightFileError among them) naming what
-    is missing, unreadable, or cannot be run.
+    seed: of `random:` weights; other models do not use it.  max_context: see `ModelConfig.from_hf`. Raises ValueError
+    (WeightFileError among them) naming what is missing, unreadable, or cannot be run.
     """
     text = str(path)
     if text.startswith("random:"):
-        return open_random_model(_random_config(Path(text.removeprefix("random:"))), seed)
+        return open_random_model(_random_config(Path(text.removeprefix("random:")), max_context), seed)
     found = _in_package(text.removeprefix("package:")) if text.startswith("package:") else Path(text)
     if not text or not found.exists():
         raise ValueError(
@@ -54,9 +54,9 @@ def open_model(path: str | Path, seed: int = 0) -> OpenedModel:
             "package:NAME or random:CONFIG"
         )
     if found.is_dir():
-        return _open_directory(found)
+        return _open_directory(found, max_context)
     if found.suffix == ".gguf":
-        return _open_gguf(found)
+        return _open_gguf(found, max_context)
     raise ValueError(f"model path {text!r}: expected a directory or a .gguf file")
 
 
@@ -69,9 +69,9 @@ def open_random_model(config: ModelConfig, seed: int = 0) -> OpenedModel:
     return OpenedModel(config, RandomWeights(config, seed), tokenizer)
 
 
-def _open_directory(directory: Path) -> OpenedModel:
+def _open_directory(directory: Path, max_context: int | None) -> OpenedModel:
     generation = directory / "generation_config.json"
-    config = _config(directory / "config.json", _read_json(generation) if generation.is_file() else None)
+    config = _config(directory / "config.json", _read_json(generation) if generation.is_file() else None, max_context)
     weights = SafetensorsWeights(directory)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return OpenedModel(config, weights, None)
@@ -79,24 +79,24 @@ def _open_directory(directory: Path) -> OpenedModel:
     return OpenedModel(replace(config, eos_token_ids=tokenizer.eos_token_ids), weights, tokenizer)
 
 
-def _open_gguf(path: Path) -> OpenedModel:
-    weights = GGUFWeights(path)
+def _open_gguf(path: Path, max_context: int | None) -> OpenedModel:
+    weights = GGUFWeights(path, max_context)
     if weights.metadata("tokenizer.ggml.model") in (None, "none", "no_vocab"):
         return OpenedModel(weights.config, weights, None)
     tokenizer = gguf_tokenizer(weights)
     return OpenedModel(replace(weights.config, eos_token_ids=tokenizer.eos_token_ids), weights, tokenizer)
 
 
-def _random_config(path: Path) -> ModelConfig:
-    return _config(path / "config.json" if path.is_dir() else path, None)
+def _random_config(path: Path, max_context: int | None) -> ModelConfig:
+    return _config(path / "config.json" if path.is_dir() else path, None, max_context)
 
 
-def _config(path: Path, generation: dict[str, Any] | None) -> ModelConfig:
+def _config(path: Path, generation: dict[str, Any] | None, max_context: int | None) -> ModelConfig:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected the model's config.json")
     config = _read_json(path)
     try:
-        return ModelConfig.from_hf(config, generation)
+        return ModelConfig.from_hf(config, generation, max_context)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

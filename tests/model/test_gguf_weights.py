@@ -168,6 +168,13 @@ def test_llama3_rope_is_recognised_by_its_divisors(tmp_path: Path) -> None:
         GGUFWeights(tmp_path / "n.gguf")
 
 
+def test_a_window_is_no_window_where_no_longer_context_is_to_be_run(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", LLAMA, extra={"attention.sliding_window": 128})
+    assert GGUFWeights(tmp_path / "m.gguf", max_context=128).config.max_position == 128
+    with pytest.raises(ValueError, match=r"m\.gguf: sliding_window=128: .* or a max_context of at most 128"):
+        GGUFWeights(tmp_path / "m.gguf", max_context=129)
+
+
 @pytest.mark.parametrize(
     ("extra", "named"),
     [

@@ -87,6 +87,18 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
     assert MiniEngine(ours).generate(batch, 24) == [hf_greedy(hf, p, 24) for p in batch]
 
 
+def test_contexts_up_to_a_sliding_window_equal_those_of_transformers_which_has_it() -> None:
+    torch.manual_seed(7)
+    shape = transformers.MistralConfig(**COMMON, **sizes(72, 88, 6, 2, 80), sliding_window=48)
+    hf, batch = transformers.AutoModelForCausalLM.from_config(shape).eval(), prompts(5, (1, 30, 47))
+    hf.generation_config.eos_token_id = None
+    config = ModelConfig.from_hf(hf.config.to_dict(), max_context=48)
+    ours = load_model(config, DictWeights(hf.state_dict()), torch.float32, torch.device("cpu"))
+    for prompt in batch:
+        num_new = 49 - len(prompt)  # the last token is generated, and never read
+        assert MiniEngine(ours).generate([prompt], num_new) == [hf_greedy(hf, prompt, num_new)]
+
+
 @pytest.mark.parametrize("name", ["llama3_rope", "qwen3"])
 def test_float64_with_the_reference_backend_equals_transformers_in_float64(name: str) -> None:
     hf, (prompt,) = hf_model(name), prompts(2, (150,))

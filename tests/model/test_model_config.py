@@ -93,6 +93,17 @@ def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
         assert ModelConfig.from_hf({**qwen, "use_sliding_window": True, **no_layer}).max_position == 128
 
 
+def test_a_window_is_no_window_where_no_longer_context_is_to_be_run() -> None:
+    mistral = {"model_type": "mistral", **SMALL, "sliding_window": 64}
+    assert ModelConfig.from_hf(mistral, max_context=64).max_position == 64
+    assert ModelConfig.from_hf({**mistral, "sliding_window": None}, max_context=64).max_position == 64
+    assert ModelConfig.from_hf({**mistral, "sliding_window": None}, max_context=500).max_position == 128
+    mixed = {**mistral, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}
+    assert ModelConfig.from_hf(mixed, max_context=20).max_position == 20
+    with pytest.raises(ValueError, match="sliding_window=64: .* the context, 65; or a max_context of at most 64"):
+        ModelConfig.from_hf(mistral, max_context=65)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -128,6 +139,9 @@ def test_a_window_that_covers_the_whole_context_is_no_window() -> None:
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'"),
         ({"eos_token_id": 2.0}, "eos_token_id=2.0"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"layer_types": ["chunked_attention"] * 2, "sliding_window": 128}, "chunked_attention"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window='4096': expected null or an integer"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0: expected null or an integer >= 1"),
         ({"num_key_value_heads": 3}, "num_heads=4.*num_kv_heads=3"),
         ({"head_dim": 7}, "head_dim=7"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
