@@ -7,11 +7,13 @@ Which rank is what is roster.py's.
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import msgspec
 import torch
@@ -152,7 +154,7 @@ def _place_of_member(cfg: RunConfig) -> Place:
     is_master = ranks[part] == CONTROLLER
     try:
         limit = _SOON if is_master or was_there else PATIENCE
-        store = TCPStore(host, int(port), is_master=is_master, wait_for_workers=False, timeout=limit)
+        store = _store_at(host, int(port), is_master, limit)
         own = own_host(host, int(port))
     except (RuntimeError, OSError) as error:
         if was_there and not is_master:
@@ -162,6 +164,28 @@ def _place_of_member(cfg: RunConfig) -> Place:
     check_agreed(cfg, store, ranks[part])
     team = next(iter(rendezvous("env://")))[0] if size > 1 else None
     return Place(ranks[part], roster.world_size, store, own, _birth(store, ranks[part], str(member)), team)
+
+
+def _store_at(host: str, port: int, is_master: bool, limit: timedelta) -> Store:
+    """torch's store there. Raises DistError, or OSError, if it is not there within `limit`, or says nothing for as long
+    again: torch itself waits without end for who takes a connection and never answers.
+    """
+    found: SimpleQueue[Store | Exception] = SimpleQueue()
+
+    def connect() -> None:
+        try:
+            found.put(TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=limit))
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=connect, name="store", daemon=True).start()
+    try:
+        store = found.get(timeout=2 * limit.total_seconds())
+    except Empty:
+        raise TimeoutError("somebody takes connections there and answers none") from None
+    if isinstance(store, Exception):
+        raise store
+    return store
 
 
 def _birth(store: Store, rank: int, member: str) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -134,6 +135,14 @@ def test_a_scheduler_that_does_not_reach_its_own_store_says_so_soon(monkeypatch)
     elsewhere = f"192.0.2.1:{free_port()}"  # of documentation alone (RFC 5737)
     with pytest.raises(ConfigError, match=f"cluster.store={elsewhere}: no store there"):
         find_place(member("scheduler", elsewhere))
+
+
+def test_a_member_is_told_of_a_port_that_takes_connections_and_answers_none(monkeypatch):
+    monkeypatch.setattr("memserve.cluster.launch.PATIENCE", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"cluster.store={address}: no store there: somebody takes connections"):
+            find_place(member(0, address))
 
 
 def test_who_leaves_after_rank_0_has_gone_leaves_all_the_same(monkeypatch, caplog):
