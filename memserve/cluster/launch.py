@@ -36,6 +36,7 @@ from memserve.config.schema import RunConfig
 from memserve.model.parallel import WHOLE, Shard, default_group
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
+_OUTPUTS = "outputs"  # where configs/run.yaml puts what no word puts elsewhere
 _SOON = timedelta(seconds=10)  # for rank 0's store to answer who knows that it is there: itself, who is started again
 
 
@@ -81,12 +82,12 @@ def check_words(words: Sequence[str], environment: Mapping[str, str] = os.enviro
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
                           "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
-    makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"
     check_kinds(words, config_dir())
-    for word in words:
-        name, _, value = word.lstrip("+").partition("=")
-        if name == makes and is_first(words, environment):
-            _check_directory(word, value.strip("'\""))
+    if is_first(words, environment):
+        makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"
+        named = [word for word in words if word.lstrip("+").partition("=")[0] == makes]
+        for word in named or [f"{makes}={_OUTPUTS}"]:
+            _check_directory(word, word.partition("=")[2].strip("'\""))
 
 
 def _check_directory(word: str, value: str) -> None:

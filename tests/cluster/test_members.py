@@ -110,6 +110,16 @@ def test_a_directory_that_cannot_be_made_is_refused_by_name_where_it_is_wanted(t
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "Hydra makes it"
 
 
+@pytest.mark.parametrize(("flags", "option"), [([], "hydra.run.dir"), (["-m"], "hydra.sweep.dir")])
+def test_where_the_default_directory_cannot_be_made_it_is_named_too(tmp_path, monkeypatch, flags, option):
+    monkeypatch.chdir(tmp_path)
+    check_words(flags, {})
+    (tmp_path / "outputs").touch()
+    with pytest.raises(ConfigError, match=f"{option}=outputs: expected a directory, or where one can be made"):
+        check_words(flags, {})
+    check_words([*flags, f"{option}={tmp_path}"], {})
+
+
 def test_members_have_the_ranks_that_their_place_in_the_cluster_says():
     roster = Roster([1, 2], num_spares=2)
     assert [list(roster.ranks_of_member(number)) for number in range(4)] == [[1], [2, 3], [4], [5]]
