@@ -124,6 +124,17 @@ def test_a_copy_that_may_be_elsewhere_is_dropped_and_its_end_is_not_the_request_
     assert told.scheduler.num_unfinished == 0 and told.loads == {}
 
 
+def test_a_late_token_of_a_copy_holds_up_nobody(told):
+    told.said()
+    told.ended()
+    told.tokens(3, 3)
+    told.tokens(3, 1)  # of a step of the copy's that was under way when it was told to drop it
+    told.tokens(6, 3)
+    told.hear(Finished("r", 0, FinishReason.LENGTH, "", None))
+    assert told.timeline.num_output == 9 and told.timeline.token_ids.tolist() == list(range(9))
+    assert told.scheduler.num_unfinished == 0
+
+
 def test_what_came_to_an_instance_that_is_gone_since_is_served_again(told):
     target = target_of(told.said())
     told.scheduler.instance_gone(target, 0)
