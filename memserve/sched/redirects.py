@@ -214,7 +214,7 @@ class Redirects:
 
     @staticmethod
     def _take(routed: Routed, group: Group, place: Assignment) -> None:
-        group.take(place, routed.submit.session_id, is_first=False)
+        group.take(place, routed.submit.session_id)
         routed.timeline.routes.append(place.choice)
 
     def _note(self, routed: Routed, message: HandoffEnded) -> None:
