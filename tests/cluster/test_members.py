@@ -22,6 +22,7 @@ from memserve.cluster.roster import Roster
 from memserve.cluster.wiring import build_global_scheduler
 from memserve.config.errors import ConfigError
 from memserve.request import Role
+from memserve.sched.load_scaling import ByLoad
 from memserve.sched.scaling import Add, Drain, NoScaling, Standing
 from memserve.transfer.shared_memory import host_id
 
@@ -259,6 +260,19 @@ def test_who_ends_before_the_run_has_begun_was_never_in_it():
     members.joined(members.comes_back(1), 0)
     assert members.counts() == {"joined": 0, "left": 0, "lost": 0, "switched": 0}
     assert members.stays_ns() == [(0, None), (0, None)]
+
+
+def test_a_policy_may_say_again_that_an_instance_is_to_drain_which_waits_for_a_silent_one():
+    roles = [("colocated-0", Role.COLOCATED), ("colocated-1", Role.COLOCATED)]
+    scheduler = build_global_scheduler(load_config(["exec=simulated", "cluster=colocated_2"]), roles, rng=None)
+    scaling = ByLoad({"colocated": 4}, max_instances=2, window_s=0.0)
+    scaling.begin([Role.COLOCATED] * 2)
+    members = ClusterManager(roles, scaling, scheduler)
+    scheduler.instance_gone("colocated-0", 0)  # silent: nobody knows that its process has ended
+    assert [members.decide() for _ in range(3)] == [[]] * 3 and members.draining == []
+    scheduler.instance_back("colocated-0", 1)
+    members.retry_held(1)
+    assert [member.label for member in members.draining] == ["colocated-1"]
 
 
 def test_a_schedule_of_names_is_refused_where_names_shift():
