@@ -154,6 +154,13 @@ class Groups:
         if self.decode is not None and routed.decode_place is not None:
             self.decode.decodes(routed.decode_place)
 
+    def decodes(self, place: Assignment) -> None:
+        """A place in the group that decodes is of a request that has its first token from elsewhere."""
+        if self.decode is None:
+            self.takers.prefilled(place)
+        else:
+            self.decode.decodes(place)
+
     def handed_over(self, routed: Routed) -> None:
         """A request's KV is at its decode instance: its prefill instance has no load of it any more."""
         if routed.place is not None:

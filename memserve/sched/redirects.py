@@ -208,7 +208,7 @@ class Redirects:
         """Its instance, of this label, is to hand it over to that of another place, where it counts from now on."""
         self._take(routed, group, target)
         routed.next_place, routed.is_next_gone = target, False
-        group.prefilled(target)
+        self._groups.decodes(target)
         self._moving[routed.submit.request_id] = routed
         return [self._redirect(routed, label, group.incarnations[target.row])]
 
