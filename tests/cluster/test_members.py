@@ -17,8 +17,10 @@ from memserve.cluster.farewell import Guest
 from memserve.cluster.launch import Place, RunOver, check_words, find_place, is_first
 from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.manager import ClusterManager
-from memserve.cluster.node_messages import Alive, Leave, Process, Retire
+from memserve.cluster.node_messages import Alive, Gone, Leave, Process, Retire, Start
 from memserve.cluster.roster import Roster
+from memserve.cluster.turnover import Turnover
+from memserve.cluster.watch import Watch
 from memserve.cluster.wiring import build_global_scheduler
 from memserve.config.errors import ConfigError
 from memserve.request import Role
@@ -273,6 +275,34 @@ def test_a_policy_may_say_again_that_an_instance_is_to_drain_which_waits_for_a_s
     scheduler.instance_back("colocated-0", 1)
     members.retry_held(1)
     assert [member.label for member in members.draining] == ["colocated-1"]
+
+
+class Noted:
+    """In the place of a mailbox."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, rank, message):
+        self.sent.append((rank, message))
+
+    def reaches(self, rank):
+        return True
+
+
+def test_who_comes_later_is_told_of_a_store_that_is_gone_and_gives_nothing_to_it():
+    words = ["store=write_through", "fetch=always", "+per_role.store.kvcache.num_dram_blocks=20"]
+    cfg = load_config(["exec=simulated", "cluster.roles=[colocated,store,store]", *words])
+    roles = [("colocated-0", Role.COLOCATED), ("store-1", Role.STORE), ("store-2", Role.STORE)]
+    members = ClusterManager(roles, NoScaling(), build_global_scheduler(cfg, roles, rng=None))
+    roster, mailbox = Roster([1, 1, 1], num_spares=1), Noted()
+    turnover = Turnover(members, roster, Watch(roster, 10.0), mailbox, 3)
+    turnover.lose(1, 5, has_begun=True)
+    (starting,) = members.begin([Add(Role.COLOCATED)], 6)
+    roster.assign(starting.member.incarnation, 4)
+    mailbox.sent.clear()
+    turnover.welcome(starting.member.incarnation, 4, 7, 0, is_over=False)
+    assert [message for rank, message in mailbox.sent if rank == 4] == [Start(0), Gone(1)]
 
 
 def test_a_schedule_of_names_is_refused_where_names_shift():
