@@ -115,16 +115,20 @@ class Handoffs:
 
         prefill: the instance that prefilled it, if it may get KV back.
         """
-        known = prefill if prefill is not None and self.transfers.knows(prefill) else None
-        self._start(request, target, now_ns, prefill=known, migrates=True)
+        self._start(request, target, now_ns, prefill=self._still_there(prefill), migrates=True)
         self._tell(request, stats)
 
     def redirect(self, request_id: str, target: int, now_ns: int) -> None:
         """Hands a request whose ticket has failed to another instance."""
         handoff = self._on_the_way.pop(request_id)
         assert handoff.stats is not None, "it has a token"
-        self._start(handoff.request, target, now_ns, prefill=handoff.prefill, migrates=handoff.migrates)
+        prefill = self._still_there(handoff.prefill)
+        self._start(handoff.request, target, now_ns, prefill=prefill, migrates=handoff.migrates)
         self._tell(handoff.request, handoff.stats)
+
+    def _still_there(self, prefill: int | None) -> int | None:
+        """The instance that prefilled a request, if it may get KV back: who came since it left has not heard of it."""
+        return prefill if prefill is not None and self.transfers.knows(prefill) else None
 
     def drop(self, request_id: str, reason: str, now_ns: int) -> None:
         """Forgets a request's hand-off; an open ticket fails."""

@@ -19,11 +19,12 @@ class RequestStats(msgspec.Struct, frozen=True):
 
     num_cached_local: prompt tokens found in the instance's own index at first admission; num_fetched: those that had
     come from another instance for this request. num_computed: tokens prefilled, those computed again after a preemption
-    included; num_computed_on_decode: of them, by a decode instance. num_preemptions_on_decode: of num_preemptions,
-    there. decode_instance: who generated the last token, "" if the same. asked_ns: when the instance that it was handed
-    to was asked for room; ask_read_ns, granted_ns: when that one read so, and had made room; arrived_ns: when the last
-    byte of the KV was there; received_ns: when it read so, and published the KV; decode_scheduled_ns: when its first
-    step began. fetch: what was decided about KV held elsewhere. fetch_end_ns: when the request waited for it no longer.
+    included; num_computed_on_decode: beside them, by instances that went on with it. num_preemptions_on_decode: of
+    num_preemptions, there. decode_instance: who generated the last token, "" if the same. asked_ns: when the instance
+    that it was handed to was asked for room; ask_read_ns, granted_ns: when that one read so, and had made room;
+    arrived_ns: when the last byte of the KV was there; received_ns: when it read so, and published the KV;
+    decode_scheduled_ns: when its first step began. fetch: what was decided about KV held elsewhere. fetch_end_ns: when
+    the request waited for it no longer.
     stints: of instances that the answer has left, in order: it was decoded there before it migrated.
     """
 

@@ -159,6 +159,7 @@ class EmulatedCluster:
             return
         assert self.build is not None, "whoever changes a cluster says how to build its instances"
         node = Node(self.build(member.label, member.role, member.incarnation), member.incarnation)
+        node.meet(self.nodes, self.now_ns)
         self.nodes.append(node)
         self._by_label[member.label] = self._by_incarnation[member.incarnation] = node
         self._feed.follow(node)
@@ -202,10 +203,9 @@ class EmulatedCluster:
     def _tell_peers(self, node: Node) -> None:
         """The others get proof that a node is gone."""
         self._from_scheduler()
-        for other in self.nodes:
-            if not other.is_gone:
-                other.peer_gone(node.incarnation, self.now_ns)
-                self._poll(other)
+        for other in [other for other in self.nodes if not other.is_gone]:
+            other.peer_gone(node.incarnation, self.now_ns)
+            self._poll(other)
 
     def stop(self, label: str) -> None:
         """An instance does nothing until `resume`; what it has put on the wire goes on. Nobody is told."""

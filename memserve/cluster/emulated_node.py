@@ -4,7 +4,7 @@ begin: a batch, computed at once if its duration is measured, or if its KV leave
 macro-step -> end: commit
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -155,6 +155,12 @@ class Node:
         """There is proof that another instance is gone."""
         self.catch_up(now_ns)
         self.instance.peer_gone(incarnation, now_ns)
+
+    def meet(self, others: Iterable["Node"], now_ns: int) -> None:
+        """It comes. Of those that are gone the global scheduler may not know yet, and name them here."""
+        for other in others:
+            if other.is_gone:
+                self.peer_gone(other.incarnation, now_ns)
 
     def bequeath(self, heir: int, share: float, now_ns: int) -> None:
         """What is cached goes to another instance, if they transfer at all; at most such a share of the blocks."""

@@ -96,12 +96,17 @@ class ClusterManager:
         changes = self._scaling.changes(self._loads(), due_ns)
         if not isinstance(changes, Sequence):
             raise ValueError(f"{type(self._scaling).__name__} says {changes!r}: expected a list of changes")
-        return self.begin([change for change in changes if not self._comes_too_late(change)], due_ns)
+        said = [change for change in changes if not (self._comes_too_late(change) or self._waits_to_begin(change))]
+        return self.begin(said, due_ns)
 
     def _comes_too_late(self, change: Change) -> bool:
         """Whether it concerns an instance that has left, or was lost, before."""
         ended = {member.label for member in self.members if member.standing is None}
         return isinstance(change, Drain | ChangeRole | Crash) and change.label in ended
+
+    def _waits_to_begin(self, change: Change) -> bool:
+        """Whether an instance is to drain that does as soon as another serves: nobody who sees loads sees that."""
+        return isinstance(change, Drain | ChangeRole) and change.label in [member.label for member in self._held]
 
     def begin(self, changes: Iterable[Change], now_ns: int) -> list[Starting | Crash]:
         """Begins changes; what the driver is to do for them. Raises ValueError for an instance or a role that is none

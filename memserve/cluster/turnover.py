@@ -13,6 +13,7 @@ from memserve.cluster.manager import ClusterManager, Membership, Starting
 from memserve.cluster.node_messages import Become, Bequeath, Gone, Joined, Process, Retire, Start
 from memserve.cluster.roster import Roster
 from memserve.cluster.watch import Watch
+from memserve.request import Role
 from memserve.sched.scaling import Crash, Standing
 
 _log = logging.getLogger("memserve")
@@ -134,6 +135,9 @@ class Turnover:
             self._members.joined(member, now_ns)
             _log.info("%s has joined", member.label)
         self._mailbox.send(rank, Start(epoch_ns))
+        for other in self._members.members:
+            if other.role is Role.STORE and other.ended_ns is not None:  # it would give KV to all that there ever were
+                self._mailbox.send(rank, Gone(other.incarnation))
         if member.standing is None:
             self._mailbox.send(rank, Retire())
 

@@ -5,7 +5,7 @@ when it is full, neighbours are joined in pairs, so a long run is told more coar
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +91,17 @@ class Activity:
 
 
 def _joined_in_pairs(track: Track) -> Track:
-    def sums(values: list[int]) -> list[int]:
-        return [sum(values[i : i + 2]) for i in range(0, len(values), 2)]
+    def pairs(of: Callable[[list[int]], int], values: list[int]) -> list[int]:
+        return [of(values[i : i + 2]) for i in range(0, len(values), 2)]
 
-    ends_ns = [max(track.ends_ns[i : i + 2]) for i in range(0, len(track.ends_ns), 2)]
-    figures = {name: sums(values) for name, values in track.figures.items()}
-    return Track(track.peer, track.starts_ns[::2], ends_ns, sums(track.lasted_ns), sums(track.counts), figures)
+    return Track(
+        track.peer,
+        pairs(min, track.starts_ns),  # by layer a transfer may end before one that began earlier
+        pairs(max, track.ends_ns),
+        pairs(sum, track.lasted_ns),
+        pairs(sum, track.counts),
+        {name: pairs(sum, values) for name, values in track.figures.items()},
+    )
 
 
 def steps_outside_ns(tracks: Iterable[Track], since_ns: int, until_ns: int) -> int:

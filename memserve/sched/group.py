@@ -62,6 +62,8 @@ class Group(Holders):
     is believed to have cached.  cost_model: says in the records what each choice costs, and what another would have;
     None where the group prefills nothing.  prediction: by which is said what a request would wait for; None: by that.
     num_gpus: of each instance.
+
+    num_routed: attempts for which one of the instances was chosen first.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Group(Holders):
         self._num_gpus = num_gpus
         self._rows = _new_rows(len(labels))
         self._homes: Latest[str, int] = Latest(NUM_SESSIONS)  # row of each session
-        self._num_routed = 0
+        self.num_routed = 0
 
     @property
     def num_routed_to(self) -> np.ndarray:
@@ -114,7 +116,7 @@ class Group(Holders):
             labels=self.labels if len(rows) == len(self.labels) else tuple(self.labels[row] for row in rows),
             num_requests=these["num_requests"],
             num_tokens=these["num_tokens"],
-            num_routed=self._num_routed,
+            num_routed=self.num_routed,
             num_cached=_read_only(num_cached),
             queued_work=these["queued_work"],
             num_lately=these["num_lately"],
@@ -150,9 +152,8 @@ class Group(Holders):
         snapshot = self.snapshot(rows, self._num_cached(request.tokens, rows, now_ns), request.session_id, now_ns)
         return self._assign(snapshot, rows, Chosen(0, why), len(request.tokens))
 
-    def take(self, placement: Assignment, session_id: str, *, is_first: bool = True) -> None:
-        """The request goes there. is_first: not to another of this group before, in this attempt."""
-        self._num_routed += is_first
+    def take(self, placement: Assignment, session_id: str) -> None:
+        """The request goes there."""
         self._rows["num_routed"][placement.row] += 1
         self._rows["num_lately"] *= 1 - 1 / (LATELY * np.count_nonzero(self._here))
         self._rows["num_lately"][placement.row] += 1

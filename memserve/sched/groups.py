@@ -64,8 +64,14 @@ class Groups:
         return "decode instance" if self.decode is not None and not len(self.decode.rows()) else None
 
     def choose(self, request: RouteRequest, now_ns: int, rng: np.random.Generator) -> list[Assignment]:
-        """Where a request is to go: in each group an instance, that which gets it first of all."""
-        return [group.choose(request, now_ns, rng) for group in self.all]
+        """Where a request is to go: in each group an instance, that which gets it first of all.
+
+        It counts as routed even if it is refused then: in turns, the next one is another's.
+        """
+        places = [group.choose(request, now_ns, rng) for group in self.all]
+        for group in self.all:
+            group.num_routed += 1
+        return places
 
     def take(self, routed: Routed, places: Sequence[Assignment], now_ns: int) -> int | None:
         """A request's attempt begins at these. Returns the incarnation of who is to decode it, if that is another."""
@@ -147,6 +153,13 @@ class Groups:
             self.takers.prefilled(routed.place)
         if self.decode is not None and routed.decode_place is not None:
             self.decode.decodes(routed.decode_place)
+
+    def decodes(self, place: Assignment) -> None:
+        """A place in the group that decodes is of a request that has its first token from elsewhere."""
+        if self.decode is None:
+            self.takers.prefilled(place)
+        else:
+            self.decode.decodes(place)
 
     def handed_over(self, routed: Routed) -> None:
         """A request's KV is at its decode instance: its prefill instance has no load of it any more."""

@@ -208,13 +208,13 @@ class Redirects:
         """Its instance, of this label, is to hand it over to that of another place, where it counts from now on."""
         self._take(routed, group, target)
         routed.next_place, routed.is_next_gone = target, False
-        group.prefilled(target)
+        self._groups.decodes(target)
         self._moving[routed.submit.request_id] = routed
         return [self._redirect(routed, label, group.incarnations[target.row])]
 
     @staticmethod
     def _take(routed: Routed, group: Group, place: Assignment) -> None:
-        group.take(place, routed.submit.session_id, is_first=False)
+        group.take(place, routed.submit.session_id)
         routed.timeline.routes.append(place.choice)
 
     def _note(self, routed: Routed, message: HandoffEnded) -> None:

@@ -78,7 +78,8 @@ class Routed:
 
         Told before: by an earlier attempt, or by a copy of this one that migrated and went on where it was, too.
         """
-        self.num_generated = message.index + len(message.token_ids) // 4
+        end = message.index + len(message.token_ids) // 4
+        self.num_generated = max(self.num_generated, end)  # a copy that is to drop it may be behind
         new = slice(self.timeline.num_output - message.index, None)
         token_ids, times_ns = unpack_tokens(message.token_ids)[new], unpack_times(message.times_ns)[new]
         if len(token_ids):

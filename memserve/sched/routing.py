@@ -19,11 +19,11 @@ class ClusterSnapshot:
 
     labels: their names.  num_requests: int64 [n], dispatched and unfinished; on prefill instances those whose KV
     has not been handed over.  num_tokens: int64 [n], prompt tokens of those.  num_routed: requests routed so far in
-    this cluster.  num_cached: int64 [n], tokens of this request that each is believed to have, at least one token
-    short of all.  queued_work: int64 [n], the policy's `work` of the requests that have no first token yet; on
-    decode instances, of all that have not ended. num_lately: float64 [n], requests that went to each, of which the
-    latest count most: about 16 an instance. home: the row that the session's latest request went to; None for a
-    session that is new, or that has not come for 65,536 others, or whose row is not here.
+    this cluster, those included that were refused then.  num_cached: int64 [n], tokens of this request that each is
+    believed to have, at least one token short of all.  queued_work: int64 [n], the policy's `work` of the requests that
+    have no first token yet; on decode instances, of all that have not ended. num_lately: float64 [n], requests that
+    went to each, of which the latest count most: about 16 an instance. home: the row that the session's latest request
+    went to; None for a session that is new, or that has not come for 65,536 others, or whose row is not here.
 
     now_s: the cluster's clock.  num_decoding: int64 [n], of num_requests those that have their first token.  num_gpus:
     int64 [n], ranks of each (`cluster.tensor_parallel`).  free_blocks: float64 [n], blocks of each one's HBM that no

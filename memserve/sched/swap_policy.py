@@ -53,6 +53,6 @@ class Cheapest(SwapPolicy):
         if not in_dram[-1]:
             return len(blocks)
         num_cached = np.arange(len(in_dram)) * self._block_size
-        seconds = self._costs.exec_time_s(num_cached, num_tokens - num_cached)
-        seconds += self._costs.swap_time_s(1) * in_dram
+        computing_s = self._costs.exec_time_s(num_cached, num_tokens - num_cached)
+        seconds = computing_s + self._costs.swap_time_s(1) * in_dram
         return len(blocks) - int(np.argmin(seconds[::-1]))

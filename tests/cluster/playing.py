@@ -56,7 +56,8 @@ def nothing_is_left(cluster):
 
 def drawn(cluster, rng):
     """A change that the cluster can do now, if chance finds one."""
-    here = [m for m in cluster.members.members if m.standing == "serving" and m.role in SERVING]
+    waiting = cluster.members._held  # are to drain already, once somebody else of their role serves
+    here = [m for m in cluster.members.members if m.standing == "serving" and m.role in SERVING and m not in waiting]
     roles = sorted({m.role for m in cluster.members.members}.intersection(SERVING))
     if not here:
         return None

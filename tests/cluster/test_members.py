@@ -18,11 +18,14 @@ from memserve.cluster.farewell import Guest
 from memserve.cluster.launch import Place, RunOver, check_words, find_place, is_first
 from memserve.cluster.mailbox import Mailbox, births_of
 from memserve.cluster.manager import ClusterManager
-from memserve.cluster.node_messages import Alive, Leave, Process, Retire
+from memserve.cluster.node_messages import Alive, Gone, Leave, Process, Retire, Start
 from memserve.cluster.roster import Roster
+from memserve.cluster.turnover import Turnover
+from memserve.cluster.watch import Watch
 from memserve.cluster.wiring import build_global_scheduler
 from memserve.config.errors import ConfigError
 from memserve.request import Role
+from memserve.sched.load_scaling import ByLoad
 from memserve.sched.scaling import Add, Drain, NoScaling, Standing
 from memserve.transfer.shared_memory import host_id
 
@@ -278,6 +281,47 @@ def test_who_ends_before_the_run_has_begun_was_never_in_it():
     members.joined(members.comes_back(1), 0)
     assert members.counts() == {"joined": 0, "left": 0, "lost": 0, "switched": 0}
     assert members.stays_ns() == [(0, None), (0, None)]
+
+
+def test_a_policy_may_say_again_that_an_instance_is_to_drain_which_waits_for_a_silent_one():
+    roles = [("colocated-0", Role.COLOCATED), ("colocated-1", Role.COLOCATED)]
+    scheduler = build_global_scheduler(load_config(["exec=simulated", "cluster=colocated_2"]), roles, rng=None)
+    scaling = ByLoad({"colocated": 4}, max_instances=2, window_s=0.0)
+    scaling.begin([Role.COLOCATED] * 2)
+    members = ClusterManager(roles, scaling, scheduler)
+    scheduler.instance_gone("colocated-0", 0)  # silent: nobody knows that its process has ended
+    assert [members.decide() for _ in range(3)] == [[]] * 3 and members.draining == []
+    scheduler.instance_back("colocated-0", 1)
+    members.retry_held(1)
+    assert [member.label for member in members.draining] == ["colocated-1"]
+
+
+class Noted:
+    """In the place of a mailbox."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, rank, message):
+        self.sent.append((rank, message))
+
+    def reaches(self, rank):
+        return True
+
+
+def test_who_comes_later_is_told_of_a_store_that_is_gone_and_gives_nothing_to_it():
+    words = ["store=write_through", "fetch=always", "+per_role.store.kvcache.num_dram_blocks=20"]
+    cfg = load_config(["exec=simulated", "cluster.roles=[colocated,store,store]", *words])
+    roles = [("colocated-0", Role.COLOCATED), ("store-1", Role.STORE), ("store-2", Role.STORE)]
+    members = ClusterManager(roles, NoScaling(), build_global_scheduler(cfg, roles, rng=None))
+    roster, mailbox = Roster([1, 1, 1], num_spares=1), Noted()
+    turnover = Turnover(members, roster, Watch(roster, 10.0), mailbox, 3)
+    turnover.lose(1, 5, has_begun=True)
+    (starting,) = members.begin([Add(Role.COLOCATED)], 6)
+    roster.assign(starting.member.incarnation, 4)
+    mailbox.sent.clear()
+    turnover.welcome(starting.member.incarnation, 4, 7, 0, is_over=False)
+    assert [message for rank, message in mailbox.sent if rank == 4] == [Start(0), Gone(1)]
 
 
 def test_a_schedule_of_names_is_refused_where_names_shift():

@@ -381,3 +381,16 @@ def test_what_a_policy_of_one_s_own_must_not_do_is_said(policy, said):
     cluster.members._scaling = policy()
     with pytest.raises(ValueError, match=f"{policy.__name__} .*{said}"):
         play(cluster)
+
+
+def test_who_comes_while_a_crash_is_not_known_to_the_router_waits_for_nothing_from_who_crashed():
+    words = scheduled({"at_s": 0.15, "crash": "colocated-0"}, {"at_s": 0.15, "add": "colocated"}, words=[
+        "exec=simulated", "workload=synthetic", "workload.num_sessions=80", "workload.rate=400",
+        "workload.prompt_tokens=40", "workload.prefix_tokens=64", "workload.share_ratio=20",
+        "workload.max_output_tokens=4", "cluster=colocated_2", "fetch=always", "policy=least_load",
+        "control.latency_s=.01",
+    ])  # fmt: skip
+    timelines = play(LocalCluster(load_config(words)).cluster())
+    asked = [t.stats.fetch for t in timelines if t.instance == "colocated-2" and t.stats.fetch is not None]
+    assert asked, "it is told who holds more"
+    assert all(fetch.ended_ns is None or fetch.ended_ns - fetch.began_ns < 10**9 for fetch in asked)

@@ -14,9 +14,9 @@ from memserve.config.errors import ConfigError
 from memserve.messages import Cancel
 from memserve.metrics.migrations import stood_still_s
 from memserve.metrics.table import print_report
-from memserve.request import FinishReason
+from memserve.request import FinishReason, Role
 from memserve.sched.departures import Departure
-from memserve.sched.scaling import Drain
+from memserve.sched.scaling import Add, Drain
 from memserve.transfer.faults import MessageFaults
 
 WORKLOAD = [
@@ -374,3 +374,33 @@ def test_whatever_is_heard_first_answers_are_right(name, victim):
         timelines = play(cluster, act)
         assert_answered(timelines, attempts=(0, 1))
         nothing_is_left(cluster)
+
+
+def test_nothing_is_given_back_to_who_had_left_before_the_next_target_came():
+    words = [
+        "exec=simulated", "workload=synthetic", "workload.num_sessions=1", "workload.prompt_tokens=40",
+        "workload.max_output_tokens=60", "cluster.roles=[prefill,prefill,decode,decode]", "mode=pd_caching_3",
+        *MIGRATE, "transfer.patience_s=.2", "transfer.retry_s=.05", "macro_steps=false",
+    ]  # fmt: skip
+    cluster = LocalCluster(load_config(words)).cluster()
+    (group,) = [g for g in cluster.scheduler.groups.all if g.is_here("decode-2")]
+    while not any(t.num_output > 3 for t in cluster.scheduler.timelines.values()):
+        assert cluster.advance()
+    (source,) = [label for label in group.labels if group.num_requests(label)]
+    (stopped,) = set(group.labels) - {source}
+    (prefill,) = [t.instance for t in cluster.scheduler.timelines.values()]
+    cluster.stop(stopped)  # who is asked first does not answer
+    cluster.change(Drain(source))
+    (instance,) = [node.instance for node in cluster.nodes if node.instance.label == source]
+    while not instance.handoffs.requests:
+        assert cluster.advance()
+    cluster.change(Drain(prefill))
+    while cluster.members.members[int(prefill[-1])].ended_ns is None:
+        assert cluster.advance()
+    cluster.change(Add(Role.DECODE))
+    cluster.call_at(cluster.now_ns + 10**9, lambda: cluster.resume(stopped))
+    (timeline,) = play(cluster)
+    nothing_is_left(cluster)
+    assert timeline.succeeded and timeline.stats.decode_instance == "decode-4"
+    (last,) = [node.instance for node in cluster.nodes if node.instance.label == "decode-4"]
+    assert int(prefill[-1]) not in last.handoffs.transfers.counts_by_peer, "nobody is there"

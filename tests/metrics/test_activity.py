@@ -45,6 +45,13 @@ def test_a_full_track_is_told_more_coarsely_and_loses_nothing(num_steps):
     assert all(before.end_s <= after.start_s for before, after in itertools.pairwise(spans))
 
 
+def test_transfers_that_are_told_as_one_began_with_the_first_of_them():
+    activity = Activity(max_spans=2)
+    activity.sent([Sent((0, 1), 1, 20, 30, 16, 64), Sent((0, 0), 1, 10, 40, 16, 64), Sent((0, 2), 1, 40, 50, 16, 64)])
+    spans = list(spans_of("p", activity.tracks(), ["p", "d"]))
+    assert [(span.start_s * 1e9, span.end_s * 1e9, span.count) for span in spans] == [(10, 40, 2), (40, 50, 1)]
+
+
 @pytest.mark.parametrize("max_spans", [100, 8, 2])
 def test_of_a_step_that_goes_on_after_an_end_only_the_rest_is_late(max_spans):
     activity = Activity(max_spans)

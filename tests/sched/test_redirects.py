@@ -20,6 +20,7 @@ from memserve.request import FinishReason
 from memserve.sampling_params import SamplingParams
 from memserve.sched.departures import EndThere, Migrate
 from memserve.sched.global_scheduler import GlobalScheduler
+from memserve.sched.modes import PDBasic
 from memserve.sched.routing import RoundRobin
 
 NUM_TOKENS = 12  # of the KV that migrates
@@ -82,6 +83,29 @@ def test_an_answer_counts_at_both_places_until_it_has_moved(told):
     assert told.later() == [] and told.timeline.num_output == 4
 
 
+def test_a_decode_instance_has_the_work_of_an_answer_that_migrates_to_it_until_its_end():
+    decode = group_of(["d-0", "d-1"], RoundRobin())
+    scheduler = GlobalScheduler(
+        group_of(["p"], RoundRobin()), np.random.default_rng(0), decode=decode, mode=PDBasic(), departure=Migrate()
+    )
+
+    def work():
+        rows = np.arange(2)
+        return decode.snapshot(rows, np.zeros_like(rows), "", 0).queued_work.tolist()
+
+    scheduler.receive(Submit("r", "", pack_tokens(np.arange(10)), SamplingParams(max_tokens=9), 0), 0)
+    for index in range(2):
+        tokens, times = pack_tokens(np.array([index])), pack_times(np.array([index]))
+        scheduler.receive(Tokens("r", 0, index, tokens, times), 0)
+    assert work() == [10, 0]
+    scheduler.instance_draining("d-0", 0)
+    assert work() == [10, 10]
+    scheduler.receive(HandoffEnded("r", 0, "d-0", done=True, num_tokens=NUM_TOKENS), 0)
+    assert work() == [0, 10]
+    scheduler.receive(Finished("r", 0, FinishReason.LENGTH, "", None), 0)
+    assert work() == [0, 0]
+
+
 def test_with_departure_wait_nothing_is_said():
     told = Told(departure=EndThere())
     assert told.said() == [] and told.scheduler.is_needed("a")
@@ -122,6 +146,17 @@ def test_a_copy_that_may_be_elsewhere_is_dropped_and_its_end_is_not_the_request_
     told.hear(Cancel("r"))
     told.hear(Finished("r", 0, FinishReason.ABORTED, "cancelled by the client", None))
     assert told.scheduler.num_unfinished == 0 and told.loads == {}
+
+
+def test_a_late_token_of_a_copy_holds_up_nobody(told):
+    told.said()
+    told.ended()
+    told.tokens(3, 3)
+    told.tokens(3, 1)  # of a step of the copy's that was under way when it was told to drop it
+    told.tokens(6, 3)
+    told.hear(Finished("r", 0, FinishReason.LENGTH, "", None))
+    assert told.timeline.num_output == 9 and told.timeline.token_ids.tolist() == list(range(9))
+    assert told.scheduler.num_unfinished == 0
 
 
 def test_what_came_to_an_instance_that_is_gone_since_is_served_again(told):

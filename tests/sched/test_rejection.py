@@ -86,6 +86,14 @@ def test_what_is_refused_is_told_why_and_counts_nowhere():
     assert timeline.dispatched_ns is None and timeline.routes == [] and timeline.finished_ns == NOW_NS
 
 
+def test_in_turns_a_request_that_is_refused_has_had_its_turn():
+    takers = group_of(["p-0", "p-1"], RoundRobin(), costs=COSTS)
+    scheduler = GlobalScheduler(takers, np.random.default_rng(0), rejection=EarlyRejection(COSTS, ttft_s=0.5))
+    for name, num_tokens in (("long", 450), ("a", 5), ("refused", 50), ("b", 50), ("refused too", 50), ("c", 50)):
+        scheduler.receive(submit(name, num_tokens), NOW_NS)
+    assert dispatched(scheduler) == [("p-0", "long"), ("p-1", "a"), ("p-1", "b"), ("p-1", "c")]
+
+
 def test_room_comes_back_with_the_first_token_before_it_in_line():
     scheduler = make(EarlyRejection(COSTS, ttft_s=0.02))  # of one
     for name in "abc":

@@ -42,6 +42,16 @@ def test_only_the_deep_blocks_can_be_worth_a_swap():
     assert policy.num_to_use(blocks, NUM_HBM, 48) == best
 
 
+@pytest.mark.parametrize("make", [np.array, lambda seconds: np.broadcast_to(seconds[0], 5)])
+def test_a_model_of_one_s_own_may_give_whole_seconds_or_an_array_that_nobody_may_write_to(make):
+    class Own(FixedCostModel):
+        def _column_s(self, num_cached, num_new):
+            return make([3, 3, 3, 3, 3])
+
+    policy = Cheapest(Own(0.01, 0.001, 0.001, 0.1), BLOCK)
+    assert policy.num_to_use(np.array([*IN_HBM, *IN_DRAM[:2]], dtype=np.int32), NUM_HBM, 40) == 2
+
+
 @pytest.mark.parametrize("swap_block_s", [0.0, 0.5])
 def test_answers_are_the_same_whatever_is_swapped(swap_block_s):
     instance = hash_instance(

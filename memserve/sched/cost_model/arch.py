@@ -28,7 +28,7 @@ class ArchCostModel(CostModel):
         self._surface = [float(c) for c in surface]
 
     def arguments(self) -> dict[str, object]:
-        """What makes this model again."""
+        """What makes a fitted model again; of how many tokens a block is that was swapped, its file says."""
         return {"surface": self._surface, "swap_block_s": self.swap_block_s}
 
     def _one_s(self, num_cached: int, num_new: int) -> float:

@@ -73,7 +73,7 @@ class OperatorCostModel(CostModel):
         self._tokens_K, self._linear_K, self._slopes_K = map(np.array, (tokens, linear_s, self._slopes))
 
     def arguments(self) -> dict[str, object]:
-        """What makes this model again."""
+        """What makes a fitted model again; of how many tokens a block is that was swapped, its file says."""
         terms = dict(zip(TERMS, self._terms, strict=True))
         return {"tokens": self._tokens, "linear_s": self._linear_s, **terms, "swap_block_s": self.swap_block_s}
 
