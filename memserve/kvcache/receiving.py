@@ -173,8 +173,12 @@ class Receiving:
         incoming = Incoming(ask, self._num_asks, level, now_ns, reason=self._why_not(ask))
         first = next(iter(self._waiting.values()), None)
         in_turn = never_waits or first is None or level < first.level
-        fits = not incoming.reason and in_turn and self._allocate(incoming)
-        self.tickets[ask.ticket] = incoming
+        self.tickets[ask.ticket] = incoming  # before room is made: what it holds may move then, and is followed
+        try:
+            fits = not incoming.reason and in_turn and self._allocate(incoming)
+        except BaseException:
+            del self.tickets[ask.ticket]
+            raise
         if fits:
             self.event(incoming, ReceiverEvent.ASK_FITS, now_ns)
         elif incoming.reason or ask.best_effort:
