@@ -277,7 +277,8 @@ class Handoffs:
         ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready, told=ready)
         handoff = _Handoff(request, ticket, now_ns, prefill, migrates, request.num_preemptions)
         self._on_the_way[request.request_id] = handoff
-        waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
+        tickets = [handoff.ticket for handoff in self._on_the_way.values()]
+        waiting = sum(not (ticket.ended or self.transfers.is_granted(ticket)) for ticket in tickets)
         self.peak_waiting = max(self.peak_waiting, waiting)
         return ticket
 

@@ -161,7 +161,7 @@ def test_a_link_that_is_none_is_refused(values, named):
 
 def test_who_is_to_be_polled_where_another_poll_has_moved_the_bytes():
     transport, _ = two_endpoints(count=4)
-    assert transport.next_time_ns() is None
+    assert transport.next_time_ns() is None and transport.drain_over() == []
     transport.post((0, 1, 0), move(0, 2, [0], [0]), ready_ns=0)
     transport.post((1, 1, 0), move(1, 3, [0], [0]), ready_ns=0)  # ends at the same nanosecond
     transport.run(0)
@@ -169,6 +169,13 @@ def test_who_is_to_be_polled_where_another_poll_has_moved_the_bytes():
     assert transport.poll(0, 1016) and not transport.has_arrived(0) and transport.has_arrived(1)
     assert [over.move_id for over in transport.drain_over()] == [(0, 1, 0), (1, 1, 0)]
     assert transport.poll(1, 1016) and transport.next_time_ns() is None
+
+
+def test_moves_that_were_polled_are_not_kept_where_nobody_asks_what_is_over():
+    transport, _ = two_endpoints()
+    for part in range(3):
+        transport.post((0, 1, part), move(0, 1, [0], [0]), ready_ns=0)
+    assert len(transport.poll(0, 10**9)) == 3 and transport.drain_over() == []
 
 
 @pytest.mark.parametrize(
