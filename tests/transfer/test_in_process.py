@@ -1,11 +1,15 @@
 """The in-process transport copies what was asked, when the link model says, in order, and nothing of who is gone."""
 
+from collections import Counter
+from random import Random
+
 import numpy as np
 import pytest
 import torch
 
 from memserve.transfer import Arrived, InProcess, LinkModel, Move
 from memserve.transfer.block_copy import copy_rows
+from memserve.transfer.ports import Flow, fair_shares
 
 LINK = LinkModel(latency_s=1e-6, gb_per_s=1.0)  # 1 us a call, 1 ns a byte
 
@@ -98,6 +102,34 @@ def test_what_calls_and_latencies_there_are_a_port_passes_no_more_than_its_bandw
                 span_ns = max(end for _, end in through) - min(post[4] for post, _ in through)
                 assert sum(post[2] for post, _ in through) <= span_ns + len(posts)
         assert all(end - post[4] >= post[2] + 10_000 * post[3] - 1 for post, end in zip(posts, ends, strict=True))
+
+
+def shares_by_rounds(flows):
+    """The rule as it is written down: the port with least for each who waits gives that to all; who wants less has it
+    first. Looks at every flow in every round.
+    """
+    shares, free = [0.0] * len(flows), {port: 1.0 for flow in flows for port in flow.ports}
+    waiting = list(range(len(flows)))
+    while waiting:
+        counts = Counter(port for i in waiting for port in flows[i].ports)
+        levels = {port: free[port] / count for port, count in counts.items()}
+        level = min(levels.values())
+        modest = [i for i in waiting if flows[i].demand <= level]
+        for i in modest or [i for i in waiting if any(levels[port] == level for port in flows[i].ports)]:
+            shares[i] = min(level, flows[i].demand)
+            waiting.remove(i)
+            for port in flows[i].ports:
+                free[port] -= shares[i]
+    return shares
+
+
+@pytest.mark.parametrize("demands", [(1.0,), (0.0, 0.1, 0.5, 1.0), (0.2, 0.25, 1 / 3, 0.3)])
+def test_shares_are_to_the_last_bit_those_of_the_rule_as_it_is_written_down(demands):
+    rng = Random(1)
+    for _ in range(300):
+        ends = [(rng.randrange(8), rng.randrange(8)) for _ in range(rng.randrange(1, 30))]
+        flows = [Flow(None, end, [("out of", end[0]), ("into", end[1])], 1, rng.choice(demands)) for end in ends]
+        assert fair_shares(flows) == shares_by_rounds(flows)
 
 
 def test_ends_do_not_depend_on_who_looks_when():
