@@ -275,6 +275,8 @@ class Handoffs:
         options = TransferOptions(insert=self._mode.keeps_received)
         word = packed(request, None, prefill, migrates=migrates)
         ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready, told=ready)
+        if migrates:  # should it go on here after all, it may be preempted while something is still on its way
+            self.transfers.keep_paths(request.block_table.view, request.holder)
         handoff = _Handoff(request, ticket, now_ns, prefill, migrates, request.num_preemptions)
         self._on_the_way[request.request_id] = handoff
         tickets = [handoff.ticket for handoff in self._on_the_way.values()]

@@ -192,8 +192,9 @@ class Transfers:
         self._sending.tell(ticket.ticket_id, private)
 
     def keep_paths(self, blocks: np.ndarray, holder: Holder) -> None:
-        """`holder` is about to give up `blocks` (int32 [n]) and whatever else it has. Tickets that still send any of
-        these hold from now on what lies above them in the index, where somebody else was the first to cache it.
+        """`holder` is about to give up `blocks` (int32 [n]) and whatever else it has, or may do so at any time. Tickets
+        that still send any of these hold from now on what lies above them in the index, where somebody else was the
+        first to cache it.
         """
         if len(self._pool.allocator.held_by(holder)) > len(blocks):
             self._sending.keep_paths(blocks)
