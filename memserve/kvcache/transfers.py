@@ -117,10 +117,9 @@ class Transfers:
         """Asks `peer` for room for the KV of `tokens` (int32 [n]) in `blocks` (int32, all that hold it, in order).
 
         ready: the blocks are final; else `mark_ready` says when.  told: `private` says all; else `Done` waits until
-        `tell` does.  addrs: where they go, int64 [n] reserved before: no
-        grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
-        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before or that
-        another ticket still writes to.
+        `tell` does.  addrs: where they go, int64 [n] reserved before: no grant is waited for. Raises ValueError for a
+        transfer to itself and for a number of blocks that does not fit the tokens, StaleAddress for addresses that are
+        not reserved, ValueError for those that were inserted before or that another ticket still writes to.
         """
         needed = self._pool.blocks_for(len(tokens))
         if peer == self.incarnation:
