@@ -96,13 +96,13 @@ def test_a_peer_that_never_comes_costs_its_own_moves_only(port):
 
 
 def test_a_peer_that_is_stopped_for_longer_than_its_pair_has_patience_is_reached_when_it_goes_on(port, monkeypatch):
-    monkeypatch.setitem(MAKE, "impatient gloo", lambda store: Gloo(store, patience_s=0.3))
+    monkeypatch.setitem(MAKE, "impatient gloo", lambda store: Gloo(store, patience_s=1.0))
     peer = Peer("gloo", port, 1, [64]).ready()
     here = End("impatient gloo", port, 0, [64])
     peer.signal(signal.SIGSTOP)
     here.post([rows_move((0, 0), (1, 0), 64, [0], [0])])
     with pytest.raises(TimeoutError):
-        here.wait(1, 1.0)
+        here.wait(1, 2.0)
     peer.signal(signal.SIGCONT)
     assert [arrived.move_id for arrived in here.wait(1)] == [(0, 0, 0)]
     assert peer.call("read", 0) == here.read(0)
