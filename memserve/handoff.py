@@ -73,6 +73,7 @@ class Handoffs:
         self.peak_waiting = 0  # most requests that waited for a grant at a time
         self._mode, self._marks = mode, LayerMarks(transfers)
         self._on_the_way: dict[str, _Handoff] = {}
+        self._request_ids: dict[tuple[int, int], str] = {}  # by tickets, of those that have not ended
 
     @property
     def asks_at_first_chunk(self) -> bool:
@@ -138,13 +139,14 @@ class Handoffs:
 
     def ended(self, ticket: Ticket, now_ns: int) -> Request | None:
         """The request whose hand-off this ticket was, if it still waits for it. A DONE one is forgotten here."""
-        for request_id, handoff in self._on_the_way.items():
-            if handoff.ticket is ticket:
-                if ticket.state is TicketState.DONE:
-                    del self._on_the_way[request_id]
-                    self._deposit(handoff.request, now_ns)
-                return handoff.request
-        return None
+        request_id = self._request_ids.pop(ticket.ticket_id, "")
+        handoff = self._on_the_way.get(request_id)
+        if handoff is None or handoff.ticket is not ticket:
+            return None
+        if ticket.state is TicketState.DONE:
+            del self._on_the_way[request_id]
+            self._deposit(handoff.request, now_ns)
+        return handoff.request
 
     def finished(self, request: Request, prefill: int | None, reason: FinishReason, now_ns: int) -> None:
         """A request has ended here. prefill: the instance that prefilled it, if it was another."""
@@ -193,10 +195,11 @@ class Handoffs:
 
     def _wait_or_stay(self, message: Wait, now_ns: int) -> None:
         """There is no room for a request now: one that was decoded here goes on meanwhile, not waits."""
-        for handoff in self._on_the_way.values():
-            if handoff.ticket.ticket_id == message.ticket and handoff.migrates and not handoff.ticket.ended:
-                handoff.ticket.refused = True
-                self.transfers.cancel(handoff.ticket, f"{DECLINED}: no room now", now_ns)
+        handoff = self._on_the_way.get(self._request_ids.get(message.ticket, ""))
+        is_open = handoff is not None and handoff.ticket.ticket_id == message.ticket and not handoff.ticket.ended
+        if handoff is not None and is_open and handoff.migrates:
+            handoff.ticket.refused = True
+            self.transfers.cancel(handoff.ticket, f"{DECLINED}: no room now", now_ns)
 
     def poll(self, now_ns: int) -> list[Ticket]:
         """Lets time pass; the tickets that have ended."""
@@ -279,9 +282,13 @@ class Handoffs:
         options = TransferOptions(insert=self._mode.keeps_received)
         word = packed(request, None, prefill, migrates=migrates)
         ticket = self.transfers.start(target, tokens, blocks, options, word, now_ns, ready=ready, told=ready)
+        if migrates:  # should it go on here after all, it may be preempted while something is still on its way
+            self.transfers.keep_paths(request.block_table.view, request.holder)
         handoff = _Handoff(request, ticket, now_ns, prefill, migrates, request.num_preemptions)
         self._on_the_way[request.request_id] = handoff
-        waiting = sum(not self.transfers.is_granted(handoff.ticket) for handoff in self._on_the_way.values())
+        self._request_ids[ticket.ticket_id] = request.request_id
+        tickets = [handoff.ticket for handoff in self._on_the_way.values()]
+        waiting = sum(not (ticket.ended or self.transfers.is_granted(ticket)) for ticket in tickets)
         self.peak_waiting = max(self.peak_waiting, waiting)
         return ticket
 

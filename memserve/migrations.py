@@ -108,5 +108,6 @@ class Migrations:
         blocks = request.block_table.view[:num_full]
         ahead.num_blocks, ahead.num_new = num_full, num_left
         ahead.ticket = self._transfers.start(target, tokens, blocks, _OPTIONS, _WORD, now_ns)
+        self._transfers.keep_paths(request.block_table.view, request.holder)  # it may be preempted meanwhile
         self._ahead[request.request_id] = ahead
         return True

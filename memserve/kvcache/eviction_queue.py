@@ -79,17 +79,19 @@ class EvictionQueue(Generic[Node]):
     def unpark(self) -> None:
         """Puts back what was parked and has a block that nobody uses; to be called before the first `pop` of a call."""
         for node in self._parked.take_idle():
-            self.reoffer(node)
+            node.queued &= ~self._parked_bit
+            self.offer(node)
 
     def reoffer(self, node: Node) -> None:
         """Puts a parked node back in at once: it has other blocks now. Leaves those as they are that are not parked."""
         if node.queued & self._parked_bit:
-            node.queued &= ~self._parked_bit
+            self._unpark(node)
             self.offer(node)
 
     def forget(self, node: Node) -> None:
         """For a node that is gone for good: its entry is skipped, and swept out before most entries are such."""
-        node.queued &= ~self._parked_bit
+        if node.queued & self._parked_bit:
+            self._unpark(node)
         if node.queued & self._bit:
             node.queued &= ~self._bit
             self._num_forgotten += 1
@@ -98,18 +100,23 @@ class EvictionQueue(Generic[Node]):
                 heapq.heapify(self._heap)
                 self._num_forgotten = 0
 
+    def _unpark(self, node: Node) -> None:
+        node.queued &= ~self._parked_bit
+        self._parked.drop(node)
+
 
 class _Parked(Generic[Node]):
-    """Nodes and the blocks they wait for. One that was put back before stays until such a block is idle."""
+    """Nodes and the blocks they wait for."""
 
     def __init__(self, refcounts: np.ndarray) -> None:
         self._refcounts = refcounts
         self._nodes: dict[int, Node] = {}
+        self._number_of: dict[Node, int] = {}
         self._num_added = 0
         self._blocks, self._numbers = IntBuffer(_NONE), IntBuffer(_NONE)  # of equal length: a block, its node's number
 
     def add(self, node: Node, blocks: np.ndarray) -> None:
-        self._nodes[self._num_added] = node
+        self._nodes[self._num_added], self._number_of[node] = node, self._num_added
         self._blocks.extend(blocks)
         self._numbers.extend(np.full(len(blocks), self._num_added, dtype=np.int32))
         self._num_added += 1
@@ -122,7 +129,19 @@ class _Parked(Generic[Node]):
         if not idle.any():
             return []
         leaving = np.unique(self._numbers.view[idle])
-        stay = ~np.isin(self._numbers.view, leaving)
-        blocks, numbers = self._blocks.view[stay], self._numbers.view[stay]
+        self._keep(~np.isin(self._numbers.view, leaving))
+        nodes = [self._nodes.pop(number) for number in leaving.tolist()]
+        for node in nodes:
+            del self._number_of[node]
+        return nodes
+
+    def drop(self, node: Node) -> None:
+        """Takes out a node that waits for nothing any more, lest one that is parked often is here as often."""
+        number = self._number_of.pop(node)
+        del self._nodes[number]
+        self._keep(self._numbers.view != number)
+
+    def _keep(self, stays: np.ndarray) -> None:
+        """stays: bool, of each block here."""
+        blocks, numbers = self._blocks.view[stays], self._numbers.view[stays]
         self._blocks, self._numbers = IntBuffer(blocks), IntBuffer(numbers)
-        return [self._nodes.pop(number) for number in leaving.tolist()]

@@ -10,7 +10,7 @@ and between as many ranks each sends all that it has to its peer. Every rank is 
 
 from dataclasses import dataclass
 
-from memserve.kvcache.address import INCARNATION_BITS, MAX_INCARNATION
+from memserve.kvcache.address import INCARNATION_BITS
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,3 @@ def endpoint_of(incarnation: int, rank: int) -> int:
 def rank_of_endpoint(endpoint: int) -> int:
     """The rank within its instance."""
     return endpoint >> INCARNATION_BITS
-
-
-def instance_of_endpoint(endpoint: int) -> int:
-    """The incarnation of the instance."""
-    return endpoint & MAX_INCARNATION

@@ -173,8 +173,12 @@ class Receiving:
         incoming = Incoming(ask, self._num_asks, level, now_ns, reason=self._why_not(ask))
         first = next(iter(self._waiting.values()), None)
         in_turn = never_waits or first is None or level < first.level
-        fits = not incoming.reason and in_turn and self._allocate(incoming)
-        self.tickets[ask.ticket] = incoming
+        self.tickets[ask.ticket] = incoming  # before room is made: what it holds may move then, and is followed
+        try:
+            fits = not incoming.reason and in_turn and self._allocate(incoming)
+        except BaseException:
+            del self.tickets[ask.ticket]
+            raise
         if fits:
             self.event(incoming, ReceiverEvent.ASK_FITS, now_ns)
         elif incoming.reason or ask.best_effort:
@@ -219,7 +223,7 @@ class Receiving:
         try:
             num_new = ask.num_blocks - len(held)
             if ask.medium == Medium.HBM and not ask.best_effort:
-                self._keep_headroom(num_new, len(held))
+                self._keep_headroom(num_new, held)
             new = pool.alloc(num_new, incoming.holder, Medium(ask.medium))
         except Exception as error:
             pool.release_all(incoming.holder)
@@ -234,10 +238,14 @@ class Receiving:
             pool.match(incoming.tokens, incoming.num_held)  # used now: an Ask that waits is looked at often
         return True
 
-    def _keep_headroom(self, num_new: int, num_held: int) -> None:
-        """Raises OutOfBlocks if the running requests would be left with less than the headroom."""
-        available = self._pool.num_available
-        idle = available + num_held >= self._pool.num_blocks
+    def _keep_headroom(self, num_new: int, held: np.ndarray) -> None:
+        """Raises OutOfBlocks if the running requests would be left with less than the headroom.
+
+        held: the prefix, int32 [n], that the ticket holds by now, as nobody else but the index does where nothing runs.
+        """
+        pool, available = self._pool, self._pool.num_available
+        is_ours = (held < pool.num_blocks) & (pool.allocator.refcounts[held] <= 3)
+        idle = available + int(np.count_nonzero(is_ours)) >= pool.num_blocks
         if not idle and available - num_new < self._limits.headroom_blocks:
             raise OutOfBlocks(f"{num_new} blocks would leave less than {self._limits.headroom_blocks} of {available}")
 

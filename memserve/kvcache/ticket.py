@@ -28,8 +28,7 @@ class TicketState(enum.StrEnum):
 class Ticket:
     """ticket_id: (incarnation of the instance that asked, its number there). addrs: int64 [n], where the data lies once
     it is DONE, of blocks that were moved: none for what a receiver's index held already; of a swap_in that FAILED,
-    those that are still held.  reason: why it FAILED, else "".  refused: because
-    the receiver said so at once.
+    those that are still held.  reason: why it FAILED, else "".  refused: because the receiver said so at once.
     """
 
     ticket_id: tuple[int, int]

@@ -117,10 +117,9 @@ class Transfers:
         """Asks `peer` for room for the KV of `tokens` (int32 [n]) in `blocks` (int32, all that hold it, in order).
 
         ready: the blocks are final; else `mark_ready` says when.  told: `private` says all; else `Done` waits until
-        `tell` does.  addrs: where they go, int64 [n] reserved before: no
-        grant is waited for. Raises ValueError for a transfer to itself and for a number of blocks that does not fit the
-        tokens, StaleAddress for addresses that are not reserved, ValueError for those that were inserted before or that
-        another ticket still writes to.
+        `tell` does.  addrs: where they go, int64 [n] reserved before: no grant is waited for. Raises ValueError for a
+        transfer to itself and for a number of blocks that does not fit the tokens, StaleAddress for addresses that are
+        not reserved, ValueError for those that were inserted before or that another ticket still writes to.
         """
         needed = self._pool.blocks_for(len(tokens))
         if peer == self.incarnation:
@@ -192,8 +191,9 @@ class Transfers:
         self._sending.tell(ticket.ticket_id, private)
 
     def keep_paths(self, blocks: np.ndarray, holder: Holder) -> None:
-        """`holder` is about to give up `blocks` (int32 [n]) and whatever else it has. Tickets that still send any of
-        these hold from now on what lies above them in the index, where somebody else was the first to cache it.
+        """`holder` is about to give up `blocks` (int32 [n]) and whatever else it has, or may do so at any time. Tickets
+        that still send any of these hold from now on what lies above them in the index, where somebody else was the
+        first to cache it.
         """
         if len(self._pool.allocator.held_by(holder)) > len(blocks):
             self._sending.keep_paths(blocks)

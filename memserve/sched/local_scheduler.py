@@ -63,6 +63,7 @@ class LocalScheduler:
         self._num_waited = 0  # blocks that were swapped up to the last batch
         self._budget = 0  # tokens that the step being scheduled may still have
         self._made_room = False  # somebody was preempted since waiting requests were last asked
+        self._num_owed = 0  # blocks that those who ran then need for tokens that they have: who is admitted has them
 
     @property
     def num_unfinished(self) -> int:
@@ -167,6 +168,7 @@ class LocalScheduler:
         """Admits whom the pool has room for, and serves those whose turn it is."""
         self._made_room = False
         self.room.unpark()
+        self._num_owed = sum(self._num_missing(r, r.num_tokens) for r in self.running) if len(self.room) else 0
         while self._budget > 0 and (head := self._next()) is not None:
             candidates = self.room.from_head(head, self.pool.num_blocks)
             if (admitted := next(filter(self._admit, candidates), None)) is not None:
@@ -264,7 +266,7 @@ class LocalScheduler:
 
     def _bring_up(self, request: Request) -> bool:
         """Swaps the block table in and allocates the rest; it runs, or is parked while it comes. False: no room."""
-        if not self.pool.fits(request.block_table.view, request.num_tokens, self._num_owed()):
+        if not self.pool.fits(request.block_table.view, request.num_tokens, self._num_owed):
             return False
         try:
             swap = self.pool.swap_in(request.block_table.view, request.holder)
@@ -277,10 +279,6 @@ class LocalScheduler:
             return False
         self._run(request)
         return True
-
-    def _num_owed(self) -> int:
-        """Blocks that those who run need for tokens that they have: none if they were served before others come in."""
-        return sum(self._num_missing(request, request.num_tokens) for request in self.running)
 
     def _drop_swapped(self) -> bool:
         """Lets the last request in order that waits and still holds blocks be recomputed; False when there is none.

@@ -33,9 +33,9 @@ class Gloo(Transport):
     """One process's end. store: reached by all processes of the transport. A process attaches one endpoint.
 
     channels: process groups over which the calls of a pair are spread, in turn.  patience_s: how long an end of a pair
-    waits for the other one to come.  host: this machine's address, as the others reach it; "" for what its name stands
-    for. Moves to one peer arrive in the order in which they were posted. `close` ends the threads. Raises ValueError
-    for options out of range.
+    waits for the other one to come; then the sender's asks again.  host: this machine's address, as the others reach
+    it; "" for what its name stands for. Moves to one peer arrive in the order in which they were posted. `close` ends
+    the threads. Raises ValueError for options out of range.
     """
 
     def __init__(self, store: Store, *, channels: int = 1, patience_s: float = 60.0, host: str = "") -> None:

@@ -32,7 +32,7 @@ class InProcess(Transport):
         self._memories: dict[int, list[torch.Tensor | None]] = {}
         self._taken: set[int] = set()  # numbers of all that were ever attached
         self._arrived: dict[int, list[Arrived]] = defaultdict(list)  # by who is to be told
-        self._over: list[Arrived] = []
+        self._over: list[Arrived] | None = None  # kept for whoever drains them
         self._ports: Ports[tuple[MoveId, Move]] = Ports()
 
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
@@ -68,8 +68,10 @@ class InProcess(Transport):
             if not flow.is_cancelled:
                 move_id, move = flow.what
                 self._copy(move)
-                self._over.append(Arrived(move_id, flow.begun_ns, flow.ends_ns))
-                self._arrived[move_id[0]].append(self._over[-1])
+                arrived = Arrived(move_id, flow.begun_ns, flow.ends_ns)
+                self._arrived[move_id[0]].append(arrived)
+                if self._over is not None:
+                    self._over.append(arrived)
 
     def next_time_ns(self) -> int | None:
         event = self._ports.next_event
@@ -91,8 +93,8 @@ class InProcess(Transport):
         return endpoint in self._arrived
 
     def drain_over(self) -> list[Arrived]:
-        """The moves of all endpoints that have arrived since the last call, in order."""
-        over, self._over = self._over, []
+        """The moves of all endpoints that have arrived since the last call, in order; none before the first one."""
+        over, self._over = self._over or [], []
         return over
 
     def _duration_ns(self, move: Move) -> int:

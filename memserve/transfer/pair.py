@@ -6,7 +6,8 @@
 On a GPU each end has a stream of its own: its copies run beside what computes, and the sender's begin when everything
 has ended that the poster's stream had been given before. The receiver's rows are idle when they are granted.
 
-A pair ends when it is closed or when its wire breaks, which only the death of the peer does; then nothing is retried.
+A receiver that does not come in time is asked again. Once the two have met, a pair ends when it is closed or when its
+wire breaks, which only the death of the peer does; then nothing is retried.
 """
 
 import queue
@@ -28,7 +29,7 @@ from memserve.transfer.wire import PIECE_BYTES, Announcement, Wire, WireBroken, 
 
 _CALLS_AHEAD = 64  # calls under way whose bytes go to or from their rows
 _PIECES_AHEAD = 4  # calls under way through buffers
-
+_PAUSE_S = 0.1  # between two attempts to meet
 
 Memories = Sequence[torch.Tensor | None]
 
@@ -68,14 +69,14 @@ class PairEnd(ABC):
         self._side = beside(next((d for d in devices if d.type == "cuda"), torch.device("cpu")))
         self._lock = threading.Lock()
         self._wire: Wire | None = None
-        self._closed = False
+        self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
         self._start(self._run)
 
     def close(self) -> None:
         """Ends the pair; nothing is written to this end's rows once this returns."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
         if self._wire is not None:
             self._wire.close()
 
@@ -97,15 +98,19 @@ class PairEnd(ABC):
             self.failure = error
 
     def _run(self) -> None:
-        wire = self._open_wire()
+        wire = self._opened()
         self._staging = Staging(wire.carrier.device)
         with self._lock:
             self._wire = wire
-            closed = self._closed
+            closed = self._closed.is_set()
         if closed:
             wire.close()
         else:
             self._serve(wire)
+
+    def _opened(self) -> Wire:
+        """Raises WireBroken where the other end does not come."""
+        return self._open_wire()
 
     def _calls(
         self, wire: Wire, said: Announcement, memory: int, rows: np.ndarray
@@ -168,6 +173,15 @@ class Outlet(PairEnd):
             posted = self._unfinished.popleft()
             self._arrived.append(Arrived(posted.move_id, posted.begun_ns, monotonic_ns()))
 
+    def _opened(self) -> Wire:
+        """Asks the receiver anew until it comes: it may be stopped, and nothing was announced to it so far."""
+        while True:
+            try:
+                return self._open_wire()
+            except WireBroken:
+                if self._closed.wait(_PAUSE_S):
+                    raise
+
     def _serve(self, wire: Wire) -> None:
         self._start(lambda: self._hear_acknowledgements(wire))
         seq = 0
@@ -197,7 +211,7 @@ class Outlet(PairEnd):
         while True:
             wire.await_acknowledgement()
             with self._lock:
-                if self._closed:
+                if self._closed.is_set():
                     return
                 posted = self._unfinished.popleft()
                 self._arrived.append(Arrived(posted.move_id, posted.begun_ns, monotonic_ns()))
@@ -233,6 +247,6 @@ class Inlet(PairEnd):
         if staged is None:
             return
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 raise WireBroken("closed at this end")
             scatter_rows(staged, self._memory(said.memory), rows, said.row_bytes)

@@ -9,7 +9,7 @@ results do not depend on when anybody looks.
 """
 
 import heapq
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -51,23 +51,62 @@ class Flow(Generic[T]):
             self.ends_ns = now_ns + max(0, round(self._left_ns / speed))
 
 
+class _Levels:
+    """What each port has left for each flow that waits for a share of it; of many ports, the one with least."""
+
+    def __init__(self, flows: Sequence[Flow[T]]) -> None:
+        self._through: defaultdict[Hashable, list[int]] = defaultdict(list)  # by their places in `flows`
+        for i, flow in enumerate(flows):
+            for port in flow.ports:
+                self._through[port].append(i)
+        self._free = dict.fromkeys(self._through, 1.0)
+        self._num_waiting = {port: len(places) for port, places in self._through.items()}
+        self._levels = {port: 1.0 / count for port, count in self._num_waiting.items()}
+        self._heap = [(level, number, port) for number, (port, level) in enumerate(self._levels.items())]
+        self._num_pushed = len(self._heap)
+        heapq.heapify(self._heap)
+
+    def lowest(self) -> float:
+        """The least that any port has left for each."""
+        while self._levels.get(self._heap[0][2]) != self._heap[0][0]:  # it has changed since
+            heapq.heappop(self._heap)
+        return self._heap[0][0]
+
+    def through_lowest(self) -> list[int]:
+        """The flows through the ports that have no more than that."""
+        places, level = [], self.lowest()
+        while self._heap and self._heap[0][0] == level:
+            port = heapq.heappop(self._heap)[2]
+            places += self._through[port] if self._levels.get(port) == level else []
+        return places
+
+    def settle(self, ports: Sequence[Hashable], share: float) -> None:
+        """A flow through these has got its share, and waits no longer."""
+        for port in ports:
+            self._free[port] -= share
+            self._num_waiting[port] -= 1
+            self._levels.pop(port)
+            if count := self._num_waiting[port]:
+                self._num_pushed += 1
+                self._levels[port] = self._free[port] / count
+                heapq.heappush(self._heap, (self._levels[port], self._num_pushed, port))
+
+
 def fair_shares(flows: Sequence[Flow[T]]) -> list[float]:
     """The share of its ports' bandwidth that each flow gets: max-min fair, and no more than it demands."""
     if len(flows) == 1:
         return [flows[0].demand]
-    shares, free = [0.0] * len(flows), {port: 1.0 for flow in flows for port in flow.ports}
-    waiting = list(range(len(flows)))
+    shares, levels = [0.0] * len(flows), _Levels(flows)
+    waiting, by_demand = set(range(len(flows))), deque(sorted(range(len(flows)), key=lambda i: flows[i].demand))
     while waiting:
-        counts = Counter(port for i in waiting for port in flows[i].ports)
-        levels = {port: free[port] / count for port, count in counts.items()}
-        level = min(levels.values())
-        modest = {i for i in waiting if flows[i].demand <= level}
-        settled = modest or {i for i in waiting if any(levels[port] == level for port in flows[i].ports)}
+        level, modest = levels.lowest(), set[int]()
+        while by_demand and flows[by_demand[0]].demand <= level:
+            modest.add(by_demand.popleft())
+        settled = modest & waiting or waiting.intersection(levels.through_lowest())
         for i in sorted(settled):
             shares[i] = min(level, flows[i].demand)
-            for port in flows[i].ports:
-                free[port] -= shares[i]
-        waiting = [i for i in waiting if i not in settled]
+            levels.settle(flows[i].ports, shares[i])
+        waiting -= settled
     return shares
 
 

@@ -85,13 +85,12 @@ class GlooCarrier:
         self.host = host
 
     def open(self, store: Store, rank: int, patience: timedelta) -> CallGroup:
-        """Waits for the other rank. Raises WireBroken when it does not come in time."""
+        """Waits for the other rank. Raises WireBroken when it does not come in time, RuntimeError for no such host."""
+        gloo = cast(Any, ProcessGroupGloo)  # torch's stubs leave its options out
+        options = gloo._Options()
+        options._timeout = patience
+        options._devices = [gloo.create_device(hostname=self.host) if self.host else gloo.create_default_device()]
         try:
-            gloo = cast(Any, ProcessGroupGloo)  # torch's stubs leave its options out
-            options = gloo._Options()
-            options._timeout = patience
-            device = gloo.create_device(hostname=self.host) if self.host else gloo.create_default_device()
-            options._devices = [device]
             return cast(CallGroup, gloo(store, rank, 2, options))
         except RuntimeError as error:
             raise WireBroken(str(error)) from error

@@ -10,7 +10,7 @@ from cluster.playing import tokens_of
 from memserve import LocalCluster, load_config
 from memserve.config.errors import ConfigError
 from memserve.handoff import GivenBack
-from memserve.messages import Ask, Cancel, pack_tokens
+from memserve.messages import Ask, Cancel, Refuse, pack_tokens
 from memserve.request import FinishReason, Request
 from memserve.sampling_params import SamplingParams
 from memserve.served import Served
@@ -212,3 +212,17 @@ def test_contradictions_are_named_before_anything_runs(words, named):
     with pytest.raises(ConfigError) as raised:
         LocalCluster(load_config([*WORKLOAD, *words]))
     assert named in str(raised.value)
+
+
+def test_a_hand_off_that_was_refused_does_not_wait_for_a_grant():
+    instance = local(*PD).cluster().nodes[0].instance
+    handoffs = instance.handoffs
+    for number in range(3):
+        request = Request(f"r{number}", np.arange(8, dtype=np.int32), SamplingParams(max_tokens=4))
+        request.block_table.extend(instance.pool.alloc(instance.pool.blocks_for(8), request.holder))
+        request.tokens.append(1)
+        request.num_computed = 8
+        handoffs.prefilled(request, 1, Served(request, 0, None).stats("prefill-0"), 0)
+        ((_, ask),) = handoffs.drain_outbox()
+        handoffs.receive(1, Refuse(ask.ticket, "no"), {}, 0)
+    assert handoffs.peak_waiting == 1

@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 from cluster.playing import nothing_is_left, play, rows_of
 from cluster.test_migration import LONG, PRESSURE, SCHEDULED, THREE, assert_answered, local, migrations_of
@@ -9,9 +10,16 @@ from cluster.test_rebalancing import RESTLESS
 from rich.console import Console
 
 from memserve.config.errors import ConfigError
+from memserve.kvcache import Medium, address
+from memserve.messages import Grant, PoolSize, pack_times
 from memserve.metrics.migrations import stood_still_s
 from memserve.metrics.table import print_report
+from memserve.request import Request
+from memserve.sampling_params import SamplingParams
 from memserve.sched.migration import LiveMigration, MigrationPolicy, StopAndCopy
+from memserve.sched.preemption import Recompute
+from memserve.sched.publisher import Publisher
+from memserve.served import Served
 
 LIVE = "migration=live"
 
@@ -125,3 +133,34 @@ def test_where_nothing_can_go_ahead_it_is_refused(words, said):
     rule = [] if "no answer" in said else [RESTLESS]
     with pytest.raises(ConfigError, match=said):
         local(LIVE, *rule, *words)
+
+
+@pytest.mark.parametrize("how", ["ahead of it", "with it"])
+def test_what_a_migrating_answer_has_above_its_blocks_is_held_while_they_move_though_it_is_preempted(how):
+    """Another cached its prompt first, and has ended: what eviction can free, it frees."""
+    words = ["cluster=colocated_2", "policy=least_load", "rebalancing=by_answers", LIVE, "kvcache.num_hbm_blocks=8"]
+    instance, _ = (node.instance for node in local(*words).cluster().nodes)
+    pool, handoffs, first, size = instance.pool, instance.handoffs, ("request", "first", 0), instance.pool.block_size
+    tokens = np.arange(3 * size + 1, dtype=np.int32)
+    pool.publish(tokens[: 2 * size], pool.alloc(2, first))
+    request = Request("late", tokens[: 2 * size], SamplingParams(max_tokens=2 * size))
+    request.tokens.extend(tokens[2 * size :])
+    request.block_table.extend(pool.alloc(3, request.holder))
+    publisher = Publisher(pool, True)
+    for num_computed in (2 * size, 3 * size):
+        publisher.publish(request)
+        request.num_computed = num_computed
+    if how == "with it":
+        handoffs.migrate(request, 1, None, Served(request, 0, None).stats("colocated-0"), 0)
+        ((_, ask),) = handoffs.drain_outbox()
+        addrs = address.encode(address.head(1, Medium.HBM), np.zeros(3, np.int64), np.arange(3))
+        handoffs.receive(1, Grant(ask.ticket, pack_times(addrs), 0, PoolSize(8, 0)), {}, 0)
+        handoffs.drop(request.request_id, "it goes on here", 0)
+    else:
+        handoffs.migrations.ask(request, 1)
+        assert handoffs.migrations.stopping(lambda ids: [request], 0) == []
+    pool.release_all(first)
+    publisher.publish(request)
+    Recompute().preempt(request, pool)
+    assert pool.num_available == 3 and len(pool.alloc(3, first)) == 3
+    pool.check()

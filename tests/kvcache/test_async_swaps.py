@@ -3,10 +3,25 @@
 import functools
 import threading
 
+import numpy as np
 import pytest
-from kvcache.small_pools import A, B, contents, filled_pool, make_pool
+from kvcache.small_pools import GEOMETRY, A, B, contents, filled_pool, make_pool
 
-from memserve.kvcache import AtOnce, BlockCopier, CopyEngine, InVirtualTime, Medium, OnAThread, StaleAddress, address
+from memserve.kvcache import (
+    AtOnce,
+    BlockCopier,
+    CopyEngine,
+    DiscreteLayout,
+    InVirtualTime,
+    Medium,
+    OnAThread,
+    StaleAddress,
+    Timeouts,
+    TransferOptions,
+    address,
+)
+from memserve.kvcache.granularity import ByRequest
+from memserve.transfer import InProcess, LinkModel
 
 SECOND = 10**9
 SLOW = functools.partial(InVirtualTime, seconds_for=lambda num_blocks: float(num_blocks))
@@ -199,4 +214,44 @@ def test_a_swap_in_whose_copy_fails_leaves_its_holder_the_old_addresses():
     made[0].is_mended = True
     ticket = pool.swap_in(addrs[1:], holder=A)
     assert pool.poll(6 * SECOND) == [ticket] and ticket.state == "done"
+    pool.check()
+
+
+TOKENS = np.arange(16, dtype=np.int32)
+
+
+def asked_while_its_prefix_comes_up(engine):
+    """A pool that caches a block in DRAM, which is on its way up for somebody who has given up, and another's Ask for
+    four blocks, of which that is the first: there is room for them once the swap has ended, but for one.
+    """
+    pool, peer, wires = make_pool(4, 1, engine=engine), make_pool(incarnation=9), InProcess(LinkModel(1e-6, 1.0))
+    for end in (pool, peer):
+        end.connect(wires, ByRequest(DiscreteLayout(), GEOMETRY), Timeouts(SECOND, SECOND, SECOND))
+    pool.insert(TOKENS[:4], pool.alloc_mem(1, Medium.DRAM, holder=A), holder=A)
+    pool.swap_in(pool.match(TOKENS).addrs, holder=A)
+    pool.blocks.release_all(A)
+    pool.alloc_mem(1, holder=B)
+    sent = peer.alloc_mem(4, holder=A)
+    peer.transfer_with_insert(pool.incarnation, TOKENS, sent, flags=TransferOptions(best_effort=True))
+    ((_, ask),) = peer.transfers.drain_outbox()
+    return pool, ask
+
+
+def test_a_prefix_that_moves_while_room_is_made_for_an_ask_is_not_entered_into_the_index_a_second_time():
+    pool, ask = asked_while_its_prefix_comes_up(SLOW)
+    pool.transfers.receive(9, ask, 0)
+    assert pool.blocks.num_swapping == 0 and pool.match(TOKENS).num_tokens == 4
+    pool.check()
+    pool.transfers.check()
+
+
+def test_an_ask_for_which_making_room_fails_leaves_nothing_and_may_be_asked_again():
+    engine, made = broken(SLOW)
+    pool, ask = asked_while_its_prefix_comes_up(engine)
+    with pytest.raises(RuntimeError, match="cannot copy 1 blocks"):
+        pool.transfers.receive(9, ask, 0)
+    assert pool.transfers.num_open == 0 and pool.transfers.is_new(ask)
+    made[0].is_mended = True
+    pool.transfers.receive(9, ask, 0)
+    assert [type(answer).__name__ for _, answer in pool.transfers.drain_outbox()] == ["Grant"]
     pool.check()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from memserve.kvcache import HashIndex, RadixIndex
+from memserve.kvcache import BlockPool, HashIndex, RadixIndex
 from memserve.kvcache.eviction import FIFO, LFU, LRU, CostAware, Eviction
 
 
@@ -148,3 +148,18 @@ def test_what_goes_is_the_same_however_many_are_asked_for_at_once(kind, policy):
             gone += some.tolist()
         orders.append(gone)
     assert orders[0] == orders[1] == orders[2] and len(orders[0]) > 20
+
+
+def test_a_prompt_in_use_that_grows_chunk_by_chunk_waits_once_for_each_of_its_blocks():
+    """Not once for each chunk that was looked at: what eviction looks at would grow with the square of its length."""
+    pool, request = BlockPool(64, 1, RadixIndex, num_dram_blocks=8), ("request", "a", 0)
+    blocks = np.empty(0, dtype=np.int32)
+    for end in range(4, 60, 4):
+        blocks = np.concatenate([blocks, pool.alloc(4, request)])
+        pool.publish(np.arange(end, dtype=np.int32), blocks)
+        assert len(pool.swap_out(1).arrived) == 0
+    assert sorted(pool.index._in_hbm._parked._blocks.view.tolist()) == sorted(blocks.tolist())
+    pool.release_all(request)
+    assert len(pool.swap_out(8).arrived) == 8
+    pool.delete(np.arange(56, dtype=np.int32))
+    pool.check()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memserve.kvcache.granularity import ByLayer, ByRequest, ByRequestAgg, End, Packed
-from memserve.kvcache.head_parts import endpoint_of, head_parts, instance_of_endpoint, rank_of_endpoint
+from memserve.kvcache.head_parts import endpoint_of, head_parts, rank_of_endpoint
 from memserve.kvcache.layout import AggregatedLayout, CacheGeometry, DiscreteLayout
 from memserve.transfer.block_copy import copy_rows
 
@@ -45,8 +45,9 @@ def test_every_rank_receives_its_heads_bitwise_and_nothing_else(way, layout, ran
     ends = End((3, 0), HERE, blocks, num_from), End((8, 0), THERE, to, num_to)
     moves = [m for layer in (range(L) if way is ByLayer else [None]) for m in granularity.moves(*ends, layer)]
     for move in (m.expanded() for m in moves):
-        assert (instance_of_endpoint(move.source[0]), instance_of_endpoint(move.target[0])) == (3, 8)
-        here, there = source[rank_of_endpoint(move.source[0])], target[rank_of_endpoint(move.target[0])]
+        from_rank, to_rank = rank_of_endpoint(move.source[0]), rank_of_endpoint(move.target[0])
+        assert (move.source[0], move.target[0]) == (endpoint_of(3, from_rank), endpoint_of(8, to_rank))
+        here, there = source[from_rank], target[to_rank]
         copy_rows(here, move.source_rows, there, move.target_rows, move.row_bytes)
     expected = torch.zeros((L, 2, THERE, B, K, D))
     expected[:, :, to] = whole[:, :, blocks]
@@ -79,7 +80,7 @@ def test_ranks_that_do_not_divide_are_refused_by_name(heads, ranks) -> None:
 
 def test_the_leader_s_endpoint_is_its_instance() -> None:
     assert endpoint_of(9, 0) == 9
-    assert (rank_of_endpoint(endpoint_of(9, 3)), instance_of_endpoint(endpoint_of(9, 3))) == (3, 9)
+    assert rank_of_endpoint(endpoint_of(9, 3)) == 3 and endpoint_of(9, 3) != endpoint_of(9, 2) != endpoint_of(8, 2)
 
 
 @pytest.mark.parametrize("layout", [DiscreteLayout, AggregatedLayout])

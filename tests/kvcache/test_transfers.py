@@ -187,6 +187,24 @@ def test_headroom_is_kept_for_running_requests_and_not_when_nothing_runs():
     assert p.transfers.is_granted(ticket)
 
 
+@pytest.mark.parametrize("where", ["in DRAM", "in use"])
+def test_headroom_is_kept_though_a_prefix_is_held_that_takes_no_room_or_that_a_running_request_uses_too(where):
+    wires = Wires()
+    p, d = wires.pool(1), wires.pool(2, num_blocks=8, num_dram_blocks=3, headroom_blocks=3)
+    running = ("request", "running", 0)
+    cached = d.fill(3 * B, running, medium=int(where == "in DRAM"))
+    d.blocks.publish(tokens(3 * B), cached)
+    if where == "in DRAM":
+        d.blocks.release_all(running)
+        d.blocks.alloc(3, running)
+    ticket, _ = send(wires, p, d, 6 * B, TransferOptions(insert=True))
+    wires.deliver()
+    assert wires.log == ["Ask", "Wait"]
+    d.blocks.release_all(running)
+    wires.deliver()
+    assert p.transfers.is_granted(ticket)
+
+
 def test_best_effort_is_declined_instead_of_waiting_and_counted_apart():
     wires = Wires()
     d, p = wires.pool(1), wires.pool(2, num_blocks=2)

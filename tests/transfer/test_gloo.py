@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import HashStore, TCPStore
-from transfer.two_processes import End, Peer, rows_move
+from transfer.two_processes import MAKE, End, Peer, rows_move
 
 from memserve.clock import monotonic_ns
 from memserve.transfer import Gloo
@@ -87,10 +87,37 @@ def test_a_peer_that_never_comes_costs_its_own_moves_only(port):
     Directory(store, "gloo").publish(1, Endpoint("", 0, [Memory(64)]))
     move = rows_move((0, 0), (1, 0), 64, [0], [0])
     gloo.post((0, 0, 0), move, monotonic_ns())
-    gloo._outlets[1].join(60)
-    assert gloo.poll(0, monotonic_ns()) == []
+    outlet = gloo._outlets[1]
+    assert outlet._closed.wait(1) is False and gloo.poll(0, monotonic_ns()) == []  # it has been asked a few times
     gloo.detach(1)
     assert [a.move_id for a in gloo.poll(0, monotonic_ns())] == [(0, 0, 0)]
+    outlet.join(60)
+    gloo.close()
+
+
+def test_a_peer_that_is_stopped_for_longer_than_its_pair_has_patience_is_reached_when_it_goes_on(port, monkeypatch):
+    monkeypatch.setitem(MAKE, "impatient gloo", lambda store: Gloo(store, patience_s=1.0))
+    peer = Peer("gloo", port, 1, [64]).ready()
+    here = End("impatient gloo", port, 0, [64])
+    peer.signal(signal.SIGSTOP)
+    here.post([rows_move((0, 0), (1, 0), 64, [0], [0])])
+    with pytest.raises(TimeoutError):
+        here.wait(1, 2.0)
+    peer.signal(signal.SIGCONT)
+    assert [arrived.move_id for arrived in here.wait(1)] == [(0, 0, 0)]
+    assert peer.call("read", 0) == here.read(0)
+    peer.kill()
+    here.close()
+
+
+def test_a_host_that_nobody_knows_is_told_and_not_looked_for_again(port):
+    gloo = Gloo(TCPStore("127.0.0.1", port, is_master=False), host="no.such.host.invalid")
+    gloo.attach(0, [torch.zeros(64, dtype=torch.uint8)])
+    Directory(TCPStore("127.0.0.1", port, is_master=False), "gloo").publish(1, Endpoint("", 0, [Memory(64)]))
+    gloo.post((0, 0, 0), rows_move((0, 0), (1, 0), 64, [0], [0]), monotonic_ns())
+    gloo._outlets[1].join(60)
+    with pytest.raises(RuntimeError):
+        gloo.poll(0, monotonic_ns())
     gloo.close()
 
 

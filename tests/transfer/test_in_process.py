@@ -1,11 +1,15 @@
 """The in-process transport copies what was asked, when the link model says, in order, and nothing of who is gone."""
 
+from collections import Counter
+from random import Random
+
 import numpy as np
 import pytest
 import torch
 
 from memserve.transfer import Arrived, InProcess, LinkModel, Move
 from memserve.transfer.block_copy import copy_rows
+from memserve.transfer.ports import Flow, fair_shares
 
 LINK = LinkModel(latency_s=1e-6, gb_per_s=1.0)  # 1 us a call, 1 ns a byte
 
@@ -100,6 +104,34 @@ def test_what_calls_and_latencies_there_are_a_port_passes_no_more_than_its_bandw
         assert all(end - post[4] >= post[2] + 10_000 * post[3] - 1 for post, end in zip(posts, ends, strict=True))
 
 
+def shares_by_rounds(flows):
+    """The rule as it is written down: the port with least for each who waits gives that to all; who wants less has it
+    first. Looks at every flow in every round.
+    """
+    shares, free = [0.0] * len(flows), {port: 1.0 for flow in flows for port in flow.ports}
+    waiting = list(range(len(flows)))
+    while waiting:
+        counts = Counter(port for i in waiting for port in flows[i].ports)
+        levels = {port: free[port] / count for port, count in counts.items()}
+        level = min(levels.values())
+        modest = [i for i in waiting if flows[i].demand <= level]
+        for i in modest or [i for i in waiting if any(levels[port] == level for port in flows[i].ports)]:
+            shares[i] = min(level, flows[i].demand)
+            waiting.remove(i)
+            for port in flows[i].ports:
+                free[port] -= shares[i]
+    return shares
+
+
+@pytest.mark.parametrize("demands", [(1.0,), (0.0, 0.1, 0.5, 1.0), (0.2, 0.25, 1 / 3, 0.3)])
+def test_shares_are_to_the_last_bit_those_of_the_rule_as_it_is_written_down(demands):
+    rng = Random(1)
+    for _ in range(300):
+        ends = [(rng.randrange(8), rng.randrange(8)) for _ in range(rng.randrange(1, 30))]
+        flows = [Flow(None, end, [("out of", end[0]), ("into", end[1])], 1, rng.choice(demands)) for end in ends]
+        assert fair_shares(flows) == shares_by_rounds(flows)
+
+
 def test_ends_do_not_depend_on_who_looks_when():
     posts = [(i % 3, 3 + i % 2, 100_000 + 7_919 * i, 1 + i % 5, 31_337 * i) for i in range(20)]
     assert ends_of(posts, latency_s=1e-5, polled_ns=range(0, 3 * BIG, 9_973)) == ends_of(posts, latency_s=1e-5)
@@ -161,7 +193,7 @@ def test_a_link_that_is_none_is_refused(values, named):
 
 def test_who_is_to_be_polled_where_another_poll_has_moved_the_bytes():
     transport, _ = two_endpoints(count=4)
-    assert transport.next_time_ns() is None
+    assert transport.next_time_ns() is None and transport.drain_over() == []
     transport.post((0, 1, 0), move(0, 2, [0], [0]), ready_ns=0)
     transport.post((1, 1, 0), move(1, 3, [0], [0]), ready_ns=0)  # ends at the same nanosecond
     transport.run(0)
@@ -169,6 +201,13 @@ def test_who_is_to_be_polled_where_another_poll_has_moved_the_bytes():
     assert transport.poll(0, 1016) and not transport.has_arrived(0) and transport.has_arrived(1)
     assert [over.move_id for over in transport.drain_over()] == [(0, 1, 0), (1, 1, 0)]
     assert transport.poll(1, 1016) and transport.next_time_ns() is None
+
+
+def test_moves_that_were_polled_are_not_kept_where_nobody_asks_what_is_over():
+    transport, _ = two_endpoints()
+    for part in range(3):
+        transport.post((0, 1, part), move(0, 1, [0], [0]), ready_ns=0)
+    assert len(transport.poll(0, 10**9)) == 3 and transport.drain_over() == []
 
 
 @pytest.mark.parametrize(
