@@ -127,10 +127,6 @@ class Handoffs:
         self._start(handoff.request, target, now_ns, prefill=prefill, migrates=handoff.migrates)
         self._tell(handoff.request, handoff.stats)
 
-    def _still_there(self, prefill: int | None) -> int | None:
-        """The instance that prefilled a request, if it may get KV back: who came since it left has not heard of it."""
-        return prefill if prefill is not None and self.transfers.knows(prefill) else None
-
     def drop(self, request_id: str, reason: str, now_ns: int) -> None:
         """Forgets a request's hand-off; an open ticket fails."""
         handoff = self._on_the_way.pop(request_id, None)
@@ -251,6 +247,10 @@ class Handoffs:
         self.transfers.settle(arrival, heir=request.holder)
         return request
 
+    def _still_there(self, prefill: int | None) -> int | None:
+        """The instance that prefilled a request, if it may get KV back: who came since it left has not heard of it."""
+        return prefill if prefill is not None and self.transfers.knows(prefill) else None
+
     def _begin(self, request: Request, decode: int, now_ns: int) -> None:
         """A chunk of the request is about to be computed: asks, if that was not done before an earlier one. What is
         cached is ready in every layer at once.
@@ -266,15 +266,9 @@ class Handoffs:
             self._marks.computed([(ticket, request)], now_ns, now_ns)
 
     def _start(
-        self,
-        request: Request,
-        target: int,
-        now_ns: int,
-        *,
-        prefill: int | None,
-        migrates: bool = False,
+        self, request: Request, target: int, now_ns: int, *, prefill: int | None, migrates: bool = False,
         ready: bool = True,
-    ) -> Ticket:
+    ) -> Ticket:  # fmt: skip
         """Asks `target` for room. ready: the KV is there, of all tokens but the last; else it will be, of a prompt."""
         num_tokens = request.num_computed if ready else request.num_prompt
         num_blocks = -(-num_tokens // self.transfers.geometry.block_size)
