@@ -44,7 +44,7 @@ OPTIONS = {
 class Output:
     """One answer. num_cached: prompt tokens taken from the cache. finish_reason: stop or length.
 
-    text: continues the prompt's, so it may begin with a space; ends before a stop string.  token_ids: all generated.
+    text: continues the prompt's, so it may begin with a space; ends before what stops it.  token_ids: all generated.
     """
 
     prompt_token_ids: list[int]
@@ -226,7 +226,8 @@ class _Answer:
     text: str = ""
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer, self.prompt)
+        last = self.params.last_tokens(self.tokenizer.eos_token_ids)
+        self._detokenizer = Detokenizer(self.tokenizer, self.prompt, last)
         self._stops = StopChecker(self.params.stop)
 
     def take(self, message: Tokens | Finished) -> Delta:
@@ -245,8 +246,7 @@ class _Answer:
 
     def _end(self, message: Finished) -> Delta:
         assert message.stats is not None, f"{message.reason}: {message.detail}"
-        last = self._add(self._detokenizer.flush())
-        rest = self._stops.flush()
+        last, rest = self._add(self._detokenizer.flush()), self._stops.flush()
         self.text += rest
         output = Output(
             prompt_token_ids=self.prompt.tolist(),

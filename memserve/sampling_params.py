@@ -1,5 +1,7 @@
 """SamplingParams: how the tokens of one answer are chosen, checked. Knows no request and no tensor."""
 
+from collections.abc import Collection
+
 import msgspec
 
 from memserve.values import as_tuple, require_bool, require_int, require_number
@@ -91,6 +93,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def penalises(self) -> bool:
         """Whether a token's logit depends on the tokens before it."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def last_tokens(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """The tokens that end an answer wherever they stand; like stop strings they have no part in its text.
+
+        eos_token_ids: the model's.
+        """
+        return frozenset((*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)))
 
     @property
     def can_stop_early(self) -> bool:

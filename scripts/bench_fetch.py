@@ -148,10 +148,13 @@ def measure_all(model: Llama, cfg: RunConfig, args: argparse.Namespace) -> Outco
 
 
 def bench(cfg: RunConfig, args: argparse.Namespace, console: Console) -> dict[str, object]:
-    """Measures, prints; the figures. Raises ValueError for a context that the model does not have."""
+    """Measures, prints; the figures. Raises ValueError for a context that is none."""
     engine = build_engine(cfg)
     if not isinstance(engine.model, Llama):
         raise ValueError(f"tokens={cfg.tokens}: expected a model, whose steps take time")
+    if cfg.kvcache.block_size >= args.max_context:
+        raise ValueError(f"--max-context={args.max_context}: expected more than kvcache.block_size="
+                         f"{cfg.kvcache.block_size}, a block that is held and a token to compute")  # fmt: skip
     if args.max_context > engine.max_context:
         raise ValueError(f"--max-context={args.max_context}: the model's context has {engine.max_context} tokens")
     found = measure_all(engine.model, cfg, args)

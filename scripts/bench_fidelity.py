@@ -84,7 +84,12 @@ class Off:
 
 
 def words_for_simulation(costs: CostFile) -> list[str]:
-    """What stands for the model that was measured beside its costs: what its KV weighs on a link."""
+    """What stands for the model that was measured beside its costs: what its KV weighs on a link.
+
+    Raises ValueError for a file that names no model's sizes.
+    """
+    if not costs.subject.shape:
+        raise ValueError("--costs: the file names no model's sizes, expected one of scripts/profile_cost_model.py")
     sizes = [f"geometry.{name}={costs.subject.shape[name]}" for name in ("num_layers", "num_kv_heads", "head_dim")]
     return [*SIMULATED, "geometry=llama3_8b", *sizes, f"geometry.dtype={costs.subject.dtype}"]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from bench_figures import Bench, Figure, Options, PrefixHit
-from options import integers, new_file
+from options import integer, integers, new_file
 from rich.console import Console
 from rich.table import Table
 from roofline import measure_machine
@@ -143,7 +143,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--repeats", type=int, default=3)
     add("--no-hf", action="store_true", help="leave out Hugging Face")
     add("--hits", action="store_true", help="instead: TTFT with cached prefixes, and throughput without hits")
-    add("--threads", type=int, help="of torch; its own choice by default")
+    add("--threads", type=partial(integer, least=1), help="of torch; its own choice by default")
     add("--seed", type=int, default=0)
     add("--out", type=new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)

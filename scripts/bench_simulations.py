@@ -4,13 +4,15 @@ python scripts/bench_simulations.py                                       # 1,00
 python scripts/bench_simulations.py --path FILE --requests 2500 --instances 4,16,32 --only colocated
 python scripts/bench_simulations.py --path FILE --requests 2500 --repeats 3 --json out.json
 
-Each configuration beside the first, colocated instances and the router's optimistic trees, as a ratio of wall times.
+Each configuration beside the first, colocated instances and the router's optimistic trees, as a ratio of wall times;
+--repeats of them are in turn.
 All are Llama-3-8B on H100s by a roofline (experiment=h100_llama3_8b), lengths alone; half of the instances prefill and
 half decode where the two are apart. The load grows with the instances. --path: a trace, of which the first requests
 are played; without one they are synthetic, of 4,096 tokens on average, answers of 256, and share prefixes.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memserve import LocalCluster, load_config
+from memserve.compose import quoted
 
 BASELINE = "colocated"
 APART = ["mode=pd_caching_3"]
@@ -49,19 +52,30 @@ def words_of(name: str, num_instances: int, num_requests: int, path: Path | None
         rate = f"workload.rate={RATE_AN_INSTANCE * num_instances:g}"
         return [*words, *SYNTHETIC, f"workload.num_sessions={-(-num_requests // 2)}", rate]
     speedup = f"workload.speedup={num_instances / TRACED_INSTANCES:g}"
-    return [*words, "workload=trace", f"workload.path={path}", f"workload.num_sessions={num_requests}", speedup]
+    return [
+        *words,
+        "workload=trace",
+        f"workload.path={quoted(str(path))}",
+        f"workload.num_sessions={num_requests}",
+        speedup,
+    ]
 
 
-def requests_per_s(words: Sequence[str], repeats: int) -> float:
-    """Median of so many runs, without what is loaded and built before."""
-    reports = [LocalCluster(load_config(words)).run() for _ in range(repeats)]
-    return median(report["num_requests"] / report["wall_s"] for report in reports)
+def requests_per_s(words: Sequence[str]) -> float:
+    """Of one run, without what is loaded and built before."""
+    report = LocalCluster(load_config(words)).run()
+    return float(report["num_requests"] / report["wall_s"])
 
 
 def measure(num_instances: int, num_requests: int, path: Path | None, repeats: int, only: str) -> dict[str, float]:
-    """{configuration: requests a second}, of those that have `only` in their names, the baseline among them."""
+    """{configuration: median requests a second}, of those that have `only` in their names, the baseline among them.
+
+    They take turns, so that a machine that is busy for a while is busy for all alike.
+    """
     names = [name for name in CONFIGURATIONS if name == BASELINE or only in name]
-    return {n: requests_per_s(words_of(n, num_instances, num_requests, path), repeats) for n in names}
+    words = {name: words_of(name, num_instances, num_requests, path) for name in names}
+    turns = [{name: requests_per_s(words[name]) for name in names} for _ in range(repeats)]
+    return {name: median(turn[name] for turn in turns) for name in names}
 
 
 def print_table(results: dict[int, dict[str, float]], title: str) -> None:
@@ -87,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if odd := [number for number in args.instances if number % 2]:
         parser.error(f"--instances {odd[0]}: expected even numbers, of which half can prefill and half decode")
-    results = {n: measure(n, args.requests, args.path, args.repeats, args.only) for n in args.instances}
+    try:
+        results = {n: measure(n, args.requests, args.path, args.repeats, args.only) for n in args.instances}
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print_table(results, f"{args.requests:,} requests of {args.path.name if args.path else 'a synthetic workload'}")
     if args.json is not None:
         write_figures(args.json, {"baseline": BASELINE, "results": results})

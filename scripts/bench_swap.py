@@ -68,6 +68,7 @@ class Turn:
     def __init__(self, llm: LLM, running: Sequence[np.ndarray], num_tokens: int) -> None:
         self._llm, self._instance = llm, llm.instance
         self._times_ns: dict[str, list[int]] = {}
+        self._num_tokens = num_tokens
         for i, prompt in enumerate(running):
             self._submit(f"running-{i}", prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
         while sum(map(len, self._times_ns.values())) < 3 * len(running):
@@ -85,13 +86,19 @@ class Turn:
         return seconds
 
     def measure(self, way: str, prompts: Sequence[np.ndarray]) -> Figure:
-        """The prompts come once to be computed, and once to be measured; what ran is aborted then."""
+        """The prompts come once to be computed, and once to be measured; what ran is aborted then.
+
+        Raises ValueError if that had ended by itself.
+        """
         self.come_back(prompts, 0)
         pool, start_ns = self._instance.pool, monotonic_ns()
         before = pool.stats()
         ttft_s = self.come_back(prompts, 1)
         seconds = to_s(monotonic_ns() - start_ns)
         running = [name for name in self._times_ns if name.startswith("running")]
+        if any(len(self._times_ns[name]) >= self._num_tokens for name in running):
+            raise ValueError(f"the requests that run ended, after {self._num_tokens} tokens, before all prompts had "
+                             "come back: expected a longer --prompt-len, or fewer --prompts")  # fmt: skip
         times = [np.array([t for t in self._times_ns[name] if t >= start_ns]) for name in running]
         gaps_s = np.concatenate([np.diff(t) for t in times]) / NS_PER_S
         for name in running:

@@ -14,10 +14,11 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from options import new_file
+from options import integer, new_file
 
 from memserve.jit import KernelLaunch, KernelResources
 from memserve.model.kernels.configs import paged_decode_config, paged_prefill_config
@@ -182,8 +183,9 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=SHARED_KIB, default=DEFAULT_CAPABILITIES)
-    parser.add_argument("--groups", nargs="+", type=int, default=[4], help="query heads of each kv head")
-    parser.add_argument("--block-sizes", nargs="+", type=int, default=[16], help="in tokens")
+    some = partial(integer, least=1)
+    parser.add_argument("--groups", nargs="+", type=some, default=[4], help="query heads of each kv head")
+    parser.add_argument("--block-sizes", nargs="+", type=some, default=[16], help="in tokens")
     parser.add_argument("--markdown", type=new_file, help="write the table there as well")
     args = parser.parse_args(argv)
     done: list[Compiled] = []

@@ -60,6 +60,15 @@ fi
 page=${PAGE:-docs/results/gpu-$(date +%F).md}
 parts=("$@")
 [[ $# -gt 0 ]] || parts=(tests clusters kernels decode transfer serve)
+for part in "${parts[@]}"; do
+    case $part in
+    tests | clusters | kernels | decode | transfer | serve | tune | costs) ;;
+    *)
+        echo "error: $part: expected of tests, clusters, kernels, decode, transfer, serve, tune, costs"
+        exit 2
+        ;;
+    esac
+done
 pytest=("$python" -m pytest --verbose --tb=short -W default) # what another version of torch warns of is no failure here
 failed=()
 
@@ -126,10 +135,6 @@ for part in "${parts[@]}"; do
         ;;
     serve) serve ;;
     costs) costs ;;
-    *)
-        echo "error: $part: expected of tests, clusters, kernels, decode, transfer, serve, tune, costs"
-        exit 2
-        ;;
     esac
 done
 { echo; echo "\`scripts/gpu_check.sh ${parts[*]}\`, revision $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."; } >>"$page"

@@ -94,9 +94,12 @@ def provenance(cfg: RunConfig, args: argparse.Namespace, held_out: list[Measured
 
 
 def profile(cfg: RunConfig, args: argparse.Namespace, shard: Shard, console: Console) -> CostFile | None:
-    """Measures, fits, prints; None on ranks that only take part. Raises ValueError for too long a context."""
+    """Measures, fits, prints; None on ranks that only take part. Raises ValueError without a model, and for a context
+    that it does not have.
+    """
     engine = build_engine(cfg, shard=shard)
-    assert isinstance(engine.model, Llama)
+    if not isinstance(engine.model, Llama):
+        raise ValueError(f"tokens={cfg.tokens}: expected a model, whose steps take time")
     if args.max_context > engine.max_context:
         raise ValueError(f"--max-context={args.max_context}: the model's context has {engine.max_context} tokens")
     make_timer = partial(

@@ -66,7 +66,7 @@ def fitted_cases(points: list[int], max_context: int, max_batch: int, rng: np.ra
     several = [
         Case([x] * size, [y] * size)
         for size in sizes[::2]
-        for y in (5, 30, points[-1] // size // 2)
+        for y in (5, 30, max(points[-1] // size // 2, 1))
         for x in (0, max_context // 4)
     ]
     chunks = [p for p in points if p >= 24][::3]

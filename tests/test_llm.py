@@ -177,6 +177,17 @@ def in_sentencepiece(tmp_path, path):
     return LLM(directory, block_size=4, num_blocks=400)
 
 
+def test_a_token_that_ends_the_answer_has_no_part_in_its_text(llm):
+    """As in vLLM and SGLang, and as for stop strings."""
+    full = llm.generate("tell me", GREEDY)[0].token_ids
+    last = next(i for i, token in enumerate(full) if 1 <= i < full.index(token) + 1 and llm.tokenizer.decode([token]))
+    params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=(full[last],))
+    cut, pieces = llm.generate("tell me", params)[0], [*llm.generate("tell me", params, stream=True)]
+    assert (cut.token_ids, cut.finish_reason) == (full[: last + 1], "stop")
+    short = llm.generate("tell me", SamplingParams(max_tokens=last, ignore_eos=True))[0]
+    assert cut.text == short.text == "".join(piece.text for piece in pieces)
+
+
 def test_a_sentencepiece_answer_begins_with_its_space_which_a_stop_string_may_ask_for(in_sentencepiece):
     llm, the = in_sentencepiece, IDS[f"{SPACE}the"]
     few = SamplingParams(max_tokens=4, temperature=5.0, ignore_eos=True)

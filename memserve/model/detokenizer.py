@@ -3,7 +3,7 @@
 token -> Detokenizer.push -> whole characters -> StopChecker.push -> text that no stop string can take back
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 import numpy as np
@@ -19,6 +19,8 @@ class Detokenizer:
     """Text of a growing answer: the pieces that `push` and `flush` return, joined, are what `decode` of prompt and
     answer has beyond `decode` of the prompt, as in vLLM and SGLang: of "▁a ▁time" after "▁upon" it is " a time".
 
+    silent: tokens without text, beside those that the tokenizer leaves out.
+
     prompt: int32 [num_prompt]. Of a character that it begins and the answer ends, all is the answer's. (Byte tokens
     that form no UTF-8 are the exception: a sentencepiece decoder then also takes back the valid characters among them,
     while a piece that was returned stays.)
@@ -28,8 +30,8 @@ class Detokenizer:
     [done, end) is pending.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, silent: Collection[int] = ()) -> None:
+        self._tokenizer, self._silent = tokenizer, silent
         self._ids, self._done = _end_of(tokenizer, prompt)
         self._window = 0
         self._told = ""  # what the prompt's last bytes are as long as they are no character
@@ -37,7 +39,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Adds one token; returns the text that is now certain, "" while a character is incomplete."""
-        if self._tokenizer.is_silent(token_id):
+        if token_id in self._silent or self._tokenizer.is_silent(token_id):
             return ""
         self._ids.append(token_id)
         text = self._pending()

@@ -4,6 +4,7 @@ The file is mapped; a tensor is dequantised when it is asked for, through the `g
 of a Llama's query and key projections interleaved for its own rotation: they are put back in Hugging Face order here.
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,15 @@ class GGUFWeights:
             raise ValueError(f"{self.path}: rope.dimension_count={rotated}, expected head_dim={head_dim}")
 
     def _rope_scaling(self, head_dim: int) -> RopeScaling | None:
-        kind = self._own("rope.scaling.type", "none")
+        kind = self._own("rope.scaling.type", "linear")  # as for llama.cpp: a factor alone is a linear one's
         if kind not in ("none", "linear"):
             raise ValueError(f"{self.path}: rope.scaling.type={kind!r}, expected 'none' or 'linear'")
+        factor = self._own("rope.scaling.factor", self._own("rope.scale_linear")) or 1.0  # the second is its old name
+        if kind == "none" or factor == 1.0:
+            return None if self._rope_divisors is None else self._llama3_scaling(head_dim)
         if self._rope_divisors is not None:
-            return self._llama3_scaling(head_dim)
-        factor = self._own("rope.scaling.factor", 1.0)
-        return RopeScaling("linear", factor) if kind == "linear" else None
+            raise ValueError(f"{self.path}: rope.scaling.factor={factor} beside {_ROPE_DIVISORS}, expected one of them")
+        return RopeScaling("linear", factor)
 
     def _llama3_scaling(self, head_dim: int) -> RopeScaling:
         """The scaling whose divisors are those of the file, or ValueError if there is none."""
@@ -180,11 +183,14 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise WeightFileError(f"{path}: no such file")
     try:
-        return _Reader(path)
+        reader = _Reader(path)
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise WeightFileError(
             f"{path}: truncated, corrupt, or no GGUF file ({path.stat().st_size} bytes): {error}"
         ) from error
+    if reader.byte_order != "I":
+        raise WeightFileError(f"{path}: written in another byte order, expected this machine's, {sys.byteorder} endian")
+    return reader
 
 
 def _hf_name(name: str) -> str:

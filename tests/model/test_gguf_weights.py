@@ -1,5 +1,6 @@
 """A GGUF file written from a Hugging Face checkpoint reads back as it, and bad files are refused by name."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def write_gguf(
         "attention.head_count_kv": config.num_kv_heads,
         **(extra or {}),
     }.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add = {str: writer.add_string, float: writer.add_float32}.get(type(value), writer.add_uint32)
         add(f"{name}.{key}", value)
     writer.add_float32(f"{name}.rope.freq_base", config.rope_theta)
     writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
@@ -168,6 +169,31 @@ def test_llama3_rope_is_recognised_by_its_divisors(tmp_path: Path) -> None:
         GGUFWeights(tmp_path / "n.gguf")
 
 
+@pytest.mark.parametrize(
+    ("extra", "factor"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 2.0}, 2.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scale_linear": 1.0}, None),
+    ],
+)
+def test_a_factor_stretches_rope_under_both_its_names_as_in_llama_cpp(
+    tmp_path: Path, extra: dict[str, Any], factor: float | None
+) -> None:
+    write_gguf(tmp_path / "m.gguf", LLAMA, extra=extra)
+    expected = None if factor is None else RopeScaling("linear", factor)
+    assert GGUFWeights(tmp_path / "m.gguf").config.rope_scaling == expected
+
+
+def test_a_factor_beside_divisors_is_refused(tmp_path: Path) -> None:
+    divisors = {"rope_freqs.weight": np.ones(32, dtype=np.float32)}
+    write_gguf(tmp_path / "m.gguf", LLAMA, extra={"rope.scaling.factor": 2.0}, tensors=divisors)
+    with pytest.raises(ValueError, match=r"rope\.scaling\.factor=2\.0 beside rope_freqs\.weight"):
+        GGUFWeights(tmp_path / "m.gguf")
+
+
 def test_a_window_is_no_window_where_no_longer_context_is_to_be_run(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", LLAMA, extra={"attention.sliding_window": 128})
     assert GGUFWeights(tmp_path / "m.gguf", max_context=128).config.max_position == 128
@@ -210,6 +236,21 @@ def test_a_truncated_file_is_named(tmp_path: Path, share: float) -> None:
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(WeightFileError, match="m.gguf: truncated, corrupt, or no GGUF file"):
         GGUFWeights(path)
+
+
+def test_a_file_of_another_byte_order_is_refused_and_not_misread(tmp_path: Path) -> None:
+    other = {"little": gguf.GGUFEndian.BIG, "big": gguf.GGUFEndian.LITTLE}[sys.byteorder]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=other)
+    for key in ("block_count", "embedding_length", "feed_forward_length", "context_length"):
+        writer.add_uint32(f"llama.{key}", 2)
+    writer.add_uint32("llama.attention.head_count", 1)
+    writer.add_tensor("token_embd.weight", np.ones((2, 2), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(WeightFileError, match=r"m\.gguf: written in another byte order"):
+        GGUFWeights(tmp_path / "m.gguf")
 
 
 def test_a_file_without_embeddings_is_named(tmp_path: Path) -> None:

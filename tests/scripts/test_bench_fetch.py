@@ -85,3 +85,8 @@ def test_options_out_of_range_are_named(script, capsys, words, named):
 def test_a_context_that_the_model_does_not_have_is_an_error(script):
     with pytest.raises(SystemExit, match="--max-context=9000: the model's context has 8192 tokens"):
         script("bench_fetch").main(["--max-context", "9000", "model=tiny"])
+
+
+def test_a_context_without_room_for_a_block_and_a_token_is_an_error(script):
+    with pytest.raises(SystemExit, match="--max-context=64: expected more than kvcache.block_size=64"):
+        script("bench_fetch").main(["--max-context", "64", "model=tiny", "kvcache.block_size=64"])

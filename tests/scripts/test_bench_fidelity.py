@@ -2,7 +2,10 @@
 
 import json
 
+import msgspec
 import pytest
+
+from memserve.sched.cost_model.fitted import load_cost_file
 
 WORDS = ["model=tiny", "model.num_threads=1", "workload.num_sessions=3", "workload.num_turns=2",
          "workload.prompt_tokens=20", "workload.turn_tokens=8", "workload.max_output_tokens=4"]  # fmt: skip
@@ -37,6 +40,13 @@ def test_processes_are_measured_by_the_wall_clock(script, costs, capsys):
 def test_other_models_and_what_cannot_be_played_are_refused_by_name(script, costs, words, named):
     with pytest.raises(SystemExit, match=named):
         script("bench_fidelity").main(["--costs", costs, "--rates", "5", "--repeats", "1", *WORDS, *words])
+
+
+def test_costs_of_no_model_are_refused_by_name(script, costs):
+    file = load_cost_file(costs)
+    nameless = msgspec.structs.replace(file, subject=msgspec.structs.replace(file.subject, shape={}))
+    with pytest.raises(ValueError, match="--costs: the file names no model's sizes"):
+        script("bench_fidelity").words_for_simulation(nameless)
 
 
 def test_other_requests_are_no_comparison(script):

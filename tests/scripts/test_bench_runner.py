@@ -83,6 +83,7 @@ WHAT = ("decode, batch 1", "decode, batch 2", "prefill, 32 tokens")
         (["--new-tokens", "1"], "--new-tokens=1: expected an integer >= 2"),
         (["--batches", "0"], "0: expected integers >= 1"),
         (["--repeats", "0"], "--repeats=0"),
+        (["--threads", "0"], "--threads: 0: expected an integer >= 1"),
     ],
 )
 def test_options_out_of_range_are_named(

@@ -26,6 +26,22 @@ def test_the_load_grows_with_the_instances_and_half_of_them_prefill(script, tmp_
     assert traced.workload.speedup == 2 and traced.workload.num_sessions == 100
 
 
+def test_configurations_take_turns_and_the_medians_of_their_repeats_count(script, monkeypatch):
+    """One after the other, each would be measured at a pace of its own on a machine that others use."""
+    bench, rates = script("bench_simulations"), iter([1.0, 5.0, 2.0, 9.0, 3.0, 7.0])
+    played = []
+    monkeypatch.setattr(bench, "requests_per_s", lambda words: played.append(words) or next(rates))
+    found = bench.measure(4, 10, None, 3, "least_load")
+    assert played == [bench.words_of(name, 4, 10, None) for name in found] * 3
+    assert list(found.values()) == [2.0, 7.0]
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "a=b, c.jsonl"])
+def test_a_trace_that_is_not_there_is_an_error_in_one_line(script, tmp_path, name):
+    with pytest.raises(SystemExit, match=f"^error: workload.path='{tmp_path / name}': no such file$"):
+        script("bench_simulations").main(["--path", str(tmp_path / name)])
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -38,3 +38,10 @@ def test_a_model_that_cannot_play_it_is_an_error_in_one_line(script, tmp_path, m
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(SystemExit, match=named):
         script("bench_swap").main(["--model", model.replace("DIR", str(tmp_path)), "--repeats", "1", "--prompts", "4"])
+
+
+def test_requests_that_end_before_the_prompts_are_back_are_an_error_and_no_rate(script, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    words = ["--prompt-len", "16", "--prompts", "4", "--running-len", "8", "--block-size", "4", "--repeats", "1"]
+    with pytest.raises(SystemExit, match="error: the requests that run ended, after 8 tokens"):
+        script("bench_swap").main(["--model", f"random:{tmp_path}", *words])

@@ -129,3 +129,10 @@ def test_a_kernel_that_spills_or_takes_too_much_shared_memory_does_not_fit(scrip
     case = next(module.cases("row_copy", 80, [1024]))
     fits = [module.Compiled(case, KernelResources(255, *got)).fits for got in ((0, 163 * 1024), (8, 0), (0, 166913))]
     assert fits == [True, False, False]
+
+
+@pytest.mark.parametrize("option", ["--groups", "--block-sizes"])
+def test_a_cache_of_no_heads_or_no_tokens_is_refused_by_name(script, capsys, option) -> None:
+    with pytest.raises(SystemExit):
+        script("compile_kernels").main([option, "0", "--kernels", "swiglu", "--capabilities", "90"])
+    assert f"{option}: 0: expected an integer >= 1" in capsys.readouterr().err

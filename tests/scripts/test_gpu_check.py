@@ -112,9 +112,10 @@ def test_wheels_that_are_brought_along_are_found(tmp_path: Path, monkeypatch: py
 
 
 def test_a_part_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
-    status, printed = gpu_check(tmp_path / "page.md", "--dry", "speed")
+    status, printed = gpu_check(tmp_path / "page.md", "--dry", "kernels", "speed", python="false")
     expected = "error: speed: expected of tests, clusters, kernels, decode, transfer, serve, tune, costs"
     assert status == 2 and expected in printed
+    assert not (tmp_path / "page.md").exists(), "before anything runs"
 
 
 def test_the_configurations_that_it_serves_compose() -> None:

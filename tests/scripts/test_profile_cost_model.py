@@ -62,6 +62,20 @@ def test_the_steps_fitted_and_held_out_stay_within_the_limits_and_are_of_every_k
     assert {(False, False, True), (True, True, False), (True, False, True), (True, True, True)} <= kinds
 
 
+def test_every_prompt_of_a_batch_computes_a_token_however_large_the_batch(script):
+    grid = script("step_grid")
+    cases = grid.fitted_cases(grid.linear_points(64, 64), 64, 64, np.random.default_rng(0))
+    assert min(min(case.num_new) for case in cases) == 1
+
+
+def test_a_run_without_a_model_has_no_steps_to_measure(script, tmp_path, monkeypatch):
+    path = tmp_path / "costs.json"
+    monkeypatch.setattr(sys, "argv", ["profile_cost_model.py", "--out", str(path), "exec=simulated"])
+    with pytest.raises(SystemExit, match="error: tokens=hash: expected a model"):
+        script("profile_cost_model").main()
+    assert not path.exists()
+
+
 def test_a_call_that_slows_the_pace_behind_it_counts_as_what_it_takes(script):
     """It leaves the caches full of its own: the pace is twice as slow right after it, and as ever a run later."""
     pacing, ran = script("pacing"), []
