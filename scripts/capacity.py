@@ -185,21 +185,23 @@ def table_of(found: Mapping[str, Capacity], vary: str) -> Table:
     table.add_column("system")
     for heading in ("holds", "a rank", "of the first", "good", "good/s", "TTFT P90", "TPOT P90", "hits", "fails"):
         table.add_column(heading, justify="right")
-    first = next(iter(found.values())).holds
+    first = next(iter(found.values()))
     for name, capacity in found.items():
         table.add_row(name, *_cells(capacity, first), _failure(capacity))
     return table
 
 
-def _cells(capacity: Capacity, first: float | None) -> list[str]:
+def _cells(capacity: Capacity, first: Capacity) -> list[str]:
+    """first: of the system that each rank's load is compared with."""
     load = capacity.holds
     if load is None:
         return ["none", *["-"] * 7]
     report = capacity.reports[load]
+    ratio = load / capacity.num_ranks / (first.holds / first.num_ranks) if first.holds else None
     return [
         f"{load:g}" if capacity.fails is not None else f">= {load:g}",
         format_figure(load / capacity.num_ranks, "number"),
-        format_figure(load / first if first else None, "number"),
+        format_figure(ratio, "number"),
         format_figure(report["goodput"]["share"], "share"),
         format_figure(report["goodput"]["requests_per_s"], "number"),
         format_figure(report["ttft_s"]["p90"], "seconds"),

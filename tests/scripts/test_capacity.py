@@ -54,7 +54,7 @@ def test_systems_stand_side_by_side_and_the_loads_found_are_right(capacity, tmp_
     assert sum(run["goodput"]["share"] for run in runs) / 2 == pytest.approx(shares[system["holds"]])
 
 
-def test_what_holds_is_divided_by_the_ranks_of_instances_that_serve(capacity, tmp_path, capsys):
+def test_what_holds_is_divided_and_compared_by_the_ranks_of_instances_that_serve(capacity, tmp_path, capsys):
     one = "one:cluster=1p1d+mode=pd_basic"
     split = f"split{one[3:]}+cluster.tensor_parallel.decode=4"
     words = ["exec=simulated", "tokens=workload", "workload=synthetic", "workload.num_sessions=4", "geometry=llama3_8b"]
@@ -64,8 +64,9 @@ def test_what_holds_is_divided_by_the_ranks_of_instances_that_serve(capacity, tm
     printed = capsys.readouterr().out.replace(",", "").splitlines()
     rows = [line.split() for line in printed if line.split()[:1] in (["one"], ["split"])]
     loads = [float(row[2 if row[1] == ">=" else 1]) for row in rows if row[1] != "at"]
-    shares = [float(row[3 if row[1] == ">=" else 2]) for row in rows if row[1] != "at"]
+    shares, ratios = ([float(row[at + (row[1] == ">=")]) for row in rows if row[1] != "at"] for at in (2, 3))
     assert shares == [pytest.approx(load / ranks, rel=0.05) for load, ranks in zip(loads, (2, 5), strict=True)]
+    assert ratios == [1.0, pytest.approx(shares[1] / shares[0], rel=0.05)]
 
 
 def test_of_several_seeds_the_share_is_of_all_requests_however_many_each_had(capacity):
