@@ -135,12 +135,12 @@ class Handoffs:
 
     def ended(self, ticket: Ticket, now_ns: int) -> Request | None:
         """The request whose hand-off this ticket was, if it still waits for it. A DONE one is forgotten here."""
-        request_id = self._request_ids.pop(ticket.ticket_id, "")
-        handoff = self._on_the_way.get(request_id)
-        if handoff is None or handoff.ticket is not ticket:
+        handoff = self._of_ticket(ticket.ticket_id)
+        self._request_ids.pop(ticket.ticket_id, None)
+        if handoff is None:
             return None
         if ticket.state is TicketState.DONE:
-            del self._on_the_way[request_id]
+            del self._on_the_way[handoff.request.request_id]
             self._deposit(handoff.request, now_ns)
         return handoff.request
 
@@ -191,9 +191,8 @@ class Handoffs:
 
     def _wait_or_stay(self, message: Wait, now_ns: int) -> None:
         """There is no room for a request now: one that was decoded here goes on meanwhile, not waits."""
-        handoff = self._on_the_way.get(self._request_ids.get(message.ticket, ""))
-        is_open = handoff is not None and handoff.ticket.ticket_id == message.ticket and not handoff.ticket.ended
-        if handoff is not None and is_open and handoff.migrates:
+        handoff = self._of_ticket(message.ticket)
+        if handoff is not None and handoff.migrates and not handoff.ticket.ended:
             handoff.ticket.refused = True
             self.transfers.cancel(handoff.ticket, f"{DECLINED}: no room now", now_ns)
 
@@ -246,6 +245,11 @@ class Handoffs:
         request.block_table.extend(arrival.blocks)
         self.transfers.settle(arrival, heir=request.holder)
         return request
+
+    def _of_ticket(self, ticket_id: tuple[int, int]) -> _Handoff | None:
+        """The hand-off that waits for this ticket, and not for a later one by now."""
+        handoff = self._on_the_way.get(self._request_ids.get(ticket_id, ""))
+        return handoff if handoff is not None and handoff.ticket.ticket_id == ticket_id else None
 
     def _still_there(self, prefill: int | None) -> int | None:
         """The instance that prefilled a request, if it may get KV back: who came since it left has not heard of it."""

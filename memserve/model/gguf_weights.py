@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
 
-from memserve.model.model_config import ModelConfig, check_window
+from memserve.model.model_config import ModelConfig, longest_context
 from memserve.model.rope_scaling import RopeScaling
 from memserve.model.weights import WeightFileError
 
@@ -90,8 +90,7 @@ class GGUFWeights:
         size = self._size
         num_heads, hidden_size = size("attention.head_count"), size("embedding_length")
         head_dim = size("attention.key_length", hidden_size // num_heads)
-        max_position = min(size("context_length"), max_context or size("context_length"))
-        self._refuse_what_cannot_run(head_dim, max_position)
+        self._refuse_what_cannot_run(head_dim)
         if "model.embed_tokens.weight" not in self._tensors:
             raise WeightFileError(f"{self.path}: has no tensor 'token_embd.weight', expected a language model")
         return ModelConfig(
@@ -103,7 +102,7 @@ class GGUFWeights:
             num_heads=num_heads,
             num_kv_heads=size("attention.head_count_kv", num_heads),
             head_dim=head_dim,
-            max_position=max_position,
+            max_position=self._longest_context(max_context),
             rms_norm_eps=self._own("attention.layer_norm_rms_epsilon", 1e-6),
             rope_theta=self._own("rope.freq_base", 10000.0),
             rope_scaling=self._rope_scaling(head_dim),
@@ -128,15 +127,18 @@ class GGUFWeights:
         ids = [self.metadata(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
-    def _refuse_what_cannot_run(self, head_dim: int, max_position: int) -> None:
+    def _longest_context(self, max_context: int | None) -> int:
+        own, window = self._size("context_length"), self._own("attention.sliding_window") or None
+        try:
+            return longest_context(own, max_context, window)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def _refuse_what_cannot_run(self, head_dim: int) -> None:
         if self.metadata("split.count", 0) > 1:
             raise ValueError(f"{self.path}: one of {self.metadata('split.count')} parts, expected a single file")
         if self._own("expert_count", 0):
             raise ValueError(f"{self.path}: expert_count={self._own('expert_count')}, expected a dense model")
-        try:
-            check_window(self._own("attention.sliding_window") or None, max_position)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
         rotated = self._own("rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise ValueError(f"{self.path}: rope.dimension_count={rotated}, expected head_dim={head_dim}")

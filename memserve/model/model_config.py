@@ -83,8 +83,7 @@ class ModelConfig:
         max_position = _required(merged, "max_position_embeddings")
         if scaling is not None:
             max_position = max(max_position, scaling.max_position)
-        max_position = min(max_position, max_context or max_position)
-        _refuse_sliding_window(merged, family.chooses_windows, max_position)
+        max_position = longest_context(max_position, max_context, _window_of(merged, family.chooses_windows))
         num_heads = _required(merged, "num_attention_heads")
         if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
             merged["num_key_value_heads"] = num_heads
@@ -180,8 +179,8 @@ def _refuse_what_cannot_run(config: Mapping[str, Any]) -> None:
         raise ValueError(f"partial_rotary_factor={config['partial_rotary_factor']!r}: expected 1.0")
 
 
-def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool, max_position: int) -> None:
-    """A window that no layer has, or no shorter than the longest context, changes nothing and is accepted."""
+def _window_of(config: Mapping[str, Any], is_chosen: bool) -> Any:
+    """The sliding window that a layer has; None where none has one."""
     layer_types = set(config.get("layer_types", ())) - {"full_attention"}
     window = config.get("sliding_window")
     if is_chosen:
@@ -190,23 +189,25 @@ def _refuse_sliding_window(config: Mapping[str, Any], is_chosen: bool, max_posit
         window = window if config.get("use_sliding_window", False) and has_any else None
     if layer_types - {"sliding_attention"} or (layer_types and window is None):
         raise ValueError(f"layer_types with {sorted(layer_types)!r}: expected 'full_attention' only")
-    check_window(window, max_position)
+    return window
 
 
-def check_window(window: object, max_position: int) -> None:
-    """Raises ValueError for a sliding window, in tokens, that is shorter than the longest context; None: there is none.
+def longest_context(own: int, max_context: int | None, window: Any) -> int:
+    """The longest that can be run. own: the model's.  max_context: that is asked for; None: all of it.  window: of
+    sliding attention, None where there is none. All in tokens.
 
-    A token sees itself and the `window` - 1 before it, as in transformers.
+    A token sees itself and the `window` - 1 before it, as in transformers: within the window that is the whole context.
+    Raises ValueError for a window that is shorter.
     """
-    if window is None:
-        return
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+    longest = min(own, max_context or own)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"sliding_window={window!r}: expected null or an integer >= 1")
-    if window < max_position:
+    if window is not None and window < longest:
         raise ValueError(
-            f"sliding_window={window!r}: expected null, or at least the context, {max_position}; "
+            f"sliding_window={window!r}: expected null, or at least the context, {longest}; "
             f"or a max_context of at most {window}"
         )
+    return longest
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
