@@ -3,24 +3,30 @@
 import gc
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from fast_compose import compose_fast
+from fast_compose import COMPOSED, compose_fast
+from fast_options import resolve_fast
 
 from memserve import compose
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
 os.environ["OMP_NUM_THREADS"] = "1"  # nor in processes that tests start
-compose.compose = compose_fast
+compose.compose, compose.resolve = compose_fast, resolve_fast
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell's background job ignores SIGINT, and so would all that tests start and interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if COMPOSED not in os.environ:  # processes that are started have it from here
+        os.environ[COMPOSED] = tempfile.mkdtemp(prefix="composed-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(COMPOSED)))
 
 
 def pytest_collection_finish() -> None:

@@ -9,10 +9,14 @@ other.
 
 import copy
 import functools
+import hashlib
+import os
 import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
 
 from hydra import compose
 from hydra._internal import defaults_list
@@ -26,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from memserve.compose import config_dir
 
+COMPOSED = "COMPOSED_BY_TESTS"  # a directory where processes of one test run find what another has composed
 _PLAIN = re.compile(r"\w+=\w+")
 
 
@@ -67,6 +72,18 @@ def _made_fast() -> Iterator[None]:
 
 @functools.cache
 def _of_hydra(words: tuple[str, ...]) -> DictConfig:
+    directory = os.environ.get(COMPOSED)
+    if directory is None:
+        return _composed(words)
+    path = Path(directory) / hashlib.sha256("\n".join(words).encode()).hexdigest()
+    if not path.exists():
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_bytes(pickle.dumps(_composed(words)))
+        own.replace(path)  # whole, or not there
+    return cast(DictConfig, pickle.loads(path.read_bytes()))
+
+
+def _composed(words: tuple[str, ...]) -> DictConfig:
     with _made_fast():
         return compose("run", overrides=list(words))
 

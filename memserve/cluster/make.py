@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+from collections.abc import Callable, Collection
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -27,7 +28,12 @@ def make_asking(node: Any, **offers: Any) -> Any:
 
 def asks(node: Any, name: str) -> bool:
     """Whether its class takes an argument of that name."""
-    return name in inspect.signature(maker(node).func).parameters
+    return name in _arguments(maker(node).func)
+
+
+@functools.cache
+def _arguments(kind: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(kind).parameters.keys()
 
 
 def maker(node: Any) -> functools.partial[Any]:

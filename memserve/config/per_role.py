@@ -35,7 +35,8 @@ def of_role(cfg: RunConfig, role: str) -> RunConfig:
 
 def option_of_role(cfg: RunConfig, role: str, name: str) -> Any:
     """One of OPTIONS as `of_role` has it: for who asks for no other, since to copy all of them takes much longer."""
-    node, theirs = getattr(cfg, name), getattr(cfg.per_role, role).get(name)
+    node, said = getattr(cfg, name), getattr(cfg.per_role, role)
+    theirs = said.get(name) if said else None  # an option that is not there takes OmegaConf longest
     if theirs is None:
         return node
     own = OmegaConf.to_container(theirs) if OmegaConf.is_config(theirs) else theirs
