@@ -269,9 +269,8 @@ class ClusterManager:
 
     def _stands_in(self, other: Membership, member: Membership) -> bool:
         """Whether another instance of the role serves, and is neither silent nor about to crash."""
-        serves = other.standing is Standing.SERVING and not other.is_doomed
-        is_named = self._scheduler.groups.is_here(other.label)
-        return serves and is_named and other.role == member.role and other is not member
+        serves = self._seen(other) is Standing.SERVING and not other.is_doomed
+        return serves and other.role == member.role and other is not member
 
     def _replace_a_lost(self, role: Role) -> None:
         """Somebody comes: for one that is lost, if one of the role is and nobody has come for it."""
@@ -291,5 +290,10 @@ class ClusterManager:
 
     def _loads(self) -> list[Load]:
         num_at = self._scheduler.loads()
-        here = [(m, m.standing) for m in self.members if m.standing is not None and m.role in SERVING]
-        return [Load(m.label, m.role, standing, num_at.get(m.label, 0)) for m, standing in here]
+        here = [(m, self._seen(m)) for m in self.members if m.role in SERVING]
+        return [Load(m.label, m.role, standing, num_at.get(m.label, 0)) for m, standing in here if standing is not None]
+
+    def _seen(self, member: Membership) -> Standing | None:
+        """Its standing, but of who is not heard of: it serves nobody, whatever it is to do once it is back."""
+        is_silent = member.standing is Standing.SERVING and not self._scheduler.groups.is_here(member.label)
+        return Standing.SILENT if is_silent else member.standing

@@ -17,11 +17,14 @@ from memserve.values import require_choice, require_duration
 
 
 class Standing(enum.StrEnum):
-    """Of an instance that is in the cluster, or will be. Only one that is SERVING is named for new requests."""
+    """Of an instance that is in the cluster, or will be. Only one that is SERVING is named for new requests; one that
+    is SILENT may be again.
+    """
 
     STARTING = "starting"
     SERVING = "serving"
     DRAINING = "draining"
+    SILENT = "silent"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from memserve.cluster.wiring import build_global_scheduler
 from memserve.config.errors import ConfigError
 from memserve.request import Role
 from memserve.sched.load_scaling import ByLoad
-from memserve.sched.scaling import Add, Drain, NoScaling, Standing
+from memserve.sched.scaling import Add, Drain, NoScaling, Scaling, Standing
 from memserve.transfer.shared_memory import host_id
 
 DISTRIBUTED = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_basic", "transport=gloo"]
@@ -283,12 +283,38 @@ def test_who_ends_before_the_run_has_begun_was_never_in_it():
     assert members.stays_ns() == [(0, None), (0, None)]
 
 
+def test_who_is_silent_serves_nobody_to_a_policy_until_it_is_back():
+    roles = [("colocated-0", Role.COLOCATED), ("colocated-1", Role.COLOCATED)]
+    scheduler = build_global_scheduler(load_config(["exec=simulated", "cluster=colocated_2"]), roles, rng=None)
+    scaling = ByLoad({"colocated": 4}, max_instances=3, window_s=0.0)
+    scaling.begin([Role.COLOCATED] * 2)
+    members = ClusterManager(roles, scaling, scheduler)
+    scheduler.instance_gone("colocated-0", 0)
+    assert members.decide() == [] and members.draining == [], "who is left is not spared"
+    scheduler.instance_gone("colocated-1", 1)
+    (starting,) = members.decide()
+    assert starting.member.label == "colocated-2", "of a role that nobody serves there is one more"
+    scheduler.instance_back("colocated-0", 2)
+    scheduler.instance_back("colocated-1", 2)
+    members.joined(starting.member, 3)
+    members.decide()
+    assert [member.label for member in members.draining] == ["colocated-2"], "which goes when all are back"
+
+
+class DrainsTheLast(Scaling):
+    """Says so whenever it is asked."""
+
+    def next_time_ns(self, last_ns):
+        return (last_ns or 0) + 1
+
+    def changes(self, loads, now_ns):
+        return [Drain(loads[-1].label)]
+
+
 def test_a_policy_may_say_again_that_an_instance_is_to_drain_which_waits_for_a_silent_one():
     roles = [("colocated-0", Role.COLOCATED), ("colocated-1", Role.COLOCATED)]
     scheduler = build_global_scheduler(load_config(["exec=simulated", "cluster=colocated_2"]), roles, rng=None)
-    scaling = ByLoad({"colocated": 4}, max_instances=2, window_s=0.0)
-    scaling.begin([Role.COLOCATED] * 2)
-    members = ClusterManager(roles, scaling, scheduler)
+    members = ClusterManager(roles, DrainsTheLast(), scheduler)
     scheduler.instance_gone("colocated-0", 0)  # silent: nobody knows that its process has ended
     assert [members.decide() for _ in range(3)] == [[]] * 3 and members.draining == []
     scheduler.instance_back("colocated-0", 1)
