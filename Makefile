@@ -1,7 +1,7 @@
 # make setup   a virtual environment in .venv with the pinned versions and the demo's model; runs once, the others call it
 #              (--no-compile: Python compiles what is imported, a small part of what is installed, when it is)
 # make demo    a real 135M-parameter chat model answers conversations on two instances, in the paper's six ways
-# make test    lint, format, types, tests: what has to pass before a commit; WORKERS=3 test processes
+# make test    lint, format, types, tests: what has to pass before a commit; WORKERS=4 test processes
 # make lint    the first three of those; each alone: `make style` (lint, format), `make types`, `make tests`
 # make bench   the model runner beside Hugging Face `generate` and the machine's roofline
 # make fuzz    random operations on the block pool against a brute-force model, and clusters of words drawn at random; for
@@ -53,7 +53,7 @@ types: setup
 	$(BIN)/mypy
 
 tests: setup
-	$(BIN)/python -m pytest -n $(or $(WORKERS),3) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(or $(WORKERS),4) --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python scripts/bench_runner.py
