@@ -174,7 +174,7 @@ class SwitchRoles(_ByRequests):
 
     def changes(self, loads: Sequence[Load], now_ns: int) -> list[Change]:
         teams = self._teams(loads, now_ns)
-        if any(load.standing != Standing.SERVING for load in loads):
+        if any(load.standing in (Standing.STARTING, Standing.DRAINING) for load in loads):
             return []
         for needy in teams:
             for donor in teams:

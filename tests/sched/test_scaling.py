@@ -140,6 +140,12 @@ def test_switch_roles_takes_from_those_who_can_spare_one_where_others_are_full()
     assert asked(policy, (P, 5), (D, 3), (D, 2, Standing.DRAINING)) == [], "one after the other"
 
 
+def test_who_is_silent_neither_changes_its_role_nor_keeps_others_from_it():
+    policy = SwitchRoles({"prefill": 4, "decode": 10}, window_s=0)
+    assert asked(policy, (P, 5), (D, 3), (D, 2), (D, 0, Standing.SILENT)) == [ChangeRole("decode-2", P)]
+    assert asked(policy, (P, 5), (D, 3), (D, 0, Standing.SILENT)) == [], "one stays"
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
