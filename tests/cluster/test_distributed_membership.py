@@ -177,3 +177,27 @@ def test_a_rank_may_be_one_instance_after_another():
     roster.assign(1, 9)
     assert list(roster.ranks(1)) == [2, 3], "what is known stays"
     assert len(roster.endpoints(77)) == 1, "one that nobody has heard of is one rank"
+
+
+def test_a_spare_comes_for_who_is_silent_and_stays_beside_it_when_it_is_back(tmp_path):
+    lasting = ["workload.rate=2", "workload.num_sessions=16"]
+    words = [
+        *DISTRIBUTED, *WORKLOAD, *lasting, "cluster=colocated_1", "cluster.spares=1", "cluster.silence_s=1",
+        "cluster.patience_s=100", "scaling=by_load", "scaling.full.colocated=100", "scaling.max_instances=2",
+        "transport=gloo",
+    ]  # fmt: skip
+    ranks = Forked(tmp_path, [[words, 3]], 3)
+    log = tmp_path / "found.json.rank-0.log"
+    try:
+        wait_for(lambda: have_started(tmp_path, (1,)), START_S, "the cluster starts", ranks)
+        ranks.signal(1, signal.SIGSTOP)
+        wait_for(lambda: "colocated-1 has joined" in log.read_text(), 30, "somebody comes for it", ranks)
+        ranks.signal(1, signal.SIGCONT)
+        wait_for(lambda: "colocated-0 is back" in log.read_text(), 30, "it is heard again", ranks)
+        wait_for(ranks.ended, LIMIT_S, "all end", ranks)
+    finally:
+        ranks.kill()
+    assert ranks.codes() == [0] * 3, ranks.printed()
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] == expected(*lasting) and found["missing"] == {}
+    assert found["report"]["membership"]["joined"] == 1 and found["report"]["num_failed"] == 0
