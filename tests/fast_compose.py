@@ -1,10 +1,10 @@
 """Hydra's `compose` for a process that asks for thousands of configurations, of which most differ in values alone.
 
-What the words of groups compose is Hydra's, and kept: of words that change different parts of a configuration, each
-word's by itself, since tests put few of them together in many ways. Values are then applied as Hydra applies them, by
-its own function. Files and words are read once, and what Hydra notes for each default in case another one names it
-(`${..}`, which none of ours does) is left out. Errors are Hydra's own. `test_fast_compose.py` holds one against the
-other.
+What the words of groups compose is Hydra's, and kept, for all processes of a test run (COMPOSED): of words that change
+different parts of a configuration, each word's by itself, since tests put few of them together in many ways. Values are
+then applied as Hydra applies them, by its own function. Files and words are read once, and what Hydra notes for each
+default in case another one names it (`${..}`, which none of ours does) is left out. Errors are Hydra's own.
+`test_fast_compose.py` holds one against the other.
 """
 
 import copy
@@ -72,20 +72,14 @@ def _made_fast() -> Iterator[None]:
 
 @functools.cache
 def _of_hydra(words: tuple[str, ...]) -> DictConfig:
-    directory = os.environ.get(COMPOSED)
-    if directory is None:
-        return _composed(words)
-    path = Path(directory) / hashlib.sha256("\n".join(words).encode()).hexdigest()
+    path = Path(os.environ[COMPOSED]) / hashlib.sha256("\n".join(words).encode()).hexdigest()
     if not path.exists():
+        with _made_fast():
+            composed = compose("run", overrides=list(words))
         own = path.with_suffix(f".{os.getpid()}")
-        own.write_bytes(pickle.dumps(_composed(words)))
+        own.write_bytes(pickle.dumps(composed))
         own.replace(path)  # whole, or not there
     return cast(DictConfig, pickle.loads(path.read_bytes()))
-
-
-def _composed(words: tuple[str, ...]) -> DictConfig:
-    with _made_fast():
-        return compose("run", overrides=list(words))
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Build: from a RunConfig to the objects that run it. Knows every part's constructor and no loop."""
 
 import gc
-import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from memserve.cluster.capacity import capacity, check_fits, limits_of, rank_geom
 from memserve.cluster.costs import build_cost_model, computing_role, predicted, price_of_attention
 from memserve.cluster.engine import Engine, eos_token_ids
 from memserve.cluster.idle_runner import IdleRunner
-from memserve.cluster.make import make, make_asking, maker
+from memserve.cluster.make import asks, make, make_asking, maker
 from memserve.cluster.step_time import Measured, Modelled, StepTime
 from memserve.cluster.wiring import build_global_scheduler, build_handoffs, build_scaling, check_migration
 from memserve.cluster.worker import Followers, ParallelCopier, ParallelRunner
@@ -164,7 +163,7 @@ def index_factory(cfg: RunConfig, costs: CostModel) -> IndexFactory:
         raise ConfigError(
             f"index={kind.__name__} contradicts a DRAM tier: its blocks cannot be followed when they move"
         )
-    if "eviction" not in inspect.signature(kind).parameters:
+    if not asks(cfg.index, "eviction"):
         return cast(IndexFactory, target)
     return cast(IndexFactory, partial(target, eviction=make(cfg.eviction, **price_of_attention(cfg.eviction, costs))))
 

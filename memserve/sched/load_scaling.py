@@ -1,7 +1,7 @@
 """Scaling policies that look at how many unfinished requests the instances of each role have."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,7 +89,7 @@ class _ByRequests(Scaling):
         teams = []
         for role, lately in self._lately.items():
             mine = [load for load in loads if load.role == role]
-            counts = [sum(load.standing == standing for load in mine) for standing in Standing]
+            counts = Counter(load.standing for load in mine)
             serving = [load for load in mine if load.standing == Standing.SERVING]
             num_requests = sum(load.num_requests for load in mine)
             while lately and lately[-1][1] <= num_requests:
@@ -97,7 +97,8 @@ class _ByRequests(Scaling):
             lately.append((now_ns, num_requests))
             while lately[0][0] < now_ns - self._window_ns:
                 lately.popleft()
-            teams.append(_Team(role, serving, counts[0], counts[2], num_requests, lately[0][1], self._full[role]))
+            num_starting, num_draining = counts[Standing.STARTING], counts[Standing.DRAINING]
+            teams.append(_Team(role, serving, num_starting, num_draining, num_requests, lately[0][1], self._full[role]))
         return teams
 
 
