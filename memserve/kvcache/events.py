@@ -103,12 +103,16 @@ class NobodyFollows(EventLog):
 
 
 class EventRecorder(EventLog):
-    """Numbers events and keeps them until they are drained. num_hbm_blocks: blocks from this number on lie in DRAM."""
+    """Numbers events and keeps them until they are drained. num_hbm_blocks: blocks from this number on lie in DRAM.
+
+    A path that leaves block by block before anybody drains is one event: each names the whole path.
+    """
 
     def __init__(self, block_size: int, num_hbm_blocks: int) -> None:
         self._block_bytes = 4 * block_size
         self._num_hbm_blocks = num_hbm_blocks
         self._seq = 0
+        self._told_seq = 0  # the last event that a snapshot covers
         self._events: deque[IndexEvent] = deque(maxlen=MAX_UNDRAINED)
 
     def drain(self) -> list[IndexEvent]:
@@ -124,14 +128,32 @@ class EventRecorder(EventLog):
             for tokens, blocks in prefixes
             for start, end, medium in _runs(self._media(blocks))
         ]
+        self._told_seq = self._seq
         return IndexSnapshot(self._seq, events)
 
     def inserted(self, node: Located, blocks: Blocks) -> None:
         self._note(EventKind.INSERTED, node.path(), _runs(self._media(blocks)), len(blocks))
 
     def removed(self, node: Located, blocks: Blocks) -> None:
-        deepest_first = reversed(list(_runs(self._media(blocks))))
-        self._note(EventKind.REMOVED, node.path(), deepest_first, len(blocks))
+        path, deepest_first = node.path(), list(_runs(self._media(blocks)))[::-1]
+        if len(deepest_first) == 1 and self._continues(path, deepest_first[0][2]):
+            last = self._events.pop()
+            first_block = len(path) // self._block_bytes - len(blocks)
+            self._events.append(msgspec.structs.replace(last, first_block=first_block))
+        else:
+            self._note(EventKind.REMOVED, path, deepest_first, len(blocks))
+
+    def _continues(self, path: bytes, medium: int) -> bool:
+        """Whether the last event is of what followed `path`, left the same medium, and nobody has heard of it yet."""
+        if not self._events or self._events[-1].seq == self._told_seq:
+            return False
+        last = self._events[-1]
+        return (
+            last.kind is EventKind.REMOVED
+            and last.medium == medium
+            and last.first_block * self._block_bytes == len(path)
+            and last.path.startswith(path)
+        )
 
     def moved(self, node: Located, blocks: np.ndarray, moved_to: np.ndarray) -> None:
         before, after = self._media(blocks), self._media(moved_to)

@@ -140,6 +140,27 @@ def test_an_event_names_its_path_its_blocks_and_their_medium(index):
     assert (removed[-1].first_block, removed[0].end_block) == (1, 3) and pool.drain_events() == []
 
 
+@pytest.mark.parametrize("index", [RadixIndex, HashIndex])
+def test_a_path_that_leaves_block_by_block_is_one_event_until_somebody_hears_of_it(index):
+    pool = pool_of(index, 0)
+    whole = tokens(*range(1, 2 * NUM_HBM + 1))
+    publish(pool, whole)
+    follower = follower_of(pool)
+    for _ in range(3):
+        pool.alloc(1, A)
+    [event] = pool.drain_events()
+    assert (event.seq, event.path, event.first_block, event.end_block) == (1, whole.tobytes(), NUM_HBM - 3, NUM_HBM)
+    pool.alloc(1, A)
+    late = follower_of(pool)  # what it was told of, no event changes
+    pool.alloc(1, A)
+    events = pool.drain_events()
+    assert [(event.seq, event.first_block) for event in events] == [(2, NUM_HBM - 4), (3, NUM_HBM - 5)]
+    for each in (follower, late):
+        for one in [event, *events]:
+            each.apply(one)
+        assert_same(each, pool)
+
+
 def test_a_swap_tells_only_of_the_blocks_that_moved():
     pool = pool_of(RadixIndex, 4)
     publish(pool, tokens(1, 2, 3, 4, 5, 6))
