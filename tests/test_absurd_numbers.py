@@ -23,8 +23,8 @@ from memserve.workload.lengths import LogNormal, Uniform
 ABSURD = (-1, 0, math.nan, math.inf, 1e300, 1e-300, 5e-324, 10**21, True, "x")
 COSTS = {"step_s": 0.01, "prefill_token_s": 1e-5, "decode_token_s": 1e-4}
 TERMS = dict.fromkeys(
-    ("causal_pair_s", "prefix_pair_s", "prefix_token_s", "decode_token_s", "prefill_request_s", "decode_request_s",
-     "mixed_s"), 1e-9,
+    ("causal_pair_s", "prefix_pair_s", "own_pair_s", "prefix_token_s", "decode_token_s", "prefill_request_s",
+     "decode_request_s", "mixed_s"), 1e-9,
 )  # fmt: skip
 SMALL = {"num_sessions": 2, "max_output_tokens": 3}
 MAKERS = {  # what is made, with arguments that it needs

@@ -76,7 +76,7 @@ def cost_file(directory):
     """Costs of this machine, made up."""
     subject = subject_of(load_config(["exec=simulated"]), None)
     provenance = Provenance("2026-01-01", "none", "none", 16, 1, 0.0, {})
-    operator = OperatorCostModel([1, 100], [0.001, 0.01], 0, 0, 0, 0, 0, 0, 0).arguments()
+    operator = OperatorCostModel([1, 100], [0.001, 0.01], 0, 0, 0, 0, 0, 0, 0, 0).arguments()
     path = directory / "costs.json"
     path.write_bytes(msgspec.json.encode(CostFile(subject, provenance, operator, {}, [], [])))
     return path
@@ -447,7 +447,7 @@ class Costs(OperatorCostModel):
     """A cost model of a user's own."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__([0, 1], [seconds, seconds], *[0.0] * 7)
+        super().__init__([0, 1], [seconds, seconds], *[0.0] * 8)
 
 
 def test_a_class_in_the_place_of_one_with_options_begins_without_them_when_the_group_is_taken_out():

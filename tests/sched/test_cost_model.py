@@ -25,7 +25,7 @@ from memserve.sched.cost_model.operator import OperatorCostModel
 POINTS = [1, 8, 64, 512]
 TRUTH = {
     "tokens": POINTS, "linear_s": [0.02, 0.03, 0.1, 0.7], "causal_pair_s": 3e-7, "prefix_pair_s": 5e-7,
-    "prefix_token_s": 2e-6, "decode_token_s": 4e-6, "prefill_request_s": 1e-3,
+    "own_pair_s": 4e-7, "prefix_token_s": 2e-6, "decode_token_s": 4e-6, "prefill_request_s": 1e-3,
     "decode_request_s": 1e-4, "mixed_s": 2e-3, "swap_block_s": 1e-3,
 }  # fmt: skip
 OPERATOR = OperatorCostModel(**TRUTH)
@@ -130,7 +130,7 @@ def test_no_parameter_of_a_fit_is_negative_and_none_is_worse_than_zero():
 
 
 def test_attention_costs_as_much_as_the_rest_where_the_curvature_says():
-    costs = OperatorCostModel([1, 512], [0.001, 0.512], 1e-6, 0, 0, 0, 0, 0, 0)
+    costs = OperatorCostModel([1, 512], [0.001, 0.512], 1e-6, 0, 0, 0, 0, 0, 0, 0)
     assert attention_tokens(costs) == pytest.approx(1000, rel=0.01)  # 1 ms a token beside 1 us a pair
     assert attention_tokens(FIXED) == float("inf")
 
@@ -289,6 +289,15 @@ def test_the_published_presets_give_the_times_they_were_derived_from(preset):
     costs = build_cost_model(load_config([f"cost_model={preset}"]), None)
     assert costs.exec_time_s(0, 1794) == pytest.approx(0.067, rel=0.01)
     assert costs.exec_time_s(0, 128) == pytest.approx(0.011, rel=0.01)
+
+
+@pytest.mark.parametrize("num_tokens", [300, 1794, 12_000, 100_000])
+def test_a_prompt_is_no_dearer_for_what_is_cached_of_it(num_tokens):
+    costs = build_cost_model(load_config(["cost_model=h800_llama2_13b"]), None)
+    cached = np.arange(0, num_tokens, 16)
+    seconds = costs.exec_time_s(cached, num_tokens - cached)
+    assert (np.diff(seconds) <= 1e-12).all()
+    assert costs.exec_time_s(1, num_tokens - 1) == pytest.approx(seconds[0], rel=1e-3)
 
 
 def test_a_simulation_takes_as_long_as_the_operators_say():

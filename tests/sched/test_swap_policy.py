@@ -36,7 +36,7 @@ def test_blocks_are_used_as_far_as_that_is_cheapest(swap_block_s, blocks, used):
 
 def test_only_the_deep_blocks_can_be_worth_a_swap():
     """All or nothing is not the only choice: attention makes late blocks dear, and what is before them comes along."""
-    policy = Cheapest(OperatorCostModel([1, 64], [0.0, 0.0063], 1e-4, 1e-4, 0, 0, 0, 0, 0, 0.02), BLOCK)
+    policy = Cheapest(OperatorCostModel([1, 64], [0.0, 0.0063], 1e-4, 1e-4, 2e-4, 0, 0, 0, 0, 0, 0.02), BLOCK)
     blocks = np.arange(NUM_HBM, NUM_HBM + 10)
     best = min(range(11), key=lambda n: (0.02 * n + policy._costs.exec_time_s(4 * n, 48 - 4 * n), -n))
     assert policy.num_to_use(blocks, NUM_HBM, 48) == best

@@ -2,7 +2,9 @@
 
     seconds = linear(T)                              projections, MLP, norms over the step's T new tokens together
             + causal_pair_s    * sum y (y + 1) / 2   attention of prompts with nothing cached (x = 0)
-            + prefix_pair_s    * sum y (x + y)       attention behind a cached prefix: masked, all pairs are computed
+            + prefix_pair_s    * sum y x             attention behind a cached prefix: of what is new to what is cached
+            + own_pair_s       * sum y (y + 1) / 2   of those, of what is new to itself; a kernel that computes all
+                                                     pairs and masks half takes twice prefix_pair_s
             + prefix_token_s   * sum (x + y)         of those, gathering the KV of all tokens
             + decode_token_s   * sum (x + 1)         attention of requests with one new token: reading their KV
             + prefill_request_s * requests with y > 1  launches for each of them, and sampling
@@ -26,7 +28,7 @@ from memserve.sched.cost_model.base import SWAP_BLOCK_TOKENS, CostModel, require
 from memserve.values import require_int
 
 TERMS = (
-    "causal_pair_s", "prefix_pair_s", "prefix_token_s", "decode_token_s",
+    "causal_pair_s", "prefix_pair_s", "own_pair_s", "prefix_token_s", "decode_token_s",
     "prefill_request_s", "decode_request_s", "mixed_s",
 )  # fmt: skip
 
@@ -43,6 +45,7 @@ class OperatorCostModel(CostModel):
         linear_s: Sequence[float],
         causal_pair_s: float,
         prefix_pair_s: float,
+        own_pair_s: float,
         prefix_token_s: float,
         decode_token_s: float,
         prefill_request_s: float,
@@ -53,7 +56,8 @@ class OperatorCostModel(CostModel):
         swap_piece_s: float = 0.0,
     ) -> None:
         terms = (
-            causal_pair_s, prefix_pair_s, prefix_token_s, decode_token_s, prefill_request_s, decode_request_s, mixed_s,
+            causal_pair_s, prefix_pair_s, own_pair_s, prefix_token_s, decode_token_s,
+            prefill_request_s, decode_request_s, mixed_s,
         )  # fmt: skip
         require_seconds(**dict(zip(TERMS, terms, strict=True)))
         for name, points in (("tokens", tokens), ("linear_s", linear_s)):
@@ -78,7 +82,7 @@ class OperatorCostModel(CostModel):
         return {"tokens": self._tokens, "linear_s": self._linear_s, **terms, "swap_block_s": self.swap_block_s}
 
     def _one_s(self, num_cached: int, num_new: int) -> float:
-        causal, pair, token, decode, prefill_request, decode_request, _ = self._terms
+        causal, pair, own, token, decode, prefill_request, decode_request, _ = self._terms
         piece = min(max(bisect_right(self._tokens, num_new) - 1, 0), len(self._slopes) - 1)
         seconds = self._linear_s[piece] + self._slopes[piece] * (num_new - self._tokens[piece])
         if num_new == 1:
@@ -86,7 +90,8 @@ class OperatorCostModel(CostModel):
         elif num_cached == 0:
             seconds += prefill_request + causal * (num_new * (num_new + 1) / 2)
         else:
-            seconds += prefill_request + (pair * num_new + token) * (num_cached + num_new)
+            behind = pair * (num_new * num_cached) + own * (num_new * (num_new + 1) / 2)
+            seconds += prefill_request + (behind + token * (num_cached + num_new))
         return max(seconds, 0.0)
 
     def step_time_s(self, num_cached: np.ndarray, num_new: np.ndarray, num_more: np.ndarray) -> np.ndarray:
@@ -110,11 +115,11 @@ class OperatorCostModel(CostModel):
 
     def _attention(self, num_cached: np.ndarray, num_new: np.ndarray) -> np.ndarray:
         """float64 [R]: what each request adds to the linear part."""
-        causal, pair, token, decode, prefill_request, decode_request, _ = self._terms
-        total = num_cached + num_new
-        alone = causal * (num_new * (num_new + 1) / 2)
-        behind = np.where(num_cached == 0, alone, (pair * num_new + token) * total)
-        result: np.ndarray = np.where(num_new == 1, decode_request + decode * total, prefill_request + behind)
+        causal, pair, own, token, decode, prefill_request, decode_request, _ = self._terms
+        total, new_pairs = num_cached + num_new, num_new * (num_new + 1) / 2
+        behind = pair * (num_new * num_cached) + own * new_pairs + token * total
+        prompt = prefill_request + np.where(num_cached == 0, causal * new_pairs, behind)
+        result: np.ndarray = np.where(num_new == 1, decode_request + decode * total, prompt)
         return result
 
 
@@ -125,12 +130,13 @@ def operator_features(num_cached: np.ndarray, num_new: np.ndarray, tokens: Seque
     share = (num_tokens - knots[piece]) / (knots[piece + 1] - knots[piece])
     linear = np.zeros(len(knots))
     linear[piece : piece + 2] = 1 - share, share
-    total = (num_cached + num_new).astype(np.float64)
+    total, new_pairs = (num_cached + num_new).astype(np.float64), num_new * (num_new + 1) / 2
     decodes, alone = num_new == 1, (num_new > 1) & (num_cached == 0)
     behind = (num_new > 1) & (num_cached > 0)
     terms = [
-        (num_new * (num_new + 1) / 2)[alone].sum(),
-        (num_new * total)[behind].sum(),
+        new_pairs[alone].sum(),
+        (num_new * num_cached)[behind].sum(),
+        new_pairs[behind].sum(),
         total[behind].sum(),
         total[decodes].sum(),
         np.count_nonzero(~decodes),
