@@ -6,7 +6,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -114,7 +114,8 @@ def config_dir() -> Path:
 
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
-    """Composes configs/run.yaml with `overrides`, checks it, and returns it read-only.
+    """Composes configs/run.yaml with `overrides`, checks it, and returns it read-only: `cfg.kvcache.block_size`, and of
+    what a word of a group names a plain dict, `cfg.policy["_target_"]`.
 
     Raises ConfigError naming the option, its value and what is allowed.
     """
@@ -186,21 +187,21 @@ def resolve(composed: DictConfig) -> RunConfig:
     missing = OmegaConf.missing_keys(merged)
     if missing:
         raise ConfigError(f"{', '.join(sorted(missing))}: expected a value")
-    _check_targets(merged)
-    cfg = cast(RunConfig, merged)
+    cfg = cast(RunConfig, OmegaConf.to_object(merged))
+    _check_targets(cfg)
     check_config(cfg)
     for role in dict.fromkeys(cfg.cluster.roles):
         _check_role(cfg, role)
     check_prediction(cfg)
     check_store(cfg)
-    if cfg.model.attention == "auto":
-        cfg.model.attention = _best_attention(cfg.model.device, cfg.model.dtype)
+    attention = cfg.model.attention
+    if attention == "auto":
+        attention = _best_attention(cfg.model.device, cfg.model.dtype)
     try:
-        attention_backend(cfg.model.attention)
+        attention_backend(attention)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    OmegaConf.set_readonly(merged, True)
-    return cfg
+    return replace(cfg, model=replace(cfg.model, attention=attention))
 
 
 @cache
@@ -220,12 +221,12 @@ def _check_sections(schema: type, composed: DictConfig, within: str = "") -> Non
         _check_sections(kind, value, f"{name}.")
 
 
-def _check_targets(merged: DictConfig) -> None:
+def _check_targets(cfg: RunConfig) -> None:
     """Raises ConfigError for a node that describes no object of its group's class."""
     for name, kind in TARGETS.items():
-        if not isinstance(merged[name], DictConfig):
-            raise ConfigError(f"{name}={merged[name]!r}: expected {group_of(name)}= and a word of its group")
-        node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
+        node = getattr(cfg, name)
+        if not isinstance(node, dict):
+            raise ConfigError(f"{name}={node!r}: expected {group_of(name)}= and a word of its group")
         options = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
         check_target(name, options, kind, GIVEN.get(name, ()))
 
@@ -236,7 +237,7 @@ def _check_role(cfg: RunConfig, role: str) -> None:
         return
     try:
         theirs = of_role(cfg, role)
-        _check_targets(cast(DictConfig, theirs))
+        _check_targets(theirs)
         check_config(theirs)
     except (OmegaConfBaseException, ConfigError) as error:
         said = error if isinstance(error, ConfigError) else _refusal(error)
@@ -272,9 +273,9 @@ def _best_attention(device: str, dtype: str) -> str:
 
 def to_yaml(cfg: RunConfig) -> str:
     """The resolved configuration as YAML text; `load_config` of the same words gives it again."""
-    return OmegaConf.to_yaml(cast(DictConfig, cfg))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     """The resolved configuration as plain dicts, lists and values."""
-    return cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg)))
+    return asdict(cfg)

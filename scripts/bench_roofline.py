@@ -76,7 +76,7 @@ def gpu_of(word: str | None, costs: FittedCostModel) -> DataSheet:
     if word == MEASURED:
         return measured_gpu(costs)
     words = ["exec=simulated", "cost_model=roofline", f"cost_model/gpu={word}"]
-    sheet: DataSheet = make(load_config(words).cost_model.gpu)
+    sheet: DataSheet = make(load_config(words).cost_model["gpu"])
     return sheet
 
 

@@ -159,7 +159,7 @@ class Search:
                 raise ValueError(f"--vary={vary}: expected an option that {self._name} has (a trace's load is "
                                  "workload.speedup)") from error  # fmt: skip
             raise
-        theirs = [cfg.slo, *(cfg.workload.get("classes") or ())]
+        theirs = [vars(cfg.slo), *(cfg.workload.get("classes") or ())]
         if all(each.get(name) is None for each in theirs for name in OBJECTIVES):
             raise ValueError("slo: expected at least one of slo.ttft_s=, slo.tpot_s=, slo.itl_s=, slo.jct_s= in "
                              "seconds, or one of a class in workload.classes")  # fmt: skip

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from fast_compose import COMPOSED, compose_fast
-from fast_options import resolve_fast
 
 from memserve import compose
 
 torch.set_num_threads(1)  # tiny products: a second thread only waits, and for long where cores are shared
 os.environ["OMP_NUM_THREADS"] = "1"  # nor in processes that tests start
-compose.compose, compose.resolve = compose_fast, resolve_fast
+compose.compose = compose_fast
 
 
 def pytest_configure(config: pytest.Config) -> None:

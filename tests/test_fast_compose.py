@@ -1,17 +1,12 @@
 """The configurations that tests compose are Hydra's."""
 
-import copy
-import pickle
-
 import hydra
 import pytest
 from fast_compose import compose_fast
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import ReadonlyConfigError
 
 from memserve import compose as ours
-from memserve.config.runs import of_run
 
 WORDS = [
     [],
@@ -63,22 +58,3 @@ def test_what_hydra_refuses_is_refused_as_it_refuses_it(words):
             composed(compose, words)
         said.append(str(error.value))
     assert said[0] == said[1]
-
-
-def test_options_found_fast_are_those_that_omegaconf_finds_and_as_read_only():
-    cfg = ours.load_config(["cluster=1p1d", "mode=pd_basic", "seeds=2", "+per_role.decode.sched.token_budget=512"])
-    for section, name in (("kvcache", "block_size"), ("link", "gb_per_s"), ("mode", "_target_")):
-        node = getattr(cfg, section)
-        assert vars(node)[name] == cfg[section][name]
-        with pytest.raises(ReadonlyConfigError):
-            setattr(node, name, 1)
-    assert OmegaConf.to_yaml(pickle.loads(pickle.dumps(cfg))) == OmegaConf.to_yaml(cfg)
-
-
-def test_a_copy_that_may_be_written_to_has_what_is_written():
-    cfg = ours.load_config(["seeds=2"])
-    copied = copy.deepcopy(cfg)
-    OmegaConf.set_readonly(copied, False)
-    copied.kvcache.block_size, copied.link = 3, {"gb_per_s": 4.0}
-    assert (copied.kvcache.block_size, copied.link.gb_per_s) == (3, 4.0)
-    assert of_run(cfg, 1).seed == cfg.seed + 1

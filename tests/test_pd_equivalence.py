@@ -5,9 +5,9 @@ On HashRunner a stale, lost, misplaced, early or foreign block changes the answe
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
-from omegaconf import OmegaConf
 
 from memserve import LocalCluster, load_config
 
@@ -26,13 +26,11 @@ def composed(words):
 
 
 def answers(words, **changes):
-    """(tokens of every request, report). changes: options set without composing, which takes longer than a run; they
-    stay set for who gives the same words again.
-    """
+    """(tokens of every request, report). changes: options set without composing, which takes longer than a run."""
     cfg = composed(tuple(words))
-    OmegaConf.set_readonly(cfg, False)
     for name, value in changes.items():
-        OmegaConf.update(cfg, name.replace("__", "."), value, merge=False)
+        section, _, option = name.partition("__")
+        cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{option: value}) if option else value})
     cluster = LocalCluster(cfg)
     result = cluster.run_once()
     assert result.report["num_failed"] == 0 and result.report["quarantined_blocks"] == 0

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from memserve.config.errors import ConfigError
 from memserve.config.per_role import num_ranks
@@ -86,7 +85,7 @@ def _check_ranks(cfg: RunConfig, config: ModelConfig) -> None:
 def _open(cfg: RunConfig) -> OpenedModel:
     if cfg.model.path is not None:
         return open_model(cfg.model.path, cfg.seed, cfg.model.max_context)
-    shape = cast(dict[str, Any], OmegaConf.to_container(cast(DictConfig, cfg.model.random)))
+    shape = cast(dict[str, Any], cfg.model.random)
     return open_random_model(ModelConfig.from_hf(shape, max_context=cfg.model.max_context), cfg.seed)
 
 

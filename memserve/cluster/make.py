@@ -8,7 +8,6 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from memserve.config.errors import ConfigError
 
@@ -38,7 +37,7 @@ def _arguments(kind: Callable[..., Any]) -> Collection[str]:
 
 def maker(node: Any) -> functools.partial[Any]:
     """What makes it from the arguments that are still missing."""
-    described = json.dumps(OmegaConf.to_container(node) if OmegaConf.is_config(node) else node)
+    described = json.dumps(node)
     try:
         has_nodes_within = described.count('"_target_"') > 1  # of which each object has its own
         return _found(described) if has_nodes_within else _remembered(described)

@@ -162,11 +162,11 @@ def _check_transfer(cfg: RunConfig) -> None:
     require(headroom >= 0, "sched.decode_headroom_blocks", headroom, "an integer >= 0")
 
 
-def _check_numbers(group: str, node: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+def _check_numbers(group: str, node: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]]) -> None:
     """Those of these options that a node has."""
     for name, (low, high) in ranges.items():
         value = node.get(name)
-        if type(value) in (int, float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             require(low <= value <= high, f"{group}.{name}", value, f"a number in [{low:g}, {high:g}]")
 
 
@@ -187,7 +187,7 @@ def _check_measure(cfg: RunConfig) -> None:
 
 def _check_control(cfg: RunConfig) -> None:
     """Messages and routing cost virtual time, where time is virtual."""
-    _check_numbers("control", cfg.control, dict.fromkeys(CONTROL, (0.0, 3600.0)))
+    _check_numbers("control", vars(cfg.control), dict.fromkeys(CONTROL, (0.0, 3600.0)))
     for name in CONTROL:
         if (value := getattr(cfg.control, name)) and cfg.exec == "distributed":
             raise ConfigError(f"control.{name}={value} contradicts exec=distributed, whose messages and routing take "

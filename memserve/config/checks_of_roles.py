@@ -54,7 +54,7 @@ def check_per_role(cfg: RunConfig) -> None:
             require(name in OPTIONS, f"per_role.{role}.{name}", said[name], f"one of {', '.join(OPTIONS)}")
             require(isinstance(said[name], Mapping), f"per_role.{role}.{name}", said[name], f"options of {name}")
         if "block_size" in said.get("kvcache", {}):
-            raise ConfigError(f"per_role.{role}.kvcache.block_size={said.kvcache.block_size}: expected "
+            raise ConfigError(f"per_role.{role}.kvcache.block_size={said['kvcache']['block_size']}: expected "
                               "kvcache.block_size=, since blocks go from one to another")  # fmt: skip
 
 

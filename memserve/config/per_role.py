@@ -4,10 +4,10 @@
 the same at both ends of a transfer (blocks, their layout, the model), is for all.
 """
 
-import copy
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from memserve.config.schema import PerRoleConfig, RunConfig
 from memserve.request import Role
@@ -24,29 +24,20 @@ def of_role(cfg: RunConfig, role: str) -> RunConfig:
     theirs = getattr(cfg.per_role, role)
     if not theirs:
         return cfg
-    changed = copy.deepcopy(cast(DictConfig, cfg))
-    OmegaConf.set_readonly(changed, False)
-    for name in theirs:
-        changed[name] = option_of_role(cfg, role, name)
-    changed.per_role = PerRoleConfig()
-    OmegaConf.set_readonly(changed, True)
-    return cast(RunConfig, changed)
+    changed = {name: option_of_role(cfg, role, name) for name in theirs}
+    return replace(cfg, **changed, per_role=PerRoleConfig())
 
 
 def option_of_role(cfg: RunConfig, role: str, name: str) -> Any:
-    """One of OPTIONS as `of_role` has it: for who asks for no other, since to copy all of them takes much longer."""
-    node, said = getattr(cfg, name), getattr(cfg.per_role, role)
-    theirs = said.get(name) if said else None  # an option that is not there takes OmegaConf longest
+    """One of OPTIONS as `of_role` has it, for who asks for no other."""
+    node, theirs = getattr(cfg, name), getattr(cfg.per_role, role).get(name)
     if theirs is None:
         return node
-    own = OmegaConf.to_container(theirs) if OmegaConf.is_config(theirs) else theirs
-    if "_target_" in node:
-        return OmegaConf.create(_changed(OmegaConf.to_container(node), own))
-    changed = copy.deepcopy(node)
-    OmegaConf.set_readonly(changed, False)
-    changed.merge_with(own)  # of the schema's type, which checks it
-    OmegaConf.set_readonly(changed, True)
-    return changed
+    if isinstance(node, dict):
+        return _changed(node, theirs)
+    whole = OmegaConf.create({name: OmegaConf.structured(node)})
+    whole.merge_with({name: theirs})  # which checks it
+    return OmegaConf.to_object(whole[name])
 
 
 def num_ranks(cfg: RunConfig, role: str) -> int:

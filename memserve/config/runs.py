@@ -1,9 +1,6 @@
 """Runs: what is played several times of one configuration: the same again (`repeats=`), or drawn anew (`seeds=`)."""
 
-import copy
-from typing import cast
-
-from omegaconf import DictConfig, OmegaConf
+from dataclasses import replace
 
 from memserve.config.errors import ConfigError, require
 from memserve.config.schema import RunConfig
@@ -26,11 +23,7 @@ def of_run(cfg: RunConfig, number: int) -> RunConfig:
     """
     if number == 0 or cfg.seeds == 1:
         return cfg
-    own = copy.deepcopy(cast(DictConfig, cfg))
-    OmegaConf.set_readonly(own, False)
-    own.seed = cfg.seed + number
-    OmegaConf.set_readonly(own, True)
-    return cast(RunConfig, own)
+    return replace(cfg, seed=cfg.seed + number)
 
 
 def check_runs(cfg: RunConfig) -> None:

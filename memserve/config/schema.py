@@ -1,17 +1,26 @@
 """The configuration's schema: plain dataclasses. Knows types; cross-field rules are in checks.py.
 
-Nodes typed `Any` are objects to build: a `_target_` and the arguments of that class, checked against its signature.
-Not frozen: hydra-core 1.3 refuses every override of a frozen schema; `load_config` sets the result read-only instead.
+Nodes typed `Any` are objects to build: a `_target_` and the arguments of that class, checked against its signature;
+of a composed configuration they are plain dicts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 
+class Section:
+    """Options that are given once. Not a frozen dataclass: hydra-core 1.3 refuses every override of a frozen schema."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            raise FrozenInstanceError(f"{name}={getattr(self, name)!r}: a composed configuration is read-only")
+        super().__setattr__(name, value)
+
+
 @dataclass
-class ModelConfigNode:
+class ModelConfigNode(Section):
     """Which model runs and how. `path` and `random` exclude each other.
 
     fused_rows: captured decode steps of up to so many requests have kernels that fuse products with what is around.
@@ -33,7 +42,7 @@ class ModelConfigNode:
 
 
 @dataclass
-class KVCacheConfig:
+class KVCacheConfig(Section):
     """Sizes of an instance's pool. block_size in tokens; each medium in blocks, or in bytes (integers or 512MiB).
 
     async_swap: between the media, blocks are copied beside compute.  swap_ahead_blocks: so many are kept free.
@@ -49,7 +58,7 @@ class KVCacheConfig:
 
 
 @dataclass
-class GeometryConfig:
+class GeometryConfig(Section):
     """What the KV of a model that is simulated would be; an instance of several ranks splits its heads over them."""
 
     num_layers: int = MISSING
@@ -59,7 +68,7 @@ class GeometryConfig:
 
 
 @dataclass
-class SchedConfig:
+class SchedConfig(Section):
     """Limits of the local scheduler, in tokens and requests."""
 
     token_budget: int = 2048
@@ -69,7 +78,7 @@ class SchedConfig:
 
 
 @dataclass
-class TransferConfig:
+class TransferConfig(Section):
     """Deadlines of transfers between instances, in seconds, and what becomes of a request whose hand-off fails."""
 
     deadline_s: float = 60.0
@@ -79,7 +88,7 @@ class TransferConfig:
 
 
 @dataclass
-class SloConfig:
+class SloConfig(Section):
     """Latencies in seconds within which an answer counts as good (`goodput` in the report); None: any will do."""
 
     ttft_s: float | None = None
@@ -89,7 +98,7 @@ class SloConfig:
 
 
 @dataclass
-class MeasureConfig:
+class MeasureConfig(Section):
     """Of which requests figures are: of those that arrive in [from_s, until_s), seconds after the first; None: all."""
 
     from_s: float | None = None
@@ -97,7 +106,7 @@ class MeasureConfig:
 
 
 @dataclass
-class TensorParallelConfig:
+class TensorParallelConfig(Section):
     """Ranks of an instance, over which its model and its KV heads are split: of every one, or of one of a role."""
 
     every: int = 1
@@ -107,7 +116,7 @@ class TensorParallelConfig:
 
 
 @dataclass
-class PerRoleConfig:
+class PerRoleConfig(Section):
     """Options of the instances of one role, in the place of those for all (per_role.py says which)."""
 
     colocated: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +126,7 @@ class PerRoleConfig:
 
 
 @dataclass
-class ControlConfig:
+class ControlConfig(Section):
     """What messages to and from the global scheduler take in virtual time, in seconds, and what routing a request does.
 
     latency_s: one way, between client and global scheduler and between that and an instance.
@@ -128,7 +137,7 @@ class ControlConfig:
 
 
 @dataclass
-class ClusterConfig:
+class ClusterConfig(Section):
     """One role an instance. silence_s: after so many seconds without a sign of life a process is routed around.
 
     spares: further ranks, which wait to become instances.  max_unfinished: requests that may be there at a time; None:
@@ -147,7 +156,7 @@ class ClusterConfig:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Section):
     """One run of a cluster on a workload."""
 
     exec: str = MISSING

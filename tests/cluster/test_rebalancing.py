@@ -249,4 +249,4 @@ def test_without_it_nothing_is_asked():
         return rows_of(play(local(*THREE["colocated"], *words).cluster()))
 
     assert played() == played("rebalancing=none")
-    assert SLOW_LINK[0] in WORKLOAD and load_config([*WORKLOAD]).rebalancing._target_.endswith("NoRebalancing")
+    assert SLOW_LINK[0] in WORKLOAD and load_config([*WORKLOAD]).rebalancing["_target_"].endswith("NoRebalancing")

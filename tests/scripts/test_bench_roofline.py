@@ -42,7 +42,7 @@ def test_steps_of_half_a_sheet_s_rates_are_found_to_be_that(script, write, capsy
     bench, gpu = script("bench_roofline"), {"machine": "NVIDIA H200", "dtype": "bfloat16"}
     subject = load_cost_file(write(gpu)).subject
     words = ["exec=simulated", "cost_model=roofline", "cost_model/gpu=h200"]
-    truth = RooflineCostModel(make(load_config(words).cost_model.gpu), bench.shape_of_whole(subject), **SHARES)
+    truth = RooflineCostModel(make(load_config(words).cost_model["gpu"]), bench.shape_of_whole(subject), **SHARES)
     once = np.zeros(1, dtype=np.int64)
     pairs = [([x], [y]) for x in (0, 5_000) for y in (1, 40, 400_000)] + [([9_000] * n, [1] * n) for n in (2, 900)]
     steps = [MeasuredStep(x, y, float(truth.step_time_s(np.array(x), np.array(y), once)[0])) for x, y in pairs]

@@ -21,9 +21,9 @@ def test_the_load_grows_with_the_instances_and_half_of_them_prefill(script, tmp_
     bench = script("bench_simulations")
     cfg = load_config(bench.words_of("prefill, decode", 8, 100, None))
     assert list(cfg.cluster.roles) == ["prefill"] * 4 + ["decode"] * 4
-    assert cfg.workload.rate == 8 * bench.RATE_AN_INSTANCE
+    assert cfg.workload["rate"] == 8 * bench.RATE_AN_INSTANCE
     traced = load_config(bench.words_of("colocated", 8, 100, tmp_path))
-    assert traced.workload.speedup == 2 and traced.workload.num_sessions == 100
+    assert (traced.workload["speedup"], traced.workload["num_sessions"]) == (2, 100)
 
 
 def test_configurations_take_turns_and_the_medians_of_their_repeats_count(script, monkeypatch):

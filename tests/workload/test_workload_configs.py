@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from memserve.cluster.make import make
 from memserve.config.errors import ConfigError
@@ -15,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def build(name: str, *overrides: str) -> Workload:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(config_name=f"workload/{name}", overrides=list(overrides))
-    workload = make(config.workload)
+    workload = make(OmegaConf.to_container(config.workload))
     assert isinstance(workload, Workload)
     return workload
 
