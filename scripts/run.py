@@ -46,7 +46,7 @@ from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
 from memserve.cluster.result import NotWritten
 from memserve.cluster.roster import CONTROLLER
-from memserve.cluster.sweep import run_point
+from memserve.cluster.sweep import found_by, run_point
 from memserve.cluster.turnover import InstanceFailed
 from memserve.compose import config_dir, load_config, resolve
 from memserve.config.blame import told
@@ -70,7 +70,8 @@ def main(composed: DictConfig) -> int:
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if hydra_cfg.sweep.subdir != ".":
             sys.exit(f"error: hydra.sweep.subdir={hydra_cfg.sweep.subdir}: expected ., a point is named by its words")
-        return run_point(composed, Path(__file__), list(hydra_cfg.overrides.task), output_dir)
+        words, found = list(hydra_cfg.overrides.task), found_by(hydra_cfg)
+        return run_point(composed, Path(__file__), words, output_dir, found)
     title = " ".join(hydra_cfg.overrides.task) or "defaults"
     try:
         cfg = resolve(composed)

@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -34,11 +35,13 @@ MAX_NAME_BYTES = 200  # of a directory; file systems take 255
 _HEED_S = 60.0  # for an interrupted point to end by itself; torchrun gives its ranks 30 seconds
 
 
-def run_point(composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path) -> int:
+def run_point(
+    composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path, found: Sequence[str] = ()
+) -> int:
     """Runs one point in a process of its own, under torchrun if it is distributed; what it printed is in a file.
 
-    Returns its exit status: 0 without running where the same configuration has its report already, 1 where the
-    configuration is refused.
+    found: as `found_by` says it. Returns its exit status: 0 without running where the same configuration has its report
+    already, 1 where the configuration is refused.
     """
     name, directory = point_name(words), sweep_dir / directory_name(words)
     directory.mkdir(parents=True, exist_ok=True)
@@ -48,12 +51,21 @@ def run_point(composed: DictConfig, script: Path, words: Sequence[str], sweep_di
         if is_done(cfg, directory):
             print(f"{name}: done before", flush=True)
             return 0
-        status = _run(launcher_of(cfg), script, words, directory)
+        status = _run(launcher_of(cfg), script, [*found, *words], directory)
     except ValueError as error:
         status = _refuse(error, directory)
     outcome = "done" if status == 0 else f"failed with status {status}, see {directory / _LOG}"
     print(f"{name}: {outcome}", flush=True)
     return status
+
+
+def found_by(hydra: HydraConf) -> list[str]:
+    """Where a sweep's words and files were looked for, as its command line said it: a point's has to say it, too."""
+    paths = {source.provider: source.path for source in hydra.runtime.config_sources}
+    found = ["--config-path", paths["main"], "--config-name", str(hydra.job.config_name)]
+    if "command-line" in paths:
+        found += ["--config-dir", paths["command-line"]]
+    return found + [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
 
 
 def point_name(words: Sequence[str]) -> str:
