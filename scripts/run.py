@@ -46,7 +46,7 @@ from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
 from memserve.cluster.result import NotWritten
 from memserve.cluster.roster import CONTROLLER
-from memserve.cluster.sweep import found_by, run_point
+from memserve.cluster.sweep import SEARCH, found_by, run_point
 from memserve.cluster.turnover import InstanceFailed
 from memserve.compose import config_dir, load_config, resolve
 from memserve.config.blame import told
@@ -125,7 +125,7 @@ def control(cfg: RunConfig, output_dir: Path) -> Report:
 def serve(words: list[str]) -> None:
     """Any other rank: an instance. Rank 0 alone has an output directory; here is only a log in it."""
     try:
-        cfg = load_config([word for word in words if not word.startswith("hydra.")])
+        cfg = load_config([word for word in words if not word.startswith("hydra.") or word.startswith(SEARCH)])
         if cfg.exec != "distributed":
             sys.exit(0)  # rank 0 says why
         check_wired(cfg)  # before it waits for a rank 0 that is refused

@@ -81,7 +81,8 @@ def check_words(words: Sequence[str], environment: Mapping[str, str] = os.enviro
     flags = [word for word in words if word.startswith("-")]
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
-                          "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
+                          "python scripts/run.py -m, which starts torchrun for each point, and a directory of your own "
+                          "is 'hydra.searchpath=[DIR]'")  # fmt: skip
     check_kinds(words, config_dir())
     if is_first(words, environment):
         makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"

@@ -24,13 +24,14 @@ from omegaconf import DictConfig
 
 from memserve.cluster.interruption import raised_on_sigterm
 from memserve.cluster.roster import Roster
-from memserve.compose import quoted, resolve, to_yaml
+from memserve.compose import config_dir, quoted, resolve, to_yaml
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_points
 from memserve.metrics.report import Report
 
 _REPORT, _CONFIG, _LOG, _WORDS = "report.json", "config.yaml", "printed.log", "words.json"
+SEARCH = "hydra.searchpath="  # a word that load_config reads, too
 MAX_NAME_BYTES = 200  # of a directory; file systems take 255
 _HEED_S = 60.0  # for an interrupted point to end by itself; torchrun gives its ranks 30 seconds
 
@@ -60,12 +61,12 @@ def run_point(
 
 
 def found_by(hydra: HydraConf) -> list[str]:
-    """Where a sweep's words and files were looked for, as its command line said it: a point's has to say it, too."""
-    paths = {source.provider: source.path for source in hydra.runtime.config_sources}
-    found = ["--config-path", paths["main"], "--config-name", str(hydra.job.config_name)]
-    if "command-line" in paths:
-        found += ["--config-dir", paths["command-line"]]
-    return found + [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
+    """What tells a point to look for words and files where its sweep was told to look."""
+    paths, name = {source.provider: source.path for source in hydra.runtime.config_sources}, str(hydra.job.config_name)
+    is_ours = (Path(paths["main"]), name) == (config_dir(), "run")
+    found = [] if is_ours else ["--config-path", paths["main"], "--config-name", name]
+    directories = [path for provider, path in paths.items() if provider == "command-line"] + list(hydra.searchpath)
+    return found + ([f"{SEARCH}[{','.join(map(quoted, directories))}]"] if directories else [])
 
 
 def point_name(words: Sequence[str]) -> str:

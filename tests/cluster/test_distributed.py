@@ -104,9 +104,13 @@ def assert_on_one_clock(records, spans):
 
 
 def test_run_py_under_torchrun_leaves_one_output_directory_with_a_log_of_each_rank(tmp_path):
-    out = tmp_path / "out"
+    """Each rank finds a word in a directory of one's own."""
+    out, own = tmp_path / "out", tmp_path / "policy" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text("_target_: memserve.sched.routing.LeastLoad\n")
     words = ["exec=distributed", "tokens=hash", "cluster=1p1d", "mode=pd_caching_3", "transport=mapped", "seeds=2"]
-    words += ["slo.jct_s=1000", "measure.until_s=0.04", f"hydra.run.dir={out}"]
+    words += ["slo.jct_s=1000", "measure.until_s=0.04", f"hydra.run.dir={out}", f"hydra.searchpath=[{tmp_path}]"]
+    words += ["policy=mine"]
     status, printed = torchrun(3, TESTS.parent / "scripts" / "run.py", *words, *WORKLOAD)
     assert status == 0, printed
     assert sorted(p.name for p in out.iterdir()) == [
