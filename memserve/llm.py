@@ -33,7 +33,7 @@ _OF_KVCACHE = ("num_dram_blocks", "hbm_bytes", "dram_bytes", "async_swap", "swap
 OPTIONS = {
     **{name: name for name in ("index", "eviction", "queue", "batching", "preemption", "swap", "layout", "seed")},
     **{name: f"model.{name}" for name in _OF_MODEL},
-    **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running")},
+    **{name: f"sched.{name}" for name in ("token_budget", "chunk_size", "max_running", "lookahead")},
     "block_size": "kvcache.block_size",
     "num_blocks": "kvcache.num_hbm_blocks",
     **{name: f"kvcache.{name}" for name in _OF_KVCACHE},

@@ -41,6 +41,7 @@ class Options:
     eviction: object = field(default_factory=LRU)
     engine: object = AtOnce
     swap_ahead_blocks: int = 0
+    lookahead: int = 0
     batching: object = field(default_factory=Mixed)
 
 
@@ -59,6 +60,7 @@ def hash_instance(options: Options | None = None, **changes) -> Instance:
         chunk_size=o.chunk_size,
         max_running=o.max_running,
         swap_ahead_blocks=o.swap_ahead_blocks,
+        lookahead=o.lookahead,
         batching=o.batching,
     )
     limits = Limits(o.max_context, VOCAB, o.num_blocks, o.block_size)

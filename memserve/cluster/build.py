@@ -132,6 +132,7 @@ def _scheduler(cfg: RunConfig, role: Role, pool: BlockPool, costs: CostModel, qu
         chunk_size=cfg.sched.chunk_size,
         max_running=cfg.sched.max_running,
         swap_ahead_blocks=cfg.kvcache.swap_ahead_blocks,
+        lookahead=cfg.sched.lookahead,
         publishes=mode.inserts(role),
         batching=make(cfg.batching),
     )

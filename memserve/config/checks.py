@@ -63,6 +63,7 @@ def check_config(cfg: RunConfig) -> None:
     if is_tiered and is_a(cfg.index, "HashIndex"):
         raise ConfigError("index=hash contradicts a DRAM tier: its blocks cannot be followed when they move")
     _check_async_swap(cfg, is_tiered)
+    _check_lookahead(cfg)
     for name in ("token_budget", "chunk_size", "max_running"):
         value = getattr(cfg.sched, name)
         require(value is None or value >= 1, f"sched.{name}", value, "an integer >= 1")
@@ -141,6 +142,17 @@ def _check_async_swap(cfg: RunConfig, is_tiered: bool) -> None:
     if cfg.exec == "distributed" and max(num_ranks(cfg, role) for role in Role) > 1:
         raise ConfigError("kvcache.async_swap=true contradicts cluster.tensor_parallel above 1: the ranks of an "
                           "instance copy together, between two steps")  # fmt: skip
+
+
+def _check_lookahead(cfg: RunConfig) -> None:
+    """There is something to keep, in an order that goes by when it was last used."""
+    lookahead = cfg.sched.lookahead
+    require(lookahead >= 0, "sched.lookahead", lookahead, "an integer >= 0")
+    if lookahead and is_a(cfg.index, "NullIndex"):
+        raise ConfigError(f"sched.lookahead={lookahead} contradicts index=none: nothing is cached; expected 0")
+    if lookahead and is_a(cfg.eviction, "FIFO"):
+        raise ConfigError(f"sched.lookahead={lookahead} contradicts eviction=fifo, which goes by when blocks came: "
+                          "expected another order, or 0")  # fmt: skip
 
 
 def _check_transfer(cfg: RunConfig) -> None:

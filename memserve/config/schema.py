@@ -74,6 +74,7 @@ class SchedConfig(Section):
     token_budget: int = 2048
     chunk_size: int | None = None
     max_running: int = 256
+    lookahead: int = 0
     decode_headroom_blocks: int = 8
 
 

@@ -55,6 +55,7 @@ _COMPARED = (
     _Row("tokens found in the store", ("store", "fetched_tokens"), "count"),
     _Row("MB to the store", ("store", "received", "bytes"), "mega"),
     _Row("MB from the store", ("store", "sent", "bytes"), "mega"),
+    _Row("fetched, evicted before use", ("fetches", "unused_tokens"), "count"),
     _Row("fetched slower than computed", ("fetches", "slower_than_computing"), "count"),
     _Row("time to fetch P50", ("fetches", "actual_s", "p50"), "seconds"),
     _Row("to its last byte P50", ("fetches", "arrived_s", "p50"), "seconds"),

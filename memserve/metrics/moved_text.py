@@ -89,4 +89,6 @@ def _fetches_text(f: Mapping[str, Any]) -> dict[str, str]:
             f"{actual}, {predicted} predicted, {arrived} to the last byte; computing {computing} predicted, "
             f"{counted(f['slower_than_computing'])} took longer"
         )
+    if f["unused_tokens"]:
+        texts["fetched in vain"] = f"{counted(f['unused_tokens'])} tokens: evicted before their turn (sched.lookahead=)"
     return texts

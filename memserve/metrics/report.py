@@ -189,14 +189,16 @@ def _fetches(timelines: Sequence[RequestTimeline]) -> Report:
     Of those fetched, both sides of Eq. 2 as they were predicted (`predicted_s`, `computing_s`: for all that were
     decided at once), how long each in fact waited for its KV (`actual_s`), of which until the last byte was there
     (`arrived_s`; what follows is the wait for the end of a step), and how many longer than computing was predicted to
-    take (`slower_than_computing`). Null where nothing was fetched.
+    take (`slower_than_computing`). Null where nothing was fetched. `unused_tokens` were evicted before their turn came.
     """
-    last = [t.stats.fetch for t in timelines if t.stats is not None and t.stats.fetch is not None]
-    records = [record for one in last for record in one.decisions]
+    begun = [t.stats for t in timelines if t.stats is not None]
+    last = [(stats.fetch, stats.num_fetched) for stats in begun if stats.fetch is not None]
+    records = [record for one, _ in last for record in one.decisions]
     found = Counter(record.outcome for record in records)
     came = [(r, to_s(r.ended_ns - r.began_ns)) for r in records if r.outcome == "fetched" and r.ended_ns is not None]
     return {
         **{outcome: found[outcome] for outcome in ("computed", "fetched", "refused", "failed")},
+        "unused_tokens": sum(max(one.num_fetched - used, 0) for one, used in last),
         "slower_than_computing": sum(actual_s > record.compute_s for record, actual_s in came) if came else None,
         "predicted_s": distribution([record.fetch_s for record, _ in came]),
         "actual_s": distribution([actual_s for _, actual_s in came]),

@@ -2,12 +2,14 @@
 fit is refused by name, at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.index import Match
+from memserve.request import Request
 from memserve.sampling_params import SamplingParams
 from memserve.values import wrong_return
 
@@ -81,6 +83,16 @@ def cached_prefix(pool: BlockPool, tokens: np.ndarray) -> Match:
         expected = f"a Match of int32 blocks that are cached, of {pool.block_size} tokens each, at most {limit} in all"
         raise wrong_return(pool.index, "peek", found, expected)
     return found
+
+
+def keep_cached(pool: BlockPool, upcoming: Sequence[Request]) -> None:
+    """Makes what is cached of requests that wait the youngest in the index, the first one's the very last to go, before
+    somebody is given room: AttentionStore's look-ahead window (arXiv 2403.19708). Counts as no use.
+    """
+    for request in reversed(upcoming):
+        found = cached_prefix(pool, request.tokens.view)
+        if found.num_tokens:
+            pool.index.insert(request.tokens.view[: found.num_tokens], found.blocks)
 
 
 def _are_cached(found: Match, pool: BlockPool, limit: int) -> bool:

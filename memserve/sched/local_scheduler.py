@@ -18,7 +18,7 @@ from dataclasses import replace
 from memserve.kvcache.block_pool import BlockPool
 from memserve.kvcache.errors import OutOfBlocks
 from memserve.request import FinishReason, Phase, Request, ScheduledBatch, StepOutput
-from memserve.sched.admission import cached_prefix, usable_prefix
+from memserve.sched.admission import cached_prefix, keep_cached, usable_prefix
 from memserve.sched.batching import Batching, Mixed, turn
 from memserve.sched.check_books import check_books
 from memserve.sched.counts import SchedulerCounts
@@ -35,7 +35,7 @@ class LocalScheduler:
 
     token_budget: most tokens computed in a step.  chunk_size: most prompt tokens of one request in a step, or None.
     max_running: most requests admitted at once.  publishes: what is computed here enters the index.
-    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.
+    swap_ahead_blocks: what is cached goes to DRAM while less of HBM is free.  lookahead: for so many `keep_cached`.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class LocalScheduler:
         chunk_size: int | None,
         max_running: int,
         swap_ahead_blocks: int = 0,
+        lookahead: int = 0,
         publishes: bool = True,
         batching: Batching | None = None,
     ) -> None:
@@ -58,7 +59,7 @@ class LocalScheduler:
         self.counts = SchedulerCounts()
         self._preemption, self._swap, self._batching = preemption, swap, batching or Mixed()
         self._token_budget, self._chunk_size = token_budget, chunk_size or token_budget
-        self._max_running, self._swap_ahead_blocks = max_running, swap_ahead_blocks
+        self._max_running, self._swap_ahead_blocks, self._lookahead = max_running, swap_ahead_blocks, lookahead
         self._publisher = Publisher(pool, publishes)
         self._num_waited = 0  # blocks that were swapped up to the last batch
         self._budget = 0  # tokens that the step being scheduled may still have
@@ -268,6 +269,7 @@ class LocalScheduler:
         """Swaps the block table in and allocates the rest; it runs, or is parked while it comes. False: no room."""
         if not self.pool.fits(request.block_table.view, request.num_tokens, self._num_owed):
             return False
+        keep_cached(self.pool, self.room.upcoming(self._lookahead, request, self.num_cached))
         try:
             swap = self.pool.swap_in(request.block_table.view, request.holder)
             if not swap.has_ended:

@@ -55,6 +55,10 @@ class Waiting(ABC):
     def first_level(self) -> float:
         """Of whoever is asked next; infinite where nobody is here."""
 
+    @abstractmethod
+    def upcoming(self, most: int, num_cached: Callable[[Request], int]) -> list[Request]:
+        """The first `most` of those here in the order in which they would be asked now."""
+
 
 class ByIndex(Waiting):
     """Of an order that may look at the index, which changes between two steps: all keys are computed each time."""
@@ -77,6 +81,9 @@ class ByIndex(Waiting):
 
     def first_level(self) -> float:
         return min((level_of(self._queue, request) for request in self._requests), default=math.inf)
+
+    def upcoming(self, most: int, num_cached: Callable[[Request], int]) -> list[Request]:
+        return heapq.nsmallest(most, self._requests, key=lambda r: self._place(r, num_cached))
 
     def _place(self, request: Request, num_cached: Callable[[Request], int]) -> tuple[float, float, int]:
         return level_of(self._queue, request), key_of(self._queue, request, num_cached), request.arrival_ns
@@ -112,6 +119,10 @@ class ByArrival(Waiting):
     def first_level(self) -> float:
         self._drop_gone()
         return self._heap[0][0] if self._heap else math.inf
+
+    def upcoming(self, most: int, num_cached: Callable[[Request], int]) -> list[Request]:
+        there = (entry for entry in self._heap if self._number_of.get(entry[-1]) == entry[-2])
+        return [entry[-1] for entry in heapq.nsmallest(most, there)]
 
     def _drop_gone(self) -> None:
         while self._heap and self._number_of.get(self._heap[0][-1]) != self._heap[0][-2]:
@@ -150,6 +161,14 @@ class WaitingRoom:
         if self.returning and self._level(self.returning[0]) <= self.waiting.first_level():
             return self.returning[0]
         return self.waiting.first(num_cached)
+
+    def upcoming(self, most: int, admitted: Request, num_cached: Callable[[Request], int]) -> list[Request]:
+        """Up to `most` of those that are asked next: who returns and then, levels aside, new ones; not `admitted`."""
+        if not most:
+            return []
+        first = self.returning[: most + 1]
+        found = first + self.waiting.upcoming(most + 1 - len(first), num_cached)
+        return [request for request in found if request is not admitted][:most]
 
     def from_head(self, head: Request, num_hbm_blocks: int) -> Iterator[Request]:
         """The head, and who may be admitted instead where there is no room for that: of its level, whose KV is all in

@@ -48,6 +48,7 @@ WORDS = {  # of which any goes with any other, or is refused by name
     "sched.token_budget": "17 64 512",
     "sched.chunk_size": "null 5 16 100",
     "sched.max_running": "3 16 256",
+    "sched.lookahead": "0 2 64",
     "sched.decode_headroom_blocks": "0 2 8",
     "cluster.max_unfinished": "null 3 10",
     "cluster.patience_s": "0 .5 5",

@@ -130,7 +130,8 @@ def test_transfers_pass_through_and_goodput_is_off_by_default(make_timeline):
 def fetching(timeline, outcome, actual_s=0.0):
     """Fetching was predicted to take 1 s, and computing 2 s."""
     record = FetchRecord(1, 0, 64, 1, 1.0, 2.0, True, to_ns(0.5), ended_ns=to_ns(0.5 + actual_s), outcome=outcome)
-    timeline.stats = replace(timeline.stats, fetch=record)
+    num_fetched = 64 if outcome == "fetched" else 0
+    timeline.stats = replace(timeline.stats, fetch=replace(record, num_fetched=num_fetched))
     return timeline
 
 
@@ -141,6 +142,9 @@ def test_fetches_that_took_longer_than_computing_are_counted_beside_what_was_pre
     assert [fetches[key] for key in ("fetched", "refused", "computed", "failed")] == [3, 1, 1, 0]
     assert fetches["slower_than_computing"] == 2 and fetches["actual_s"]["mean"] == 4.0
     assert (fetches["predicted_s"]["p99"], fetches["computing_s"]["p50"]) == (1.0, 2.0)
+    assert fetches["unused_tokens"] == 3 * 64, "nobody's stats say that they were used"
+    timelines[0].stats = replace(timelines[0].stats, num_fetched=48)
+    assert build_report(timelines, INSTANCES, wall_s=1.0)["fetches"]["unused_tokens"] == 2 * 64 + 16
     none = build_report(timelines[3:], INSTANCES, wall_s=1.0)["fetches"]
     assert none["slower_than_computing"] is None and none["actual_s"]["p50"] is None
 

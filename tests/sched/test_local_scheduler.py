@@ -5,7 +5,7 @@ from mini_cluster import collect, dispatch, hash_answer, hash_instance, serve, s
 from memserve.kvcache.eviction import LFU
 from memserve.messages import Abort
 from memserve.sampling_params import SamplingParams
-from memserve.sched.queue_policy import LongestPrefixFirst
+from memserve.sched.queue_policy import FCFS, LongestPrefixFirst
 
 ANSWER = SamplingParams(max_tokens=4, ignore_eos=True)
 
@@ -76,6 +76,33 @@ def test_a_request_that_waits_for_room_has_used_nothing_of_the_cache_yet():
     instance.pool.alloc(instance.pool.allocator.num_free + 2, ("test",))
     assert instance.pool.index.match(np.arange(500, 508, dtype=np.int32)).num_tokens == 8
     assert instance.pool.index.match(np.arange(8, dtype=np.int32)).num_tokens == 0
+
+
+@pytest.mark.parametrize(("lookahead", "left"), [(0, (4, 16, 16)), (1, (16, 4, 16)), (2, (16, 16, 4))])
+def test_what_the_next_requests_have_cached_goes_after_all_else(lookahead, left):
+    """In the order in which they are asked, whatever was used last; and without having been used once more for it."""
+    instance = hash_instance(block_size=4, num_blocks=18, max_running=1, lookahead=lookahead)
+    prompts = [np.arange(start, start + 17) for start in (0, 100, 200)]
+    for number, prompt in enumerate(prompts):
+        serve(instance, {f"warm-{number}": prompt}, 1)
+    dispatch(instance, "runs", np.arange(300, 333), ANSWER)  # nine blocks, of which six are free
+    for number in (0, 1):
+        dispatch(instance, f"waits-{number}", prompts[number], ANSWER, now_ns=1 + number)
+    assert sizes(instance) == [("runs", 33)]
+    index = instance.pool.index
+    assert tuple(index.peek(prompt.astype(np.int32)).num_tokens for prompt in prompts) == left
+    assert all(set(index.uses(prompt.astype(np.int32)).tolist()) == {1} for prompt in prompts)
+
+
+@pytest.mark.parametrize("queue", [FCFS(), LongestPrefixFirst()])
+def test_answers_are_the_same_whatever_is_kept_for_those_that_wait(queue):
+    prompts = {f"r{n}": np.arange(20 * (n % 3), 20 * (n % 3) + 12 + n) for n in range(9)}
+    for lookahead in (0, 1, 3, 100):
+        options = {"block_size": 2, "num_blocks": 24, "max_running": 3, "num_dram_blocks": 4}
+        instance = hash_instance(**options, queue=queue, lookahead=lookahead)
+        for _ in range(2):
+            answers = serve(instance, prompts, 5)
+            assert answers == {name: hash_answer(prompt, 5) for name, prompt in prompts.items()}
 
 
 def test_what_waits_for_room_is_not_in_the_pools_peak():
