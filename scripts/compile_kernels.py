@@ -6,7 +6,7 @@
 
 Every line is one kernel, head dim and dtype with the configuration that the runner would use: registers of a thread,
 bytes of a thread that went to slow memory (spills), shared memory of a program and what the GPU has. Fails if one
-spills or does not fit.
+spills or does not fit, and says so where the runner would refuse.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from memserve.model.kernels.few_rows import MAX_ROWS, NormOf, few_rows_launch, n
 from memserve.model.kernels.kv_write import kv_write_launch
 from memserve.model.kernels.norm import norm_launch
 from memserve.model.kernels.paged_decode import MAX_SPLITS, paged_decode_launches
-from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch
+from memserve.model.kernels.paged_prefill import PrefillTiles, paged_prefill_launch, tokens_a_tile
 from memserve.model.kernels.swiglu import swiglu_launch
 from memserve.transfer.row_kernel import row_copy_launch
 
@@ -152,7 +152,8 @@ def _on_cache(kernel: str, head_dim: int, dtype: torch.dtype, capability: int, s
         return list(paged_decode_launches(q_THD, kv, q_THD, tables_RM, index, index, index, MAX_SPLITS, config))
     config = paged_prefill_config(head_dim, dtype, capability)
     one = np.ones(1, dtype=np.int64)
-    tiles = PrefillTiles.of(one * NUM_TOKENS, one * NUM_TOKENS, one * 0, 16, torch.device("cpu"))
+    tokens = tokens_a_tile(shape.num_groups, config)
+    tiles = PrefillTiles.of(one * NUM_TOKENS, one * NUM_TOKENS, one * 0, tokens, torch.device("cpu"))
     return [paged_prefill_launch(q_THD, kv, q_THD, tables_RM, index, index, tiles, config)]
 
 
@@ -192,7 +193,11 @@ def main(argv: Sequence[str]) -> None:
     shapes = [CacheShape(*each) for each in itertools.product(args.groups, args.block_sizes)]
     for kernel, capability in itertools.product(args.kernels, args.capabilities):
         for shape in shapes if kernel in BY_HEAD else shapes[:1]:
-            for case in cases(kernel, capability, shape=shape):
+            try:
+                of_kernel = list(cases(kernel, capability, shape=shape))
+            except ValueError as error:
+                sys.exit(f"error: {kernel} on sm_{capability}: {error}")
+            for case in of_kernel:
                 done.append(compile_case(case))
                 print(as_markdown(done[-1:]).splitlines()[-1], "" if done[-1].fits else "<-- does not fit", flush=True)
     if args.markdown is not None:

@@ -139,7 +139,8 @@ class FewRowsOps(TritonOps):
 def in_rows(x: torch.Tensor) -> torch.Tensor:
     """x, [T, ...], or a copy where what belongs to one token does not lie together; on a GPU it always does."""
     together = x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])
-    return x if together else x.contiguous()
+    # contiguous() is content with any stride of a dimension that has one element, or none
+    return x if together else x.clone(memory_format=torch.contiguous_format)
 
 
 def check_runs_kernels(device: torch.device, dtype: torch.dtype) -> None:

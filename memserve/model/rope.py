@@ -32,7 +32,7 @@ class RotaryEmbedding:
 
 def rotate(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates [T, H, D] by (cos, sin) of `RotaryEmbedding.rotation`; returns a new [T, H, D]."""
-    x_TH2F = x_THD.view(*x_THD.shape[:-1], 2, -1)
+    x_TH2F = torch.unflatten(x_THD, -1, (2, -1))
     return torch.addcmul(x_TH2F.flip(-2) * sin, x_TH2F, cos).flatten(-2)
 
 

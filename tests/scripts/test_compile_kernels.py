@@ -60,6 +60,13 @@ def test_gpus_without_rows_of_their_own_have_the_shared_memory_for_those_that_th
     assert module.compile_case(case).resources.shared_bytes <= module.SHARED_KIB[capability] * 1024
 
 
+@needs_triton
+def test_a_group_that_the_runner_refuses_is_refused_before_anything_is_compiled(script, capsys) -> None:
+    with pytest.raises(SystemExit, match="paged_prefill on sm_80: .* 32 query heads a kv head: expected at most 16"):
+        script("compile_kernels").main(["--kernels", "paged_prefill", "--capabilities", "80", "--groups", "32"])
+    assert capsys.readouterr().out == ""
+
+
 WARPGROUP_PRODUCT, PRODUCT, COPY = "HGMMA.", "HMMA.16816", "LDGSTS.E.BYPASS.128"  # tensor cores; cache to shared memory
 SWIZZLED = r"maxPhase = 8|swizzlingByteWidth = 128"
 WIDE_LOAD, WIDE_STORE = "LDG.E.128", "STG.E.128"

@@ -22,7 +22,7 @@ class ReferenceAttention(Attention):
         num_blocks = -(-num_kv // self.batch.block_size)
         blocks = self.batch.block_tables_RM[request, :num_blocks]
         k_SKD, v_SKD = kv_2NBKD[:, blocks].flatten(1, 2)[:, :num_kv]
-        q_nKGD = q_nHD.reshape(num_new, k_SKD.shape[1], -1, q_nHD.shape[2])
+        q_nKGD = torch.unflatten(q_nHD, 1, (k_SKD.shape[1], -1))
         scores_KGnS = torch.einsum("nkgd,skd->kgns", q_nKGD, k_SKD) / math.sqrt(q_nHD.shape[-1])
         future_nS = torch.ones(num_new, num_kv, dtype=torch.bool, device=q_nHD.device).triu(num_kv - num_new + 1)
         weights_KGnS = scores_KGnS.masked_fill(future_nS, -math.inf).softmax(-1)

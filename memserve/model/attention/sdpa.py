@@ -43,7 +43,7 @@ class SdpaAttention(Attention):
 def attend_span(q_nHD: torch.Tensor, kv_2NBKD: torch.Tensor, span: Span) -> torch.Tensor:
     """[n, H, D]: attention of one request's new tokens."""
     k_KSD, v_KSD = kv_2NBKD[:, span.blocks].flatten(1, 2)[:, : span.num_kv].transpose(1, 2)
-    q_KGnD = q_nHD.reshape(len(q_nHD), len(k_KSD), -1, q_nHD.shape[2]).permute(1, 2, 0, 3)
+    q_KGnD = torch.unflatten(q_nHD, 1, (len(k_KSD), -1)).permute(1, 2, 0, 3)
     if len(q_nHD) == 1:  # the heads of a group see the same KV: they are the rows of one attention
         return scaled_dot_product_attention(q_KGnD[None, :, :, 0], k_KSD[None], v_KSD[None]).flatten(1, 2)
     num_groups = q_KGnD.shape[1]

@@ -57,7 +57,7 @@ def _kv_write_kernel(
         tl.store(q_ptr + F, turned_y, mask=mask & (head < H))
         if (part + 1) * BLOCK_H > H:  # most programs have no key, and wait for no slot
             cell_ptr, is_real = _cell(kv_ptr, slots_ptr + token, kv_stride_N, kv_stride_B, BLOCK_SIZE)
-            k_ptr = cell_ptr + (head - H) * kv_stride_K + f
+            k_ptr = cell_ptr + (head - H).to(tl.int64) * kv_stride_K + f
             tl.store(k_ptr, turned_x, mask=mask & (head >= H) & is_real)
             tl.store(k_ptr + F, turned_y, mask=mask & (head >= H) & is_real)
     else:
@@ -67,7 +67,7 @@ def _kv_write_kernel(
         x = tl.load(row_ptr + f, mask=mask, other=0.0)
         y = tl.load(row_ptr + F + f, mask=mask, other=0.0)
         cell_ptr, is_real = _cell(kv_ptr, slots_ptr + token, kv_stride_N, kv_stride_B, BLOCK_SIZE)
-        value_ptr = cell_ptr + kv_stride_2 + head * kv_stride_K + f
+        value_ptr = cell_ptr + kv_stride_2 + head.to(tl.int64) * kv_stride_K + f
         tl.store(value_ptr, x, mask=mask & is_real)
         tl.store(value_ptr + F, y, mask=mask & is_real)
 
@@ -87,7 +87,7 @@ def kv_write_launch(
     qk_THD: [T, H + K, D], the key heads behind the query heads; the stride of T is free here and in v_TKD.
     cos, sin: [T, 1, 2, F] of `RotaryEmbedding.rotation`, whose halves differ in the sign of sin.
     slots_T: int64 [T]; a negative one is written nowhere.
-    kv_2NBKD: any strides but that of D; those of blocks may pass 2^31 elements.
+    kv_2NBKD: any strides but that of D, past 2^31 elements too.
     """
     num_tokens, num_heads, head_dim = q_out_THD.shape
     block_size, num_kv_heads = kv_2NBKD.shape[2:4]
@@ -116,7 +116,7 @@ def kv_write_reference(
     slots_T: torch.Tensor,
 ) -> torch.Tensor:
     """The same with torch's indexing, in the dtype of qk_THD; returns the queries [T, H, D]."""
-    x_TH2F = qk_THD.reshape(*qk_THD.shape[:-1], 2, -1)
+    x_TH2F = torch.unflatten(qk_THD, -1, (2, -1))
     turned_THD: torch.Tensor = (x_TH2F * cos + x_TH2F.flip(-2) * sin).flatten(-2)
     num_heads = qk_THD.shape[1] - v_TKD.shape[1]
     real_T = slots_T >= 0

@@ -55,7 +55,7 @@ def _paged_decode_kernel(
         end = tl.minimum(begin + tokens, num_kv)
         last_seen = tl.zeros((BLOCK_G,), tl.int32) + num_kv
         table_ptr = tables_ptr + request * table_stride_R
-        keys_ptr = kv_ptr + kv_head * kv_stride_K
+        keys_ptr = kv_ptr + kv_head.to(tl.int64) * kv_stride_K
         sums = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -126,12 +126,15 @@ def paged_decode_launches(
     """Attention of the one new token of each of `requests_R`, and the pass that combines its splits; run both in order.
 
     q_THD, out_THD: [T, H, D], contiguous; only the rows `rows_R` (int64, of each of the requests) are read and written.
-    kv_2NBKD: any strides but that of D.  block_tables_RM, seq_lens_R: int64, of the whole batch.  requests_R: int64,
-    numbers in the batch.  max_splits: those of the longest request at least, see `num_splits`.
+    kv_2NBKD: any strides but that of D, past 2^31 elements too.  block_tables_RM (rows of any stride), seq_lens_R:
+    int64, of the whole batch.  requests_R: int64, numbers in the batch.
+    max_splits: those of the longest request at least, see `num_splits`.
     config: see `paged_decode_config`.
     """
     block_size, num_kv_heads, head_dim = kv_2NBKD.shape[2:]
     assert q_THD.is_contiguous() and out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
+    assert block_tables_RM.stride(1) == 1 or block_tables_RM.shape[1] <= 1, "a request's blocks lie together"
+    assert all(numbers.is_contiguous() for numbers in (seq_lens_R, requests_R, rows_R))
     num_rows, num_heads = len(requests_R), q_THD.shape[1]
     sums = torch.empty(num_rows, num_heads, max_splits, head_dim, dtype=torch.float32, device=q_THD.device)
     logs = torch.empty(num_rows, num_heads, max_splits, dtype=torch.float32, device=q_THD.device)

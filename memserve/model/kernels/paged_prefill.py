@@ -44,7 +44,7 @@ def _paged_prefill_kernel(
     end = num_kv - num_new + tl.minimum(first + TOKENS, num_new)  # past what the last row sees
     seen_by_all = (num_kv - num_new + first + 1) // BLOCK_N * BLOCK_N
     table_ptr = tables_ptr + request * table_stride_R
-    keys_ptr = kv_ptr + kv_head * kv_stride_K
+    keys_ptr = kv_ptr + kv_head.to(tl.int64) * kv_stride_K
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -102,12 +102,14 @@ def paged_prefill_launch(
 ) -> KernelLaunch:
     """Attention of the tokens in `tiles`, whose KV is written; other rows of out_THD are left as they are.
 
-    q_THD, out_THD: [T, H, D], contiguous.  kv_2NBKD: any strides but that of D.  block_tables_RM, query_starts_R1,
-    seq_lens_R: int64, of the whole batch, as in ForwardBatch.
+    q_THD, out_THD: [T, H, D], contiguous.  kv_2NBKD: any strides but that of D, past 2^31 elements too.
+    block_tables_RM (rows of any stride), query_starts_R1, seq_lens_R: int64, of the whole batch, as in ForwardBatch.
     config: see `paged_prefill_config`; the tiles are made for it.
     """
     block_size, num_kv_heads, head_dim = kv_2NBKD.shape[2:]
     assert q_THD.is_contiguous() and out_THD.is_contiguous() and kv_2NBKD.stride(4) == 1
+    assert block_tables_RM.stride(1) == 1 or block_tables_RM.shape[1] <= 1, "a request's blocks lie together"
+    assert all(numbers.is_contiguous() for numbers in (query_starts_R1, seq_lens_R))
     args = {
         "q_ptr": q_THD, "out_ptr": out_THD, "kv_ptr": kv_2NBKD, "tables_ptr": block_tables_RM,
         "starts_ptr": query_starts_R1, "lens_ptr": seq_lens_R, "tile_requests_ptr": tiles.requests_P,
@@ -137,7 +139,7 @@ def attention_reference(
         num_kv, num_new = int(seq_lens_R[request]), stop - start
         blocks = block_tables_RM[request, : -(-num_kv // kv_2NBKD.shape[2])]
         k_SKD, v_SKD = kv_2NBKD[:, blocks].flatten(1, 2)[:, :num_kv]
-        q_nKGD = q_THD[start:stop].reshape(num_new, k_SKD.shape[1], -1, q_THD.shape[2])
+        q_nKGD = torch.unflatten(q_THD[start:stop], 1, (k_SKD.shape[1], -1))
         scores_KGnS = torch.einsum("nkgd,skd->kgns", q_nKGD, k_SKD) / math.sqrt(q_THD.shape[-1])
         future_nS = torch.ones(num_new, num_kv, dtype=torch.bool, device=q_THD.device).triu(num_kv - num_new + 1)
         weights_KGnS = scores_KGnS.masked_fill(future_nS, -math.inf).softmax(-1)

@@ -8,7 +8,11 @@ import pytest
 import torch
 from kernels.interpreted import TOLERANCE, Paged, paged
 
+from memserve.model.attention.reference import ReferenceAttention
+from memserve.model.attention.triton import TritonAttention
+from memserve.model.batch import ForwardBatch
 from memserve.model.kernels.configs import DecodeConfig, paged_decode_config, paged_prefill_config
+from memserve.model.kernels.kv_write import kv_write_reference
 from memserve.model.kernels.paged_decode import MAX_SPLITS, num_programs, num_splits, paged_decode_launches
 from memserve.model.kernels.paged_prefill import PrefillTiles, attention_reference, paged_prefill_launch, tokens_a_tile
 
@@ -155,3 +159,67 @@ def test_offsets_past_two_to_the_31st_element_are_reached() -> None:
     far[:, near.tables_RM[0]] = near.kv_2NBKD[:, near.tables_RM[0]]
     moved = Paged(near.q_THD, far, near.tables_RM, near.starts_R1, near.num_new, near.num_kv)
     assert torch.equal(computed(near), computed(moved))
+
+
+@pytest.mark.parametrize("new", [1, 2], ids=["decode", "prefill"])
+def test_kv_heads_past_two_to_the_31st_element_are_reached(new) -> None:
+    near = paged([(5, new)], torch.float16, num_kv_heads=3)
+    memory = torch.empty(3 * 2**30, dtype=torch.float16)  # never touched but where the heads lie
+    far_2NBKD = memory.as_strided(near.kv_2NBKD.shape, (2**20, 4096, 16, 2**30, 1)).copy_(near.kv_2NBKD)
+    assert torch.equal(computed(near), computed(replace(near, kv_2NBKD=far_2NBKD)))
+
+
+def test_what_a_table_holds_behind_the_last_block_of_a_request_is_not_looked_at() -> None:
+    """Nor is its width; the rows of a table may lie in a wider one."""
+    case = paged([(5, 3), (9, 1), (0, 1)], torch.float32, num_groups=3)
+    wide_RM = torch.full((3, case.tables_RM.shape[1] + 5), 2**40)
+    for wide, table, num_kv in zip(wide_RM, case.tables_RM, case.num_kv.tolist(), strict=True):
+        wide[: -(-num_kv // BLOCK)] = table[: -(-num_kv // BLOCK)]
+    assert torch.equal(computed(replace(case, tables_RM=wide_RM[:, :-2])), computed(case))
+
+
+def test_numbers_that_do_not_lie_together_are_refused() -> None:
+    case = paged([(5, 3), (9, 1)], torch.float32)
+    with pytest.raises(AssertionError, match="blocks lie together"):
+        computed(replace(case, tables_RM=case.tables_RM.T.contiguous().T))
+    with pytest.raises(AssertionError):
+        computed(replace(case, starts_R1=case.starts_R1.repeat_interleave(2)[::2]))
+
+
+# Of the whole backend: (in the cache, new) with requests that compute nothing, and no request at all
+DRAWN = {"some compute nothing": [(4, 0), (5, 3), (9, 1), (0, 0)], "nobody computes": [(3, 0)], "nobody": []}
+
+
+@pytest.mark.parametrize("lengths", DRAWN.values(), ids=DRAWN)
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_the_backend_takes_views_of_any_strides_and_batches_with_nothing_to_do(num_kv_heads, lengths) -> None:
+    near = paged(lengths or [(4, 0)], torch.float32, num_kv_heads, num_groups=3)
+    kv_2NBKD = near.kv_2NBKD.permute(3, 1, 0, 2, 4).contiguous().permute(2, 1, 3, 0, 4)  # kv heads outermost
+    num_tokens, num_heads, head_dim = near.q_THD.shape
+    slots = [
+        table[position // BLOCK] * BLOCK + position % BLOCK
+        for table, (old, new) in zip(near.tables_RM.tolist(), lengths, strict=False)
+        for position in range(old, old + new)
+    ]
+    R = len(lengths)
+    batch = ForwardBatch(
+        torch.zeros(num_tokens, dtype=torch.int64), np.zeros(num_tokens, dtype=np.int64), np.array(slots, np.int64),
+        near.tables_RM.numpy()[:R], near.starts_R1.numpy()[: R + 1], near.num_kv[:R], np.zeros(0, np.int64), BLOCK, CPU,
+    )  # fmt: skip
+    qk_THD = torch.randn(num_heads + num_kv_heads, num_tokens, head_dim).transpose(0, 1)
+    v_TKD = torch.randn(num_kv_heads, num_tokens, 2 * head_dim).transpose(0, 1)[..., ::2]
+    cos, sin = torch.randn(2, num_tokens, 1, 1, head_dim // 2)
+    rotation = cos.repeat(1, 1, 2, 1), torch.cat((-sin, sin), 2)
+    expected_kv = kv_2NBKD.double()
+    backend = TritonAttention(batch, [kv_2NBKD], num_heads)
+    q_THD = backend.rotate_and_write(0, qk_THD, v_TKD, rotation)
+    twice = [x.double() for x in (qk_THD, v_TKD, *rotation)]
+    expected_q = kv_write_reference(*twice, expected_kv, batch.slot_mapping_T)
+    torch.testing.assert_close(q_THD.double(), expected_q, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(kv_2NBKD.double(), expected_kv, atol=2e-6, rtol=2e-6, equal_nan=True)
+    out_THD = backend.attend(0, q_THD.transpose(0, 1).contiguous().transpose(0, 1))
+    if not lengths:
+        assert out_THD.shape == (0, num_heads, head_dim)
+        return
+    expected = ReferenceAttention(batch, [expected_kv], num_heads).attend(0, expected_q)
+    torch.testing.assert_close(out_THD.double(), expected, atol=4e-6, rtol=4e-6)

@@ -99,3 +99,14 @@ def test_a_whole_model_gives_the_logits_and_tokens_of_plain_torch() -> None:
         for attention in ("reference", "triton")
     )
     assert kernel_tokens == torch_tokens
+
+
+def test_kv_write_reaches_kv_heads_past_two_to_the_31st_element() -> None:
+    memory = torch.empty(2 * 2**30 + 4096, dtype=torch.float16)  # never touched but where the heads lie
+    kv_2NBKD = memory.as_strided((2, 1, 4, 3, 16), (2048, 64, 16, 2**30, 1)).fill_(7.0)
+    qk_THD, v_TKD = torch.randn(1, 4, 16).half(), torch.randn(1, 3, 16).half()
+    cos, sin = torch.ones(1, 1, 2, 8).half(), torch.zeros(1, 1, 2, 8).half()
+    q_THD = torch.empty(1, 1, 16).half()
+    kv_write_launch(qk_THD, v_TKD, cos, sin, q_THD, kv_2NBKD, torch.tensor([2])).run()
+    assert torch.equal(kv_2NBKD[0, 0, 2], qk_THD[0, 1:]) and torch.equal(kv_2NBKD[1, 0, 2], v_TKD[0])
+    assert (kv_2NBKD[:, :, [0, 1, 3]] == 7.0).all()
