@@ -282,6 +282,11 @@ BESIDE_COMPUTE = ["kvcache.async_swap=true", "kvcache.num_dram_blocks=9"]
         (["cluster.roles=prefill"], "cluster.roles='prefill': expected a list$"),
         (["per_role.decode=3"], "per_role.decode=3: expected a mapping$"),
         (["+kvcache.blocks=3"], "kvcache.blocks: no such option; expected one of block_size, num_hbm_blocks"),
+        (["kvcache.blocks=3"], "kvcache.blocks: no such option; expected one of block_size, num_hbm_blocks"),
+        (
+            ["cluster.tensor_parallel.store=2"],
+            "cluster.tensor_parallel.store: no such option; expected one of every, c",
+        ),
         (["kvcache.block_size=0"], "kvcache.block_size=0: expected an integer from 1"),
         (["kvcache.num_hbm_blocks=-1"], "num_hbm_blocks=-1"),
         (["kvcache.block_size=x"], "block_size"),

@@ -14,11 +14,13 @@ _NO_WORD = re.compile(r"null|true|false|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.
 
 
 def check_kinds(words: Sequence[str], directory: Path) -> None:
-    """Raises ConfigError for what Hydra refuses, but not by what is expected: no word for a group, or a number; a list
-    for a section or a mapping; a mapping for a list. directory: of the YAML files.
+    """Raises ConfigError for what Hydra refuses, but not by what is expected: an option that its section does not have;
+    no word for a group, or a number; a list for a section or a mapping; a mapping for a list. directory: of the YAML
+    files.
     """
     for word in words:
         name, _, value = word.lstrip("+").partition("=")
+        _check_name(name)
         group = name.partition("@")[0]
         if any(map(_NO_WORD.fullmatch, value.strip("[]").split(","))) and group in _groups(directory):
             said = ", ".join(sorted(path.stem for path in (directory / group).glob("*.yaml")))
@@ -30,6 +32,13 @@ def check_kinds(words: Sequence[str], directory: Path) -> None:
         for opening, other, expected in (("[", dict, "a mapping"), ("{", list, "a list")):
             if value.startswith(opening) and other in plain:
                 raise ConfigError(f"{word}: expected {expected}")
+
+
+def _check_name(name: str) -> None:
+    section, _, option = name.rpartition(".")
+    kind = _type_of(section) if section else None
+    if is_dataclass(kind) and option not in (known := [one.name for one in fields(kind)]):
+        raise ConfigError(f"{name}: no such option; expected one of {', '.join(known)}")
 
 
 @cache
