@@ -3,7 +3,6 @@
 `load_config(["index=none", "workload.rate=2"])` is what `scripts/run.py index=none workload.rate=2` runs.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -22,7 +21,7 @@ from memserve.config.checks import check_config
 from memserve.config.checks_of_prediction import check_prediction
 from memserve.config.checks_of_store import check_store
 from memserve.config.errors import ConfigError
-from memserve.config.overrides import check_kinds, options_of
+from memserve.config.overrides import check_kinds, options_of, quoted
 from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
 from memserve.config.targets import check_target
@@ -129,12 +128,6 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     except ValueError as error:  # of a group's word that is none, and Hydra does not say which
         raise ConfigError(f"{' '.join(overrides)}: {error}") from error
     return resolve(composed)
-
-
-def quoted(text: str) -> str:
-    """Text as a word's value, as it is: Hydra reads "=", "," and more in a bare one."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", "\\'"), text)
-    return f"'{escaped}'"
 
 
 def words_of(option: str, value: Any) -> list[str]:

@@ -136,6 +136,18 @@ def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(
     assert (finished[0] / "report.json").exists()
 
 
+def test_a_directory_of_ones_own_words_is_read_by_a_sweeps_points_and_all_their_ranks(tmp_path):
+    own = tmp_path / "own" / "workload"
+    own.mkdir(parents=True)
+    few = "num_sessions: 2\nprompt_tokens: 40\noutput_tokens: 4\nrate: 50\n"
+    (own / "few.yaml").write_text(f"# @package workload\ndefaults: [synthetic, _self_]\n{few}")
+    words = ["-m", "--config-dir=own", "exec=distributed", "tokens=hash", "transport=gloo", "workload=few"]
+    done = run(*words, f"hydra.sweep.dir={tmp_path}")
+    (log,) = tmp_path.glob("*/printed.log")
+    assert done.returncode == 0, log.read_text()
+    assert json.loads((log.parent / "report.json").read_text())["num_finished"] == 2
+
+
 def test_repeats_report_the_median_and_its_spread(tmp_path):
     measured = ["exec=emulated", "model=tiny", "step_time=measured", *SMALL[1:]]
     LocalCluster(load_config([*measured, "repeats=3"])).run(tmp_path)

@@ -23,8 +23,9 @@ from omegaconf import DictConfig
 
 from memserve.cluster.interruption import raised_on_sigterm
 from memserve.cluster.roster import Roster
-from memserve.compose import quoted, resolve, to_yaml
+from memserve.compose import resolve, to_yaml
 from memserve.config.errors import ConfigError
+from memserve.config.overrides import quoted
 from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_points
 from memserve.metrics.report import Report
@@ -34,11 +35,13 @@ MAX_NAME_BYTES = 200  # of a directory; file systems take 255
 _HEED_S = 60.0  # for an interrupted point to end by itself; torchrun gives its ranks 30 seconds
 
 
-def run_point(composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path) -> int:
+def run_point(
+    composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path, search: Sequence[str] = ()
+) -> int:
     """Runs one point in a process of its own, under torchrun if it is distributed; what it printed is in a file.
 
-    Returns its exit status: 0 without running where the same configuration has its report already, 1 where the
-    configuration is refused.
+    search: words that say where else words are looked for, and name no point. Returns its exit status: 0 without
+    running where the same configuration has its report already, 1 where the configuration is refused.
     """
     name, directory = point_name(words), sweep_dir / directory_name(words)
     directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,7 @@ def run_point(composed: DictConfig, script: Path, words: Sequence[str], sweep_di
         if is_done(cfg, directory):
             print(f"{name}: done before", flush=True)
             return 0
-        status = _run(launcher_of(cfg), script, words, directory)
+        status = _run(launcher_of(cfg), script, [*words, *search], directory)
     except ValueError as error:
         status = _refuse(error, directory)
     outcome = "done" if status == 0 else f"failed with status {status}, see {directory / _LOG}"
