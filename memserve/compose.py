@@ -219,8 +219,9 @@ def _check_targets(merged: DictConfig) -> None:
         if not isinstance(merged[name], DictConfig):
             raise ConfigError(f"{name}={merged[name]!r}: expected {group_of(name)}= and a word of its group")
         node = cast(dict[str, Any], OmegaConf.to_container(merged[name]))
-        options = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
-        check_target(name, options, kind, GIVEN.get(name, ()))
+        filled_in = {key for key, value in node.items() if value is None and f"{name}.{key}" in FILLED_IN}
+        options = {key: value for key, value in node.items() if key not in filled_in}
+        check_target(name, options, kind, GIVEN.get(name, ()), filled_in)
 
 
 def _check_role(cfg: RunConfig, role: str) -> None:

@@ -151,7 +151,8 @@ def test_an_experiment_goes_with_every_other_cost_model(experiment, word):
     more = ["cost_model.path=of_nobody.json"] if word == "cost_model=fitted" else []
     alone = load_config(["exec=simulated", word, *more]).cost_model
     assert load_config([f"+{experiment}", word, *more]).cost_model == alone
-    own = "{_target_: memserve.sched.cost_model.fixed.FixedCostModel, step_s: 2}"
+    costs = "step_s: 2, prefill_token_s: 1, decode_token_s: 1"
+    own = f"{{_target_: memserve.sched.cost_model.fixed.FixedCostModel, {costs}}}"
     assert load_config([f"+{experiment}", "~cost_model", f"+cost_model={own}"]).cost_model.step_s == 2
 
 
