@@ -3,7 +3,6 @@
 `load_config(["index=none", "workload.rate=2"])` is what `scripts/run.py index=none workload.rate=2` runs.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -22,7 +21,7 @@ from memserve.config.checks import check_config
 from memserve.config.checks_of_prediction import check_prediction
 from memserve.config.checks_of_store import check_store
 from memserve.config.errors import ConfigError
-from memserve.config.overrides import check_kinds, options_of
+from memserve.config.overrides import check_kinds, options_of, quoted
 from memserve.config.per_role import of_role
 from memserve.config.schema import RunConfig
 from memserve.config.targets import check_target
@@ -132,12 +131,6 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     return resolve(composed)
 
 
-def quoted(text: str) -> str:
-    """Text as a word's value, as it is: Hydra reads "=", "," and more in a bare one."""
-    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", "\\'"), text)
-    return f"'{escaped}'"
-
-
 def words_of(option: str, value: Any) -> list[str]:
     """The overrides that set an option; a class of one's own comes without the options of the one it replaces."""
     if isinstance(value, Mapping):
@@ -227,8 +220,9 @@ def _check_targets(cfg: RunConfig) -> None:
         node = getattr(cfg, name)
         if not isinstance(node, dict):
             raise ConfigError(f"{name}={node!r}: expected {group_of(name)}= and a word of its group")
-        options = {key: value for key, value in node.items() if value is not None or f"{name}.{key}" not in FILLED_IN}
-        check_target(name, options, kind, GIVEN.get(name, ()))
+        filled_in = {key for key, value in node.items() if value is None and f"{name}.{key}" in FILLED_IN}
+        options = {key: value for key, value in node.items() if key not in filled_in}
+        check_target(name, options, kind, GIVEN.get(name, ()), filled_in)
 
 
 def _check_role(cfg: RunConfig, role: str) -> None:

@@ -34,7 +34,8 @@ from rich.table import Table
 
 from memserve.cluster.local import LocalCluster, check_playable
 from memserve.cluster.sweep import launcher_of
-from memserve.compose import load_config, quoted
+from memserve.compose import load_config
+from memserve.config.overrides import quoted
 from memserve.metrics.comparison import value_at
 from memserve.metrics.figure_text import format_figure
 from memserve.metrics.output import environment

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memserve import LocalCluster, load_config
-from memserve.compose import quoted
+from memserve.config.overrides import quoted
 
 BASELINE = "colocated"
 APART = ["mode=pd_caching_3"]

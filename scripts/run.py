@@ -46,10 +46,11 @@ from memserve.cluster.local import LocalCluster
 from memserve.cluster.node import LeftEarly
 from memserve.cluster.result import NotWritten
 from memserve.cluster.roster import CONTROLLER
-from memserve.cluster.sweep import SEARCH, found_by, run_point
+from memserve.cluster.sweep import run_point
 from memserve.cluster.turnover import InstanceFailed
 from memserve.compose import config_dir, load_config, resolve
 from memserve.config.blame import told
+from memserve.config.overrides import of_configuration, with_search
 from memserve.config.schema import RunConfig
 from memserve.metrics.progress import Progress
 from memserve.metrics.report import Report
@@ -70,8 +71,8 @@ def main(composed: DictConfig) -> int:
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if hydra_cfg.sweep.subdir != ".":
             sys.exit(f"error: hydra.sweep.subdir={hydra_cfg.sweep.subdir}: expected ., a point is named by its words")
-        words, found = list(hydra_cfg.overrides.task), found_by(hydra_cfg)
-        return run_point(composed, Path(__file__), words, output_dir, found)
+        search = of_configuration(hydra_cfg.overrides.hydra)
+        return run_point(composed, Path(__file__), list(hydra_cfg.overrides.task), output_dir, search)
     title = " ".join(hydra_cfg.overrides.task) or "defaults"
     try:
         cfg = resolve(composed)
@@ -125,7 +126,7 @@ def control(cfg: RunConfig, output_dir: Path) -> Report:
 def serve(words: list[str]) -> None:
     """Any other rank: an instance. Rank 0 alone has an output directory; here is only a log in it."""
     try:
-        cfg = load_config([word for word in words if not word.startswith("hydra.") or word.startswith(SEARCH)])
+        cfg = load_config(of_configuration(words))
         if cfg.exec != "distributed":
             sys.exit(0)  # rank 0 says why
         check_wired(cfg)  # before it waits for a rank 0 that is refused
@@ -158,6 +159,7 @@ def log_to(path: Path) -> None:
 
 if __name__ == "__main__":
     try:
+        sys.argv[1:] = with_search(sys.argv[1:])
         check_words(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -15,8 +15,9 @@ from hydra.core.utils import JobRuntime
 
 from memserve import LocalCluster, load_config
 from memserve.cluster.costs import build_cost_model, subject_of
-from memserve.compose import config_dir, quoted
+from memserve.compose import config_dir
 from memserve.config.errors import ConfigError
+from memserve.config.overrides import of_configuration, quoted, with_search
 from memserve.sched.cost_model.fitted import CostFile, Provenance
 from memserve.sched.cost_model.operator import OperatorCostModel
 
@@ -151,7 +152,8 @@ def test_an_experiment_goes_with_every_other_cost_model(experiment, word):
     more = ["cost_model.path=of_nobody.json"] if word == "cost_model=fitted" else []
     alone = load_config(["exec=simulated", word, *more]).cost_model
     assert load_config([f"+{experiment}", word, *more]).cost_model == alone
-    own = "{_target_: memserve.sched.cost_model.fixed.FixedCostModel, step_s: 2}"
+    costs = "step_s: 2, prefill_token_s: 1, decode_token_s: 1"
+    own = f"{{_target_: memserve.sched.cost_model.fixed.FixedCostModel, {costs}}}"
     assert load_config([f"+{experiment}", "~cost_model", f"+cost_model={own}"]).cost_model["step_s"] == 2
 
 
@@ -488,3 +490,30 @@ def test_hydra_of_whoever_calls_is_left_as_it_was(tmp_path):
             load_config(["nonsense=1"])
         assert compose("own").a == 1 and JobRuntime.instance().get("name") == "theirs"
     assert not GlobalHydra.instance().is_initialized()
+
+
+@pytest.mark.parametrize("flag", [["--config-dir", "own, ones"], ["--config-dir=own, ones"], ["-cd", "own, ones"]])
+def test_a_directory_of_ones_own_is_named_by_a_word_that_every_process_reads(flag, tmp_path, monkeypatch):
+    (tmp_path / "own, ones" / "workload").mkdir(parents=True)
+    few = "_target_: memserve.workload.ChatWorkload\nnum_sessions: 3\n"
+    (tmp_path / "own, ones" / "workload" / "few.yaml").write_text(few)
+    monkeypatch.chdir(tmp_path)
+    words = with_search(["exec=simulated", *flag, "workload=few", "hydra.run.dir=out"])
+    monkeypatch.chdir("/")
+    assert of_configuration(words) == [word for word in words if not word.startswith("hydra.run")]
+    assert load_config(of_configuration(words)).workload["num_sessions"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config-dir", "nowhere"], "--config-dir nowhere: expected a directory"),
+        (["--config-dir"], "--config-dir : expected a directory"),
+        (["--config-dir=a", "-cd", "b"], "--config-dir b beside a: expected one of them"),
+        (["hydra.searchpath=[a]", "--config-dir=b"], "--config-dir b beside hydra.searchpath=[a]: expected one"),
+    ],
+)
+def test_directories_of_ones_own_that_are_none_or_two_are_refused(words, said):
+    with pytest.raises(ConfigError) as error:
+        with_search(words)
+    assert str(error.value).startswith(said)

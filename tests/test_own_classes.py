@@ -23,6 +23,7 @@ from memserve.sched.heirs import Heir
 from memserve.sched.modes import Insert, PDCaching3
 from memserve.sched.preemption import SwapOut
 from memserve.sched.queue_policy import QueuePolicy
+from memserve.sched.rejection import Rejection
 from memserve.sched.scaling import Add, Scaling
 from memserve.sched.swap_policy import SwapPolicy
 from memserve.transfer.link import LinkModel
@@ -306,6 +307,21 @@ class Nothing(NullIndex):
 def test_a_class_derived_from_ours_is_refused_where_ours_is(words, message):
     with pytest.raises(ConfigError, match=message):
         load_config([*SMALL, *words])
+
+
+class Longest(Rejection):
+    def __init__(self, cost_model, most_tokens: int, *, why: str = "too long") -> None:
+        self._most_tokens, self._why = most_tokens, why
+
+    def reason(self, prospect):
+        return self._why if len(prospect.request.tokens) > self._most_tokens else None
+
+
+def test_an_option_without_a_default_that_is_not_said_is_asked_for_by_its_name():
+    said = f"rejection._target_={__name__}.Longest: expected +rejection.most_tokens=, which it cannot do without"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config([*SMALL, *own("rejection", Longest)])
+    assert run(*own("rejection", Longest, ", most_tokens: 9"))["failures"]
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig) if field.type is Any])

@@ -136,21 +136,16 @@ def test_a_sweep_runs_every_point_in_its_own_process_tabulates_them_and_goes_on(
     assert (finished[0] / "report.json").exists()
 
 
-def test_words_in_directories_of_one_s_own_are_found_by_a_sweep_s_points_too(tmp_path):
-    for group, kind in (
-        ("policy", "memserve.sched.routing.RoundRobin"),
-        ("eviction", "memserve.kvcache.eviction.FIFO"),
-    ):
-        (tmp_path / group / group).mkdir(parents=True)
-        (tmp_path / group / group / "mine.yaml").write_text(f"_target_: {kind}\n")
-    search = f"hydra.searchpath=[{tmp_path / 'eviction'}]"
-    words = [*SMALL, search, "eviction=mine", "cluster=colocated_2", "policy=mine,least_load"]
-    done = run("-m", "--config-dir", str(tmp_path / "policy"), *words, f"hydra.sweep.dir={tmp_path}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    configs = [(path.parent / "config.yaml").read_text() for path in tmp_path.glob("*/report.json")]
-    assert len(configs) == 2 and sum("routing.RoundRobin" in text for text in configs) == 1
-    assert all("eviction.FIFO" in text for text in configs)
-    assert load_config([search, "eviction=mine"]).eviction == {"_target_": "memserve.kvcache.eviction.FIFO"}
+def test_a_directory_of_ones_own_words_is_read_by_a_sweeps_points_and_all_their_ranks(tmp_path):
+    own = tmp_path / "own" / "workload"
+    own.mkdir(parents=True)
+    few = "num_sessions: 2\nprompt_tokens: 40\noutput_tokens: 4\nrate: 50\n"
+    (own / "few.yaml").write_text(f"# @package workload\ndefaults: [synthetic, _self_]\n{few}")
+    words = ["-m", "--config-dir=own", "exec=distributed", "tokens=hash", "transport=gloo", "workload=few"]
+    done = run(*words, f"hydra.sweep.dir={tmp_path}")
+    (log,) = tmp_path.glob("*/printed.log")
+    assert done.returncode == 0, log.read_text()
+    assert json.loads((log.parent / "report.json").read_text())["num_finished"] == 2
 
 
 def test_repeats_report_the_median_and_its_spread(tmp_path):

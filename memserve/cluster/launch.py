@@ -37,6 +37,7 @@ from memserve.model.parallel import WHOLE, Shard, default_group
 
 _IDLE = timedelta(days=365)  # an idle instance's followers wait for its leader; a dead one is noticed at once
 _OUTPUTS = "outputs"  # where configs/run.yaml puts what no word puts elsewhere
+_OWN_CONFIG = ("-cp", "--config-path", "-cn", "--config-name")  # Hydra's, which only this process would read
 _SOON = timedelta(seconds=10)  # for rank 0's store to answer who knows that it is there: itself, who is started again
 
 
@@ -81,8 +82,10 @@ def check_words(words: Sequence[str], environment: Mapping[str, str] = os.enviro
     flags = [word for word in words if word.startswith("-")]
     if flags and (is_under_torchrun(environment) or not is_first(words, environment)):
         raise ConfigError(f"{flags[0]} under torchrun or for a cluster.member: expected words with = alone; a sweep is "
-                          "python scripts/run.py -m, which starts torchrun for each point, and a directory of your own "
-                          "is 'hydra.searchpath=[DIR]'")  # fmt: skip
+                          "python scripts/run.py -m, which starts torchrun for each point")  # fmt: skip
+    own = [flag for flag in flags if flag.partition("=")[0] in _OWN_CONFIG]
+    if own and {"-m", "--multirun"} & set(flags):
+        raise ConfigError(f"{own[0]} in a sweep, whose points read configs/run.yaml: expected --config-dir DIR")
     check_kinds(words, config_dir())
     if is_first(words, environment):
         makes = "hydra.sweep.dir" if {"-m", "--multirun"} & set(flags) else "hydra.run.dir"

@@ -17,32 +17,31 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from memserve.cluster.interruption import raised_on_sigterm
 from memserve.cluster.roster import Roster
-from memserve.compose import config_dir, quoted, resolve, to_yaml
+from memserve.compose import resolve, to_yaml
 from memserve.config.errors import ConfigError
+from memserve.config.overrides import quoted
 from memserve.config.schema import RunConfig
 from memserve.metrics.comparison import print_points
 from memserve.metrics.report import Report
 
 _REPORT, _CONFIG, _LOG, _WORDS = "report.json", "config.yaml", "printed.log", "words.json"
-SEARCH = "hydra.searchpath="  # a word that load_config reads, too
 MAX_NAME_BYTES = 200  # of a directory; file systems take 255
 _HEED_S = 60.0  # for an interrupted point to end by itself; torchrun gives its ranks 30 seconds
 
 
 def run_point(
-    composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path, found: Sequence[str] = ()
+    composed: DictConfig, script: Path, words: Sequence[str], sweep_dir: Path, search: Sequence[str] = ()
 ) -> int:
     """Runs one point in a process of its own, under torchrun if it is distributed; what it printed is in a file.
 
-    found: as `found_by` says it. Returns its exit status: 0 without running where the same configuration has its report
-    already, 1 where the configuration is refused.
+    search: words that say where else words are looked for, and name no point. Returns its exit status: 0 without
+    running where the same configuration has its report already, 1 where the configuration is refused.
     """
     name, directory = point_name(words), sweep_dir / directory_name(words)
     directory.mkdir(parents=True, exist_ok=True)
@@ -52,21 +51,12 @@ def run_point(
         if is_done(cfg, directory):
             print(f"{name}: done before", flush=True)
             return 0
-        status = _run(launcher_of(cfg), script, [*found, *words], directory)
+        status = _run(launcher_of(cfg), script, [*words, *search], directory)
     except ValueError as error:
         status = _refuse(error, directory)
     outcome = "done" if status == 0 else f"failed with status {status}, see {directory / _LOG}"
     print(f"{name}: {outcome}", flush=True)
     return status
-
-
-def found_by(hydra: HydraConf) -> list[str]:
-    """What tells a point to look for words and files where its sweep was told to look."""
-    paths, name = {source.provider: source.path for source in hydra.runtime.config_sources}, str(hydra.job.config_name)
-    is_ours = (Path(paths["main"]), name) == (config_dir(), "run")
-    found = [] if is_ours else ["--config-path", paths["main"], "--config-name", name]
-    directories = [path for provider, path in paths.items() if provider == "command-line"] + list(hydra.searchpath)
-    return found + ([f"{SEARCH}[{','.join(map(quoted, directories))}]"] if directories else [])
 
 
 def point_name(words: Sequence[str]) -> str:

@@ -10,6 +10,9 @@ from typing import Any, get_args, get_origin
 from memserve.config.errors import ConfigError
 from memserve.config.schema import RunConfig
 
+SEARCH = "hydra.searchpath"  # where Hydra looks for words beside our own directory
+_FLAGS = ("--config-dir", "-cd")  # Hydra's, which no other process than the one that it is given to would read
+
 _NO_WORD = re.compile(r"null|true|false|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)  # in Hydra's grammar
 
 
@@ -58,3 +61,37 @@ def _type_of(name: str) -> Any:
 def options_of(name: str, section: type) -> str:
     """What is expected of a section."""
     return f"a value of one of its options, {', '.join(f'{name}.{option.name}' for option in fields(section))}"
+
+
+def with_search(words: Sequence[str]) -> list[str]:
+    """The same words with a directory of one's own (--config-dir DIR) named by a word, which every process of a sweep
+    or a cluster is given. Raises ConfigError where it is none, or where such a word names others.
+    """
+    rest, directories = list[str](), list[str]()
+    following = iter(words)
+    for word in following:
+        flag, has_value, value = word.partition("=")
+        if flag in _FLAGS:
+            directories.append(value if has_value else next(following, ""))
+        else:
+            rest.append(word)
+    if not directories:
+        return rest
+    *others, directory = directories
+    named = next((word for word in rest if word.startswith(f"{SEARCH}=")), None) or " ".join(others)
+    if named:
+        raise ConfigError(f"--config-dir {directory} beside {named}: expected one of them")
+    if not directory or not Path(directory).is_dir():
+        raise ConfigError(f"--config-dir {directory}: expected a directory, with one for each group in it")
+    return [*rest, f"{SEARCH}=[{quoted(f'file://{Path(directory).resolve()}')}]"]
+
+
+def of_configuration(words: Sequence[str]) -> list[str]:
+    """Those that say what runs, and none that says where it is written."""
+    return [word for word in words if not word.startswith("hydra.") or word.startswith(f"{SEARCH}=")]
+
+
+def quoted(text: str) -> str:
+    """Text as a word's value, as it is: Hydra reads "=", "," and more in a bare one."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from memserve.config.errors import ConfigError
@@ -11,10 +11,16 @@ from memserve.config.errors import ConfigError
 _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 
 
-def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object, given: Collection[str] = ()) -> None:
+def check_target(
+    name: str,
+    node: Mapping[str, Any],
+    kind: type[object] = object,
+    given: Collection[str] = (),
+    filled_in: Collection[str] = (),
+) -> None:
     """Raises ConfigError unless node's `_target_` can be imported, is a subclass of `kind`, and takes the node's other
-    keys, numbers and words of the types that it says. given: arguments that are no options, since who builds the
-    object gives them.
+    keys, numbers and words of the types that it says, and needs no more. given: arguments that are no options, since
+    who builds the object gives them.  filled_in: options that it gives where they are not said.
     """
     if "_target_" not in node:
         raise ConfigError(f"{name}={dict(node)}: expected a node with `_target_`")
@@ -31,6 +37,16 @@ def check_target(name: str, node: Mapping[str, Any], kind: type[object] = object
         _check_type(f"{name}.{key}", value, hints.get(key))
         if isinstance(value, Mapping) and "_target_" in value:
             check_target(f"{name}.{key}", value)
+    if "." not in name:  # what is within another object may get the rest from that one
+        _check_all_said(name, path, parameters.values(), {*arguments, *given, *filled_in})
+
+
+def _check_all_said(name: str, path: str, parameters: Iterable[inspect.Parameter], said: Collection[str]) -> None:
+    """Raises ConfigError for an argument without a default that nobody gives."""
+    for parameter in parameters:
+        by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if by_name and parameter.default is parameter.empty and parameter.name not in said:
+            raise ConfigError(f"{name}._target_={path}: expected +{name}.{parameter.name}=, which it cannot do without")
 
 
 def _instead(name: str, path: str) -> str:

@@ -81,6 +81,13 @@ def test_a_flag_is_refused_where_each_of_several_processes_reads_the_words(flag)
             check_words(words, environment)
 
 
+@pytest.mark.parametrize("flag", ["-cp=/mine", "--config-name", "-cn"])
+def test_another_main_file_is_refused_where_a_sweep_s_points_would_not_read_it(flag):
+    check_words([flag, "seed=1"], {})
+    with pytest.raises(ConfigError, match=f"{flag} in a sweep, .*: expected --config-dir DIR"):
+        check_words([flag, "-m"], {})
+
+
 @pytest.mark.parametrize(
     "word",
     [
