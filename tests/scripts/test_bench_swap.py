@@ -13,7 +13,7 @@ CONFIG = {
 def test_every_way_has_its_figures_and_moves_what_it_must(script, tmp_path, capsys):
     bench, out = script("bench_swap"), tmp_path / "swap.json"
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    words = ["--prompt-len", "64", "--prompts", "6", "--running-len", "8", "--block-size", "4", "--repeats", "1"]
+    words = ["--prompt-len", "256", "--prompts", "6", "--running-len", "8", "--block-size", "16", "--repeats", "1"]
     bench.main(["--model", f"random:{tmp_path}", *words, "--out", str(out)])
     figures = {figure["way"]: figure for figure in json.loads(out.read_text())["figures"]}
     assert set(figures) == set(bench.WAYS)
