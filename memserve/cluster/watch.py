@@ -84,9 +84,12 @@ class Watch:
 
     def look(self) -> list[tuple[int, Finding]]:
         """What is new of whom, now and then; idle ranks that are gone are forgotten, once the run has begun."""
-        if monotonic_ns() - self._looked_ns < WATCH_NS:
+        unseen_ns = monotonic_ns() - self._looked_ns
+        if unseen_ns < WATCH_NS:
             return []
-        self._looked_ns = monotonic_ns()
+        self._looked_ns = now_ns = monotonic_ns()
+        if unseen_ns > self._silence_ns // 2:  # who looks has stood still, or was busy, and signs of life wait unread
+            self._heard_ns = {rank: min(heard_ns + unseen_ns, now_ns) for rank, heard_ns in self._heard_ns.items()}
         if self._has_begun:
             gone = {rank for rank, process in self.idle.items() if process is not None and process.is_gone}
             self.gone_idle |= gone
