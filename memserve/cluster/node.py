@@ -1,6 +1,6 @@
 """InstanceLoop: the life of one instance that is a process of its own. Moves messages and time; what it drives decides.
 
-    attach, warm up, learn rank 0's clock -> Ready .. Start
+    attach, warm up, prepare the first moves, learn rank 0's clock -> Ready .. Start
     receive -> schedule -> forward, layer by layer -> commit -> send        again and again, until
     Stop -> finish transfers -> Stopped .. Leave, or Retire -> nothing left to do -> Left
 
@@ -50,6 +50,7 @@ from memserve.request import LayerRun, ScheduledBatch, StepOutput
 from memserve.transfer.transport import Transport
 
 NUM_PINGS = 5
+PREPARE_S = 2.0  # most that is waited for others to be attached: who attaches still is not awaited without end
 _IDLE_MS, _TRANSFERRING_MS, _PING_MS = 50, 1, 10_000
 _log = logging.getLogger("memserve")
 Kind = TypeVar("Kind", Start, Pong)
@@ -90,6 +91,8 @@ class InstanceLoop:
 
         Raises LeftEarly if rank 0 says so before the run has ended.
         """
+        if self._transport is not None:
+            self._transport.prepare(self._roster.endpoints_of_others(self._incarnation), PREPARE_S)
         self._learn_the_time()
         self._mailbox.send(CONTROLLER, Ready(list(processes)))
         self._offset_ns -= self._wait_for(Start).epoch_ns

@@ -170,6 +170,13 @@ class LeftAlone(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """A follower is to do beforehand what its first moves to these would take: `Transport.prepare`."""
+
+    endpoints: list[int]
+    limit_s: float
+
+
 class PostMove(msgspec.Struct, frozen=True, tag=True):
     """A move that a follower is to post: `Move`, with its int64 arrays as bytes.
 
@@ -223,6 +230,7 @@ NodeMessage = (
     | Leave
     | Broken
     | LeftAlone
+    | Prepare
     | PostMove
     | MoveArrived
 )

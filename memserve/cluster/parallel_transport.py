@@ -1,6 +1,7 @@
 """ParallelTransport: of an instance of several ranks: each sends from its own memory, the leader says what.
 
     leader (ParallelTransport)                          follower (TransferHand, in a thread beside `follow`)
+    prepare                       --Prepare-->          prepare, before anything is posted
     post, of a follower's memory  --PostMove-->         once its own layers are written: post to its transport
     poll                          <--MoveArrived--      poll
     detach                        --Detach (worker)-->  detach; then all wait for each other
@@ -17,7 +18,7 @@ import torch
 
 from memserve.clock import monotonic_ns
 from memserve.cluster.mailbox import Mailbox
-from memserve.cluster.node_messages import Broken, MoveArrived, PostMove
+from memserve.cluster.node_messages import Broken, MoveArrived, PostMove, Prepare
 from memserve.cluster.worker import Detach, Followers, Hand
 from memserve.kvcache.head_parts import rank_of_endpoint
 from memserve.messages import pack_times, unpack_times
@@ -42,6 +43,12 @@ class ParallelTransport(Transport):
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
         """The leader's memories; followers attach theirs themselves."""
         self._own.attach(endpoint, memories)
+
+    def prepare(self, endpoints: Sequence[int], limit_s: float) -> None:
+        """On every rank; followers do it meanwhile, before what they are to post."""
+        for rank in range(LEADER + 1, self._followers.num_ranks):
+            self._team.send(rank, Prepare(list(endpoints), limit_s))
+        self._own.prepare(endpoints, limit_s)
 
     def knows(self, endpoint: int) -> bool:
         return self._own.knows(endpoint)
@@ -126,6 +133,9 @@ class TransferHand(Hand):
     def _turn(self) -> None:
         busy = bool(self._waiting) or self._num_under_way > 0
         for _, message in self._team.receive(_BUSY_MS if busy else _IDLE_MS):
+            if isinstance(message, Prepare):
+                self._transport.prepare(message.endpoints, message.limit_s)
+                continue
             assert isinstance(message, PostMove), f"a follower takes no {type(message).__name__}"
             self._waiting.append(message)
         with self._lock:

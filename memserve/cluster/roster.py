@@ -76,6 +76,11 @@ class Roster:
         instance = self.instance(rank)
         return 0 if instance is None else rank - self.leader(instance)
 
+    def endpoints_of_others(self, instance: int) -> list[int]:
+        """Those of all other instances that there are, as far as they have been heard of."""
+        others = sorted({*self._instances.values()} - {instance})
+        return [endpoint for other in others for endpoint in self.endpoints(other)]
+
     def endpoints(self, instance: int) -> list[int]:
         """The transport's numbers of an instance's ranks; of one that nobody has heard of it is one rank."""
         return [endpoint_of(instance, part) for part in range(len(self._ranks.get(instance, range(1))))]

@@ -86,6 +86,11 @@ class Followers:
         self._lost = ""  # why they can be told nothing more
         self.num_layers = 0
 
+    @property
+    def num_ranks(self) -> int:
+        """The leader and all of them."""
+        return self._shard.size
+
     @contextmanager
     def told(self, message: WorkerMessage) -> Iterator[None]:
         """While the leader does its own part of `message`. If that fails half-way the group is of no use any more.

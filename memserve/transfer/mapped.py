@@ -4,7 +4,8 @@ Each process publishes where its memory is, shared by the host's means or by CUD
 thread of its own copies, on a GPU on a stream of its own, so that nobody waits in `post`. The receiver takes no part,
 even stopped. Knows no KV. Linux only, as the shared memory is.
 
-    post -> queue -> [thread: map the peer, copy piece by piece] -> poll
+    prepare: map the peers
+    post -> queue -> [thread: map the peer if it came later, copy piece by piece] -> poll
 
 A dead peer's host memory stays while it is mapped here: moves to it go on to arrive, and reach nobody. What a write to
 a dead process's GPU memory does is not defined: before each piece the process is looked for, and what fails
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from memserve.clock import monotonic_ns
+from memserve.clock import monotonic_ns, to_ns
 from memserve.transfer.block_copy import as_bytes, copy_rows
 from memserve.transfer.device import Device, Gpu, NoDevice
 from memserve.transfer.directory import Directory, Endpoint, Memory
@@ -85,6 +86,18 @@ class Mapped(Transport):
         pid = os.getpid()
         self._directory.publish(endpoint, Endpoint(host_id(), pid, published, started=started_at(pid)))
         self._own = endpoint
+
+    def prepare(self, endpoints: Sequence[int], limit_s: float) -> None:
+        """Maps them: of a large memory that takes seconds. Who cannot be reached is told who posts to it."""
+        assert self._own is not None, "who prepares is attached"
+        until_ns, pause = monotonic_ns() + to_ns(limit_s), threading.Event()
+        for endpoint in endpoints:
+            while not self.knows(endpoint) and monotonic_ns() < until_ns:
+                pause.wait(_PAUSE_S)
+            if self.knows(endpoint):
+                with suppress(ValueError):
+                    self._check_reach(endpoint, self._own)
+                    self._map(endpoint)
 
     def knows(self, endpoint: int) -> bool:
         return endpoint not in self._gone and self._directory.knows(endpoint)

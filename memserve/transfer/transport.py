@@ -93,6 +93,11 @@ class Transport(ABC):
     def attach(self, endpoint: int, memories: Sequence[torch.Tensor | None]) -> None:
         """Makes an endpoint's memories (contiguous tensors; None: there is nothing behind the rows) known."""
 
+    def prepare(self, endpoints: Sequence[int], limit_s: float) -> None:  # noqa: B027 # most have nothing to do
+        """Does before anything is posted what the first move to each of these would take beside its bytes: of those
+        that are attached within limit_s. Nobody need call it.
+        """
+
     @abstractmethod
     def knows(self, endpoint: int) -> bool:
         """Whether an endpoint is attached, as far as this process can tell."""

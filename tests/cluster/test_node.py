@@ -23,6 +23,7 @@ from memserve.cluster.node_messages import (
     Stopped,
 )
 from memserve.cluster.roster import Roster
+from memserve.kvcache.head_parts import endpoint_of
 from memserve.messages import Dispatch, Fetch, Finished, Refuse, Tokens, pack_tokens
 from memserve.request import Role
 from memserve.sampling_params import SamplingParams
@@ -71,6 +72,28 @@ def test_what_comes_together_with_the_start_is_served(came):
     (finished,) = [message for message in sent if isinstance(message, Finished)]
     assert finished.request_id == "r" and finished.reason == "length"
     assert isinstance(sent[-1], Stopped)
+
+
+class Prepared(InProcess):
+    """Notes in the mail what it prepares for."""
+
+    def __init__(self):
+        super().__init__(LinkModel(0.0, 1.0))
+        self.order = []
+
+    def prepare(self, endpoints, limit_s):
+        self.order.append(list(endpoints))
+
+
+def test_the_first_moves_are_prepared_before_an_instance_is_ready():
+    transport = Prepared()
+
+    def ready(message):
+        transport.order.append("ready")
+        return [Start(0), DISPATCH]
+
+    play(transport=transport, Ready=ready)
+    assert transport.order == [[endpoint_of(1, 0)], "ready"]
 
 
 class InStep(PlayedMailbox):

@@ -1,6 +1,7 @@
 """Mapped maps what is really the peer's, on this host, and takes its memory before anybody writes to it."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,27 @@ def test_nothing_is_posted_before_attaching_nor_after_the_end():
     closed.close()
     with pytest.raises(ValueError, match="expected this process to be attached"):
         post(closed, 1)
+
+
+def num_mappings(memory):
+    """How often this process has the pages of a shared memory in its address space."""
+    inode = os.fstat(memory.handle.fd).st_ino
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sum(int(fields[4]) == inode for fields in maps)
+
+
+def test_who_is_prepared_for_is_mapped_before_anything_is_posted(alone):
+    """As far as it is there, and on this host."""
+    transport, store, _ = alone
+    theirs, peer = SharedMemory(8192), Mapped(store)
+    peer.attach(2, [theirs.bytes, None])
+    publish(store, 1, host="elsewhere")
+    assert num_mappings(theirs) == 1
+    transport.prepare([1, 2, 3], 0.01)
+    assert num_mappings(theirs) == 2
+    post(transport, 2)
+    assert [arrived.move_id for arrived in wait(transport)] == [(0, 0, 0)] and num_mappings(theirs) == 2
+    peer.close()
 
 
 def test_what_is_published_is_read_back():
